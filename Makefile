@@ -1,0 +1,25 @@
+# The commands that the README promises. PYTHON=python3.12 make ... picks the interpreter for .venv.
+.PHONY: quickstart quickstart-tiny test test-fast lint
+
+quickstart:
+	scripts/quickstart.sh
+
+quickstart-tiny:
+	scripts/quickstart.sh --tiny
+
+test: .venv-test
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=2 .venv/bin/python -m pytest -m slow
+
+test-fast: .venv-test
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2
+
+lint:
+	scripts/setup_venv.sh dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.PHONY: .venv-test
+.venv-test:
+	scripts/setup_venv.sh test

@@ -1,0 +1,64 @@
+"""Package metadata. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "vlm/__init__.py").read_text()).group(1)
+
+# Upper bounds on torch and torchvision: the range must admit only builds that fit each other, and timm and open_clip
+# ask for torchvision without a bound, which would replace torch.
+core = [
+    "torch>=2.10,<2.14",
+    "torchvision>=0.25,<0.29",
+    "transformers>=5.3,<6",
+    "open_clip_torch>=3.3,<4",
+    "timm>=1.0.20,<2",
+    "peft>=0.19,<1",
+    "safetensors>=0.5",
+    "pillow>=11.3",
+    "omegaconf>=2.3,<3",
+    "pydantic>=2.12,<3",
+    "typer>=0.20",
+    "rich>=14",
+    "prompt_toolkit>=3.0.50",
+    "matplotlib>=3.9",
+    "filelock>=3.16",
+    "psutil>=6",
+    "jinja2>=3.1",
+    "numpy>=1.26",
+]
+extras = {
+    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+    "serve": ["gradio>=6,<7", "fastapi>=0.115", "uvicorn>=0.34"],
+    "track": ["tensorboard>=2.18"],
+    "quant": ["bitsandbytes>=0.49"],
+    "demo": ["resvg-py==0.5.0", "emoji==2.16.0", "gguf>=0.17", "accelerate>=1.10"],
+}
+extras["test"] = [
+    *extras["demo"],
+    *extras["track"],
+    "pytest>=9",
+    "pytest-timeout>=2.4",
+    "pytest-xdist>=3.8",
+    "hypothesis>=6.150",
+    "pexpect>=4.9",
+    "scikit-image>=0.25",
+]
+extras["dev"] = [*extras["test"], "ruff>=0.14", "mypy>=1.18", "pre-commit>=4"]
+
+setup(
+    name="vlm",
+    version=version,
+    description="Assemble any vision encoder with any language model, train the result, talk to it.",
+    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vlm", "vlm.*"]),
+    install_requires=core,
+    extras_require=extras,
+    entry_points={"console_scripts": ["vlm=vlm.cli.main:main"]},
+)

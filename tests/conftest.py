@@ -1,0 +1,35 @@
+"""For every test: no network beyond loopback, no hub, no injected fault left over, one thread per process."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("VLM_FAULT", None)
+
+import pytest
+
+_connect = socket.socket.connect
+_LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
+
+
+def _connect_loopback_only(self: socket.socket, address: object) -> None:
+    if isinstance(address, tuple) and not str(address[0]).startswith(_LOOPBACK):
+        raise AssertionError(f"a test tried to reach {address[0]}")
+    _connect(self, address)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket.socket, "connect", _connect_loopback_only)
+
+
+@pytest.fixture(autouse=True)
+def no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLM_FAULT", raising=False)
+    from vlm import faults
+
+    faults._fired.clear()

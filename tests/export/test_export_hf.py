@@ -1,0 +1,188 @@
+"""A full export in transformers' LLaVA layout, loaded by stock transformers and compared with our own model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_export import model_config, write_clip, write_llm, write_picture, write_run, write_siglip
+
+from vlm.data.conversation import IMAGE, Conversation, Turn
+from vlm.data.images import load_image, to_pixels
+from vlm.data.template import TEMPLATES
+from vlm.data.tokenize import ConversationTokenizer
+from vlm.export.load import load
+from vlm.export.weights import export_run
+from vlm.models.build import Assembled
+
+# Worst difference seen over all cases below: 8.1e-6, of logits of size 20, in float32.
+TOLERANCE = 5e-5
+
+CASES: dict[str, dict[str, Any]] = {
+    "linear, normalised, white padding": {},
+    "mlp": {"projector": {"kind": "mlp", "depth": 2}},
+    "class token kept": {"vision": {"layer": -1, "keep_class_token": True}},
+    "padded with the mean": {"vision": {"background": (122, 116, 104)}},
+    "cropped": {"vision": {"resize": "crop"}},
+    "squashed": {"vision": {"resize": "squash"}},
+    "other picture size": {"vision": {"image_size": 42}},
+    "siglip": {"vision": {"path": "siglip", "layer": -1, "background": (10, 200, 30)}},
+    "head of its own": {"llm": {"path": "untied"}},
+    "no adapter": {"trainable": ["projector"], "lora": None},
+    "whole language model": {"trainable": ["projector", "llm"], "lora": None},
+}
+
+
+def build_case(tmp_path: Path, changes: dict[str, Any]) -> tuple[Path, Assembled]:
+    model_config(tmp_path)  # writes clip/ and llm/
+    write_siglip(tmp_path / "siglip")
+    write_llm(tmp_path / "untied", tied=False)
+    vision = {"backend": "hf", "path": "clip", "layer": -2, **changes.get("vision", {})}
+    llm = {"path": "llm", **changes.get("llm", {})}
+    paths = {name: {**part, "path": str(tmp_path / part["path"])} for name, part in (("vision", vision), ("llm", llm))}
+    config = model_config(tmp_path, **{**changes, **paths})
+    built = write_run(tmp_path / "run", config)
+    return tmp_path / "run", built
+
+
+def ours(built: Assembled, picture: Path, question: str) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """Ids, pixels and logits of the model that was trained."""
+    assert built.image_spec is not None
+    tokens = ConversationTokenizer(
+        built.tokenizer,
+        TEMPLATES["chatml"],
+        image_token_id=built.image_token_id,
+        tokens_per_image=built.image_spec.num_tokens,
+    )
+    ids = tokens.prompt(Conversation((Turn("user", (IMAGE, f"\n{question}")),), (str(picture),)))
+    pixels = to_pixels(load_image(str(picture)), built.image_spec).unsqueeze(0)
+    with torch.no_grad():
+        hidden = built.model(torch.tensor([ids]), torch.arange(len(ids)).unsqueeze(0), pixels)
+        return ids, pixels, built.model.logits(hidden)[0]
+
+
+def stock(export: Path, picture: Path, question: str) -> tuple[Any, torch.Tensor]:
+    """What transformers makes of the folder: processor output and logits."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(export)
+    processor = AutoProcessor.from_pretrained(export)
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"\n{question}"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    image = Image.open(picture).convert("RGB")
+    inputs = processor(images=image, text=text, add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad():
+        return inputs, model(**inputs).logits[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stock_transformers_computes_the_same_logits_from_the_same_picture(case: str, tmp_path: Path):
+    run, built = build_case(tmp_path, CASES[case])
+    picture = write_picture(tmp_path / "picture.png")
+    ids, pixels, expected = ours(built, picture, "What is this?")
+    inputs, logits = stock(export_run(run, full=True), picture, "What is this?")
+    assert inputs["input_ids"][0].tolist() == ids
+    assert inputs["pixel_values"].shape == pixels.shape
+    assert logits.abs().max() > 1  # not a comparison of zeros
+    assert (logits[:, : expected.shape[1]] - expected).abs().max().item() < TOLERANCE
+
+
+def test_the_processor_makes_the_same_pixels(tmp_path: Path):
+    background = (122, 116, 104)  # what transformers pads with: the mean, so nothing was folded
+    run, built = build_case(tmp_path, {"vision": {"background": background}})
+    picture = write_picture(tmp_path / "picture.png", size=(61, 33))
+    _, pixels, _ = ours(built, picture, "?")
+    inputs, _ = stock(export_run(run, full=True), picture, "?")
+    # worst difference seen: 2.4e-7
+    assert (inputs["pixel_values"] - to_pixels(load_image(str(picture), background=background), built.image_spec)).abs(
+    ).max().item() < 1e-6  # fmt: skip
+    assert pixels.shape == (1, 3, 28, 28)
+
+
+def test_another_picture_gives_other_logits(tmp_path: Path):
+    run, _ = build_case(tmp_path, {})
+    export = export_run(run, full=True)
+    one = stock(export, write_picture(tmp_path / "1.png"), "What?")[1]
+    two = stock(export, write_picture(tmp_path / "2.png", seed=3), "What?")[1]
+    assert (one - two).abs().max() > 1e-2
+
+
+def test_the_placeholder_is_never_the_likeliest_next_token(tmp_path: Path):
+    """Its id lies beyond the embedding, so a row was added: the mean of the others, whose logit is the mean logit."""
+    run, built = build_case(tmp_path, {})
+    _, logits = stock(export_run(run, full=True), write_picture(tmp_path / "picture.png"), "What?")
+    assert logits.shape[1] == built.image_token_id + 1
+    others = logits[:, :-1]
+    # worst difference seen: 3.0e-7
+    assert (logits[:, -1] - others.mean(1)).abs().max().item() < 1e-5
+    assert (logits[:, -1] < others.max(1).values).all()
+
+
+def test_the_template_marks_replies_for_assistant_masks(tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    run, _ = build_case(tmp_path, {})
+    tokenizer = AutoTokenizer.from_pretrained(export_run(run, full=True))
+    messages = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]
+    encoded = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+    )
+    pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    assert tokenizer.decode([token for token, mask in pairs if mask]) == "Yes.<|im_end|>"
+
+
+def test_generation_stops_where_the_template_ends_a_reply(tmp_path: Path):
+    from transformers import GenerationConfig
+
+    run, built = build_case(tmp_path, {})
+    config = GenerationConfig.from_pretrained(export_run(run, full=True))
+    assert built.tokenizer.convert_tokens_to_ids("<|im_end|>") in config.eos_token_id
+
+
+def test_we_read_the_folder_back_and_say_the_same(tmp_path: Path):
+    run, _ = build_case(tmp_path, {"vision": {"image_size": 42}})
+    picture = write_picture(tmp_path / "picture.png")
+    parts = load(export_run(run), device="cpu", precision="fp32")
+    whole = load(export_run(run, full=True), device="cpu", precision="fp32")
+    replies = [model.chat("What is this?", [picture], max_new_tokens=12) for model in (parts, whole)]
+    assert replies[0] == replies[1] != ""
+
+
+def test_the_whole_folder_needs_no_base_models(tmp_path: Path):
+    run, _ = build_case(tmp_path, {})
+    export = export_run(run, full=True)
+    for name in ("clip", "llm", "run/checkpoints"):
+        (tmp_path / name).rename(tmp_path / f"{name}-moved")
+    picture = write_picture(tmp_path / "picture.png")
+    assert load(export, device="cpu", precision="fp32").chat("What?", [picture], max_new_tokens=4) != ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"projector": {"kind": "linear", "unshuffle": 2}}, "merges 2 x 2"),
+        ({"projector": {"kind": "mlp", "depth": 3}}, "has 3 layers"),
+    ],
+)
+def test_what_llava_cannot_express_becomes_a_vlm_folder_and_says_why(
+    tmp_path: Path, changes: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
+):
+    run, _ = build_case(tmp_path, changes)
+    export = export_run(run, full=True)
+    assert reason in capsys.readouterr().err
+    assert reason in (export / "README.md").read_text()
+    assert (export / "llm" / "config.json").exists()
+    assert (export / "vision.safetensors").exists()
+
+
+def test_rounding_to_bfloat16_on_request(tmp_path: Path):
+    from safetensors import safe_open
+
+    write_clip(tmp_path / "clip")
+    run, _ = build_case(tmp_path, {})
+    with safe_open(export_run(run, full=True, dtype="bf16") / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118

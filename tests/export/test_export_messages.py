@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import base64
+import io
+
+import pytest
+from PIL import Image
+
+from vlm.data.conversation import IMAGE
+from vlm.errors import RecordError
+from vlm.export.messages import to_conversation
+
+
+def png(color: str) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (2, 2), color).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def test_a_plain_question_is_one_user_turn():
+    conversation = to_conversation("Hello")
+    assert [(turn.role, turn.parts) for turn in conversation.turns] == [("user", ("Hello",))]
+
+
+def test_pictures_come_first_and_on_a_line_of_their_own_as_in_training_data():
+    conversation = to_conversation("Compare.", ["a.png", "b.png"])
+    assert conversation.turns[0].parts == (IMAGE, IMAGE, "\nCompare.")
+    assert conversation.images == ("a.png", "b.png")
+
+
+def test_a_picture_without_words_is_a_turn_of_the_picture_alone():
+    assert to_conversation("", ["a.png"]).turns[0].parts == (IMAGE,)
+
+
+def test_parts_place_pictures_and_the_images_argument_fills_the_open_ones():
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [{"type": "text", "text": "And"}, {"type": "image", "image": "b.png"}]},
+    ]
+    conversation = to_conversation(messages, ["a.png"])
+    assert [turn.parts for turn in conversation.turns] == [
+        ("Be brief.",),
+        (IMAGE, "\nWho?"),
+        ("A cat.",),
+        ("And", IMAGE),
+    ]
+    assert conversation.images == ("a.png", "b.png")
+
+
+def test_pictures_that_no_part_asks_for_stand_before_the_placed_ones_of_the_first_question():
+    messages = [{"role": "user", "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "?"}]}]
+    assert to_conversation(messages, ["a.png"]).images == ("a.png", "b.png")
+
+
+def test_a_picture_in_memory_and_a_data_url_keep_every_pixel():
+    url = "data:image/png;base64," + base64.b64encode(png("red")).decode()
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    assert to_conversation(messages).images == (png("red"),)
+    stored = to_conversation("?", [Image.new("RGB", (2, 2), "red")]).images[0]
+    assert Image.open(io.BytesIO(stored)).getpixel((1, 1)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "rule"),
+    [
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://10.0.0.1/a"}}]}], [], "remote"),
+        ([{"role": "tool", "content": "x"}], [], "unknown_role"),
+        ([{"content": "x", "role": "user"}, {"role": "user"}], [], "bad_message"),
+        ([{"role": "user", "content": [{"type": "video"}]}], [], "bad_message"),
+        ([{"role": "user", "content": [{"type": "image"}]}], [], "image_count"),
+        ("x", [3], "bad_message"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_a_named_rule(messages: object, images: list[object], rule: str):
+    with pytest.raises(RecordError) as caught:
+        to_conversation(messages, images)
+    assert caught.value.rule.startswith(rule)

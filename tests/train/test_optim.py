@@ -1,0 +1,54 @@
+import pytest
+import torch
+from torch import nn
+
+from vlm.train.config import TrainConfig
+from vlm.train.optim import Schedule, build_optimizer, build_schedule, set_learning_rate
+
+
+def rates(shape, **kwargs):
+    schedule = Schedule(shape=shape, **{"peak": 1.0, "floor": 0.0, "warmup_steps": 2, "max_steps": 6} | kwargs)
+    return [schedule(step) for step in range(7)]
+
+
+def test_schedules_in_numbers():
+    assert rates("constant") == [0.5, 1, 1, 1, 1, 1, 1]
+    assert rates("linear") == [0.5, 1, 1, 0.75, 0.5, 0.25, 0]
+    assert rates("cosine") == pytest.approx([0.5, 1, 1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
+    assert rates("cosine", floor=0.2)[-1] == pytest.approx(0.2)
+
+
+def test_warm_up_may_be_a_share_of_the_run():
+    schedule = build_schedule(TrainConfig(max_steps=100, warmup_ratio=0.03, learning_rate=2.0), 100)
+    assert (schedule.warmup_steps, schedule(0), schedule(2)) == (3, pytest.approx(2 / 3), 2.0)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.projector = nn.Linear(3, 4)
+        self.llm = nn.ModuleDict({"norm": nn.LayerNorm(4), "out": nn.Linear(4, 5, bias=False)})
+
+
+def test_matrices_decay_vectors_do_not_and_each_part_has_its_learning_rate():
+    config = TrainConfig(max_steps=1, learning_rate=1e-3, learning_rates={"llm": 1e-5}, weight_decay=0.1)
+    optimizer = build_optimizer(Model(), config)
+    set_learning_rate(optimizer, 5e-4)
+    groups = {
+        (group["part"], group["weight_decay"]): (sorted(p.ndim for p in group["params"]), group["lr"])
+        for group in optimizer.param_groups
+    }
+    assert groups == {
+        ("projector", 0.1): ([2], 5e-4),
+        ("projector", 0.0): ([1], 5e-4),
+        ("llm", 0.0): ([1, 1], pytest.approx(5e-6)),
+        ("llm", 0.1): ([2], pytest.approx(5e-6)),
+    }
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = Model()
+    model.llm.requires_grad_(False)
+    optimizer = build_optimizer(model, TrainConfig(max_steps=1))
+    assert {group["part"] for group in optimizer.param_groups} == {"projector"}
+    assert isinstance(optimizer, torch.optim.AdamW)

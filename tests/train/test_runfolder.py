@@ -1,0 +1,70 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vlm.errors import ConfigError, RunLocked
+from vlm.train.runfolder import RunFolder
+
+HOLD = """
+import sys
+from vlm.train.runfolder import RunFolder
+with RunFolder(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_told_whose_it_is(tmp_path):
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunLocked, match=f"process {holder.pid}"), RunFolder(run):
+            pass
+        holder.kill()
+        holder.wait()
+    with RunFolder(run):  # the lock of a killed process is taken over
+        assert json.loads((run / "run.owner.json").read_text())["pid"] == os.getpid()
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="is a file"), RunFolder(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match=r"thesis.tex"), RunFolder(tmp_path):
+        pass
+
+
+def test_an_output_dir_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.touch", refuse)
+    with pytest.raises(ConfigError, match="Permission denied"), RunFolder(tmp_path / "run"):
+        pass
+
+
+def test_rewind_drops_lines_past_the_step_and_a_torn_last_line(tmp_path):
+    with RunFolder(tmp_path / "run") as run:
+        for step in (1, 2, 3):
+            run.append("metrics.jsonl", {"step": step})
+        with (run.path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 1, "lo')
+        run.rewind("metrics.jsonl", 2)
+        assert (run.path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_temporary_folders_of_an_interrupted_save_are_cleaned_at_the_next_start(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints/.tmp-step-000010-abc").mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    with RunFolder(run):
+        assert list((run / "checkpoints").iterdir()) == []

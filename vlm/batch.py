@@ -1,0 +1,87 @@
+"""All that data and models agree on. Neither room knows anything else of the other.
+
+Letters in shapes: B rows, L tokens, N images, S pixels per side, P patches, C vision width, T tokens per image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+IGNORE_INDEX = -100  # label of a token that is not supervised; torch's cross entropy ignores it too
+
+
+class Skip(NamedTuple):
+    """One record that was left out, and why: a line of skipped.jsonl."""
+
+    rule: str  # stable short name, e.g. "image_missing"
+    where: str  # file and record
+    message: str
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How pictures become pixels for one vision encoder, and how many tokens each takes in the text."""
+
+    size: int  # S, pixels per side of the square the encoder sees
+    mean: tuple[float, float, float]  # per RGB channel, of values in [0, 1]
+    std: tuple[float, float, float]
+    num_tokens: int  # T, placeholders per picture, after the projector
+    resize: str = "pad"  # "pad" to a square with `background`, "crop" the middle, "squash"
+    background: tuple[int, int, int] = (255, 255, 255)  # RGB under transparent pixels and around padded pictures
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized conversation. Lists are of equal length l; labels are not shifted."""
+
+    input_ids: list[int]
+    labels: list[int]  # the token where the model is trained to say it, else IGNORE_INDEX; labels[0] is IGNORE_INDEX
+    images: tuple[str | bytes, ...] = ()  # resolved file paths or encoded pictures, in the order of their placeholders
+    where: str = ""  # file and record, for errors
+
+    @property
+    def num_supervised(self) -> int:
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+@dataclass
+class Batch:
+    """Rows of packed examples.
+
+    `position_ids` restart at 0 with every example of a row (and at every padding token), so that nothing attends
+    across. Padding has label IGNORE_INDEX. `image_token_id` stands in `input_ids` at each image placeholder; images
+    are in the order in which their placeholders appear, row by row.
+    """
+
+    input_ids: Tensor  # int64 [B, L]
+    labels: Tensor  # int64 [B, L]
+    position_ids: Tensor  # int64 [B, L]
+    pixel_values: Tensor | None = None  # float32 [N, 3, S, S]; None when no row has a picture
+    where: list[str] = field(default_factory=list)  # file and record of every example, in order
+    skipped: list[Skip] = field(default_factory=list)  # examples left out: a picture of theirs could not be read
+    num_padding: int = 0  # padding tokens among the B * L
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            pixel_values=None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True),
+            where=self.where,
+            skipped=self.skipped,
+            num_padding=self.num_padding,
+        )
+
+    @property
+    def num_images(self) -> int:
+        return 0 if self.pixel_values is None else len(self.pixel_values)
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens the loss counts. Position 0 of a row is never predicted, and never carries a label."""
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())

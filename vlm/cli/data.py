@@ -1,0 +1,69 @@
+"""`vlm data check | preview | stats`: the data as training will see it, without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vlm.cli.configs import Config, Options
+from vlm.config import RunConfig, load_config
+
+if TYPE_CHECKING:
+    from vlm.batch import ImageSpec
+    from vlm.data.tokenize import ConversationTokenizer
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.command()
+def check(
+    config: Config,
+    options: Options = None,
+    limit: Annotated[int, typer.Option(help="Bad records to print; all go to the file.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Write all bad records here, as JSON lines.")] = None,
+) -> None:
+    """Go through every record and decode every picture. Exit code 3 when more are bad than the config allows."""
+    checked = load_config(config, options or ())
+    from vlm.data.report import check_records
+
+    tokenizer, spec = _tokenizer_and_spec(checked)
+    check_records(checked.data, tokenizer, spec, limit=limit, out=out)
+
+
+@app.command()
+def preview(
+    config: Config,
+    options: Options = None,
+    number: Annotated[int, typer.Option("-n", help="Records to show.")] = 5,
+    out: Annotated[Path, typer.Option(help="Contact sheet of what the encoder will see.")] = Path("preview.png"),
+) -> None:
+    """Print records with their supervised tokens coloured, and save their pictures as the encoder will see them."""
+    checked = load_config(config, options or ())
+    from vlm.data.report import preview_records
+
+    tokenizer, spec = _tokenizer_and_spec(checked)
+    preview_records(checked.data, tokenizer, spec, number=number, out=out)
+
+
+@app.command()
+def stats(config: Config, options: Options = None) -> None:
+    """Histograms of lengths and turns, and how full packed rows are."""
+    checked = load_config(config, options or ())
+    from vlm.data.report import print_stats
+
+    tokenizer, _ = _tokenizer_and_spec(checked)
+    print_stats(checked.data, tokenizer, seed=checked.seed)
+
+
+def _tokenizer_and_spec(config: RunConfig) -> tuple[ConversationTokenizer, ImageSpec | None]:
+    """From config files and shapes alone; no weights are loaded."""
+    from vlm.data.build import build_conversation_tokenizer
+    from vlm.models.build import build_image_spec
+    from vlm.models.llm import IMAGE_TOKEN, load_tokenizer
+
+    spec = build_image_spec(config.model)
+    tokenizer = load_tokenizer(config.model.llm.path, config.model.trust_remote_code)
+    image_token_id = None if spec is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return build_conversation_tokenizer(config.data, tokenizer, spec, image_token_id), spec

@@ -1,0 +1,148 @@
+"""DataConfig -> the stream of training batches and the held-out batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlm.batch import ImageSpec, Skip
+from vlm.data.collate import Collator
+from vlm.data.config import DataConfig, SourceConfig
+from vlm.data.packing import pack_in_windows
+from vlm.data.records import open_source
+from vlm.data.scan import ExampleReader, Scan, refuse_too_many, scan_records
+from vlm.data.stream import BatchStream, EpochPlan, EvalBatches
+from vlm.data.template import TEMPLATES, ChatTemplate, match_tokenizer_template
+from vlm.data.tokenize import ConversationTokenizer
+from vlm.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_HELD_OUT = 3  # separates these random numbers from those of the order
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads."""
+
+    train: BatchStream
+    held_out: EvalBatches | None  # None when nothing is held out
+    conversation_tokenizer: ConversationTokenizer
+    skips: list[Skip]  # records that cannot be used, found before training
+    num_records: int  # in data.sources, skipped and held-out ones included
+
+
+def build_template(name: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
+    return match_tokenizer_template(tokenizer) if name == "tokenizer" else TEMPLATES[name]
+
+
+def build_conversation_tokenizer(
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast, image_spec: ImageSpec | None, image_token_id: int | None
+) -> ConversationTokenizer:
+    return ConversationTokenizer(
+        tokenizer,
+        build_template(config.template, tokenizer),
+        image_token_id=image_token_id,
+        tokens_per_image=0 if image_spec is None else image_spec.num_tokens,
+        system=config.system,
+    )
+
+
+def build_reader(
+    config: DataConfig, sources: Sequence[SourceConfig], conversation_tokenizer: ConversationTokenizer
+) -> ExampleReader:
+    """Opens the sources. Raises DataError for a missing or unreadable file."""
+    opened = tuple(open_source(source, Path(config.cache), config.image_placement) for source in sources)
+    return ExampleReader(opened, conversation_tokenizer, config.max_length, config.max_images, config.over_long)
+
+
+def build_data(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    image_spec: ImageSpec | None,
+    image_token_id: int | None,
+    *,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_rank: int = 0,
+    num_data_ranks: int = 1,
+) -> Data:
+    """Scan all sources, hold out what the config says, and plan the training rows.
+
+    Raises:
+        DataError: a source cannot be read, nothing is supervised, or more records are skipped than allowed.
+    """
+    conversation_tokenizer = build_conversation_tokenizer(config, tokenizer, image_spec, image_token_id)
+    reader = build_reader(config, config.sources, conversation_tokenizer)
+    scan = scan_records(reader, Path(config.cache), config.workers)
+    refuse_too_many(scan, config.max_skipped_share)
+    members, held_out = split_held_out(scan, config.held_out, seed)
+    pad_to = config.max_length if config.packing else None
+    collator = Collator(image_spec, conversation_tokenizer.pad_token_id, config.max_pixels, pad_to)
+    plan = EpochPlan(
+        scan=scan,
+        members=members,
+        weights=tuple(source.weight for source in config.sources),
+        seed=seed,
+        max_length=config.max_length,
+        max_images=config.max_images,
+        packing=config.packing,
+        window=config.pack_window,
+    )
+    if not plan.rows(0):
+        raise DataError("data: no record is left to train on; data.held_out or the sources' weights leave none")
+    stream = BatchStream(
+        plan,
+        collator,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        data_rank=data_rank,
+        num_data_ranks=num_data_ranks,
+        workers=config.workers,
+    )
+    if config.eval_sources:
+        eval_scan = scan_records(
+            build_reader(config, config.eval_sources, conversation_tokenizer), Path(config.cache), config.workers
+        )
+        refuse_too_many(eval_scan, config.max_skipped_share)
+        usable = np.flatnonzero(eval_scan.lengths)
+        evaluation = build_eval_batches(eval_scan, usable, config, collator, micro_batch_size)
+    else:
+        evaluation = build_eval_batches(scan, held_out, config, collator, micro_batch_size)
+    return Data(stream, evaluation, conversation_tokenizer, scan.skips, len(scan))
+
+
+def build_eval_batches(
+    scan: Scan, numbers: np.ndarray, config: DataConfig, collator: Collator, batch_size: int
+) -> EvalBatches | None:
+    if len(numbers) == 0:
+        return None
+    rows = pack_in_windows(
+        numbers,
+        scan.lengths,
+        scan.num_images,
+        max_length=config.max_length,
+        max_images=config.max_images,
+        window=config.pack_window if config.packing else 1,
+        seed=[0],
+    )
+    return EvalBatches(scan, rows, collator, batch_size)
+
+
+def split_held_out(scan: Scan, share: float, seed: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Record numbers that train, per source, and those held out: a fixed draw for each record."""
+    members, held_out, start = [], [], 0
+    for number, source in enumerate(scan.reader.sources):
+        everyone = np.arange(start, start + len(source))
+        usable = scan.lengths[everyone] > 0
+        out = np.random.default_rng([seed, _HELD_OUT, number]).random(len(source)) < share
+        members.append(everyone[usable & ~out])
+        held_out.append(everyone[usable & out])
+        start += len(source)
+    return tuple(members), np.concatenate(held_out)

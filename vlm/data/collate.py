@@ -1,0 +1,83 @@
+"""Packed examples -> Batch: pictures decoded, positions restarted, padding added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlm.batch import IGNORE_INDEX, Batch, Example, ImageSpec, Skip
+from vlm.data.images import load_image, to_pixels
+from vlm.errors import RecordError
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Turns rows of examples into a batch.
+
+    Args:
+        image_spec: None for a model without pictures.
+        pad_to: tokens of every row; None pads to the longest of the batch, rounded up to a multiple of 8.
+        max_pixels: pictures with more are left out, with their example.
+    """
+
+    image_spec: ImageSpec | None
+    pad_token_id: int
+    max_pixels: int
+    pad_to: int | None = None
+
+    def __call__(self, rows: Sequence[Sequence[Example]], skips: Sequence[Skip] = ()) -> Batch:
+        """A batch of `len(rows)` rows. An example whose picture cannot be read is left out and listed in `skipped`.
+
+        Args:
+            skips: examples that were lost before, while reading their records.
+        """
+        skipped = list(skips)
+        kept_rows: list[list[Example]] = []
+        pixels: list[Tensor] = []
+        for row in rows:
+            kept: list[Example] = []
+            for example in row:
+                try:
+                    pixels += self._pixels(example)
+                except RecordError as error:
+                    skipped.append(Skip(error.rule, example.where, error.message))
+                    continue
+                kept.append(example)
+            kept_rows.append(kept)
+        longest = max((sum(len(example.input_ids) for example in row) for row in kept_rows), default=0)
+        length = self.pad_to or max(8, -(-longest // 8) * 8)
+        ids, labels, positions = (
+            torch.stack([row[part] for row in (self._row(row, length) for row in kept_rows)]) for part in range(3)
+        )
+        num_tokens = sum(len(example.input_ids) for row in kept_rows for example in row)
+        return Batch(
+            input_ids=ids,
+            labels=labels,
+            position_ids=positions,
+            pixel_values=torch.stack(pixels) if pixels else None,
+            where=[example.where for row in kept_rows for example in row],
+            skipped=skipped,
+            num_padding=ids.numel() - num_tokens,
+        )
+
+    def _pixels(self, example: Example) -> list[Tensor]:
+        if self.image_spec is None:
+            return []
+        background = self.image_spec.background
+        return [to_pixels(load_image(image, self.max_pixels, background), self.image_spec) for image in example.images]
+
+    def _row(self, examples: list[Example], length: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids = torch.full((length,), self.pad_token_id, dtype=torch.int64)
+        labels = torch.full((length,), IGNORE_INDEX, dtype=torch.int64)
+        positions = torch.zeros(length, dtype=torch.int64)  # every padding token is a sequence of its own
+        start = 0
+        for example in examples:
+            end = start + len(example.input_ids)
+            ids[start:end] = torch.tensor(example.input_ids)
+            labels[start:end] = torch.tensor(example.labels)
+            positions[start:end] = torch.arange(end - start)
+            start = end
+        return ids, labels, positions

@@ -1,0 +1,52 @@
+"""Config sections of the data room."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from vlm.schema import Section
+
+
+class SourceConfig(Section):
+    path: str
+    """JSON, JSONL (.gz too), CSV, TSV, or a folder of pictures with .txt files beside them."""
+    images: str | None = None
+    """Folder that every picture must lie in; null means the folder of `path`."""
+    format: Literal["auto", "conversation", "caption", "text"] = "auto"
+    weight: PositiveFloat = 1.0
+    """How often each record appears per epoch; 0.5 takes another half every epoch."""
+    prompt: str | None = None
+    """Caption sources under a chat template: the user's turn that the caption answers."""
+
+
+class DataConfig(Section):
+    template: Literal["plain", "chatml", "internlm2", "llama2", "llama3", "vicuna", "alpaca", "tokenizer"] = "chatml"
+    """"tokenizer" takes the tokenizer's own chat template, if one of ours renders the same."""
+    system: str | None = None
+    """System prompt for conversations that bring none; null means the template's default."""
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    eval_sources: tuple[SourceConfig, ...] = ()
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the records of `sources` kept from training for the held-out loss."""
+    max_length: PositiveInt = 2048
+    """Tokens per packed row, image tokens counted."""
+    max_images: PositiveInt = 16
+    """Pictures per packed row."""
+    over_long: Literal["drop", "cut"] = "drop"
+    """A record over max_length is dropped, or cut at the last turn boundary that fits."""
+    packing: bool = True
+    pack_window: PositiveInt = 512
+    """Records among which best-fit packing chooses."""
+    workers: NonNegativeInt = 0
+    """Processes that decode pictures; 0 decodes in the training process."""
+    max_pixels: PositiveInt = 50_000_000
+    """A picture with more is skipped; read from its header before decoding."""
+    image_placement: Literal["exact", "auto"] = "auto"
+    """auto: one picture and no <image> mark in the record puts the picture first. exact: that is an error."""
+    max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """More skipped records than this share stops the run with exit code 3."""
+    max_skipped_in_a_row: PositiveInt = 100
+    cache: str = "cache/features"
+    """Where record indexes and length tables are kept."""

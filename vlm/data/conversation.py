@@ -1,0 +1,107 @@
+"""A conversation: turns of text and image slots, and the pictures that fill the slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from vlm.errors import RecordError
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class ImageSlot:
+    """The place of one picture in a turn."""
+
+
+IMAGE = ImageSlot()
+Part = str | ImageSlot
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The turn as one string, pictures left out."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def num_images(self) -> int:
+        return sum(isinstance(part, ImageSlot) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in order. The n-th image slot, through all turns, shows `images[n]`: a file path or encoded bytes."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[str | bytes, ...] = ()
+    where: str = ""  # file and record, for errors
+
+    @property
+    def num_slots(self) -> int:
+        return sum(turn.num_images for turn in self.turns)
+
+    def first_turns(self, count: int) -> Conversation:
+        """The conversation cut after `count` turns, with the pictures of those turns only."""
+        turns = self.turns[:count]
+        return replace(self, turns=turns, images=self.images[: sum(turn.num_images for turn in turns)])
+
+
+def normalise_turns(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Mend what can only have been meant in one way: an empty system turn is left out, users in a row become one.
+
+    Two replies in a row stay: whether the second continues or replaces the first cannot be known.
+
+    >>> normalise_turns((Turn("user", ("Look.",)), Turn("user", ("What is it?",))))
+    (Turn(role='user', parts=('Look.', '\\n', 'What is it?')),)
+    """
+    normal: list[Turn] = []
+    for turn in turns:
+        if turn.role == "system" and not turn.num_images and not turn.text.strip():
+            continue
+        if turn.role == "user" and normal and normal[-1].role == "user":
+            normal[-1] = Turn("user", (*normal[-1].parts, "\n", *turn.parts))
+        else:
+            normal.append(turn)
+    return tuple(normal)
+
+
+def check_conversation(conversation: Conversation) -> Conversation:
+    """Return the conversation if it can be trained on.
+
+    The order is: at most one system turn, first; then user and assistant in turns, the user first. A last user turn
+    without an answer is allowed: it is read, not learned.
+
+    Raises:
+        RecordError: rules empty_conversation, unknown_role, system_not_first, assistant_first, role_repeated,
+            image_in_answer, image_count.
+    """
+    where, turns = conversation.where, conversation.turns
+    spoken = turns[1:] if turns and turns[0].role == "system" else turns
+    first_number = 1 + len(turns) - len(spoken)
+    if not spoken:
+        raise RecordError("empty_conversation", "no user or assistant turn", where)
+    expected: Role = "user"
+    for number, turn in enumerate(spoken, first_number):
+        if turn.role not in get_args(Role):
+            raise RecordError("unknown_role", f"turn {number}: role {turn.role!r}, expected {get_args(Role)}", where)
+        if turn.role == "system":
+            raise RecordError("system_not_first", f"turn {number} is a system turn; it may only come first", where)
+        if turn.role != expected:
+            rule = "assistant_first" if number == first_number else "role_repeated"
+            raise RecordError(rule, f"turn {number} is {turn.role}, expected {expected}", where)
+        expected = "assistant" if turn.role == "user" else "user"
+    if any(turn.num_images for turn in turns if turn.role != "user"):
+        raise RecordError("image_in_answer", "a picture stands in a system or assistant turn", where)
+    if conversation.num_slots != len(conversation.images):
+        raise RecordError(
+            "image_count",
+            f"{conversation.num_slots} <image> marks, {len(conversation.images)} pictures: each picture needs one mark",
+            where,
+        )
+    return conversation

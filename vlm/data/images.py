@@ -1,0 +1,208 @@
+"""Pictures: found inside their folder, opened safely, upright, RGB, resized for the encoder."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from vlm.batch import ImageSpec
+from vlm.errors import RecordError
+from vlm.logs import warn
+
+# Raster formats only: Pillow's other readers run interpreters (EPS), read files beside the picture, or are rarely
+# tried with hostile input. "JPEG" opens the MPO of phones too, which keeps a second view behind the first.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+DEFAULT_MAX_PIXELS = 50_000_000
+_MAX_BETWEEN = 64_000_000  # pixels of a picture on the way to its square; 192 MB
+_WHITE = (255, 255, 255)
+_told: set[str] = set()  # warnings given once per process
+
+
+def resolve_image(root: Path, name: str) -> Path:
+    """The file `name` below `root`, links followed.
+
+    Args:
+        root: an absolute, resolved folder.
+
+    Raises:
+        RecordError: rules bad_image_field (empty, or with a NUL byte), image_missing, image_outside_root (`..`, an
+            absolute path or a link that leads out).
+    """
+    if not name.strip() or "\0" in name:
+        raise RecordError("bad_image_field", f"{name[:80]!r} is no file name")
+    try:
+        path = (root / name).resolve()
+        inside, exists = path.is_relative_to(root), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, half a surrogate pair
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise RecordError("image_missing", f"picture {name[:80]!r} cannot be looked up ({reason})") from None
+    if not inside:
+        raise RecordError("image_outside_root", f"picture {name[:200]!r} leads out of {root.name}/")
+    if not exists:
+        raise RecordError("image_missing", f"picture {name[:200]!r} is no file below {root.name}/")
+    return path
+
+
+def load_image(
+    source: str | bytes | Path, max_pixels: int = DEFAULT_MAX_PIXELS, background: tuple[int, int, int] = _WHITE
+) -> Image.Image:
+    """Open a picture as upright RGB; of an animation, the first frame.
+
+    16-bit and float greys are scaled to 8 bit, not clipped. Transparency is composited on `background` (RGB, 0-255),
+    so that colour hidden under transparent pixels never shows.
+
+    Args:
+        source: a file, or the bytes of one.
+        max_pixels: read from the header, before anything is decoded. Pillow has its own limit above that, 179 million.
+
+    Raises:
+        RecordError: rules image_missing, image_unreadable, image_too_large.
+    """
+    label = "the picture" if isinstance(source, bytes) else Path(source).name
+    if not isinstance(source, bytes) and not os.path.isfile(source):  # a folder; a pipe would block
+        reason = "is no file" if os.path.exists(source) else "does not exist"
+        raise RecordError("image_unreadable" if os.path.exists(source) else "image_missing", f"{label} {reason}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # malformed EXIF and the like; what matters raises
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+                _check_size(image.size, max_pixels, label)
+                image.load()
+                upright = _upright(image)
+                _tell_of_animation(image, label)
+                return _to_rgb(upright, background)
+    except RecordError:
+        raise
+    except Image.DecompressionBombError:
+        raise RecordError("image_too_large", f"{label} is over Pillow's own limit of pixels") from None
+    except Exception as error:  # decoders raise many types on damaged files
+        raise RecordError("image_unreadable", f"{label}: {type(error).__name__}: {_reason(error)}") from None
+
+
+def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:
+    """Resize by `spec.resize` (bicubic, antialiased) and normalise.
+
+    Returns:
+        float32 [3, S, S], (value / 255 - mean) / std per RGB channel.
+    """
+    values = torch.from_numpy(np.array(fit_square(image, spec), dtype=np.float32))
+    mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
+    return ((values / 255 - mean) / std).permute(2, 0, 1).contiguous()
+
+
+def from_pixels(pixels: Tensor, spec: ImageSpec) -> Image.Image:
+    """What `to_pixels` made, as a picture again: what the encoder sees."""
+    values = pixels.permute(1, 2, 0).float() * torch.tensor(spec.std) + torch.tensor(spec.mean)
+    return Image.fromarray((values * 255).round().clamp(0, 255).to(torch.uint8).numpy())
+
+
+def fit_square(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """The RGB picture as an S x S square: padded with the background, cropped in the middle, or squashed."""
+    size = (spec.size, spec.size)
+    if spec.resize == "squash":
+        return image.resize(size, Image.Resampling.BICUBIC)
+    if spec.resize == "crop":
+        return _middle(image, spec.size)
+    return _padded(image, spec.background).resize(size, Image.Resampling.BICUBIC)
+
+
+def _middle(image: Image.Image, size: int) -> Image.Image:
+    """As CLIP's preprocessing, to the bit: the shorter side becomes `size`, then the middle is cut out."""
+    short = min(image.size)
+    width, height = (max(size, int(size * side / short)) for side in image.size)  # CLIP cuts the fraction off
+    left, top = (width - size) // 2, (height - size) // 2
+    if width * height <= _MAX_BETWEEN:
+        scaled = image.resize((width, height), Image.Resampling.BICUBIC)
+        return scaled.crop((left, top, left + size, top + size))
+    # 1 x 1,000,000 pixels would become 336 x 336,000,000, so only the middle is resized; Pillow takes the box in
+    # single precision, which is why this is not the usual way.
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, min(image.width, (left + size) * x), min(image.height, (top + size) * y))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def _padded(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """The picture in the middle of a square, as LLaVA pads: before it is resized."""
+    side = max(image.size)
+    if side * side > _MAX_BETWEEN:  # shrunk first: the square round 1 x 50,000,000 pixels fits in no memory
+        scale = _MAX_BETWEEN**0.5 / side
+        width, height = (max(1, int(length * scale)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        side = max(image.size)
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, label: str) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise RecordError("image_unreadable", f"{label} has {width} x {height} pixels")
+    if width * height > max_pixels:
+        raise RecordError(
+            "image_too_large", f"{label} has {width} x {height} pixels, more than data.max_pixels {max_pixels:,}"
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # malformed EXIF says nothing about orientation, so the picture stays as stored
+        return image
+
+
+def _tell_of_animation(image: Image.Image, label: str) -> None:
+    try:
+        animated = image.format != "MPO" and getattr(image, "is_animated", False)
+    except Exception:  # the second frame is damaged; the first is all that counts
+        animated = True
+    if animated and "animation" not in _told:
+        _told.add("animation")
+        warn(f"data: {label} has several frames; of such pictures the first is taken (said once)")
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = _scaled_grey(image).convert("RGB")
+        hidden = image.info.get("transparency")
+        if isinstance(hidden, int):  # PNG: the one grey value that is transparent
+            mask = Image.fromarray(np.where(np.asarray(image) == hidden, 255, 0).astype(np.uint8))
+            grey.paste(background, (0, 0), mask)
+        return grey
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        backdrop = Image.new("RGBA", rgba.size, (*background, 255))
+        return Image.alpha_composite(backdrop, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scaled_grey(image: Image.Image) -> Image.Image:
+    """Greys of more than 8 bit as 8 bit.
+
+    The range is the file's for 16 bit. Where the file does not say (32 bit, float), it is the least of 0..1 (float
+    only), 0..255 (float only), 0..65535 and 0..the highest value that holds all values; with negative values, it is
+    from the lowest to the highest.
+    """
+    values = np.asarray(image, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise RecordError("image_unreadable", "grey values are not finite")
+    low, high = float(values.min()), float(values.max())
+    if image.mode.startswith("I;16"):
+        low, high = 0.0, 65535.0
+    elif low >= 0:
+        ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+        low, high = 0.0, next((top for top in ranges if high <= top), high)
+    scaled = (values - low) * (255 / max(high - low, 1e-12))
+    return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+
+
+def _reason(error: Exception) -> str:
+    """What a decoder said, without the addresses of objects that Pillow puts in."""
+    return str(error).split(" <", 1)[0][:100]

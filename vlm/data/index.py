@@ -1,0 +1,292 @@
+"""Where each record of a data file begins and ends, so that any one can be read without the others.
+
+JSON arrays, JSONL and tables of any size are scanned once through a memory map (`vlm.data.spans`); the places are kept
+in the cache folder and memory-mapped, so memory does not grow with the number of records.
+"""
+
+from __future__ import annotations
+
+import atexit
+import csv
+import gzip
+import hashlib
+import io
+import json
+import mmap
+import os
+import secrets
+import shutil
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vlm.data.spans import MAX_RECORD_BYTES, Span, find_json_array, find_lines, find_rows
+from vlm.errors import DataError, RecordError
+from vlm.logs import warn
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_VERSION = 2  # of the stored spans; a higher one makes older caches unread
+
+
+class RecordIndex:
+    """Random access to the records of one file. Cheap to send to worker processes: it opens its files again there.
+
+    Args:
+        path: the file that the spans point into.
+        spans: int64 [n, 3]: first byte, one past the last, and the number to name in messages, of each record; of a
+            table, the header first.
+        unit: what that number counts, from 1: "line" or "record".
+        name: of the file, for messages; another than `path.name` for an unpacked .gz.
+        stored: the .npy file that `spans` is mapped from, if it is.
+        columns: names of the columns of a CSV or TSV file; None for JSON.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        spans: np.ndarray,
+        unit: str,
+        *,
+        name: str | None = None,
+        stored: Path | None = None,
+        columns: tuple[str, ...] | None = None,
+        delimiter: str = ",",
+    ) -> None:
+        self.path = path
+        self.name = name or path.name
+        self.columns = columns
+        self.spans = self._without_header(spans)
+        self.unit = unit
+        self.stored = stored
+        self.delimiter = delimiter
+        self._fingerprint = fingerprint(path)
+        self._file: BinaryIO | None = None
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None, "spans": self.spans if self.stored is None else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.stored is not None:
+            self.spans = self._without_header(np.load(self.stored, mmap_mode="r", allow_pickle=False))
+
+    def where(self, index: int) -> str:
+        return f"{self.name}: {self.unit} {self.spans[index, 2]}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The parsed record.
+
+        Raises:
+            RecordError: rules bad_json, duplicate_key, not_an_object, bad_csv, bad_columns, record_too_large.
+            DataError: the file was changed since it was indexed.
+        """
+        start, end = int(self.spans[index, 0]), int(self.spans[index, 1])
+        try:
+            if end - start > MAX_RECORD_BYTES:
+                raise RecordError(
+                    "record_too_large",
+                    f"{(end - start) >> 20} MiB long, at most {MAX_RECORD_BYTES >> 20}. Usually a bracket or a quote "
+                    "is missing in it, and it takes along the records behind it",
+                )
+            if start == end:
+                raise RecordError("bad_json", "the list is not closed: the file was cut off here")
+            # pread leaves the file position alone, which forked workers would share
+            raw = os.pread(self._open().fileno(), end - start, start)
+            return parse_json_record(raw) if self.columns is None else self._parse_row(raw)
+        except RecordError as error:
+            raise error.at(self.where(index)) from None
+
+    def _without_header(self, spans: np.ndarray) -> np.ndarray:
+        return spans if self.columns is None else spans[1:]
+
+    def _open(self) -> BinaryIO:
+        if self._file is None:
+            if fingerprint(self.path) != self._fingerprint:
+                raise DataError(f"data file {self.path} was changed since it was indexed: start the command again")
+            self._file = self.path.open("rb", buffering=0)
+        return self._file
+
+    def _parse_row(self, raw: bytes) -> dict[str, Any]:
+        assert self.columns is not None
+        row = parse_csv_row(raw, self.delimiter)
+        if len(row) != len(self.columns):
+            raise RecordError(
+                "bad_columns", f"{len(row)} columns, expected {len(self.columns)}: {', '.join(self.columns)}"
+            )
+        return dict(zip(self.columns, row, strict=True))
+
+
+def open_index(path: Path, cache: Path) -> RecordIndex:
+    """Index a .json, .jsonl, .csv or .tsv file, each also with .gz.
+
+    Args:
+        path: the data file.
+        cache: folder for spans (and for the unpacked text of a .gz file); a folder that cannot be written costs
+            time, not the run.
+
+    Raises:
+        DataError: missing, unreadable, empty, or not a list of records.
+    """
+    if not path.is_file():
+        raise DataError(f"data file {path} does not exist. Check data.sources; relative paths start where you run")
+    name = path.name
+    try:
+        if path.suffix.lower() == ".gz":
+            path = _unpacked(path, cache)
+        return _open_plain(path, name, cache)
+    except OSError as error:
+        raise DataError(f"data file {path} cannot be read ({error.strerror or error})") from None
+
+
+def fingerprint(path: Path) -> str:
+    """Name, size and modification time of a file, hashed: changes when the file is edited or replaced."""
+    status = path.stat()
+    return hashlib.sha256(
+        f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape")
+    ).hexdigest()[:16]
+
+
+def parse_json_record(raw: bytes) -> dict[str, Any]:
+    """One JSON object, strictly: no NaN, no repeated key, no nesting that would exhaust the stack.
+
+    Raises:
+        RecordError: rules bad_json, duplicate_key, not_an_object.
+    """
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_repeated_key, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise RecordError("bad_json", f"not UTF-8 (byte {error.start} of the record)") from None
+    except RecursionError:
+        raise RecordError("bad_json", "nested too deeply") from None
+    except ValueError as error:  # bad syntax, NaN, an integer of thousands of digits
+        raise RecordError("bad_json", f"not JSON: {str(error)[:120]}") from None
+    if not isinstance(value, dict):
+        raise RecordError("not_an_object", f"a {type(value).__name__}, expected an object {{...}}")
+    return value
+
+
+def parse_csv_row(raw: bytes, delimiter: str) -> list[str]:
+    """The fields of one row. Raises RecordError rule bad_csv."""
+    try:
+        return next(csv.reader(io.StringIO(raw.decode("utf-8"), newline=""), delimiter=delimiter, strict=True))
+    except (UnicodeDecodeError, csv.Error, StopIteration) as error:
+        raise RecordError("bad_csv", f"not a row of UTF-8 text ({error})") from None
+
+
+def _no_repeated_key(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise RecordError("duplicate_key", f"key {repeated[:40]!r} stands twice")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _open_plain(path: Path, name: str, cache: Path) -> RecordIndex:
+    suffix = path.suffix.lower()
+    if suffix not in (".json", ".jsonl", *DELIMITERS):
+        raise DataError(f"data file {path}: unknown ending {suffix!r}; known: .json .jsonl .csv .tsv (each also .gz)")
+    if path.stat().st_size == 0:
+        raise DataError(f"data file {path} is empty")
+    if suffix == ".jsonl":
+        spans, stored = _spans(path, cache, find_lines)
+        return RecordIndex(path, spans, "line", name=name, stored=stored)
+    if suffix == ".json":
+        spans, stored = _spans(path, cache, lambda text: find_json_array(text, name))
+        return RecordIndex(path, spans, "record", name=name, stored=stored)
+    delimiter = DELIMITERS[suffix]
+    spans, stored = _spans(path, cache, lambda text: find_rows(text, delimiter))
+    if len(spans) == 0:
+        raise DataError(f"data file {path} is empty: expected a header line and rows")
+    columns = _header(path, spans[0], delimiter)
+    return RecordIndex(path, spans, "line", name=name, stored=stored, columns=columns, delimiter=delimiter)
+
+
+def _header(path: Path, span: np.ndarray, delimiter: str) -> tuple[str, ...]:
+    with path.open("rb") as file:
+        file.seek(int(span[0]))
+        raw = file.read(min(int(span[1] - span[0]), 1 << 20))
+    try:
+        columns = tuple(column.strip() for column in parse_csv_row(raw, delimiter))
+    except RecordError as error:
+        raise DataError(f"data file {path}: the header line is {error.message}") from None
+    if len(set(columns)) != len(columns):
+        raise DataError(f"data file {path}: a column name stands twice in the header {columns}")
+    return columns
+
+
+def _spans(path: Path, cache: Path, scan: Callable[[mmap.mmap], Iterator[Span]]) -> tuple[np.ndarray, Path | None]:
+    """The spans of a file, int64 [n, 3], and the cache file they are mapped from, or None if they lie in memory."""
+    key = hashlib.sha256(f"{os.fspath(path.resolve())!r}\0{fingerprint(path)}\0{_VERSION}".encode()).hexdigest()[:24]
+    stored = cache / "index" / f"{key}.npy"
+    spans = _load_spans(stored, path.stat().st_size)
+    if spans is not None:
+        return spans, stored
+    with path.open("rb") as file:
+        text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with its last reader
+    spans = np.fromiter(chain.from_iterable(scan(text)), dtype=np.int64).reshape(-1, 3)
+    temporary = stored.with_name(f".{secrets.token_hex(4)}.npy")
+    try:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        np.save(temporary, spans)
+        temporary.replace(stored)
+    except OSError as error:
+        if temporary.exists():
+            temporary.unlink()
+        warn(f"data.cache: cannot write to {stored.parent} ({error.strerror}); {path.name} is indexed in memory")
+        return spans, None
+    mapped = _load_spans(stored, path.stat().st_size)
+    return (spans, None) if mapped is None else (mapped, stored)
+
+
+def _load_spans(stored: Path, file_size: int) -> np.ndarray | None:
+    """Spans from the cache; None if they are not there, damaged, or point behind the end of the file."""
+    try:
+        spans = np.load(stored, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # ValueError: damaged, or of a file without records
+        return None
+    fits = spans.dtype == np.int64 and spans.ndim == 2 and spans.shape[1] == 3 and len(spans) > 0
+    return spans if fits and spans[0, 0] >= 0 and spans[-1, 1] <= file_size else None
+
+
+def _unpacked(path: Path, cache: Path) -> Path:
+    """The text of a .gz file, unpacked once into the cache, or for this process alone if the cache is read-only."""
+    name = f"{fingerprint(path)}-{path.with_suffix('').name}"
+    target = cache / "unpacked" / name
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _unpack(path, target)
+    except OSError as error:
+        folder = Path(tempfile.mkdtemp(prefix="vlm-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        warn(f"data.cache: cannot write to {target.parent} ({error.strerror}); {path.name} is unpacked into {folder}")
+        target = folder / name
+        _unpack(path, target)
+    return target
+
+
+def _unpack(path: Path, target: Path) -> None:
+    temporary = target.with_name(f".{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file, gzip.open(path, "rb") as packed:
+            shutil.copyfileobj(packed, file, 1 << 20)
+        temporary.replace(target)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"data file {path} is not a whole gzip file ({error})") from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()

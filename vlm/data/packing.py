@@ -1,0 +1,66 @@
+"""Packing: examples -> rows under a token and an image budget."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+import numpy as np
+
+
+def pack(lengths: np.ndarray, num_images: np.ndarray, max_length: int, max_images: int) -> list[list[int]]:
+    """Best fit, longest first: each example goes into the fullest row that still takes it.
+
+    Args:
+        lengths: tokens of each example, int [n], each at most `max_length`.
+        num_images: pictures of each example, int [n], each at most `max_images`.
+
+    Returns:
+        rows of positions into `lengths`; within a row in ascending order. Every example stands in one row.
+
+    >>> pack(np.array([6, 5, 4, 3]), np.zeros(4, int), max_length=10, max_images=9)
+    [[0, 2], [1, 3]]
+    """
+    rows: list[list[int]] = []
+    images_left: list[int] = []
+    free: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    for position in np.argsort(-lengths, kind="stable").tolist():
+        length, images = int(lengths[position]), int(num_images[position])
+        at = bisect_left(free, (length, -1))
+        while at < len(free) and images_left[free[at][1]] < images:
+            at += 1
+        if at < len(free):
+            left, row = free.pop(at)
+            rows[row].append(position)
+        else:
+            left, row = max_length, len(rows)
+            rows.append([position])
+            images_left.append(max_images)
+        images_left[row] -= images
+        if left > length:
+            insort(free, (left - length, row))
+    return [sorted(row) for row in rows]
+
+
+def pack_in_windows(
+    order: np.ndarray, lengths: np.ndarray, num_images: np.ndarray, *, max_length: int, max_images: int, window: int,
+    seed: list[int],
+) -> list[np.ndarray]:  # fmt: skip
+    """Pack `window` records at a time, in the order given, and shuffle the rows within each window.
+
+    Shuffled because packing puts the long records into the first rows.
+
+    Args:
+        order: record numbers, int [n].
+        lengths, num_images: of all records, indexed by record number.
+        seed: seeds the shuffle, together with the window's number.
+
+    Returns:
+        rows of record numbers.
+    """
+    rows: list[np.ndarray] = []
+    for number, start in enumerate(range(0, len(order), window)):
+        part = order[start : start + window]
+        packed = pack(lengths[part], num_images[part], max_length, max_images)
+        shuffle = np.random.default_rng([*seed, number]).permutation(len(packed))
+        rows += [part[packed[i]] for i in shuffle]
+    return rows

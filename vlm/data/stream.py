@@ -1,0 +1,221 @@
+"""Batches in an order that is a pure function of (seed, epoch, index)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vlm.batch import Batch, Example, Skip
+from vlm.data.collate import Collator
+from vlm.data.packing import pack_in_windows
+from vlm.data.scan import Scan
+from vlm.errors import ConfigError, RecordError
+
+_ORDER, _WEIGHTS = 1, 2  # separate the random numbers of different uses
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """Which records stand in which row of an epoch."""
+
+    scan: Scan
+    members: tuple[np.ndarray, ...]  # per source: the record numbers that take part
+    weights: tuple[float, ...]  # per source
+    seed: int
+    max_length: int
+    max_images: int
+    packing: bool
+    window: int
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Record numbers of the epoch, shuffled; each source as often as its weight says."""
+        chosen = []
+        for number, (members, weight) in enumerate(zip(self.members, self.weights, strict=True)):
+            whole = math.floor(weight)
+            chosen += [members] * whole
+            part = round((weight - whole) * len(members))
+            if part:  # a window that moves on every epoch over a fixed shuffle: 0.5 takes the other half next time
+                shuffled = members[np.random.default_rng([self.seed, _WEIGHTS, number]).permutation(len(members))]
+                chosen.append(np.roll(shuffled, -epoch * part)[:part])
+        records = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
+        return records[np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(records))]
+
+    @lru_cache(maxsize=3)  # noqa: B019  a plan lives as long as its stream
+    def rows(self, epoch: int) -> list[np.ndarray]:
+        order = self.order(epoch)
+        if not self.packing:
+            return [order[i : i + 1] for i in range(len(order))]
+        return pack_in_windows(
+            order,
+            self.scan.lengths,
+            self.scan.num_images,
+            max_length=self.max_length,
+            max_images=self.max_images,
+            window=self.window,
+            seed=[self.seed, _ORDER, epoch],
+        )
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class BatchStream:
+    """Micro-batches of one data rank, step by step, over any number of epochs. Its whole state is the step number.
+
+    A step takes `global_batch_size` rows of the epoch's plan; the last step of an epoch is filled up with empty rows.
+    Rank r of R takes the r-th of R equal parts of the step's rows, so that all ranks together always see the same
+    rows in the same step, whatever R and the number of workers.
+
+    Args:
+        micro_batch_size: rows per `Batch`.
+        workers: processes that read records and decode pictures; 0 does so in this one.
+    """
+
+    def __init__(
+        self,
+        plan: EpochPlan,
+        collator: Collator,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_rank: int = 0,
+        num_data_ranks: int = 1,
+        workers: int = 0,
+    ) -> None:
+        if global_batch_size % (micro_batch_size * num_data_ranks):
+            raise ConfigError(
+                f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
+                f"{micro_batch_size} x {num_data_ranks} data ranks"
+            )
+        self.plan = plan
+        self.collator = collator
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.data_rank = data_rank
+        self.num_data_ranks = num_data_ranks
+        self.workers = workers
+        self.microbatches_per_step = global_batch_size // (micro_batch_size * num_data_ranks)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides which record stands where; a resumed run compares it."""
+        plan = self.plan
+        state = [
+            plan.scan.digest(), plan.seed, plan.weights, plan.max_length, plan.max_images, plan.packing, plan.window,
+            [hashlib.sha256(members.tobytes()).hexdigest() for members in plan.members], self.global_batch_size,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+
+    @property
+    def fill(self) -> float:
+        """Share of real tokens in the packed rows of the first epoch."""
+        rows = self.plan.rows(0)
+        tokens = sum(int(self.plan.scan.lengths[row].sum()) for row in rows)
+        return tokens / max(1, len(rows) * self.plan.max_length)
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        return -(-len(self.plan.rows(epoch)) // self.global_batch_size)
+
+    def steps_in(self, epochs: float) -> int:
+        """Optimizer steps of so many epochs; a part of an epoch is rounded up to a step."""
+        whole = math.floor(epochs)
+        steps = sum(self.steps_in_epoch(epoch) for epoch in range(whole))
+        return steps + math.ceil((epochs - whole) * self.steps_in_epoch(whole)) if epochs > whole else steps
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs done after `step` optimizer steps."""
+        epoch, within = self._locate(step)
+        return epoch + within / self.steps_in_epoch(epoch)
+
+    def iterate(self, start_step: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of this rank for step `start_step`, then for each step after it, without end."""
+        first = start_step * self.microbatches_per_step
+        loader = DataLoader(
+            _Microbatches(self),
+            sampler=_CountFrom(first),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+            generator=torch.Generator(),  # its own: the loader must not draw from training's random state
+        )
+        batches = iter(loader)
+        while True:
+            yield [next(batches) for _ in range(self.microbatches_per_step)]
+
+    def microbatch(self, number: int) -> Batch:
+        """Micro-batch `number` of this rank, counted from the start of the run."""
+        step, micro = divmod(number, self.microbatches_per_step)
+        epoch, within = self._locate(step)
+        rows = self.plan.rows(epoch)
+        per_rank = self.global_batch_size // self.num_data_ranks
+        start = within * self.global_batch_size + self.data_rank * per_rank + micro * self.micro_batch_size
+        chosen = [rows[i] if i < len(rows) else () for i in range(start, start + self.micro_batch_size)]
+        return read_batch(self.plan.scan, chosen, self.collator)
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it)."""
+        for epoch in itertools.count():
+            steps = self.steps_in_epoch(epoch)
+            if step < steps:
+                return epoch, step
+            step -= steps
+        raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class EvalBatches:
+    """A finite set of batches in file order, the same each time it is gone through."""
+
+    scan: Scan
+    rows: list[np.ndarray]
+    collator: Collator
+    batch_size: int  # rows
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.rows), self.batch_size):
+            yield read_batch(self.scan, self.rows[start : start + self.batch_size], self.collator)
+
+
+def read_batch(scan: Scan, rows: list, collator: Collator) -> Batch:
+    """Read the records of `rows` (record numbers) and collate them. Records that broke since the scan are skipped."""
+    examples: list[list[Example]] = []
+    skips: list[Skip] = []
+    for row in rows:
+        kept = []
+        for number in row:
+            try:
+                kept.append(scan.reader.read(int(number)))
+            except RecordError as error:
+                skips.append(Skip(error.rule, error.where, error.message))
+        examples.append(kept)
+    return collator(examples, skips)
+
+
+class _Microbatches(Dataset):
+    def __init__(self, stream: BatchStream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.stream.microbatch(number)
+
+
+class _CountFrom(Sampler):
+    """start, start + 1, ... without end."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.start)

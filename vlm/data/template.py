@@ -1,0 +1,260 @@
+"""Chat templates: a conversation -> pieces of text, each known to be control or content, reply or not.
+
+Control pieces are the template's own words and may become special tokens. Content is what a person or a data file
+wrote and never does. The end-of-reply token belongs to the reply: the model learns to stop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from vlm.data.conversation import IMAGE, Conversation, ImageSlot, Turn
+from vlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BOS, EOS = "{bos}", "{eos}"  # stand for the tokenizer's own tokens inside control pieces
+
+
+@dataclass(frozen=True)
+class Piece:
+    text: str
+    is_control: bool = False
+    is_reply: bool = False
+
+
+@dataclass(frozen=True)
+class RoleFormat:
+    """`before` and `after` are control text; `prefix` is white space that belongs to the content."""
+
+    before: str = ""
+    after: str = ""
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How one family of models writes a conversation down."""
+
+    name: str
+    user: RoleFormat
+    assistant: RoleFormat  # `after` ends the reply and is learned
+    system: RoleFormat = RoleFormat()
+    separator: str = ""  # control text after a reply, not learned
+    bos: Literal["always", "never", "tokenizer"] = "tokenizer"  # "tokenizer": if it adds one by itself
+    default_system: str | None = None
+    system_in_first_user: bool = False  # llama2: the system text stands inside the first user turn
+    only_images_of_user: bool = False  # plain: what the user says is left out, pictures stay
+
+    def render(
+        self, conversation: Conversation, system: str | None = None, add_generation_prompt: bool = False
+    ) -> list[Piece | ImageSlot]:
+        """The conversation as pieces, in order; empty ones are left out.
+
+        Args:
+            system: used when the conversation has no system turn; None takes the template's default, if any.
+            add_generation_prompt: end with what stands before a reply.
+        """
+        turns = list(conversation.turns)
+        if turns and turns[0].role == "system":
+            system = turns.pop(0).text
+        elif system is None:
+            system = self.default_system
+        pieces: list[Piece | ImageSlot] = [Piece(BOS, is_control=True)] if self.bos != "never" else []
+        head = [] if system is None or self.only_images_of_user else self._system(system)
+        if not self.system_in_first_user:
+            pieces += head
+            head = []
+        for turn in turns:
+            pieces += self._turn(turn, head)
+            head = []
+        if add_generation_prompt:
+            pieces.append(Piece(self.assistant.before, is_control=True))
+        return [piece for piece in pieces if isinstance(piece, ImageSlot) or piece.text]
+
+    @property
+    def stop(self) -> str:
+        """Control text that ends a reply."""
+        return self.assistant.after
+
+    def jinja(self, bos_token: str | None, eos_token: str | None, tokenizer_adds_bos: bool) -> str:
+        """The same template in the form that transformers keeps in chat_template.jinja.
+
+        Replies stand between generation markers, so that assistant masks can be made from it. Pictures in a list of
+        content parts become `<image>`.
+        """
+        with_bos = self.bos == "always" or (self.bos == "tokenizer" and tokenizer_adds_bos)
+        return _jinja(self, (bos_token or "") if with_bos else "", bos_token or "", eos_token or "")
+
+    def _system(self, text: str) -> list[Piece | ImageSlot]:
+        return [
+            Piece(self.system.before, is_control=True),
+            Piece(self.system.prefix + text),
+            Piece(self.system.after, is_control=True),
+        ]
+
+    def _turn(self, turn: Turn, head: list[Piece | ImageSlot]) -> Iterator[Piece | ImageSlot]:
+        if turn.role == "assistant":
+            yield Piece(self.assistant.before, is_control=True)
+            yield Piece(self.assistant.prefix + turn.text, is_reply=True)
+            yield Piece(self.assistant.after, is_control=True, is_reply=True)
+            yield Piece(self.separator, is_control=True)
+            return
+        yield Piece(self.user.before, is_control=True)
+        yield from head
+        prefix = self.user.prefix
+        for part in turn.parts:
+            if part == IMAGE:
+                yield from (Piece(prefix), IMAGE)
+                prefix = ""
+            elif not self.only_images_of_user:
+                yield Piece(prefix + str(part))
+                prefix = ""
+        yield Piece(self.user.after, is_control=True)
+
+
+def _im(role: str) -> RoleFormat:
+    return RoleFormat(f"<|im_start|>{role}\n", "<|im_end|>\n")
+
+
+def _llama3(role: str) -> RoleFormat:
+    return RoleFormat(f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>")
+
+
+_CHATML_REPLY = RoleFormat("<|im_start|>assistant\n", "<|im_end|>")
+
+TEMPLATES: dict[str, ChatTemplate] = {
+    template.name: template
+    for template in (
+        ChatTemplate("plain", user=RoleFormat(), assistant=RoleFormat(after=EOS), only_images_of_user=True),
+        ChatTemplate("chatml", _im("user"), _CHATML_REPLY, _im("system"), separator="\n", bos="never"),
+        ChatTemplate("internlm2", _im("user"), _CHATML_REPLY, _im("system"), separator="\n", bos="always"),
+        ChatTemplate(
+            "llama2",
+            user=RoleFormat("[INST] ", " [/INST]"),
+            assistant=RoleFormat(prefix=" ", after=f" {EOS}"),
+            system=RoleFormat("<<SYS>>\n", "\n<</SYS>>\n\n"),
+            separator=BOS,
+            bos="always",
+            system_in_first_user=True,
+        ),
+        ChatTemplate("llama3", _llama3("user"), _llama3("assistant"), _llama3("system"), bos="always"),
+        ChatTemplate(
+            "vicuna",
+            user=RoleFormat("USER:", " ", prefix=" "),
+            assistant=RoleFormat("ASSISTANT:", EOS, prefix=" "),
+            system=RoleFormat(after=" "),
+            default_system=(
+                "A chat between a curious user and an artificial intelligence assistant. "
+                "The assistant gives helpful, detailed, and polite answers to the user's questions."
+            ),
+        ),
+        ChatTemplate(
+            "alpaca",
+            user=RoleFormat("### Instruction:\n", "\n\n"),
+            assistant=RoleFormat("### Response:\n", EOS),
+            system=RoleFormat(after="\n\n"),
+            separator="\n\n",
+            default_system=(
+                "Below is an instruction that describes a task. "
+                "Write a response that appropriately completes the request."
+            ),
+        ),
+    )
+}
+
+
+def match_tokenizer_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
+    """The template of ours that writes what the tokenizer's own chat template writes, default system prompt included.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or none of ours writes the same.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "data.template is tokenizer, but this tokenizer has no chat template. Name one of: " + ", ".join(TEMPLATES)
+        )
+    spoken = (("user", "Hi"), ("assistant", "Yes?"), ("user", "Go"))
+    asked = [{"role": role, "content": text} for role, text in spoken]
+    expected = [
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for messages in (asked, [{"role": "system", "content": "Be brief."}, *asked])
+    ]
+    nearest, agreement = "", -1
+    for template in TEMPLATES.values():
+        candidate = _with_system_of(template, expected[0])
+        rendered = [render_text(candidate, tokenizer, asked, system) for system in (None, "Be brief.")]
+        if rendered == expected:
+            return candidate
+        common = next((i for i, (a, b) in enumerate(zip(rendered[0], expected[0], strict=False)) if a != b), 0)
+        if common > agreement:
+            nearest, agreement = f"{candidate.name} writes {rendered[0]!r}", common
+    raise ConfigError(
+        f"data.template is tokenizer, but none of ours writes what its chat template writes: {expected[0]!r}. "
+        f"Nearest: {nearest}. Name one of {', '.join(TEMPLATES)}, or add the family in vlm/data/template.py"
+    )
+
+
+def render_text(
+    template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], system: str | None
+) -> str:
+    """A text-only conversation as one string, ending with the generation prompt."""
+    turns = tuple(Turn(message["role"], (message["content"],)) for message in messages)
+    pieces = template.render(Conversation(turns), system=system, add_generation_prompt=True)
+    text = "".join(piece.text if isinstance(piece, Piece) else "<image>" for piece in pieces)
+    return text.replace(BOS, tokenizer.bos_token or "").replace(EOS, tokenizer.eos_token or "")
+
+
+def _with_system_of(template: ChatTemplate, rendered: str) -> ChatTemplate:
+    """The template with the default system prompt that `rendered` shows, or with none."""
+    before, after = template.system.before, template.system.after
+    if before and before in rendered and after:
+        return replace(template, default_system=rendered.split(before, 1)[1].split(after, 1)[0])
+    return replace(template, default_system=None)
+
+
+def _jinja(template: ChatTemplate, start: str, bos_token: str, eos_token: str) -> str:
+    def text(value: str) -> str:
+        return json.dumps(value.replace(BOS, bos_token).replace(EOS, eos_token), ensure_ascii=False)
+
+    user, assistant, system = template.user, template.assistant, template.system
+    default = "none" if template.default_system is None else text(template.default_system)
+    head = f"{text(system.before + system.prefix)} + ns.system + {text(system.after)}"
+    inside = template.system_in_first_user
+    lines = [
+        "{%- macro flat(content, images_only) -%}",
+        "{%- if content is string -%}{%- if not images_only -%}{{ content }}{%- endif -%}",
+        "{%- else -%}{%- for part in content -%}",
+        "{%- if part['type'] == 'image' -%}<image>",
+        "{%- elif part['type'] == 'text' and not images_only -%}{{ part['text'] }}{%- endif -%}",
+        "{%- endfor -%}{%- endif -%}{%- endmacro -%}",
+        f"{{%- set ns = namespace(system={default}, head='') -%}}",
+        "{%- if messages and messages[0]['role'] == 'system' -%}",
+        "{%- set ns.system = flat(messages[0]['content'], false) -%}{%- endif -%}",
+        f"{{{{- {text(start)} -}}}}",
+    ]
+    if not template.only_images_of_user:
+        lines.append(f"{{%- if ns.system is not none -%}}{{%- set ns.head = {head} -%}}{{%- endif -%}}")
+    if not inside:
+        lines.append("{{- ns.head -}}")
+    first = "ns.head + " if inside else ""
+    images_only = str(template.only_images_of_user).lower()
+    lines += [
+        "{%- for message in messages -%}",
+        "{%- if message['role'] == 'user' -%}",
+        f"{{{{- {text(user.before)} + {first}{text(user.prefix)} + flat(message['content'], {images_only})"
+        f" + {text(user.after)} -}}}}",
+        "{%- set ns.head = '' -%}",
+        "{%- elif message['role'] == 'assistant' -%}",
+        f"{{{{- {text(assistant.before)} -}}}}",
+        f"{{%- generation -%}}{{{{- {text(assistant.prefix)} + flat(message['content'], false)"
+        f" + {text(assistant.after)} -}}}}{{%- endgeneration -%}}",
+        f"{{{{- {text(template.separator)} -}}}}",
+        "{%- endif -%}{%- endfor -%}",
+        f"{{%- if add_generation_prompt -%}}{{{{- {text(assistant.before)} -}}}}{{%- endif -%}}",
+    ]
+    return "".join(lines)

@@ -1,0 +1,204 @@
+"""Conversation -> Example, segment by segment: ids and labels in one pass."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from vlm.batch import IGNORE_INDEX, Example
+from vlm.data.conversation import Conversation, ImageSlot
+from vlm.data.template import BOS, EOS, ChatTemplate, Piece
+from vlm.errors import ConfigError, RecordError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class ConversationTokenizer:
+    """Writes conversations as token ids.
+
+    Control pieces of the template are encoded with the tokenizer's special tokens; content with the bare vocabulary,
+    so a typed `<|im_start|>` or `<image>` stays text.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        template: how turns are written down.
+        image_token_id: stands at every image placeholder; None for a model without pictures.
+        tokens_per_image: placeholders per picture, T.
+        system: for conversations that bring no system turn; None takes the template's default.
+
+    Raises:
+        ConfigError: the tokenizer lacks a token that the template ends replies with.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: ChatTemplate,
+        *,
+        image_token_id: int | None = None,
+        tokens_per_image: int = 0,
+        system: str | None = None,
+    ) -> None:
+        self.template = template
+        self.image_token_id = image_token_id
+        self.tokens_per_image = tokens_per_image
+        self.system = system
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        self._first = _encoder(backend, keep_added_tokens=False, keep_prefix=True)
+        self._content = _encoder(backend, keep_added_tokens=False, keep_prefix=False)
+        self._control = _encoder(backend, keep_added_tokens=True, keep_prefix=False)
+        self._decoder = tokenizer
+        self._bos = self._bos_ids(tokenizer)
+        self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.pad_token_id = next(
+            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i != image_token_id), 0
+        )
+        self.stop_ids = self._find_stop_ids(tokenizer)
+
+    def __call__(self, conversation: Conversation) -> Example:
+        """Tokenize a whole conversation.
+
+        Raises:
+            RecordError: rules no_supervised_tokens (no reply, or only empty ones), image_without_encoder.
+        """
+        ids, labels = self.encode(conversation)
+        if all(turn.role != "assistant" or not turn.text.strip() for turn in conversation.turns):
+            raise RecordError("no_supervised_tokens", "no reply to learn from", conversation.where)
+        return Example(ids, labels, conversation.images, conversation.where)
+
+    def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        """Ids and labels, whether or not there is anything to learn."""
+        ids, labels = self._encode(self.template.render(conversation, self.system), conversation.where)
+        if labels:
+            labels[0] = IGNORE_INDEX  # nothing comes before it that could predict it, in a packed row least of all
+        return ids, labels
+
+    def fit(self, conversation: Conversation, max_length: int, max_images: int, over_long: str) -> Example:
+        """Tokenize within a token and an image budget.
+
+        Args:
+            over_long: "drop" refuses a longer conversation; "cut" keeps as many whole turns as fit, ending with a
+                reply. Pictures of the turns cut away go with them; image tokens are never cut.
+
+        Raises:
+            RecordError: rules over_long, too_many_images, and those of `__call__`.
+        """
+        example = self(conversation)
+        if len(example.input_ids) <= max_length and len(example.images) <= max_images:
+            return example
+        if over_long == "cut":
+            turns = conversation.turns
+            for count in range(len(turns) - 1, 0, -1):
+                if turns[count - 1].role == "assistant":
+                    shorter = self(conversation.first_turns(count))
+                    if len(shorter.input_ids) <= max_length and len(shorter.images) <= max_images:
+                        return shorter
+        if len(example.images) > max_images:
+            raise RecordError(
+                "too_many_images", f"{len(example.images)} pictures, data.max_images is {max_images}", example.where
+            )
+        raise RecordError(
+            "over_long", f"{len(example.input_ids)} tokens, data.max_length is {max_length}", example.where
+        )
+
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """Token ids up to and with what stands before a reply, for generation."""
+        pieces = self.template.render(conversation, self.system, add_generation_prompt=True)
+        return self._encode(pieces, conversation.where)[0]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._decoder.decode(ids, skip_special_tokens=True)
+
+    def text(self, ids: list[int]) -> str:
+        """Text with control tokens shown, for previews."""
+        return self._decoder.decode(ids)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides the ids, as JSON."""
+        return {
+            "vocabulary": self._control.to_str(),
+            "template": repr(self.template),
+            "system": self.system,
+            "image": [self.image_token_id, self.tokens_per_image],
+            "special": [self._bos, self._eos],
+        }
+
+    def _encode(self, pieces: list[Piece | ImageSlot], where: str) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        for piece in pieces:
+            if isinstance(piece, ImageSlot):
+                if self.image_token_id is None:
+                    raise RecordError("image_without_encoder", "a picture, but model.vision is null", where)
+                new = [self.image_token_id] * self.tokens_per_image
+            elif piece.is_control:
+                new = self._encode_control(piece.text)
+            else:
+                encoder = self._content if any(i not in self._bos for i in ids) else self._first
+                new = encoder.encode(piece.text, add_special_tokens=False).ids
+            ids += new
+            labels += new if isinstance(piece, Piece) and piece.is_reply else [IGNORE_INDEX] * len(new)
+        return ids, labels
+
+    def _encode_control(self, text: str) -> list[int]:
+        if text == BOS:
+            return list(self._bos)
+        before, eos, after = text.partition(EOS)
+        ids = self._control.encode(before, add_special_tokens=False).ids
+        return ids + self._eos + self._control.encode(after, add_special_tokens=False).ids if eos else ids
+
+    def _bos_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+        wanted = self.template.bos == "always" or (self.template.bos == "tokenizer" and adds_bos(tokenizer))
+        return [tokenizer.bos_token_id] if wanted and tokenizer.bos_token_id is not None else []
+
+    def _find_stop_ids(self, tokenizer: PreTrainedTokenizerFast) -> set[int]:
+        if EOS in self.template.stop:
+            if not self._eos:
+                raise ConfigError(
+                    f"template {self.template.name} ends replies with the tokenizer's end token; it has none"
+                )
+            return set(self._eos)
+        control = self.template.stop.strip()
+        stop = self._encode_control(control)
+        if len(stop) != 1:
+            raise ConfigError(
+                f"template {self.template.name} ends replies with {control}, which is no token of this tokenizer "
+                f"(it becomes {len(stop)} tokens). Choose the template of this model's family with data.template"
+            )
+        return {*stop, *self._eos}
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Does the tokenizer put its begin token in front by itself?"""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def _encoder(backend: dict[str, Any], *, keep_added_tokens: bool, keep_prefix: bool) -> Tokenizer:
+    """A copy of a tokenizer's backend without the steps that would change single segments.
+
+    Without `keep_added_tokens` no special or added token is recognised in the text. Without `keep_prefix` the blank
+    that SentencePiece-like tokenizers put before a text is left out: a segment is no new text.
+    """
+    settings = {**backend, "post_processor": None, "truncation": None, "padding": None}
+    if not keep_added_tokens:
+        settings["added_tokens"] = []
+    if not keep_prefix:
+        settings["normalizer"] = _without_prefix(backend.get("normalizer"))
+        settings["pre_tokenizer"] = _without_prefix(backend.get("pre_tokenizer"))
+    return Tokenizer.from_str(json.dumps(settings))
+
+
+def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    if step is None or step["type"] == "Prepend":
+        return None
+    if step["type"] == "Metaspace":
+        return {**step, "prepend_scheme": "never"}
+    if step["type"] == "ByteLevel":
+        return {**step, "add_prefix_space": False}
+    if step["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in step else "pretokenizers"
+        return {**step, key: [kept for kept in map(_without_prefix, step[key]) if kept is not None]}
+    return step

@@ -1,0 +1,89 @@
+"""Figures from scores, with their standard errors. No models here: lists of numbers only."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+Item = TypeVar("Item", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Figure:
+    value: float
+    standard_error: float
+    num_records: int
+
+
+def accuracy(log_likelihoods: Sequence[Sequence[float]], answers: Sequence[int]) -> Figure:
+    """Share of records whose true candidate is the likeliest.
+
+    Candidates that tie for the highest share the credit: a model that tells none apart gets chance, not 1.
+
+    Args:
+        log_likelihoods: per record, one number per candidate: the sum over its tokens, not divided by their number.
+        answers: per record, the place of the true candidate.
+
+    >>> accuracy([[-1.0, -3.0], [-2.0, -2.0]], [0, 1]).value
+    0.75
+    """
+    credits = [_credit(scores, answer) for scores, answer in zip(log_likelihoods, answers, strict=True)]
+    return _mean(credits)
+
+
+def loss_per_token(losses: Sequence[float], num_tokens: Sequence[int]) -> Figure:
+    """Summed loss over all tokens; every token counts equally, whichever record it is in.
+
+    The standard error is that of a ratio of sums over independent records (linearised).
+
+    >>> loss_per_token([2.0, 4.0], [1, 2])
+    Figure(value=2.0, standard_error=0.0, num_records=2)
+    """
+    total = sum(num_tokens)
+    if not total:
+        return Figure(math.nan, math.nan, len(losses))
+    value = sum(losses) / total
+    spread = math.fsum((loss - value * count) ** 2 for loss, count in zip(losses, num_tokens, strict=True))
+    n = len(losses)
+    return Figure(value, math.sqrt(spread * n / (n - 1)) / total if n > 1 else math.nan, n)
+
+
+def majority_share(answers: Sequence[str]) -> float:
+    """What always giving the most frequent answer would score.
+
+    >>> majority_share(["cat", "dog", "cat"])
+    0.6666666666666666
+    """
+    return max(Counter(answers).values()) / len(answers)
+
+
+def derangement(items: Sequence[Item], seed: int) -> dict[Item, Item]:
+    """Another item for every distinct item: one random cycle through all (Sattolo 1986), so none stays.
+
+    Raises:
+        ValueError: fewer than two distinct items.
+    """
+    cycle = sorted(set(items), key=str)
+    if len(cycle) < 2:
+        raise ValueError(f"{len(cycle)} distinct item(s): nothing to exchange")
+    order = np.random.default_rng(seed).permutation(len(cycle))
+    return {cycle[order[i - 1]]: cycle[order[i]] for i in range(len(cycle))}
+
+
+def _credit(scores: Sequence[float], answer: int) -> float:
+    best = max(scores)
+    return 1 / sum(score == best for score in scores) if scores[answer] == best else 0.0
+
+
+def _mean(values: Sequence[float]) -> Figure:
+    n = len(values)
+    if not n:
+        return Figure(math.nan, math.nan, 0)
+    mean = math.fsum(values) / n
+    spread = math.fsum((value - mean) ** 2 for value in values)
+    return Figure(mean, math.sqrt(spread / (n - 1) / n) if n > 1 else math.nan, n)

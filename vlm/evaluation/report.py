@@ -1,0 +1,205 @@
+"""The tasks of a config, scored on an export: each figure beside the same model's on shuffled pictures.
+
+A figure alone says little: a model that never looks may guess the kind of thing from how often it is the answer. So
+each is computed again with every picture replaced by another record's, and stands beside the baseline of its kind.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import vlm
+from vlm.batch import IGNORE_INDEX
+from vlm.errors import ConfigError
+from vlm.evaluation.config import EvaluationConfig, TaskConfig
+from vlm.evaluation.metrics import Figure, accuracy, derangement, loss_per_token, majority_share
+from vlm.evaluation.predict import PictureFeatures, score_candidates
+from vlm.evaluation.tasks import Question, read_task
+from vlm.export.load import LoadedModel, load
+from vlm.logs import live, log
+from vlm.train.checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from vlm.config import RunConfig
+
+METRICS = {"choice": "accuracy", "ranking": "accuracy", "loss": "loss per token"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task's result."""
+
+    task: str
+    kind: str
+    metric: str
+    own: Figure
+    shuffled: Figure | None  # None: fewer than two different pictures
+    baseline: float | None
+    baseline_name: str  # "majority" (always the most frequent answer), "chance", or "" for losses
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "task": self.task,
+            "kind": self.kind,
+            "metric": self.metric,
+            "own": _finite(self.own.value),
+            "own_standard_error": _finite(self.own.standard_error),
+            "shuffled": self.shuffled and _finite(self.shuffled.value),
+            "shuffled_standard_error": self.shuffled and _finite(self.shuffled.standard_error),
+            "baseline": self.baseline,
+            "baseline_name": self.baseline_name,
+            "num_records": self.own.num_records,
+        }
+
+
+def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None = None) -> list[dict[str, Any]]:
+    """Score the config's tasks, print the table, and write evaluation.json.
+
+    Args:
+        export: what to score; None is the run's own, `<output_dir>/export`.
+        out: a folder or a .json file; None is beside the export.
+
+    Raises:
+        ConfigError: the config has no tasks.
+        CheckpointError: no export, or it does not load.
+        DataError: a task's records or pictures cannot be used.
+    """
+    tasks = config.evaluation.tasks
+    if not tasks:
+        raise ConfigError("the config has no evaluation.tasks; docs/ and projects/quickstart show some")
+    folder = Path(config.output_dir) / "export" if export is None else export
+    started = time.monotonic()
+    loaded = load(folder)
+    rows = [row.as_json() for row in run_tasks(loaded, config.evaluation, Path(config.data.cache))]
+    target = folder.parent if out is None else out
+    target = target if target.suffix == ".json" else target / "evaluation.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "export": str(folder),
+        "vlm_version": vlm.__version__,
+        "seed": config.evaluation.seed,
+        "dtype": str(loaded.compute_dtype).removeprefix("torch."),
+        "seconds": round(time.monotonic() - started, 1),
+        "results": rows,
+    }
+    write_atomically(target, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    print_table(rows)
+    log(f"written to {target}")
+    return rows
+
+
+def run_tasks(loaded: LoadedModel, config: EvaluationConfig, cache: Path) -> list[Row]:
+    """Score every task. Pictures are encoded once for all tasks that fit in memory."""
+    pictures = PictureFeatures(loaded)
+    return [_run_task(loaded, task, pictures, config.seed, cache) for task in config.tasks]
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """
+    >>> print(markdown_table([{"task": "kind", "metric": "accuracy", "own": 0.7, "own_standard_error": 0.03,
+    ...     "shuffled": 0.2, "shuffled_standard_error": 0.02, "baseline": 0.25, "baseline_name": "majority",
+    ...     "num_records": 200}]))
+    | task | figure | own pictures | shuffled pictures | baseline | records |
+    |---|---|---|---|---|---|
+    | kind | accuracy | 0.700 ± 0.030 | 0.200 ± 0.020 | 0.250 (majority) | 200 |
+    """
+    lines = [f"| {' | '.join(_HEAD)} |", "|" + "---|" * len(_HEAD)]
+    return "\n".join(lines + [f"| {' | '.join(_cells(row))} |" for row in rows])
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """A table for the eye when standard output is a terminal; Markdown to paste in any case."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if console.is_terminal:
+        table = Table(*_HEAD)
+        for row in rows:
+            table.add_row(*_cells(row))
+        console.print(table)
+    print(markdown_table(rows))
+
+
+def _run_task(loaded: LoadedModel, task: TaskConfig, pictures: PictureFeatures, seed: int, cache: Path) -> Row:
+    questions = read_task(task, loaded.conversation_tokenizer, cache, seed)
+    own = _figure(loaded, task, questions, pictures, lambda question: question.images, "own pictures")
+    shown = [image for question in questions for image in question.images]
+    shuffled = None
+    if len(set(shown)) > 1:
+        other = derangement(shown, seed)
+        shuffled = _figure(
+            loaded,
+            task,
+            questions,
+            pictures,
+            lambda question: tuple(other[image] for image in question.images),
+            "shuffled pictures",
+        )
+    baseline, name = _baseline(task, questions)
+    return Row(task.name, task.kind, METRICS[task.kind], own, shuffled, baseline, name)
+
+
+def _figure(
+    loaded: LoadedModel,
+    task: TaskConfig,
+    questions: list[Question],
+    pictures: PictureFeatures,
+    shown: Callable[[Question], tuple[str | bytes, ...]],
+    which: str,
+) -> Figure:
+    started = time.monotonic()
+    label = f"evaluation: {task.name}, {which}"
+
+    def on_progress(done: int) -> None:
+        live(f"{label}: {done} of {len(questions)} records, {time.monotonic() - started:.0f} s")
+
+    try:
+        scores = score_candidates(loaded, questions, pictures, shown, on_progress=on_progress)
+    finally:
+        live("")
+    if task.kind == "loss":
+        counts = [sum(label != IGNORE_INDEX for label in question.reply_labels[0]) for question in questions]
+        figure = loss_per_token([-score[0] for score in scores], counts)
+    else:
+        figure = accuracy(scores, [question.answer for question in questions])
+    log(f"{label}: {_pm(figure.value, figure.standard_error)} over {len(questions)} records, "
+        f"{time.monotonic() - started:.1f} s")  # fmt: skip
+    return figure
+
+
+def _baseline(task: TaskConfig, questions: list[Question]) -> tuple[float | None, str]:
+    if task.kind == "choice":
+        return majority_share([question.answer_text for question in questions]), "majority"
+    return (1 / task.num_candidates, "chance") if task.kind == "ranking" else (None, "")
+
+
+_HEAD = ("task", "figure", "own pictures", "shuffled pictures", "baseline", "records")
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    baseline = "" if row["baseline"] is None else f"{row['baseline']:.3f} ({row['baseline_name']})"
+    return (
+        row["task"],
+        row["metric"],
+        _pm(row["own"], row["own_standard_error"]),
+        _pm(row["shuffled"], row["shuffled_standard_error"]),
+        baseline,
+        str(row["num_records"]),
+    )
+
+
+def _pm(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + ("" if error is None or math.isnan(error) else f" ± {error:.3f}")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,136 @@
+"""Records of an evaluation task -> what is scored: prompts, candidate replies, and which is true.
+
+An evaluation must be complete to be compared with another, so a bad record is an error here, never skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.batch import IGNORE_INDEX
+from vlm.data.config import SourceConfig
+from vlm.data.conversation import IMAGE, Conversation, Part, Turn
+from vlm.data.images import resolve_image
+from vlm.data.records import RecordSource, open_source
+from vlm.data.tokenize import ConversationTokenizer
+from vlm.errors import DataError, RecordError
+from vlm.evaluation.config import TaskConfig
+
+
+@dataclass(frozen=True)
+class Question:
+    """One record of a task, as token ids. With several replies, image placeholders stand in `prompt_ids` only."""
+
+    prompt_ids: list[int]
+    replies: list[list[int]]  # per candidate, end-of-reply token included
+    reply_labels: list[list[int]]  # as long as `replies`; IGNORE_INDEX at tokens that do not count
+    answer: int  # which candidate is true
+    answer_text: str
+    images: tuple[str | bytes, ...]
+    where: str
+
+
+def read_task(task: TaskConfig, tokenizer: ConversationTokenizer, cache: Path, seed: int = 0) -> list[Question]:
+    """Read and tokenize the records of a task.
+
+    Args:
+        seed: which other answers a ranking record gets as candidates. Each record's draw depends on the seed and its
+            place only.
+
+    Raises:
+        DataError: no records, or one that cannot be used (with its place).
+    """
+    source = open_source(SourceConfig(path=task.path, images=task.images), cache)
+    count = min(len(source), task.max_records or len(source))
+    if task.kind == "loss":
+        return [_loss_question(source.conversation(number), tokenizer) for number in range(count)]
+    records = [_read(source, number, task) for number in range(count)]
+    if task.kind == "choice":
+        return [_choice(record, tokenizer) for record in records]
+    answers = sorted({record.answer for record in records})
+    if len(answers) < task.num_candidates:
+        raise DataError(
+            f"evaluation task {task.name}: {task.path} has {len(answers)} different answers, num_candidates is "
+            f"{task.num_candidates}. Lower num_candidates or give it more records"
+        )
+    return [
+        _ranking(record, answers, task.num_candidates, [seed, number], tokenizer)
+        for number, record in enumerate(records)
+    ]
+
+
+@dataclass(frozen=True)
+class _Record:
+    prompt: str
+    answer: str
+    choices: tuple[str, ...]
+    images: tuple[str | bytes, ...]
+    where: str
+
+
+def _read(source: RecordSource, number: int, task: TaskConfig) -> _Record:
+    where = source.where(number)
+    raw: dict[str, Any] = source.index[number]
+    wanted = ("image", "prompt", "answer", *(("choices",) if task.kind == "choice" else ()))
+    missing = [key for key in wanted if key not in raw]
+    if missing:
+        raise RecordError("bad_task_record", f"no {', '.join(missing)}; a {task.kind} record has {wanted}", where)
+    choices = raw.get("choices", [])
+    texts = [raw["prompt"], raw["answer"], *(choices if isinstance(choices, list) else [None])]
+    if not all(isinstance(text, str) for text in texts):
+        raise RecordError("bad_task_record", "prompt, answer and every choice must be text", where)
+    if task.kind == "choice" and (choices.count(raw["answer"]) != 1 or len(set(choices)) != len(choices)):
+        raise RecordError(
+            "bad_task_record", f"answer {raw['answer']!r} must stand once among the choices {choices}", where
+        )
+    names = raw["image"] if isinstance(raw["image"], list) else [raw["image"]]
+    try:
+        images = tuple(str(resolve_image(source.images_root, str(name))) for name in names)
+    except RecordError as error:
+        raise error.at(where) from None
+    return _Record(raw["prompt"], raw["answer"], tuple(choices), images, where)
+
+
+def _choice(record: _Record, tokenizer: ConversationTokenizer) -> Question:
+    return _question(record, record.choices, record.choices.index(record.answer), tokenizer)
+
+
+def _ranking(
+    record: _Record, answers: Sequence[str], num_candidates: int, seed: list[int], tokenizer: ConversationTokenizer
+) -> Question:
+    others = [answer for answer in answers if answer != record.answer]
+    drawn = np.random.default_rng(seed).choice(len(others), num_candidates - 1, replace=False)
+    return _question(record, (record.answer, *(others[i] for i in drawn)), 0, tokenizer)
+
+
+def _question(record: _Record, candidates: Sequence[str], answer: int, tokenizer: ConversationTokenizer) -> Question:
+    slots: tuple[Part, ...] = (IMAGE,) * len(record.images)
+    user = Turn("user", (*slots, f"\n{record.prompt}" if slots and record.prompt else record.prompt))
+    encoded = []
+    for candidate in candidates:
+        turns = (user, Turn("assistant", (candidate,)))
+        encoded.append(_encode(Conversation(turns, record.images, record.where), tokenizer))
+    prompt = encoded[0][0]
+    assert all(ids == prompt for ids, _, _ in encoded)  # pieces are encoded one by one, so a reply cannot change it
+    replies, labels = [ids for _, ids, _ in encoded], [ids for _, _, ids in encoded]
+    return Question(prompt, replies, labels, answer, record.answer, record.images, record.where)
+
+
+def _loss_question(conversation: Conversation, tokenizer: ConversationTokenizer) -> Question:
+    prompt, reply, labels = _encode(conversation, tokenizer)
+    return Question(prompt, [reply], [labels], 0, "", conversation.images, conversation.where)
+
+
+def _encode(conversation: Conversation, tokenizer: ConversationTokenizer) -> tuple[list[int], list[int], list[int]]:
+    """Ids before the first supervised one; from there to the last supervised one; and the labels of these."""
+    example = tokenizer(conversation)
+    counted = [place for place, label in enumerate(example.labels) if label != IGNORE_INDEX]
+    if not counted:
+        raise RecordError("no_supervised_tokens", "no reply to score", conversation.where)
+    first, end = counted[0], counted[-1] + 1
+    return example.input_ids[:first], example.input_ids[first:end], example.labels[first:end]

@@ -1,0 +1,140 @@
+"""The model of an export, put together from the export's files and, unless it is complete, its base models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from vlm.errors import CheckpointError
+from vlm.export.fingerprint import fingerprint_files, refuse_other_base
+from vlm.export.manifest import Manifest, inside
+from vlm.export.parts import ADAPTER_CONFIG, read_parts
+from vlm.models.build import Assembled, assemble
+from vlm.models.config import ModelConfig
+from vlm.models.llm import choose_attention, load_llm, load_tokenizer, pad_vocabulary
+from vlm.models.trainable import load_weights, merge_lora, part_weights
+from vlm.models.vision import build_vision
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, PreTrainedModel
+
+
+def assemble_export(folder: Path, manifest: Manifest, dtype: torch.dtype, device: torch.device) -> Assembled:
+    """Everything frozen, in evaluation mode, adapters merged, on `device`.
+
+    Raises:
+        CheckpointError: see `vlm.export.load.load`.
+    """
+    if manifest.layout == "llava":
+        built = _from_llava(folder, manifest, dtype, device)
+    elif manifest.layout == "vlm":
+        built = _from_parts(folder, manifest, dtype, device)
+    else:
+        raise CheckpointError(f"{folder}: layout {manifest.layout!r} is not known here. Install a newer vlm")
+    model = built.model
+    model.llm.to(dtype)
+    if model.vision is not None:
+        model.vision.to(dtype)
+    model.requires_grad_(False).eval().to(device)
+    return replace(built, image_spec=manifest.image_spec)
+
+
+def _from_parts(folder: Path, manifest: Manifest, dtype: torch.dtype, device: torch.device) -> Assembled:
+    config = inside(folder, manifest.model, manifest.included)
+    _check_base_models(folder, manifest, config)
+    has_adapter = "llm.lora" in manifest.included
+    if has_adapter:
+        _check_adapter(folder, config)
+    tensors = read_parts(folder, manifest)
+    tokenizer = load_tokenizer(str(folder))
+    llm = load_llm(config.llm, dtype, device=str(device), trust_remote_code=config.trust_remote_code)
+    if config.llm.pad_vocab_to_multiple_of:
+        pad_vocabulary(llm, len(tokenizer) - 1, config.llm.pad_vocab_to_multiple_of)
+    vision = None
+    if config.vision is not None:
+        vision = build_vision(config.vision, dtype, weights="vision" not in manifest.included)
+    config = config.model_copy(update={"trainable": ("llm.lora",) if has_adapter else ()})
+    model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
+    if "llm" in manifest.included:  # these came with load_llm
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("llm.") or n.startswith("llm.lora.")}
+    load_weights(model, tensors, where=str(folder))
+    missing = sorted(part_weights(model, "projector").keys() - tensors.keys())
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(missing)}. vlm.json or projector.safetensors was edited or replaced: export "
+            "the run again"
+        )
+    merge_lora(model)
+    return Assembled(model, tokenizer, spec, image_token_id)
+
+
+def _from_llava(folder: Path, manifest: Manifest, dtype: torch.dtype, device: torch.device) -> Assembled:
+    from transformers import LlavaForConditionalGeneration
+
+    config = inside(folder, manifest.model, manifest.included)
+    tokenizer = load_tokenizer(str(folder))
+    attention = choose_attention(config.llm.attention, str(device))
+    try:
+        whole = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation={"text_config": attention}, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: cannot load its weights ({str(error)[:300]}). Export the run again") from None
+    assert config.vision is not None
+    vision = build_vision(config.vision, dtype, weights=False)
+    vision.trunk.model = whole.model.vision_tower
+    config = config.model_copy(update={"trainable": ()})
+    model, spec, image_token_id = assemble(config, _language_model(whole), vision, tokenizer)
+    assert model.projector is not None
+    given, own = whole.model.multi_modal_projector, [m for m in model.projector.layers if isinstance(m, nn.Linear)]
+    for source, target in zip((given.linear_1, given.linear_2), own, strict=False):  # linear_2 may be the identity
+        target.load_state_dict(source.state_dict())
+    return Assembled(model, tokenizer, spec, image_token_id)
+
+
+def _language_model(whole: LlavaForConditionalGeneration) -> PreTrainedModel:
+    """The causal language model inside LLaVA: its own class around the same modules."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(whole.config.text_config)
+    setattr(llm, llm.base_model_prefix, whole.model.language_model)
+    llm.set_output_embeddings(whole.lm_head)
+    llm.generation_config = whole.generation_config
+    return llm.eval()
+
+
+def _check_base_models(folder: Path, manifest: Manifest, config: ModelConfig) -> None:
+    """The base models must be the very ones that the parts were trained beside."""
+    paths = {"llm": config.llm.path}
+    if config.vision is not None:
+        file = config.vision.pretrained
+        paths["vision"] = file if file and Path(file).is_file() else config.vision.path
+    for part, path in paths.items():
+        expected = manifest.base.get(part)
+        if expected:
+            refuse_other_base(expected, fingerprint_files(path), f"model.{part}.path {path}", folder)
+
+
+def _check_adapter(folder: Path, config: ModelConfig) -> None:
+    """adapter_config.json, which peft reads, and vlm.json must say the same."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        found = {"r": written["r"], "lora_alpha": written["lora_alpha"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is missing or damaged ({error}). Export the run again") from None
+    assert config.lora is not None
+    expected = {"r": config.lora.rank, "lora_alpha": config.lora.alpha}
+    lines = [f"  {key}: {expected[key]} -> {found[key]}" for key in expected if expected[key] != found[key]]
+    if lines:
+        raise CheckpointError(
+            f"{path} differs from vlm.json (vlm.json -> adapter_config.json):\n"
+            + "\n".join(lines)
+            + "\nOne of them was edited, or the adapter is another one. Export the run again"
+        )

@@ -1,0 +1,234 @@
+"""The whole model as transformers' LlavaForConditionalGeneration, with its processor.
+
+What that class does not know is folded into weights, exactly:
+
+- Channel statistics of the projector: W ((x - mean) / std) + b = (W / std) x + (b - (W / std) mean).
+- A linear projector: `linear_1`, no activation, and the identity as `linear_2`.
+- Position embeddings of another picture size: interpolated once, here.
+- The colour around padded pictures. transformers pads with the mean that it normalises with. So the mean is set to
+  that colour, and the constant difference that this makes to every pixel goes through the patch embedding, which is
+  linear, into its bias (SigLIP) or into the position embeddings of the patches (CLIP, whose convolution has no bias).
+- The placeholder's id, if it lies beyond the embedding: rows are added, each the mean of the others. Its logit is then
+  the mean of all logits, so it is never the greatest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm.batch import ImageSpec
+from vlm.data.tokenize import ConversationTokenizer, adds_bos
+from vlm.models.build import Assembled
+from vlm.models.config import ModelConfig
+from vlm.models.llm import IMAGE_TOKEN, pad_vocabulary
+from vlm.models.projector import Projector
+from vlm.models.vision import VisionEncoder
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+_TOWERS = ("clip_vision_model", "siglip_vision_model")
+_HEAD_SCALES = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # settings that Llava's head ignores
+
+
+def why_not_llava(config: ModelConfig, built: Assembled) -> str | None:
+    """The reason why a model cannot be written in the LLaVA layout; None when it can."""
+    model, vision = built.model, built.model.vision
+    if vision is None or config.vision is None:
+        return "it has no vision encoder"
+    if config.vision.backend != "hf" or vision.trunk.model.config.model_type not in _TOWERS:
+        return f"its encoder ({config.vision.backend}: {config.vision.path}) is no CLIP or SigLIP of transformers"
+    if config.projector.unshuffle > 1:
+        return f"its projector merges {config.projector.unshuffle} x {config.projector.unshuffle} patches"
+    if len(_linears(model.projector)) > 2:
+        return f"its projector has {len(_linears(model.projector))} layers; one or two can be expressed"
+    scaled = [name for name in _HEAD_SCALES if getattr(model.llm.config, name, None)]
+    return f"its language model's head is scaled ({scaled[0]})" if scaled else None
+
+
+def write_llava(
+    folder: Path, config: ModelConfig, built: Assembled, tokens: ConversationTokenizer, max_shard_size: str
+) -> tuple[ModelConfig, ImageSpec, list[str]]:
+    """Write weights, config, generation config, tokenizer and processor.
+
+    Args:
+        built: merged, on the CPU, in the dtype to write; it is changed.
+
+    Returns:
+        how the folder reads itself (paths relative to it), what pictures look like, and notes for the model card.
+    """
+    vision, spec = built.model.vision, built.image_spec
+    assert vision is not None
+    assert config.vision is not None
+    assert spec is not None
+    notes = ["Adapters are merged into the language model."] if config.lora is not None else []
+    _bake_position_embeddings(vision)
+    if spec.resize == "pad" and _padding_of(spec.mean) != spec.background:
+        spec = _fold_background(vision, spec)
+        notes.append(
+            f"Pictures are padded with {spec.background}. The processor normalises with that colour as the mean, and "
+            "the vision tower's embeddings make up for it: do not swap tower or processor for the original ones."
+        )
+    if config.projector.normalize:
+        notes.append("The projector's channel statistics are folded into its first layer.")
+    model = _build_llava(built, config.vision.keep_class_token)
+    model.generation_config = _generation_config(built, tokens)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    _processor(built, model.config, spec, tokens).save_pretrained(folder)
+    changes = {
+        "vision": config.vision.model_copy(update={"path": ".", "layer": -1, "image_size": None}),
+        "projector": config.projector.model_copy(update={"normalize": False}),
+        "llm": config.llm.model_copy(update={"path": ".", "pad_vocab_to_multiple_of": None}),
+        "lora": None,
+        "trainable": ("projector",),
+    }
+    return config.model_copy(update=changes), spec, notes
+
+
+def _build_llava(built: Assembled, keep_class_token: bool) -> LlavaForConditionalGeneration:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    llm, vision, projector = built.model.llm, built.model.vision, built.model.projector
+    assert vision is not None
+    assert projector is not None
+    assert built.image_token_id is not None
+    rows = llm.get_input_embeddings().weight.shape[0]
+    if built.image_token_id >= rows:
+        pad_vocabulary(llm, rows, built.image_token_id + 1)
+    trunk: Any = vision.trunk
+    tower = trunk.model
+    tower.config.num_hidden_layers = len(trunk.blocks)  # those behind the chosen one are cut off
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=llm.config,
+        image_token_index=built.image_token_id,
+        image_seq_length=vision.num_patches,
+        projector_hidden_act="linear" if len(_linears(projector)) == 1 else "gelu",
+        vision_feature_select_strategy="full" if keep_class_token or not _has_class_token(tower) else "default",
+        vision_feature_layer=-1,
+        tie_word_embeddings=llm.config.tie_word_embeddings,
+        dtype=llm.dtype,
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = tower
+    model.model.language_model = llm.get_decoder()
+    model.lm_head = llm.get_output_embeddings()
+    _fill_projector(model.model.multi_modal_projector.to_empty(device="cpu").to(llm.dtype), projector)
+    return model.eval()
+
+
+@torch.no_grad()
+def _fill_projector(llava_projector: Any, projector: Projector) -> None:
+    linears = _linears(projector)
+    weight, bias = linears[0].weight.double(), linears[0].bias.double()
+    if projector.normalize:
+        weight = weight / projector.feature_std.double()
+        bias = bias - weight @ projector.feature_mean.double()
+    llava_projector.linear_1.weight.copy_(weight)
+    llava_projector.linear_1.bias.copy_(bias)
+    if len(linears) == 1:
+        nn.init.eye_(llava_projector.linear_2.weight)
+        nn.init.zeros_(llava_projector.linear_2.bias)
+    else:
+        llava_projector.linear_2.weight.copy_(linears[1].weight)
+        llava_projector.linear_2.bias.copy_(linears[1].bias)
+
+
+@torch.no_grad()
+def _bake_position_embeddings(vision: VisionEncoder) -> None:
+    """Interpolate the position embeddings to the size that the encoder is used at."""
+    trunk: Any = vision.trunk
+    if not trunk.arguments:
+        return
+    embeddings, config, size = trunk.model.embeddings, trunk.model.config, vision.image_size
+    grid = size // config.patch_size
+    num_positions = grid * grid + int(_has_class_token(trunk.model))
+    table = embeddings.position_embedding
+    tokens = table.weight.new_zeros(1, num_positions, table.embedding_dim)
+    baked = embeddings.interpolate_pos_encoding(tokens, size, size)
+    embeddings.position_embedding = nn.Embedding.from_pretrained(baked[0].clone())
+    embeddings.position_ids = torch.arange(num_positions).expand(1, -1)
+    embeddings.image_size, embeddings.num_patches, embeddings.num_positions = size, grid * grid, num_positions
+    config.image_size = size
+    trunk.arguments = {}
+
+
+@torch.no_grad()
+def _fold_background(vision: VisionEncoder, spec: ImageSpec) -> ImageSpec:
+    """Normalise with the background as the mean, and let the embeddings make up for the difference."""
+    red, green, blue = ((value + 0.5) / 255 for value in spec.background)
+    mean = (red, green, blue)
+    assert _padding_of(mean) == spec.background
+    shift = [(new - old) / std for new, old, std in zip(mean, spec.mean, spec.std, strict=True)]  # per channel of x
+    trunk: Any = vision.trunk
+    embeddings = trunk.model.embeddings
+    kernel = embeddings.patch_embedding.weight  # [C, 3, p, p]
+    constant = torch.einsum("cdhw,d->c", kernel.double(), torch.tensor(shift, dtype=torch.float64))
+    if embeddings.patch_embedding.bias is not None:
+        _add(embeddings.patch_embedding.bias, constant)
+    else:
+        _add(embeddings.position_embedding.weight[int(_has_class_token(trunk.model)) :], constant)
+    return replace(spec, mean=mean)
+
+
+def _add(target: Tensor, values: Tensor) -> None:
+    target.copy_(target.double() + values)
+
+
+def _processor(built: Assembled, config: Any, spec: ImageSpec, tokens: ConversationTokenizer) -> Any:
+    from transformers import LlavaProcessor
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    assert built.model.vision is not None
+    tokenizer, square = built.tokenizer, {"height": spec.size, "width": spec.size}
+    images = LlavaImageProcessorPil(
+        do_pad=spec.resize == "pad",
+        size={"shortest_edge": spec.size} if spec.resize == "crop" else square,
+        do_center_crop=spec.resize == "crop",
+        crop_size=square,
+        image_mean=list(spec.mean),
+        image_std=list(spec.std),
+    )
+    template = tokens.template.jinja(tokenizer.bos_token, tokenizer.eos_token, adds_bos(tokenizer))
+    tokenizer.chat_template = template
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(_has_class_token(built.model.vision.trunk.model)),
+        image_token=IMAGE_TOKEN,
+        chat_template=template,
+    )
+
+
+def _generation_config(built: Assembled, tokens: ConversationTokenizer) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        bos_token_id=built.tokenizer.bos_token_id,
+        eos_token_id=sorted(tokens.stop_ids),
+        pad_token_id=tokens.pad_token_id,
+        do_sample=False,
+    )
+
+
+def _has_class_token(tower: Any) -> bool:
+    return hasattr(tower.embeddings, "class_embedding")
+
+
+def _linears(projector: Projector | None) -> list[nn.Linear]:
+    assert projector is not None
+    return [layer for layer in projector.layers if isinstance(layer, nn.Linear)]
+
+
+def _padding_of(mean: tuple[float, float, float]) -> tuple[int, ...]:
+    """The colour that transformers pads with."""
+    return tuple(math.floor(value * 255) for value in mean)

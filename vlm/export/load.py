@@ -1,0 +1,333 @@
+"""Export -> a model to talk to, or the start of the next stage.
+
+Nothing but safetensors and JSON is read, and no code of an export is ever run.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlm.batch import ImageSpec
+from vlm.compat import prepare
+from vlm.data.build import build_template
+from vlm.data.conversation import Conversation
+from vlm.data.images import load_image, to_pixels
+from vlm.data.template import ChatTemplate
+from vlm.data.tokenize import ConversationTokenizer
+from vlm.errors import CheckpointError, ConfigError, RecordError
+from vlm.export.assemble import assemble_export
+from vlm.export.fingerprint import differences
+from vlm.export.manifest import Manifest, read_manifest
+from vlm.export.messages import Messages, Picture, to_conversation
+from vlm.export.parts import read_parts
+from vlm.export.streaming import TextStream
+from vlm.models.config import LoRAConfig, ModelConfig
+from vlm.models.generate import GenerationSettings, generate
+from vlm.models.trainable import add_lora, has_lora, load_weights, merge_lora, part_of, part_weights
+from vlm.models.vlm import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Precision = Literal["auto", "fp32", "bf16"]
+_SETTINGS = {field.name for field in fields(GenerationSettings)}
+_END = object()
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """An export in memory, in evaluation mode. See `load`."""
+
+    model: VisionLanguageModel
+    tokenizer: PreTrainedTokenizerFast
+    conversation_tokenizer: ConversationTokenizer
+    image_spec: ImageSpec | None  # None: a plain language model
+    image_token_id: int | None
+    config: ModelConfig
+    system: str | None
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    @property
+    def template(self) -> ChatTemplate:
+        return self.conversation_tokenizer.template
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens, prompt and reply, that the language model was made for."""
+        return int(getattr(self.model.llm.config, "max_position_embeddings", None) or 1 << 20)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What every forward runs under."""
+        enabled = self.compute_dtype == torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def chat(
+        self, messages: Messages, images: Sequence[Picture] = (), stop: str | Sequence[str] = (), **settings: Any
+    ) -> str:
+        """The reply to a question or a list of messages; see `to_conversation` for both forms.
+
+        Args:
+            messages: a plain string, or messages as OpenAI's API writes them.
+            images: paths or PIL pictures, shown before the first question unless the messages place them.
+            stop: texts that end the reply; they are not part of it.
+            settings: fields of `GenerationSettings`, e.g. max_new_tokens=64, do_sample=True, seed=1.
+
+        Raises:
+            RecordError: a picture or a message cannot be used.
+            ConfigError: an unknown setting, or the conversation is longer than the model can read.
+        """
+        conversation = to_conversation(messages, images)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        return "".join(self.stream(conversation, make_settings(settings), stop)).strip()
+
+    def stream(
+        self,
+        conversation: Conversation,
+        settings: GenerationSettings | None = None,
+        stop: Sequence[str] = (),
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Generator[str, None, None]:
+        """The reply as it grows: pieces of text, each of whole characters, none empty.
+
+        Closing the iterator ends the generation.
+
+        Args:
+            conversation: its last turn is the user's.
+            should_stop: asked before every token; may answer from another thread.
+
+        Raises:
+            RecordError, ConfigError: as `chat`, at once and not at the first piece.
+        """
+        settings = settings or GenerationSettings()
+        input_ids = self.conversation_tokenizer.prompt(conversation)
+        left = self.max_tokens - len(input_ids)
+        if left < 1:
+            raise ConfigError(
+                f"the conversation has {len(input_ids):,} tokens ({len(conversation.images)} pictures included), the "
+                f"model reads at most {self.max_tokens:,}. Clear it, or ask again with fewer turns or pictures"
+            )
+        settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, left))
+        return self._stream(input_ids, self._pixels(conversation), settings, stop, should_stop)
+
+    def _pixels(self, conversation: Conversation) -> Tensor | None:
+        if not conversation.images:
+            return None
+        if self.image_spec is None:
+            raise RecordError("image_without_encoder", "this model reads no pictures: it has no vision encoder")
+        background = self.image_spec.background
+        pictures = [load_image(image, background=background) for image in conversation.images]
+        return torch.stack([to_pixels(picture, self.image_spec) for picture in pictures]).to(self.device)
+
+    def _stream(
+        self,
+        input_ids: list[int],
+        pixel_values: Tensor | None,
+        settings: GenerationSettings,
+        stop: Sequence[str],
+        should_stop: Callable[[], bool],
+    ) -> Generator[str, None, None]:
+        """transformers generates with callbacks; a thread and a queue turn them into an iterator."""
+        pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        text = TextStream(self.conversation_tokenizer.decode, stop)
+        closed = threading.Event()
+        seen = 0
+
+        def on_token(token: int) -> bool:
+            nonlocal seen
+            seen += 1
+            pieces.put(text.push(token))
+            return not (text.stopped or closed.is_set() or should_stop())
+
+        def work() -> None:
+            try:
+                with self.autocast():  # autocast is a setting of the thread
+                    stop_ids = self.conversation_tokenizer.stop_ids
+                    ids = generate(self.model, input_ids, pixel_values, stop_ids, settings, on_token)
+                for token in ids[seen:]:  # beams give all tokens at the end
+                    pieces.put(text.push(token))
+                pieces.put(text.finish())
+                pieces.put(_END)
+            except BaseException as error:  # raised again where the reply is read
+                pieces.put(error)
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            while (piece := pieces.get()) is not _END:
+                if isinstance(piece, BaseException):
+                    raise piece
+                if piece:
+                    yield piece
+        finally:
+            closed.set()
+            worker.join()
+
+
+def load(path: str | Path, device: str = "auto", precision: Precision = "auto") -> LoadedModel:
+    """Load an export: what a run trained beside its base models, or a full one by itself.
+
+    Args:
+        path: the folder that `vlm export` wrote.
+        device: "cpu", "cuda", "cuda:1"; "auto" takes the GPU if there is one.
+        precision: "auto" computes in bfloat16 where the hardware does so natively, else in float32.
+
+    Raises:
+        CheckpointError: no export; damaged; of another format version; a base model is missing or holds other weights;
+            a tensor does not fit (each is listed).
+
+    >>> import vlm
+    >>> model = vlm.load(export)
+    >>> reply = model.chat("What is this?", images=["cat.png"], max_new_tokens=8)
+    >>> isinstance(reply, str)
+    True
+    >>> picture = {"type": "image_url", "image_url": {"url": "cat.png"}}
+    >>> question = {"type": "text", "text": "What is this?"}
+    >>> reply == model.chat([{"role": "user", "content": [picture, question]}], max_new_tokens=8)
+    True
+    """
+    prepare()
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    target = torch.device(choose_device(device))
+    dtype = choose_dtype(precision, target)
+    built = assemble_export(folder, manifest, dtype, target)
+    spec = manifest.image_spec
+    tokens = ConversationTokenizer(
+        built.tokenizer,
+        build_template(manifest.template, built.tokenizer),
+        image_token_id=built.image_token_id,
+        tokens_per_image=0 if spec is None else spec.num_tokens,
+        system=manifest.system,
+    )
+    return LoadedModel(
+        model=built.model,
+        tokenizer=built.tokenizer,
+        conversation_tokenizer=tokens,
+        image_spec=spec,
+        image_token_id=built.image_token_id,
+        config=manifest.model,
+        system=manifest.system,
+        device=target,
+        compute_dtype=dtype,
+    )
+
+
+def load_init(model: VisionLanguageModel, path: str | Path) -> list[str]:
+    """Start a model from an export: load every part that the export brings.
+
+    Args:
+        model: freshly built, frozen and with adapters as the new config says.
+
+    Returns:
+        a line per part: what was loaded, merged, or starts fresh.
+
+    Raises:
+        CheckpointError: a tensor does not fit (each is listed), an adapter was trained beside another language model,
+            or the export is a merged one in transformers' layout.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    tensors = read_parts(folder, manifest)
+    where = f"init_from {folder}"
+    report = []
+    lora = {name: tensor for name, tensor in tensors.items() if part_of(name) == "llm.lora"}
+    other_base = _other_language_model(model, manifest)
+    if lora and other_base:
+        raise CheckpointError(
+            f"{where}: its adapter was trained beside another language model (hash of tensors then -> now):\n"
+            + "\n".join(other_base)
+            + "\nSet model.llm.path to the model that the export names, or start from an export without adapter"
+        )
+    if other_base:
+        report.append("the language model is another one than the projector was trained beside")
+    if lora and not has_lora(model):
+        report.append(_merge_into_base(model, manifest, lora, where))
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in lora}
+    elif lora:
+        _refuse_other_scale(model, manifest.model.lora, where)
+    load_weights(model, tensors, where, partial=True)
+    for part in ("projector", "vision", "llm", "llm.lora"):
+        own = part_weights(model, part)
+        count = sum(name in own for name in tensors)
+        if count:
+            fresh = len(own) - count if part in ("projector", "llm.lora") else 0
+            report.append(f"{part}: {count} tensors loaded" + (f", {fresh} new ones start fresh" if fresh else ""))
+        elif part in ("projector", "llm.lora") and own:
+            report.append(f"{part}: not in the export, starts fresh")
+    return report
+
+
+def make_settings(values: dict[str, Any]) -> GenerationSettings:
+    """Raises ConfigError for an unknown name or a value out of range."""
+    unknown = sorted(values.keys() - _SETTINGS)
+    if unknown:
+        known = ", ".join(sorted(_SETTINGS))
+        raise ConfigError(f"unknown generation setting {', '.join(unknown)}; known: {known}, stop")
+    settings = GenerationSettings(**values)
+    if settings.max_new_tokens < 1 or settings.num_beams < 1:
+        raise ConfigError("max_new_tokens and num_beams must be at least 1")
+    if settings.do_sample and not (settings.temperature > 0 and 0 < settings.top_p <= 1 and settings.top_k >= 0):
+        raise ConfigError("sampling needs temperature > 0, 0 < top_p <= 1 and top_k >= 0")
+    return settings
+
+
+def choose_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {name}: torch sees no GPU here. Use auto or cpu; `vlm doctor` shows what is there")
+    return name
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # without these instructions bfloat16 is computed in software, slower than float32
+    native = any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+    return torch.bfloat16 if native else torch.float32
+
+
+def _merge_into_base(model: VisionLanguageModel, manifest: Manifest, lora: dict[str, Tensor], where: str) -> str:
+    """Fold an adapter that the new config does not train into the language model."""
+    assert manifest.model.lora is not None
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    add_lora(model, manifest.model.lora)
+    load_weights(model, lora, where, partial=True)
+    merge_lora(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains[name])  # adding an adapter freezes everything else
+    return f"llm.lora: {len(lora)} tensors merged into the language model, as this config trains no adapter"
+
+
+def _refuse_other_scale(model: VisionLanguageModel, lora: LoRAConfig | None, where: str) -> None:
+    """Rank, and with it every shape, may agree while alpha does not; the adapter would then count for more or less."""
+    assert lora is not None
+    adapters: list[Any] = [module for module in model.llm.modules() if hasattr(module, "scaling")]
+    now = {(module.r["default"], round(module.scaling["default"] * module.r["default"])) for module in adapters}
+    rank, alpha = min(now)
+    if rank == lora.rank and alpha != lora.alpha:
+        raise CheckpointError(
+            f"{where} does not fit this model (file -> model):\n  model.lora.alpha: {lora.alpha} -> {alpha}\n"
+            "Set it as it was, or remove model.lora and llm.lora from trainable to have the adapter merged"
+        )
+
+
+def _other_language_model(model: VisionLanguageModel, manifest: Manifest) -> list[str]:
+    if "llm" in manifest.included:
+        return []
+    own = {name.removeprefix("llm."): tensor for name, tensor in part_weights(model, "llm").items()}
+    return differences(manifest.base.get("llm", {}), own)

@@ -1,0 +1,56 @@
+"""Named places where a test can break a running program on purpose.
+
+`VLM_FAULT="point@step=action[;...]"`, e.g. `save:manifest@20=kill`. `@step` may be left out: the first time counts.
+Actions: kill (SIGKILL to this process), term (SIGTERM to it), raise (RuntimeError), oom (torch's out-of-memory error),
+nan (`fault` returns "nan" and the caller spoils its own number), sleep (for an hour). Without the variable every
+call is a dictionary look-up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+ACTIONS = ("kill", "term", "raise", "oom", "nan", "sleep")
+_fired: set[str] = set()
+_step = 0
+
+
+def set_step(step: int) -> None:
+    """Tell the injector which optimizer step is being made."""
+    global _step
+    _step = step
+
+
+def fault(point: str) -> str | None:
+    """Do what VLM_FAULT asks for at this point and step, once. Returns the action, for those the caller must do."""
+    plan = os.environ.get("VLM_FAULT")
+    if not plan:
+        return None
+    for entry in plan.split(";"):
+        place, _, action = entry.partition("=")
+        name, _, at = place.partition("@")
+        if name != point or entry in _fired or (at and int(at) != _step):
+            continue
+        if action not in ACTIONS:
+            raise ValueError(f"VLM_FAULT: action {action!r} in {entry!r}; known: {', '.join(ACTIONS)}")
+        _fired.add(entry)
+        return _act(point, action)
+    return None
+
+
+def _act(point: str, action: str) -> str | None:
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif action == "sleep":
+        time.sleep(3600)
+    elif action == "oom":
+        import torch
+
+        raise torch.OutOfMemoryError("injected")
+    elif action == "raise":
+        raise RuntimeError(f"injected fault at {point}")
+    return action

@@ -1,0 +1,109 @@
+"""ModelConfig -> model, tokenizer, and what pictures must look like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from vlm.batch import ImageSpec
+from vlm.models.config import ModelConfig, VisionConfig
+from vlm.models.llm import IMAGE_TOKEN, llm_from_config, load_llm, load_tokenizer, pad_vocabulary
+from vlm.models.projector import build_projector
+from vlm.models.trainable import set_trainable
+from vlm.models.vision import VisionEncoder, build_vision
+from vlm.models.vlm import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Assembled:
+    model: VisionLanguageModel
+    tokenizer: PreTrainedTokenizerFast
+    image_spec: ImageSpec | None  # None for a plain language model
+    image_token_id: int | None
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    precision: str = "fp32",
+    device: str = "cpu",
+    seed: int = 0,
+    tokenizer_path: str | None = None,
+) -> Assembled:
+    """Load encoder and language model, make the projector, freeze what does not train.
+
+    Args:
+        precision: "bf16" keeps frozen weights in bfloat16; trained ones are float32 always.
+        seed: of the new weights (projector, adapters).
+        tokenizer_path: where the tokenizer is, if not beside the language model.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    tokenizer = load_tokenizer(tokenizer_path or config.llm.path, config.trust_remote_code)
+    llm = load_llm(config.llm, dtype, device=device, trust_remote_code=config.trust_remote_code)
+    if config.llm.pad_vocab_to_multiple_of:
+        num_real = len(tokenizer) - 1  # the placeholder has no row of its own
+        pad_vocabulary(llm, num_real, config.llm.pad_vocab_to_multiple_of)
+    vision = None if config.vision is None else build_vision(config.vision, dtype)
+    torch.manual_seed(seed)
+    model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
+    return Assembled(model.to(device), tokenizer, spec, image_token_id)
+
+
+def build_on_meta(config: ModelConfig) -> VisionLanguageModel:
+    """The model's shapes without its weights: config files are read, nothing is loaded or computed."""
+    with torch.device("meta"):
+        llm = llm_from_config(config.llm)
+        vision = None if config.vision is None else build_vision(config.vision, torch.bfloat16, weights=False)
+        return assemble(config, llm, vision, None)[0]
+
+
+def build_image_spec(config: ModelConfig) -> ImageSpec | None:
+    """What pictures must look like, from the encoder's shape alone."""
+    if config.vision is None:
+        return None
+    with torch.device("meta"):
+        vision = build_vision(config.vision, weights=False)
+    return _image_spec(config.vision, vision, vision.num_patches // config.projector.unshuffle**2)
+
+
+def assemble(
+    config: ModelConfig, llm: PreTrainedModel, vision: VisionEncoder | None, tokenizer: PreTrainedTokenizerFast | None
+) -> tuple[VisionLanguageModel, ImageSpec | None, int | None]:
+    """Put a projector between loaded parts and freeze what does not train.
+
+    Returns:
+        the model, what pictures must look like, and the id that marks their placeholders.
+    """
+    image_token_id = None if tokenizer is None or vision is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    projector, spec = None, None
+    if vision is not None and config.vision is not None:
+        embeddings = llm.get_input_embeddings().weight
+        projector = build_projector(
+            config.projector,
+            num_patches=vision.num_patches,
+            in_width=vision.width,
+            out_width=embeddings.shape[1],
+            output_std=1.0 if embeddings.is_meta else embeddings.float().std().item(),
+        )
+        spec = _image_spec(config.vision, vision, projector.num_tokens)
+    if config.gradient_checkpointing:
+        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = VisionLanguageModel(llm, vision, projector, image_token_id)
+    set_trainable(model, config.trainable, config.lora)
+    return model, spec, image_token_id
+
+
+def _image_spec(config: VisionConfig, vision: VisionEncoder, num_tokens: int) -> ImageSpec:
+    return ImageSpec(
+        size=vision.image_size,
+        mean=vision.mean,
+        std=vision.std,
+        num_tokens=num_tokens,
+        resize=config.resize,
+        background=config.background,
+    )

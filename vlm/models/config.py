@@ -1,0 +1,77 @@
+"""Config sections of the models room."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from vlm.schema import Section
+
+TrainablePart = Literal["projector", "llm", "llm.lora", "vision"]
+
+
+class VisionConfig(Section):
+    backend: Literal["hf", "open_clip", "timm"]
+    path: str
+    """A local folder or file, or a name that the backend resolves (and caches) itself."""
+    pretrained: str | None = None
+    """open_clip: weight tag or file. timm: weight file (.safetensors) for an architecture named by `path`."""
+    layer: int = -1
+    """Which block's output is taken: -1 the last, -2 the one before (LLaVA)."""
+    keep_class_token: bool = False
+    image_size: PositiveInt | None = None
+    """Pixels per side; null takes the encoder's own. Position embeddings are interpolated."""
+    resize: Literal["pad", "crop", "squash"] = "pad"
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB, 0-255, under transparent pixels and around padded pictures."""
+
+
+class ProjectorConfig(Section):
+    kind: Literal["linear", "mlp"] = "linear"
+    depth: PositiveInt = 2
+    """mlp: number of linear layers, with gelu between them."""
+    unshuffle: PositiveInt = 1
+    """Merge squares of n x n patches into one token before projecting; 1 keeps all patches."""
+    normalize: bool = False
+    """Standardise each vision channel with statistics of the first training pictures, kept with the weights."""
+
+
+class LLMConfig(Section):
+    path: str
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    pad_vocab_to_multiple_of: PositiveInt | None = None
+
+
+class LoRAConfig(Section):
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of linear modules in the LLM, e.g. [q_proj, v_proj]."""
+
+
+class ModelConfig(Section):
+    vision: VisionConfig | None = None
+    """null trains a plain language model through the same code."""
+    projector: ProjectorConfig = ProjectorConfig()
+    llm: LLMConfig
+    lora: LoRAConfig | None = None
+    trainable: tuple[TrainablePart, ...] = ("projector",)
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    """Let a model folder run its own Python code. Only for folders whose code you have read."""
+
+    @model_validator(mode="after")
+    def _parts_exist(self) -> ModelConfig:
+        if not self.trainable:
+            raise ValueError("trainable: empty, so nothing would be trained; name projector, llm, llm.lora or vision")
+        if self.vision is not None and self.vision.keep_class_token and self.projector.unshuffle > 1:
+            raise ValueError("vision.keep_class_token and projector.unshuffle exclude each other: no square of patches")
+        if self.vision is None and {"projector", "vision"} & set(self.trainable):
+            raise ValueError("trainable: names projector or vision, but model.vision is null")
+        if "llm.lora" in self.trainable and self.lora is None:
+            raise ValueError("trainable: names llm.lora, but model.lora is null; add e.g. lora: {rank: 16, alpha: 32}")
+        if {"llm", "llm.lora"} <= set(self.trainable):
+            raise ValueError("trainable: llm and llm.lora exclude each other; keep one")
+        return self

@@ -1,0 +1,122 @@
+"""Replies, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.models.vlm import VisionLanguageModel
+
+OnToken = Callable[[int], bool]  # called with each new token; False ends the reply
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How a reply is chosen. The default is greedy: the likeliest token each time."""
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 considers all tokens
+    repetition_penalty: float = 1.0
+    num_beams: int = 1
+    seed: int | None = None  # of sampling; None draws a fresh one
+
+
+@torch.no_grad()
+def generate(
+    model: VisionLanguageModel,
+    input_ids: list[int],
+    pixel_values: Tensor | None,
+    stop_ids: Collection[int],
+    settings: GenerationSettings,
+    on_token: OnToken | None = None,
+) -> list[int]:
+    """Continue a prompt.
+
+    The model's mode and torch's random state are afterwards what they were before.
+
+    Args:
+        input_ids: the prompt, placeholders included.
+        pixel_values: [N, 3, S, S] of its pictures, on the model's device; None without pictures.
+        stop_ids: tokens that end the reply.
+        on_token: sees each new token at once; not with beams, which settle only at the end.
+
+    Returns:
+        the new tokens, without the stop token.
+    """
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    ids = torch.tensor([input_ids], device=model.llm.device)
+    follower = _Follower(set(stop_ids), on_token)
+    sampling: dict[str, Any] = (
+        {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+        if settings.do_sample
+        else {}
+    )
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=settings.do_sample,
+        num_beams=settings.num_beams,
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=min(stop_ids, default=0),
+        use_cache=True,
+        **sampling,
+    )
+    with _undisturbed(model, settings.seed):
+        features = None if pixel_values is None else model.encode_images(pixel_values)
+        embeddings = model.embed(ids, features)
+        output = model.llm.generate(
+            inputs_embeds=embeddings,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            streamer=follower if settings.num_beams == 1 else None,
+            stopping_criteria=StoppingCriteriaList([follower.should_stop]),
+        )
+    new_ids = output[0].tolist()
+    end = next((place for place, token in enumerate(new_ids) if token in follower.stop_ids), len(new_ids))
+    return new_ids[:end]
+
+
+class _Follower:
+    """transformers' streamer: hands each new token on, and remembers when to stop."""
+
+    def __init__(self, stop_ids: set[int], on_token: OnToken | None) -> None:
+        self.stop_ids = stop_ids
+        self.on_token = on_token
+        self.stopped = False
+
+    def put(self, value: Tensor) -> None:
+        for token in value.flatten().tolist():  # the first call carries the prompt's ids, of which there are none
+            if token in self.stop_ids or self.stopped or self.on_token is None:
+                return
+            self.stopped = not self.on_token(token)
+
+    def end(self) -> None:
+        """Part of transformers' protocol; there is nothing to flush."""
+
+    def should_stop(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.stopped, dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def _undisturbed(model: VisionLanguageModel, seed: int | None) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    devices = [model.llm.device] if model.llm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        if seed is None:
+            torch.seed()
+        else:
+            torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            model.train(was_training)

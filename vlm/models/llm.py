@@ -1,0 +1,177 @@
+"""Language models and tokenizers, from a local folder or a name that transformers resolves."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from vlm.compat import prepare
+from vlm.errors import CheckpointError, ConfigError
+from vlm.logs import warn
+from vlm.models.config import LLMConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+IMAGE_TOKEN = "<image>"  # its id marks the place of a picture; its embedding is never read
+# keys of config.json that decide which weights fit
+_SHAPE_KEYS = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "rope_theta", "rope_parameters",
+)  # fmt: skip
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder, with one more special token for picture placeholders, and with a padding token.
+
+    Neither needs a row in the embedding: placeholders are masked before the lookup, and padding is a token it has.
+
+    Raises:
+        CheckpointError: it cannot be loaded without running its own code, or at all.
+        ConfigError: it has no fast version, which the labels need.
+    """
+    prepare()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(path, error, "its tokenizer") from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ConfigError(f"model.llm.path {path}: its tokenizer has no fast version (tokenizer.json)")
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([_special(IMAGE_TOKEN)])
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_llm(
+    config: LLMConfig, dtype: torch.dtype, *, device: str = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A decoder with its weights, in evaluation mode.
+
+    Raises:
+        CheckpointError: missing, incomplete, not safetensors, or a kind of model that only its own code could load.
+        ConfigError: the attention implementation is not available here.
+    """
+    prepare()
+    from transformers import AutoModelForCausalLM
+
+    refuse_foreign_code(config.path, trust_remote_code)
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": choose_attention(config.attention, device),
+        "use_safetensors": True,
+        "trust_remote_code": trust_remote_code,
+    }
+    try:
+        llm, report = AutoModelForCausalLM.from_pretrained(config.path, output_loading_info=True, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _cannot_load(config.path, error, "its weights") from error
+    if report["missing_keys"]:  # transformers would go on with random ones
+        raise CheckpointError(
+            f"model.llm.path {config.path}: its weights lack {len(report['missing_keys'])} tensors of "
+            f"{type(llm).__name__}, e.g. {min(report['missing_keys'])}. Usually a shard was not downloaded"
+        )
+    return llm.eval()
+
+
+def llm_from_config(
+    config: LLMConfig, dtype: torch.dtype = torch.bfloat16, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The decoder's shape with random weights, from config.json alone. For the meta device."""
+    prepare()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    refuse_foreign_code(config.path, trust_remote_code)
+    settings = AutoConfig.from_pretrained(config.path, trust_remote_code=trust_remote_code)
+    return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def refuse_foreign_code(path: str, trust_remote_code: bool) -> None:
+    """A model whose class transformers does not know would need the Python files beside its weights.
+
+    A native model whose folder brings code as well is loaded by transformers' own class, and that code stays unread.
+
+    Raises:
+        CheckpointError: unless the config says `model.trust_remote_code: true`.
+    """
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    try:
+        settings = PretrainedConfig.get_config_dict(path)[0]
+    except (OSError, ValueError) as error:
+        raise _cannot_load(path, error, "its config.json") from error
+    if "auto_map" not in settings:
+        return
+    is_native = settings.get("model_type") in CONFIG_MAPPING
+    if not trust_remote_code and not is_native:
+        raise CheckpointError(
+            f"model.llm.path {path}: model type {settings.get('model_type')!r} is not native to transformers and asks "
+            "to run its own code (auto_map). Refused. Take a native family (Qwen2/2.5/3, InternLM3, Llama, Mistral, "
+            "SmolLM2), or, after reading that code, set model.trust_remote_code: true"
+        )
+    if trust_remote_code:
+        warn(f"RUNNING THE PYTHON CODE of {path}, because model.trust_remote_code is true")
+
+
+def choose_attention(name: str, device: str) -> str:
+    """auto: FlashAttention 2 on a GPU where it is installed, else SDPA."""
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    on_gpu = device.startswith("cuda")
+    if name == "auto":
+        return "flash_attention_2" if on_gpu and has_flash else "sdpa"
+    if name == "flash_attention_2" and not (on_gpu and has_flash):
+        missing = "a GPU" if has_flash else "the package flash-attn: pip install flash-attn --no-build-isolation"
+        raise ConfigError(f"model.llm.attention flash_attention_2 needs {missing}. auto takes sdpa here")
+    if name == "flex_attention" and not on_gpu:
+        raise ConfigError("model.llm.attention flex_attention has no backward pass on the CPU. auto takes sdpa here")
+    return name
+
+
+def pad_vocabulary(llm: PreTrainedModel, num_real: int, multiple: int) -> None:
+    """Grow the embedding to a multiple, for faster matrix products. New rows are the mean of the real ones.
+
+    Args:
+        num_real: rows that stand for tokens of the tokenizer; rows beyond are padding already.
+    """
+    old = llm.get_input_embeddings().weight.shape[0]
+    if old % multiple == 0:
+        return
+    llm.resize_token_embeddings(-(-old // multiple) * multiple, mean_resizing=False)
+    with torch.no_grad():
+        for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+            for rows in (module.weight, getattr(module, "bias", None)):
+                if rows is not None:
+                    rows[old:] = rows[: min(num_real, old)].float().mean(0).to(rows.dtype)
+
+
+def fingerprint_llm(config: PretrainedConfig) -> dict[str, Any]:
+    """What decides which weights fit a language model, from its config: the shape keys and their hash."""
+    settings = config.to_dict()
+    shape = {key: settings[key] for key in _SHAPE_KEYS if settings.get(key) is not None}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return {**shape, "sha256": digest}
+
+
+def _special(text: str) -> Any:
+    from transformers import AddedToken
+
+    return AddedToken(text, special=True, normalized=False)
+
+
+def _cannot_load(path: str, error: Exception, what: str) -> CheckpointError:
+    hint = "Usually the path is misspelt or the model hub cannot be reached"
+    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")) and what == "its weights":
+        hint = (
+            "The folder holds no .safetensors. Pickled weights (.bin, .pth) are not loaded, as they can run code: "
+            "convert them once with transformers' save_pretrained, then name the new folder here"
+        )
+    return CheckpointError(f"model.llm.path {path}: cannot load {what} ({str(error)[:300]}). {hint}")

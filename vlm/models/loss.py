@@ -1,0 +1,83 @@
+"""Cross entropy at supervised positions only, with the logits made in chunks for those alone.
+
+Letters in shapes: B rows, L tokens, D LLM width, V vocabulary, S supervised positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vlm.batch import IGNORE_INDEX
+
+LogitsFn = Callable[[Tensor], Tensor]  # [S, D] -> [S, V]
+
+
+def select_supervised(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pair each supervised label with the hidden state that predicts it, the one before.
+
+    Args:
+        hidden_states: [B, L, D], after the final norm.
+        labels: int64 [B, L], not shifted.
+
+    Returns:
+        hidden states [S, D] and targets int64 [S], row by row.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE_INDEX
+    return hidden_states[:, :-1][supervised], targets[supervised]
+
+
+def chunked_cross_entropy(
+    hidden_states: Tensor, labels: Tensor, logits_fn: LogitsFn, chunk_tokens: int = 1024
+) -> Tensor:
+    """Summed cross entropy of the supervised tokens, float32 scalar, in nats.
+
+    At most `chunk_tokens` x V logits exist at any moment, in the backward pass too: beyond one chunk each chunk's
+    logits are made again there. A batch without a supervised token gives 0 with a graph, never NaN, so that every
+    rank runs the same backward.
+
+    Args:
+        hidden_states: [B, L, D], after the final norm.
+        labels: int64 [B, L], not shifted; IGNORE_INDEX where not supervised.
+        logits_fn: the language model's head.
+        chunk_tokens: supervised positions per chunk.
+    """
+    states, targets = select_supervised(hidden_states, labels)
+    if len(targets) == 0:
+        return hidden_states.float().sum() * 0.0
+    if len(targets) <= chunk_tokens or not torch.is_grad_enabled():
+        chunks = [
+            _summed_loss(logits_fn, states[i : i + chunk_tokens], targets[i : i + chunk_tokens])
+            for i in range(0, len(targets), chunk_tokens)
+        ]
+    else:
+        chunks = [
+            checkpoint(_summed_loss, logits_fn, state, target, use_reentrant=False)
+            for state, target in zip(states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+        ]
+    return torch.stack(chunks).sum()
+
+
+def token_losses(hidden_states: Tensor, labels: Tensor, logits_fn: LogitsFn, chunk_tokens: int = 1024) -> Tensor:
+    """Cross entropy of every position, float32 [B, L]: at [b, i] the loss of labels[b, i]; 0 where not supervised.
+
+    Column 0 is always 0: nothing comes before it that could predict it.
+    """
+    states, targets = select_supervised(hidden_states, labels)
+    losses = [
+        F.cross_entropy(logits_fn(state).float(), target, reduction="none")
+        for state, target in zip(states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    ]
+    supervised = labels != IGNORE_INDEX
+    supervised[:, 0] = False
+    out = torch.zeros(labels.shape, dtype=torch.float32, device=hidden_states.device)
+    return out.masked_scatter(supervised, torch.cat(losses) if losses else out.new_zeros(0))
+
+
+def _summed_loss(logits_fn: LogitsFn, states: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits_fn(states).float(), targets, reduction="sum")

@@ -1,0 +1,111 @@
+"""Projectors: vision features [N, P, C] -> tokens of the language model's width [N, T, D]."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vlm.errors import ConfigError
+from vlm.models.config import ProjectorConfig
+
+_GELU_VARIANCE = 0.425  # of gelu(x) about 0 for x ~ N(0, 1); keeps the output's size right behind an activation
+
+
+class Projector(nn.Module):
+    """Unshuffle, standardise if asked, then linear layers with gelu between them.
+
+    Args:
+        num_patches: P, what the encoder yields.
+        in_width: C.
+        out_width: D.
+        depth: linear layers; 1 is a plain linear projector.
+        unshuffle: side of the square of patches that becomes one token.
+        normalize: keep per-channel statistics and standardise with them; see `calibrate`.
+        output_std: standard deviation that the output starts with, for inputs of unit variance. Take the token
+            embeddings', so that pictures do not drown or vanish among words.
+
+    Raises:
+        ConfigError: the patches do not form a square that `unshuffle` divides.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_patches: int,
+        in_width: int,
+        out_width: int,
+        depth: int = 1,
+        unshuffle: int = 1,
+        normalize: bool = False,
+        output_std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        grid = math.isqrt(num_patches)
+        if unshuffle > 1 and (grid * grid != num_patches or grid % unshuffle):
+            raise ConfigError(
+                f"model.projector.unshuffle {unshuffle}: the encoder yields {num_patches} patches, which must form a "
+                f"square grid whose side is a multiple of {unshuffle}. Change model.vision.image_size or unshuffle"
+            )
+        self.unshuffle = unshuffle
+        self.num_tokens = num_patches // unshuffle**2
+        self.in_width = in_width
+        width = in_width * unshuffle**2
+        layers: list[nn.Module] = [nn.Linear(width, out_width)]
+        for _ in range(depth - 1):
+            layers += [nn.GELU(), nn.Linear(out_width, out_width)]
+        self.layers = nn.Sequential(*layers)
+        last = layers[-1]
+        gain = output_std if depth == 1 else output_std / math.sqrt(_GELU_VARIANCE)
+        nn.init.normal_(last.weight, std=gain / math.sqrt(last.in_features))
+        nn.init.zeros_(last.bias)
+        self.normalize = normalize
+        if normalize:
+            self.register_buffer("feature_mean", torch.zeros(in_width))
+            self.register_buffer("feature_std", torch.ones(in_width))
+
+    @torch.no_grad()
+    def calibrate(self, features: Tensor) -> None:
+        """Take each channel's mean and standard deviation from features [N, P, C] of training pictures."""
+        flat = features.float().flatten(0, 1)
+        std, mean = torch.std_mean(flat, dim=0)
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(std.clamp_min(1e-3 * std.mean().clamp_min(1e-6)))  # a dead channel stays small
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, P, C], any float dtype -> [N, T, D]."""
+        if self.normalize:
+            features = (features.float() - self.feature_mean) / self.feature_std
+        return self.layers(unshuffle_patches(features, self.unshuffle).to(self.layers[0].weight.dtype))
+
+
+def unshuffle_patches(features: Tensor, side: int) -> Tensor:
+    """Merge every `side` x `side` square of patches into one token; channels run row by row over the square.
+
+    Args:
+        features: [N, P, C], P a square grid in row-major order.
+
+    Returns:
+        [N, P / side**2, C * side**2].
+    """
+    if side == 1:
+        return features
+    num_images, num_patches, channels = features.shape
+    grid = math.isqrt(num_patches)
+    squares = features.reshape(num_images, grid // side, side, grid // side, side, channels)
+    return squares.permute(0, 1, 3, 2, 4, 5).reshape(num_images, num_patches // side**2, channels * side**2)
+
+
+def build_projector(
+    config: ProjectorConfig, *, num_patches: int, in_width: int, out_width: int, output_std: float
+) -> Projector:
+    return Projector(
+        num_patches=num_patches,
+        in_width=in_width,
+        out_width=out_width,
+        depth=1 if config.kind == "linear" else config.depth,
+        unshuffle=config.unshuffle,
+        normalize=config.normalize,
+        output_std=output_std,
+    )

@@ -1,0 +1,141 @@
+"""What trains: one list of parts, read by freezing, optimizer groups, checkpoints and export.
+
+Canonical names, the same in every engine and file: `projector.*`, `vision.*`, `llm.*` (transformers' names), and
+`llm.lora.<module>.lora_A.weight` for adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vlm.errors import CheckpointError, ConfigError
+from vlm.models.config import LoRAConfig
+from vlm.models.vlm import VisionLanguageModel
+
+PARTS = ("projector", "llm", "llm.lora", "vision")
+
+
+def part_of(name: str) -> str:
+    """
+    >>> part_of("llm.model.layers.0.mlp.up_proj.lora_A.default.weight"), part_of("projector.layers.0.bias")
+    ('llm.lora', 'projector')
+    """
+    top = name.partition(".")[0]
+    return "llm.lora" if top == "llm" and ".lora_" in name else top
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without what the adapter library put into it."""
+    if part_of(name) == "llm.lora":
+        return "llm.lora." + name.removeprefix("llm.lora.").removeprefix("llm.").replace(".default.", ".")
+    return name.replace(".base_layer.", ".")
+
+
+def set_trainable(model: VisionLanguageModel, parts: Collection[str], lora: LoRAConfig | None = None) -> None:
+    """Freeze everything but `parts`, adding adapters if `llm.lora` is one. Trained weights become float32."""
+    if "llm.lora" in parts:
+        assert lora is not None
+        add_lora(model, lora)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in parts)
+    keep_trained_in_float32(model)
+
+
+def keep_trained_in_float32(model: nn.Module) -> None:
+    """An update of bf16 weights is often smaller than their last bit, so what trains is kept in float32."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def add_lora(model: VisionLanguageModel, config: LoRAConfig) -> None:
+    """Put LoRA adapters (Hu et al. 2021, arXiv:2106.09685) beside the linear layers of the decoder blocks.
+
+    Raises:
+        ConfigError: a target names no linear layer.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linears = _block_linears(model)
+    targets = sorted(linears) if config.targets == "all-linear" else list(config.targets)
+    unknown = [target for target in targets if target not in linears]
+    if unknown:
+        raise ConfigError(f"model.lora.targets: no linear layer named {unknown}; there are {sorted(linears)}")
+    settings = LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    inject_adapter_in_model(settings, model.llm)
+
+
+def has_lora(model: VisionLanguageModel) -> bool:
+    return any(part_of(name) == "llm.lora" for name, _ in model.named_parameters())
+
+
+def merge_lora(model: VisionLanguageModel) -> None:
+    """Fold every adapter into the layer beside it, and take the adapters away."""
+    for name, module in list(model.llm.named_modules()):
+        if hasattr(module, "base_layer") and hasattr(module, "merge"):
+            module.merge(safe_merge=True)  # raises if the result is not finite
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.llm.get_submodule(parent), leaf, module.base_layer)
+
+
+def trained_weights(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """Canonical name -> tensor of all that trains, with the projector's statistics if the projector trains."""
+    weights = {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    if any(part_of(name) == "projector" for name in weights):
+        weights |= {name: buffer for name, buffer in model.named_buffers() if name.startswith("projector.")}
+    return weights
+
+
+def part_weights(model: VisionLanguageModel, part: str) -> dict[str, Tensor]:
+    """Canonical name -> tensor of one part, trained or not, buffers included."""
+    return {
+        canonical_name(name): tensor
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if part_of(name) == part
+    }
+
+
+@torch.no_grad()
+def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], where: str, partial: bool = False) -> None:
+    """Copy tensors into the model by canonical name.
+
+    Args:
+        where: what the tensors come from, for the message.
+        partial: allow the tensors to be only some of what trains.
+
+    Raises:
+        CheckpointError: lists every name that is missing, unknown, or of another shape.
+    """
+    own = {canonical_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    problems = [f"  {name}: not in the model" for name in tensors if name not in own]
+    problems += [
+        f"  {name}: {list(tensors[name].shape)} -> {list(own[name].shape)}"
+        for name in tensors
+        if name in own and tensors[name].shape != own[name].shape
+    ]
+    if not partial:
+        problems += [f"  {name}: missing" for name in trained_weights(model) if name not in tensors]
+    if problems:
+        shown = "\n".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise CheckpointError(
+            f"{where} does not fit this model (file -> model):\n{shown}\nUsually model.vision, model.projector, "
+            "model.llm or model.lora differ from what it was trained with: restore them, or leave this file out"
+        )
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def _block_linears(model: VisionLanguageModel) -> set[str]:
+    """Last names of the linear layers inside the decoder blocks; the head is none of them."""
+    head = model.llm.get_output_embeddings()
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.llm.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and ".layers." in f".{name}"
+    }

@@ -1,0 +1,143 @@
+"""Vision encoder, projector and language model as one: pictures are spliced into the text at their placeholders."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from vlm.models.projector import Projector
+from vlm.models.vision import VisionEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class VisionLanguageModel(nn.Module):
+    """Without `vision` and `projector` it is a plain language model; the same calls work.
+
+    Args:
+        image_token_id: marks placeholders in `input_ids`. It may lie beyond the embedding: it is never looked up.
+    """
+
+    def __init__(
+        self,
+        llm: PreTrainedModel,
+        vision: VisionEncoder | None = None,
+        projector: Projector | None = None,
+        image_token_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.projector = projector
+        self.llm = llm
+        self.image_token_id = image_token_id
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, S, S] -> [N, T, D]."""
+        assert self.vision is not None
+        assert self.projector is not None
+        return self.projector(self.vision(pixel_values))
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
+        """Token embeddings with image features at the placeholders.
+
+        Args:
+            input_ids: int64 [B, L].
+            image_features: [N, T, D] of all pictures, in the order of their placeholders; None for text alone.
+
+        Returns:
+            [B, L, D] in the embedding's dtype.
+        """
+        if self.image_token_id is None:
+            if image_features is not None:
+                raise ValueError("pictures for a model without a placeholder token; give image_token_id")
+            return self.llm.get_input_embeddings()(input_ids)
+        is_image = input_ids == self.image_token_id
+        embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        features = embeddings.new_zeros(0, embeddings.shape[-1]) if image_features is None else image_features
+        return splice_image_features(embeddings, features.flatten(0, -2), is_image)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        """Hidden states [B, L, D] after the final norm, of packed rows.
+
+        Args:
+            input_ids: int64 [B, L].
+            position_ids: int64 [B, L]; they restart with every example, and nothing attends across a restart.
+            pixel_values: [N, 3, S, S], in the order of the placeholders; None for text alone.
+        """
+        features = None if pixel_values is None else self.encode_images(pixel_values)
+        embeddings = self.embed(input_ids, features)
+        if features is None and self.training and self.projector is not None:
+            embeddings = embeddings + self._zero_from_a_dummy_picture()
+        return self._decode(embeddings, position_ids)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[..., D] -> [..., V], scaled or capped as the language model does."""
+        logits = self.llm.get_output_embeddings()(hidden_states)
+        config = self.llm.config
+        if getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * config.logit_scale
+        if getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / config.logits_scaling
+        if getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            cap = config.final_logit_softcapping
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def _decode(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
+        shape = embeddings.shape
+        if "flash" in self.llm.config._attn_implementation:
+            # FlashAttention sees restarts only in a batch of one row, else it lets examples look at each other without
+            # a word (transformers' _is_packed_sequence). Rows start at position 0, so they may lie end to end.
+            embeddings, position_ids = embeddings.flatten(0, 1)[None], position_ids.flatten()[None]
+        # Packing is honoured only without an attention mask and without a cache; with the default cache, examples of
+        # a row see each other.
+        decoder = self.llm.get_decoder()
+        output = decoder(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=None, use_cache=False)
+        return output.last_hidden_state.view(shape)
+
+    def _zero_from_a_dummy_picture(self) -> Tensor | float:
+        """0, with a graph to every weight that would train if the batch had a picture.
+
+        Ranks whose batch has none must still take part in the reduction of these gradients.
+        """
+        assert self.projector is not None
+        assert self.vision is not None
+        reference = next(self.vision.parameters())
+        if not self.vision.is_frozen:
+            size = self.vision.image_size
+            features = self.vision(torch.zeros(1, 3, size, size, device=reference.device))
+        elif any(parameter.requires_grad for parameter in self.projector.parameters()):
+            features = torch.zeros(1, self.vision.num_patches, self.vision.width, device=reference.device)
+        else:
+            return 0.0
+        return (self.projector(features).sum() * 0.0).to(reference.dtype)
+
+
+def splice_image_features(inputs_embeds: Tensor, image_features: Tensor, is_image: Tensor) -> Tensor:
+    """Write image features over the embeddings at the placeholders, the n-th feature at the n-th placeholder.
+
+    Args:
+        inputs_embeds: [B, L, D].
+        image_features: [N * T, D], cast to the dtype of `inputs_embeds`.
+        is_image: bool [B, L], true at placeholders; counted row by row.
+
+    Raises:
+        ValueError: more or fewer placeholders than features. Usually the template or a cut record put another number
+            of placeholders than the projector yields per picture.
+
+    >>> mask = torch.tensor([[False, True, True]])
+    >>> splice_image_features(torch.zeros(1, 3, 1), torch.tensor([[5.0], [6.0]]), mask).flatten().tolist()
+    [0.0, 5.0, 6.0]
+    """
+    if not len(image_features) and not is_image.any():
+        return inputs_embeds
+    count = int(is_image.sum())
+    if count != len(image_features):
+        raise ValueError(
+            f"{count} image placeholders, {len(image_features)} image features; placeholders per row: "
+            f"{is_image.sum(1).tolist()}"
+        )
+    return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features.to(inputs_embeds.dtype))

@@ -1,0 +1,29 @@
+"""Language modelling: cross entropy of the supervised tokens. Serves pretraining and supervised finetuning alike."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from vlm.batch import Batch
+from vlm.models.loss import chunked_cross_entropy
+
+
+class Objective(Protocol):
+    """A loss and the count that it is divided by."""
+
+    def weight(self, batch: Batch) -> int:
+        """What the loss is averaged over: supervised tokens, or pairs. Read from the labels, before any forward."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Summed loss of the batch, float32 scalar with a graph."""
+
+
+class LanguageModeling:
+    def weight(self, batch: Batch) -> int:
+        return batch.num_supervised
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        hidden_states = model(batch.input_ids, batch.position_ids, batch.pixel_values)
+        return chunked_cross_entropy(hidden_states, batch.labels, model.logits)

@@ -1,0 +1,1 @@
+"""The loop and what it needs. Parallelism is behind one call, `Engine.train_step`."""

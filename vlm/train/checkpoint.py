@@ -1,0 +1,212 @@
+"""Checkpoints to resume from: complete and verified, or not there.
+
+    <run>/checkpoints/latest                     name of the newest; a hint, the directory scan decides
+    <run>/checkpoints/step-000500/manifest.json  size and sha256 of every other file, written last
+                                  weights.safetensors  engine/  stream.json  progress.json  rng.safetensors
+
+A save writes everything into `.tmp-...`, flushes it to disk, writes the manifest, renames the folder, replaces
+`latest`, and only then deletes old ones. A kill at any moment leaves the newest complete checkpoint loadable.
+The sums protect from damage, not from someone who can rewrite the manifest too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.errors import CheckpointError
+from vlm.faults import fault
+from vlm.logs import warn
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    path: Path
+    step: int
+    problems: list[str]  # empty when every file matches the manifest
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], info: dict[str, Any], keep_last: int) -> Path:
+    """Write a checkpoint by the protocol above.
+
+    Args:
+        run: the run folder.
+        step: optimizer steps done.
+        write: puts its files into the folder it is given.
+        info: kept in the manifest (what the run is, see `vlm.run`).
+        keep_last: checkpoints kept, this one included; at least 2, so that one stays if the newest is damaged.
+
+    Raises:
+        OSError: the disk is full or not writable. Nothing of the failed checkpoint stays; older ones are untouched.
+    """
+    final = checkpoint_folder(run, step)
+    if final.exists() and not verify(final):
+        return final  # a run that fell back to an older checkpoint came here again
+    temporary = final.parent / f"{_TEMPORARY}{final.name}-{secrets.token_hex(4)}"
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        fault("save:manifest")
+        _write_manifest(temporary, step, info)
+        fault("save:rename")
+        if final.exists():
+            set_aside(final)
+        temporary.rename(final)
+        _fsync(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fault("save:latest")
+    write_atomically(final.parent / "latest", final.name)
+    fault("save:prune")
+    _prune(run, keep_last)
+    return final
+
+
+def newest_verified(run: Path) -> Path | None:
+    """The newest checkpoint whose every file matches its manifest; None when there is no checkpoint at all.
+
+    A damaged one is renamed to `.corrupt` with a warning, and the one before is tried.
+
+    Raises:
+        CheckpointError: checkpoints exist and none is intact.
+    """
+    damaged = 0
+    for path in reversed(_steps(run)):
+        problems = verify(path)
+        if not problems:
+            return path
+        damaged += 1
+        warn(
+            f"{path} is damaged ({'; '.join(problems[:3])}); set aside as {set_aside(path).name}, trying the one before"
+        )
+    if damaged:
+        raise CheckpointError(
+            f"{run / 'checkpoints'}: {damaged} checkpoint(s), none intact. Usually a failing disk or a copy that was "
+            "cut short. Restore a checkpoint from a backup, or remove the folder to start again"
+        )
+    return None
+
+
+def list_checkpoints(run: Path) -> list[CheckpointInfo]:
+    """All complete-looking checkpoints of a run, oldest first, each verified."""
+    return [CheckpointInfo(path, _step_of(path), verify(path)) for path in _steps(run)]
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with a checkpoint folder, a line per file; empty when it is intact."""
+    manifest_path = path / MANIFEST
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        files: dict[str, Any] = manifest["files"]
+        version = int(manifest["format_version"])
+    except FileNotFoundError:
+        return [f"no {MANIFEST}"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return [f"{MANIFEST} is not readable"]
+    if version > FORMAT_VERSION:
+        return [f"format version {version}, this program reads up to {FORMAT_VERSION}: install a newer vlm"]
+    problems = []
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != expected["size"]:
+            problems.append(f"{name} has {file.stat().st_size} bytes, {expected['size']} written")
+        elif sha256(file) != expected["sha256"]:
+            problems.append(f"{name} was changed: its sha256 differs")
+    return problems
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """The manifest of a verified checkpoint."""
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+
+
+def clean_temporary(run: Path) -> None:
+    """Remove what an interrupted save left. Only for the process that holds the run's lock."""
+    for path in (run / "checkpoints").glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint so that no scan finds it."""
+    target = path.with_name(f"{path.name}.corrupt")
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.corrupt-{number}")
+    path.rename(target)
+    return target
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file so that a reader sees the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_manifest(folder: Path, step: int, info: dict[str, Any]) -> None:
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        _fsync(path)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    manifest = {"format_version": FORMAT_VERSION, "step": step, **info, "files": files}
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+    for path in [p for p in folder.rglob("*") if p.is_dir()]:
+        _fsync(path)
+
+
+def _prune(run: Path, keep_last: int) -> None:
+    for path in _steps(run)[: -max(2, keep_last)]:
+        # renamed first: a kill in the middle of the deletion must not leave a folder that looks complete
+        doomed = path.with_name(f"{_TEMPORARY}old-{path.name}-{secrets.token_hex(4)}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _steps(run: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name[len("step-") :].isdecimal()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name[len("step-") :])
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

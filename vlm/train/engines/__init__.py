@@ -1,0 +1,1 @@
+"""Engines: a model, its optimizer, and the processes they are spread over."""

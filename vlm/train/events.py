@@ -1,0 +1,72 @@
+"""What happens around the steps of a run: lines, held-out loss, sampled answers, saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vlm.batch import Batch
+from vlm.data.skips import SkipLog
+from vlm.errors import CheckpointError, RecordError
+from vlm.logs import log, warn
+from vlm.train.config import TrainConfig
+from vlm.train.engines.base import StepOutput
+from vlm.train.evaluate import held_out_loss
+from vlm.train.loop import Every
+from vlm.train.metrics import Reporter
+from vlm.train.resume import RunState
+from vlm.train.runfolder import RunFolder
+from vlm.train.sampling import Sampler
+
+
+@dataclass
+class RunEvents:
+    """The loop's callbacks, each over the same run."""
+
+    settings: TrainConfig
+    run: RunFolder
+    state: RunState
+    reporter: Reporter
+    skips: SkipLog
+    sampler: Sampler
+    held_out: Iterable[Batch] | None
+
+    def periodic(self) -> list[Every]:
+        return [Every(self.settings.eval_every, self.evaluate), Every(self.settings.sample_every, self.sample)]
+
+    def report(self, step: int, batches: list[Batch], output: StepOutput, weight: float, seconds: float) -> None:
+        for batch in batches:
+            self.skips.add(batch.skipped, len(batch.where) + len(batch.skipped))
+            self.reporter.skipped += len(batch.skipped)
+        self.reporter.record(step, batches, output, weight, seconds)
+
+    def evaluate(self, step: int) -> None:
+        """Held-out loss per supervised token, into metrics.jsonl and the log."""
+        loss, tokens = held_out_loss(self.state.engine, self.held_out or ())
+        if tokens:
+            self.reporter.write({"step": step, "held_out_loss": loss, "held_out_tokens": tokens})
+            log(f"step {step}: held-out loss {loss:.4f} over {tokens:,} tokens")
+
+    def sample(self, step: int) -> None:
+        """Answer the configured questions, into samples.jsonl and the log."""
+        for question in self.settings.samples:
+            try:
+                answer = self.sampler.answer(question)
+            except RecordError as error:
+                warn(f"train.samples: {error}")
+                continue
+            self.run.append("samples.jsonl", {"step": step, **question.model_dump(), "answer": answer})
+            log(f"step {step}: {question.image or ''} {question.prompt!r} -> {answer!r}")
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint. A full disk costs the checkpoint, or the run if the config says so."""
+        try:
+            self.state.save(step, self.settings.keep_last)
+        except OSError as error:
+            message = (
+                f"checkpoint of step {step} could not be written to {self.run.path} ({error}); older ones are "
+                "intact. Usually the disk is full: free space, or move output_dir"
+            )
+            if self.settings.on_save_failure == "stop":
+                raise CheckpointError(message) from None
+            warn(f"{message}. Training goes on without it")

@@ -1,0 +1,95 @@
+"""The training loop. It knows no device, wrapping, stage, LoRA, printing format or file name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vlm.batch import Batch
+from vlm.errors import Preempted, TrainingDiverged
+from vlm.faults import fault, set_step
+from vlm.objectives.lm import Objective
+from vlm.train.engines.base import Engine, StepOutput
+
+Event = Callable[[int], None]  # called with the number of finished optimizer steps
+
+
+class Stream(Protocol):
+    def iterate(self, start_step: int) -> Iterator[list[Batch]]: ...
+
+
+class Report(Protocol):
+    def __call__(self, step: int, batches: list[Batch], output: StepOutput, weight: float, seconds: float) -> None: ...
+
+
+@dataclass
+class Every:
+    """An event and how many steps lie between two of them; None means never."""
+
+    steps: int | None
+    event: Event
+
+    def __call__(self, step: int) -> None:
+        if self.steps is not None and step % self.steps == 0:
+            self.event(step)
+
+
+@dataclass
+class TrainLoop:
+    """All that decides what a step is; `run` makes them.
+
+    `max_bad_steps` steps whose loss or gradient is not finite may pass without an update before the run stops.
+    """
+
+    engine: Engine
+    objective: Objective
+    stream: Stream
+    learning_rate: Callable[[int], float]  # by optimizer step, from 0
+    max_steps: int
+    report: Report
+    save: Event
+    stop_requested: Callable[[], str | None] = lambda: None  # name of the signal that asks to stop
+    events: list[Every] = field(default_factory=list)  # run in order after a step
+    save_every: int = 500
+    max_bad_steps: int = 0
+
+    def run(self, start_step: int = 0) -> None:
+        """Train from `start_step` to `max_steps` and save at the end.
+
+        Raises:
+            TrainingDiverged: a non-finite loss or gradient norm, beyond `max_bad_steps`. No update was made with it.
+            Preempted: SIGTERM or Ctrl-C; the step in work was finished and saved.
+        """
+        bad_steps = 0
+        batches = self.stream.iterate(start_step)
+        for step in range(start_step, self.max_steps):
+            set_step(step + 1)
+            fault("step")
+            started = time.monotonic()
+            microbatches = next(batches)
+            data_seconds = time.monotonic() - started
+            weight = max(1.0, self.engine.sum_over_data_ranks(sum(map(self.objective.weight, microbatches))))
+            output = self.engine.train_step(microbatches, weight, self.learning_rate(step))
+            if not output.applied:
+                bad_steps += 1
+                self._refuse(step + 1, output, microbatches, bad_steps)
+            self.report(step + 1, microbatches, output, weight, data_seconds)
+            for event in self.events:
+                event(step + 1)
+            stopped = self.stop_requested()
+            if stopped or (step + 1) % self.save_every == 0 or step + 1 == self.max_steps:
+                self.save(step + 1)
+            if stopped and step + 1 < self.max_steps:
+                raise Preempted(f"{stopped}: stopped after step {step + 1} and saved; the same command resumes there")
+
+    def _refuse(self, step: int, output: StepOutput, batches: list[Batch], bad_steps: int) -> None:
+        if bad_steps > self.max_bad_steps:
+            records = [where for batch in batches for where in batch.where]
+            raise TrainingDiverged(
+                f"step {step}: loss {output.loss}, gradient norm {output.grad_norm}; the weights were not updated. "
+                f"Records of the step: {', '.join(records[:8])}{' ...' if len(records) > 8 else ''}. Usually the "
+                "learning rate is too high: lower train.learning_rate or lengthen the warm-up; "
+                "train.max_bad_steps lets a few such steps pass"
+            )

@@ -1,0 +1,197 @@
+"""What a run reports: metrics.jsonl always, a live line on a terminal, TensorBoard when asked, loss.png."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from vlm.batch import Batch
+from vlm.errors import DataError, MissingPackageError
+from vlm.logs import live, log
+from vlm.train.config import TrainConfig
+from vlm.train.engines.base import StepOutput
+from vlm.train.runfolder import RunFolder
+
+PLAIN_LINE_SECONDS = 10.0  # at most one progress line per this many seconds where there is no terminal
+
+
+@dataclass
+class Window:
+    """Sums since the last line."""
+
+    started: float = field(default_factory=time.monotonic)
+    weighted_loss: float = 0.0
+    weight: float = 0.0
+    tokens: int = 0
+    images: int = 0
+    slots: int = 0  # tokens and padding
+    bad_steps: int = 0
+    data_seconds: float = 0.0
+
+    def add(self, batches: list[Batch], output: StepOutput, weight: float, data_seconds: float) -> None:
+        self.bad_steps += not output.applied
+        if output.applied:
+            self.weighted_loss += output.loss * weight
+            self.weight += weight
+        self.slots += sum(batch.input_ids.numel() for batch in batches)
+        self.tokens += sum(batch.input_ids.numel() - batch.num_padding for batch in batches)
+        self.images += sum(batch.num_images for batch in batches)
+        self.data_seconds += data_seconds
+
+
+class Reporter:
+    """Turns finished steps into lines. `record` once per optimizer step."""
+
+    def __init__(
+        self, run: RunFolder, settings: TrainConfig, learning_rate: Callable[[int], float],
+        epoch_at: Callable[[int], float], *, start_step: int, max_steps: int,
+    ) -> None:  # fmt: skip
+        self.run = run
+        self.max_steps = max_steps
+        self.log_every = settings.log_every
+        self.learning_rate = learning_rate
+        self.epoch_at = epoch_at
+        self.skipped = 0
+        self._first_step = start_step
+        self._started = time.monotonic()
+        self._last_plain_line = 0.0
+        self._window = Window()
+        self._board = _open_tensorboard(run.path) if settings.tensorboard else None
+
+    def record(self, step: int, batches: list[Batch], output: StepOutput, weight: float, data_seconds: float) -> None:
+        """Add a finished step. Every `log_every` steps, a line: means over the steps since the last one.
+
+        A step that was not applied counts in `bad_steps` and not in the loss.
+        """
+        window = self._window
+        window.add(batches, output, weight, data_seconds)
+        if step % self.log_every and step != self.max_steps:
+            return
+        seconds = max(time.monotonic() - window.started, 1e-9)
+        line = {
+            "step": step,
+            "epoch": round(self.epoch_at(step), 4),
+            "loss": window.weighted_loss / window.weight if window.weight else None,
+            "grad_norm": output.grad_norm if output.applied else None,
+            "learning_rate": self.learning_rate(step - 1),
+            "supervised_tokens": int(window.weight),
+            "tokens_per_second": round(window.tokens / seconds, 1),
+            "images_per_second": round(window.images / seconds, 2),
+            "fill": round(window.tokens / max(window.slots, 1), 4),
+            "data_share": round(window.data_seconds / seconds, 4),
+            "skipped": self.skipped,
+            "bad_steps": window.bad_steps,
+            "memory_gib": round(_memory_gib(), 2),
+            "seconds": round(time.monotonic() - self._started, 2),
+        }
+        self.write(line)
+        self._show(line)
+        self._window = Window()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl, and its numbers to TensorBoard."""
+        self.run.append("metrics.jsonl", line)
+        if self._board is not None:
+            for key, value in line.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(key, value, line["step"])
+
+    def close(self) -> None:
+        live("")
+        if self._board is not None:
+            self._board.close()
+
+    def _show(self, line: dict[str, Any]) -> None:
+        step, done = line["step"], line["step"] - self._first_step
+        left = (time.monotonic() - self._started) / max(done, 1) * (self.max_steps - step)
+        text = (
+            f"step {step}/{self.max_steps}  loss {_or_dash(line['loss'])}  lr {line['learning_rate']:.2e}  "
+            f"{line['tokens_per_second']:,.0f} tok/s  {line['images_per_second']:.1f} img/s  fill {line['fill']:.0%}  "
+            f"skipped {line['skipped']}  {line['memory_gib']:.1f} GiB  ETA {format_seconds(left)}"
+        )
+        if sys.stderr.isatty():
+            live(text)
+        elif time.monotonic() - self._last_plain_line >= PLAIN_LINE_SECONDS or step == self.max_steps:
+            self._last_plain_line = time.monotonic()
+            log(text)
+
+
+def plot_loss(run: Path) -> Path:
+    """Draw loss.png from metrics.jsonl: training loss, its running mean, and the held-out loss.
+
+    Raises:
+        DataError: there is no metrics.jsonl, or no step in it yet.
+    """
+    source = run / "metrics.jsonl"
+    if not source.exists():
+        raise DataError(f"{source} does not exist: {run} is not a run folder, or no step was made yet")
+    lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    training = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+    if not training:
+        raise DataError(f"{source} has no training step yet")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    steps, losses = zip(*training, strict=True)
+    axes.plot(steps, losses, linewidth=0.8, alpha=0.4, label="training")
+    axes.plot(steps, _running_mean(losses), linewidth=1.5, label="training, running mean")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, label="held out")
+    axes.set(xlabel="optimizer step", ylabel="nats per supervised token", title="/".join(run.resolve().parts[-2:]))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run / "loss.png", dpi=120)
+    plt.close(figure)
+    return run / "loss.png"
+
+
+def format_seconds(seconds: float) -> str:
+    """
+    >>> format_seconds(75), format_seconds(3700)
+    ('1m15s', '1h01m')
+    """
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _running_mean(values: tuple[float, ...]) -> list[float]:
+    """Exponential mean over about a twentieth of the run."""
+    decay = 1 - 1 / max(1, len(values) / 20)
+    means: list[float] = []
+    for value in values:
+        means.append(value if not means else decay * means[-1] + (1 - decay) * value)
+    return means
+
+
+def _memory_gib() -> float:
+    """Memory of this process, or the GPU's allocator peak where there is a GPU; GiB."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def _open_tensorboard(run: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingPackageError("tensorboard", "train.tensorboard", "track") from None
+    return SummaryWriter(str(run / "tensorboard"))

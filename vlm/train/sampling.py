@@ -1,0 +1,54 @@
+"""Answers to configured questions while training, so that one can read what the model has learned so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vlm.batch import ImageSpec
+from vlm.data.conversation import IMAGE, Conversation, Turn
+from vlm.data.images import load_image, to_pixels
+from vlm.data.tokenize import ConversationTokenizer
+from vlm.models.generate import GenerationSettings, generate
+from vlm.models.vlm import VisionLanguageModel
+from vlm.train.config import SampleConfig
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Asks the model; leaves its mode and the random state of training as they were."""
+
+    model: VisionLanguageModel
+    tokenizer: ConversationTokenizer
+    image_spec: ImageSpec | None
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+    max_new_tokens: int
+
+    def answer(self, sample: SampleConfig) -> str:
+        """Greedy answer to one question.
+
+        Raises:
+            RecordError: the picture is missing or cannot be read.
+        """
+        input_ids = self.tokenizer.prompt(sample_conversation(sample))
+        settings = GenerationSettings(max_new_tokens=self.max_new_tokens)
+        with torch.autocast(
+            self.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=self.autocast_dtype is not None
+        ):
+            new_ids = generate(self.model, input_ids, self._pixels(sample), self.tokenizer.stop_ids, settings)
+        return self.tokenizer.decode(new_ids)
+
+    def _pixels(self, sample: SampleConfig) -> torch.Tensor | None:
+        if sample.image is None or self.image_spec is None:
+            return None
+        picture = load_image(sample.image, background=self.image_spec.background)
+        return to_pixels(picture, self.image_spec).unsqueeze(0).to(self.device)
+
+
+def sample_conversation(sample: SampleConfig) -> Conversation:
+    """The question as a conversation: picture first, then the prompt."""
+    parts = (sample.prompt,) if sample.image is None else (IMAGE, f"\n{sample.prompt}" if sample.prompt else "")
+    images = () if sample.image is None else (sample.image,)
+    return Conversation(turns=(Turn("user", parts),), images=images, where="train.samples")
