@@ -9,25 +9,44 @@ torchvision's Python code to import.
 from __future__ import annotations
 
 import importlib.util
+import os
+from pathlib import Path
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 _libraries: list[object] = []  # a torch.library.Library undoes its definitions when it is collected
+_is_prepared = False
 
 
 def prepare() -> None:
     """Call before the first import of timm, open_clip, peft, torchvision or transformers' models. Cheap to repeat."""
-    if _libraries or importlib.util.find_spec("torchvision") is None:
+    global _is_prepared
+    if _is_prepared:
+        return
+    _is_prepared = True
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None or os.name == "nt":  # Windows wheels have kernels that fit
         return
     import torch
 
-    if torch.version.cuda is not None:
-        return  # a CUDA torch loads the extension itself
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in _SCHEMAS:
-        name = schema.partition("(")[0]
-        if not hasattr(torch.ops.torchvision, name):
+    # Only where the kernels cannot load: a second definition of an operator that they bring would end the process.
+    if not _loads(Path(spec.origin).parent):
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in _SCHEMAS:
             library.define(schema)
-    _libraries.append(library)
+        _libraries.append(library)
+
+
+def _loads(package: Path) -> bool:
+    """Whether torchvision's extension loads; the same attempt that torchvision makes while it is imported."""
+    import torch
+
+    try:
+        for extension in package.glob("_C*.so"):
+            torch.ops.load_library(str(extension))
+            return True
+    except OSError:
+        return False
+    return False

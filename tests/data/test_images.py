@@ -123,7 +123,7 @@ def test_a_bomb_is_refused_by_its_header_before_anything_is_decoded(width, heigh
 def test_the_cap_is_exact_and_ours():
     content = encoded(Image.new("RGB", (100, 50)))
     assert load_image(content, max_pixels=5000).size == (100, 50)
-    with pytest.raises(RecordError, match="100 x 50 pixels, more than data.max_pixels 4,999"):
+    with pytest.raises(RecordError, match=r"100 x 50 pixels, more than data.max_pixels 4,999"):
         load_image(content, max_pixels=4999)
     assert Image.MAX_IMAGE_PIXELS == 89_478_485  # Pillow's own guard stays up for everybody else
 
@@ -185,9 +185,20 @@ def grey_16(values: list[int], **options) -> bytes:
         (encoded(Image.new("RGBA", (2, 1), (*RED, 0)), "TIFF"), [BLUE, BLUE]),
         (grey_16([0, 65535], transparency=0), [BLUE, WHITE]),
     ],
-    ids=["rgba clear", "rgba full", "rgba part", "la clear", "la full", "p bytes", "p one", "rgb colour", "webp", "tiff",
-         "grey 16"],
-)  # fmt: skip
+    ids=[
+        "rgba_clear",
+        "rgba_full",
+        "rgba_part",
+        "la_clear",
+        "la_full",
+        "p_bytes",
+        "p_one",
+        "rgb_colour",
+        "webp",
+        "tiff",
+        "grey_16",
+    ],
+)
 def test_transparency_shows_the_background_and_never_the_hidden_colour(content, expected):
     image = load_image(content, background=BLUE)
     assert [image.getpixel((x, 0)) for x in (0, 1)] == expected
@@ -204,7 +215,7 @@ def tiff(values, dtype) -> bytes:
         (grey_16([0, 100, 255]), [0, 0, 1]),  # a dark picture stays dark
         (tiff([0, 40_000, 65_535], "<u2"), [0, 156, 255]),
         (tiff([0, 40_000, 65_535], np.int32), [0, 156, 255]),
-        (tiff([0, 1_000_000, 2_000_000], np.int32), [0, 128, 255]),
+        (tiff([0, 1_000_000, 2_500_000], np.int32), [0, 102, 255]),
         (tiff([0.0, 0.5, 1.0], np.float32), [0, 128, 255]),
         (tiff([0.0, 60.0, 180.0], np.float32), [0, 60, 180]),
         (tiff([0.0, 40_000.0, 50_000.0], np.float32), [0, 156, 195]),
@@ -296,14 +307,14 @@ def root(tmp_path: Path) -> Path:
 ESCAPES = [
     "../outside.png",
     "sub/../../outside.png",
-    "../images2/ok.png",
+    "../images2/ok.png",  # begins with the path of the folder itself
     "link_out.png",
     "folder_out/ok.png",
     "/etc/passwd",
 ]
 
 
-@pytest.mark.parametrize("name", [*ESCAPES, "../images", ".."])
+@pytest.mark.parametrize("name", [*ESCAPES, ".."])
 def test_a_name_that_leads_out_of_the_folder_is_refused(root, name):
     with pytest.raises(RecordError) as caught:
         resolve_image(root, name)
@@ -316,7 +327,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(root, name):
         ("none.png", "image_missing"),
         ("sub", "image_missing"),
         (".", "image_missing"),
-        ("ok.png/", "image_missing"),
+        ("../images", "image_missing"),  # the folder itself
         ("ok.png/x", "image_missing"),
         ("loop.png", "image_missing"),
         ("x" * 5000, "image_missing"),
@@ -327,8 +338,6 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(root, name):
     ],
 )
 def test_a_name_of_no_file_is_refused(root, name, rule):
-    if name == "ok.png/":
-        pytest.skip("pathlib drops a last slash: the file it names lies inside, so nothing is lost")
     with pytest.raises(RecordError) as caught:
         resolve_image(root, name)
     assert caught.value.rule == rule
@@ -371,7 +380,7 @@ def test_squash_averages_and_keeps_nothing_of_the_shape():
     image = Image.new("RGB", (8, 2), BLACK)
     image.paste(WHITE, (4, 0, 8, 2))
     square = fit_square(image, ImageSpec(2, (0,) * 3, (1,) * 3, 1, "squash"))
-    assert np.asarray(square)[:, :, 0].tolist() == [[0, 255], [0, 255]]
+    assert np.asarray(square)[:, :, 0].tolist() == [[24, 231], [24, 231]]  # a filter of 16 pixels, wider than a half
     assert square.tobytes() == image.resize((2, 2), Image.Resampling.BICUBIC).tobytes()
 
 
@@ -387,19 +396,7 @@ def test_crop_takes_the_middle_of_the_longer_side():
     assert set(square.getdata()) == {GREEN}
 
 
-@pytest.mark.parametrize("size", [(640, 480), (480, 640), (37, 91), (333, 100), (224, 224), (100, 101)])
-def test_crop_equals_resizing_all_and_cropping_as_clip_does(size):
-    image, short = photo(*size), min(size)
-    scaled = image.resize(tuple(int(64 * side / short) for side in size), Image.Resampling.BICUBIC)
-    left, top = (scaled.width - 64) // 2, (scaled.height - 64) // 2
-    expected = scaled.crop((left, top, left + 64, top + 64))
-    square = fit_square(image, ImageSpec(64, CLIP_MEAN, CLIP_STD, 1, "crop"))
-    difference = np.abs(np.asarray(square, dtype=int) - np.asarray(expected, dtype=int))
-    assert difference.max() <= 1  # of 255: rounding of the filter's weights; measured 1, in 0.03 % of the values
-    assert (difference > 0).mean() < 0.002
-
-
-@pytest.mark.parametrize("size", [(640, 480), (91, 137)])
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (37, 91), (333, 100), (64, 64), (100, 101)])
 def test_crop_equals_the_clip_processor_of_transformers(size):
     from vlm.compat import prepare
 
@@ -407,12 +404,27 @@ def test_crop_equals_the_clip_processor_of_transformers(size):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
-    image = photo(*size)
-    expected = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
-    pixels = to_pixels(image, ImageSpec(64, CLIP_MEAN, CLIP_STD, 1, "crop"))
-    step = 1 / 255 / min(CLIP_STD)  # of the normalised value, for one of 255
-    torch.testing.assert_close(pixels, expected, atol=step * 1.01, rtol=0)
-    assert ((pixels - expected).abs() > 1e-5).float().mean() < 0.002
+    expected = torch.as_tensor(np.asarray(processor(photo(*size))["pixel_values"][0]))
+    pixels = to_pixels(photo(*size), ImageSpec(64, CLIP_MEAN, CLIP_STD, 1, "crop"))
+    torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)  # measured 4e-7; one of 255 steps is 0.014
+
+
+def test_cropping_the_middle_of_a_giant_is_near_to_resizing_all_of_it(monkeypatch):
+    spec = ImageSpec(64, CLIP_MEAN, CLIP_STD, 1, "crop")
+    exact = np.asarray(fit_square(photo(37, 91), spec), dtype=int)
+    monkeypatch.setattr(images_module, "_MAX_BETWEEN", 0)
+    boxed = np.asarray(fit_square(photo(37, 91), spec), dtype=int)
+    assert 0 < np.abs(boxed - exact).max() <= 4  # of 255; measured 3, on average 0.24
+    assert np.abs(boxed - exact).mean() < 0.4
+
+
+def test_padding_a_giant_is_near_to_padding_it_before_it_is_resized(monkeypatch):
+    spec = ImageSpec(16, CLIP_MEAN, CLIP_STD, 1, "pad")
+    exact = np.asarray(fit_square(photo(400, 80), spec), dtype=int)
+    monkeypatch.setattr(images_module, "_MAX_BETWEEN", 320 * 320)
+    shrunk = np.asarray(fit_square(photo(400, 80), spec), dtype=int)
+    assert 0 < np.abs(shrunk - exact).max() <= 6
+    assert np.abs(shrunk - exact).mean() < 1
 
 
 def test_pixels_become_the_picture_again():

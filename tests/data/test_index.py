@@ -239,7 +239,7 @@ def generated(suffix: str, count: int) -> Iterator[str]:
 def test_memory_stays_flat_with_200_000_records(tmp_path, suffix):
     """Measured: 5.4 MB while scanning (24 bytes a record and the growing of the array), 4 KB once indexed.
 
-    As Python objects the records of the JSON file take 300 MB, and their offsets alone 30 MB.
+    As Python objects the records of the JSON file take 200 MB.
     """
     count, path = 200_000, tmp_path / f"a.{suffix}"
     with path.open("w") as file:

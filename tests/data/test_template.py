@@ -40,7 +40,7 @@ def test_each_family_writes_a_conversation_its_own_way():
         "<s>[INST] Sure? [/INST] Yes. </s><s>"
     )
     assert written("llama3", WITH_SYSTEM).startswith(
-        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>"
     )
     assert written("vicuna", WITH_SYSTEM) == (
         "<s>Be brief. USER: <image>\nWhat is this? ASSISTANT: A dog.</s>USER: Sure? ASSISTANT: Yes.</s>"

@@ -65,7 +65,11 @@ def test_a_picture_in_memory_and_a_data_url_keep_every_pixel():
 @pytest.mark.parametrize(
     ("messages", "images", "rule"),
     [
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://10.0.0.1/a"}}]}], [], "remote"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://10.0.0.1/a"}}]}],
+            [],
+            "remote",
+        ),
         ([{"role": "tool", "content": "x"}], [], "unknown_role"),
         ([{"content": "x", "role": "user"}, {"role": "user"}], [], "bad_message"),
         ([{"role": "user", "content": [{"type": "video"}]}], [], "bad_message"),

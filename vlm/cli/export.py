@@ -7,9 +7,6 @@ from typing import Annotated
 
 import typer
 
-from vlm.config import load_config
-from vlm.errors import CheckpointError
-
 
 def register(app: typer.Typer) -> None:
     app.command()(export)
@@ -17,14 +14,11 @@ def register(app: typer.Typer) -> None:
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    out: Annotated[Path | None, typer.Argument(help="Where the export goes; default: RUN/export.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="Where it goes; default: RUN/export, or RUN/export-full.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Write everything merged, not only what trained.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, e.g. 2GB.")] = "5GB",
 ) -> None:
     """Write the newest checkpoint of a run in the form that chat, serving and the next stage load."""
-    if not (run / "config.yaml").exists():
-        raise CheckpointError(f"{run} is no run folder: it holds no config.yaml. Name the output_dir of a training run")
-    config = load_config(run / "config.yaml")
     from vlm.export.weights import export_run
 
-    print(export_run(run, config.model, config.data, config.init_from, out, full=full, max_shard_size=max_shard_size))
+    print(export_run(run, out, full=full, max_shard_size=max_shard_size))

@@ -52,8 +52,8 @@ def start_training(config: str, options: Sequence[str]) -> None:
     checked = load_config(config, options)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: engine {checked.engine.kind} runs in one process, and no engine "
-            "for several is built yet. Start it with --nproc_per_node=1, or `vlm train`"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: engine {checked.engine.kind} runs in one process, and no "
+            "engine for several is built yet. Start it with --nproc_per_node=1, or `vlm train`"
         )
     text = config_for_log(config, options)
     from vlm.run import train as train_run

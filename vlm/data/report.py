@@ -140,7 +140,8 @@ def print_stats(config: DataConfig, tokenizer: ConversationTokenizer, *, seed: i
     tokens = sum(int(scan.lengths[row].sum()) for row in rows)
     pictures = sum(int(scan.num_images[row].sum()) for row in rows)
     console.print(
-        f"rows of {config.max_length} tokens: {len(rows):,} an epoch, {tokens / len(rows) / config.max_length:.1%} full, "
+        f"rows of {config.max_length} tokens: {len(rows):,} an epoch, "
+        f"{tokens / len(rows) / config.max_length:.1%} full, "
         f"{sum(map(len, rows)) / len(rows):.1f} records and {pictures / len(rows):.1f} pictures a row"
     )
 

@@ -39,7 +39,7 @@ def build_model(
 
     Args:
         precision: "bf16" keeps frozen weights in bfloat16; trained ones are float32 always.
-        seed: of the new weights (projector, adapters).
+        seed: of the new weights (projector, adapters). torch's own random state is left as it was.
         tokenizer_path: where the tokenizer is, if not beside the language model.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -49,15 +49,18 @@ def build_model(
         num_real = len(tokenizer) - 1  # the placeholder has no row of its own
         pad_vocabulary(llm, num_real, config.llm.pad_vocab_to_multiple_of)
     vision = None if config.vision is None else build_vision(config.vision, dtype)
-    torch.manual_seed(seed)
-    model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
     return Assembled(model.to(device), tokenizer, spec, image_token_id)
 
 
 def build_on_meta(config: ModelConfig) -> VisionLanguageModel:
     """The model's shapes without its weights: config files are read, nothing is loaded or computed."""
     with torch.device("meta"):
-        llm = llm_from_config(config.llm)
+        llm = llm_from_config(config.llm, trust_remote_code=config.trust_remote_code)
+        if config.llm.pad_vocab_to_multiple_of:
+            pad_vocabulary(llm, llm.config.vocab_size, config.llm.pad_vocab_to_multiple_of)
         vision = None if config.vision is None else build_vision(config.vision, torch.bfloat16, weights=False)
         return assemble(config, llm, vision, None)[0]
 

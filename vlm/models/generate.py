@@ -44,9 +44,9 @@ def generate(
 
     Args:
         input_ids: the prompt, placeholders included.
-        pixel_values: [N, 3, S, S] of its pictures, on the model's device; None without pictures.
-        stop_ids: tokens that end the reply.
-        on_token: sees each new token at once; not with beams, which settle only at the end.
+        pixel_values: [N, 3, S, S] of its pictures; None without pictures.
+        stop_ids: tokens that end the reply; with none, only `max_new_tokens` does.
+        on_token: sees each new token at once; with beams, which settle only at the end, all of them then.
 
     Returns:
         the new tokens, without the stop token.
@@ -65,13 +65,13 @@ def generate(
         do_sample=settings.do_sample,
         num_beams=settings.num_beams,
         repetition_penalty=settings.repetition_penalty,
-        eos_token_id=sorted(stop_ids),
+        eos_token_id=sorted(stop_ids) or [-1],  # never chosen; None would take the model's own
         pad_token_id=min(stop_ids, default=0),
         use_cache=True,
         **sampling,
     )
     with _undisturbed(model, settings.seed):
-        features = None if pixel_values is None else model.encode_images(pixel_values)
+        features = None if pixel_values is None else model.encode_images(pixel_values.to(ids.device))
         embeddings = model.embed(ids, features)
         output = model.llm.generate(
             inputs_embeds=embeddings,
@@ -82,6 +82,10 @@ def generate(
         )
     new_ids = output[0].tolist()
     end = next((place for place, token in enumerate(new_ids) if token in follower.stop_ids), len(new_ids))
+    if settings.num_beams > 1 and on_token is not None:
+        for kept, token in enumerate(new_ids[:end]):
+            if not on_token(token):
+                return new_ids[: kept + 1]
     return new_ids[:end]
 
 

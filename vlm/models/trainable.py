@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.config import LoRAConfig
 from vlm.models.vlm import VisionLanguageModel
@@ -35,13 +36,22 @@ def canonical_name(name: str) -> str:
 
 
 def set_trainable(model: VisionLanguageModel, parts: Collection[str], lora: LoRAConfig | None = None) -> None:
-    """Freeze everything but `parts`, adding adapters if `llm.lora` is one. Trained weights become float32."""
+    """Freeze everything but `parts`, adding adapters if `llm.lora` is one. Trained weights become float32.
+
+    Of a trained encoder, weights that no feature depends on (a pooling head's) stay frozen, so that every trained
+    weight gets a gradient in every step.
+    """
     if "llm.lora" in parts:
         assert lora is not None
         add_lora(model, lora)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts)
     keep_trained_in_float32(model)
+    if model.vision is not None:
+        if "vision" in parts:
+            for name in model.vision.unused_parameters():
+                model.vision.get_parameter(name).requires_grad_(False)
+        model.vision.train(model.training)  # a frozen encoder leaves train mode
 
 
 def keep_trained_in_float32(model: nn.Module) -> None:
@@ -57,6 +67,7 @@ def add_lora(model: VisionLanguageModel, config: LoRAConfig) -> None:
     Raises:
         ConfigError: a target names no linear layer.
     """
+    prepare()
     from peft import LoraConfig, inject_adapter_in_model
 
     linears = _block_linears(model)
@@ -69,6 +80,9 @@ def add_lora(model: VisionLanguageModel, config: LoRAConfig) -> None:
         task_type="CAUSAL_LM",
     )  # fmt: skip
     inject_adapter_in_model(settings, model.llm)
+    for name, parameter in model.named_parameters():
+        if part_of(name) == "llm.lora":
+            parameter.data = parameter.data.float()  # peft takes over the dtype of the layer beside it
 
 
 def has_lora(model: VisionLanguageModel) -> bool:
@@ -82,23 +96,24 @@ def merge_lora(model: VisionLanguageModel) -> None:
             module.merge(safe_merge=True)  # raises if the result is not finite
             parent, _, leaf = name.rpartition(".")
             setattr(model.llm.get_submodule(parent), leaf, module.base_layer)
+    if hasattr(model.llm, "peft_config"):
+        del model.llm.peft_config
 
 
 def trained_weights(model: VisionLanguageModel) -> dict[str, Tensor]:
-    """Canonical name -> tensor of all that trains, with the projector's statistics if the projector trains."""
-    weights = {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    if any(part_of(name) == "projector" for name in weights):
-        weights |= {name: buffer for name, buffer in model.named_buffers() if name.startswith("projector.")}
-    return weights
+    """Canonical name -> tensor of all that trains, with the statistics (buffers) of each part that trains."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parts = {part_of(name) for name in trained}
+    return {
+        canonical_name(name): tensor
+        for name, tensor in _stored_tensors(model).items()
+        if name in trained or (part_of(name) in parts and not isinstance(tensor, nn.Parameter))
+    }
 
 
 def part_weights(model: VisionLanguageModel, part: str) -> dict[str, Tensor]:
-    """Canonical name -> tensor of one part, trained or not, buffers included."""
-    return {
-        canonical_name(name): tensor
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if part_of(name) == part
-    }
+    """Canonical name -> tensor of one part, trained or not, statistics (buffers) included."""
+    return {canonical_name(name): tensor for name, tensor in _stored_tensors(model).items() if part_of(name) == part}
 
 
 @torch.no_grad()
@@ -112,7 +127,7 @@ def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], wher
     Raises:
         CheckpointError: lists every name that is missing, unknown, or of another shape.
     """
-    own = {canonical_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    own = {canonical_name(name): tensor for name, tensor in _stored_tensors(model).items()}
     problems = [f"  {name}: not in the model" for name in tensors if name not in own]
     problems += [
         f"  {name}: {list(tensors[name].shape)} -> {list(own[name].shape)}"
@@ -129,6 +144,13 @@ def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], wher
         )
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
+
+
+def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and those buffers that are more than a precomputed table."""
+    stored = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return dict(model.named_parameters()) | buffers
 
 
 def _block_linears(model: VisionLanguageModel) -> set[str]:

@@ -1,0 +1,84 @@
+import json
+
+import numpy as np
+import pytest
+
+from vlm.data.build import build_conversation_tokenizer, build_reader
+from vlm.data.config import DataConfig, SourceConfig
+from vlm.data.scan import measure, refuse_too_many, scan_records
+from vlm.errors import DataError
+
+
+def reader(path, tokenizer, spec, **settings):
+    config = DataConfig(sources=[SourceConfig(path=str(path))], cache=str(path.parent / "cache"), **settings)
+    chat = build_conversation_tokenizer(config, tokenizer, spec, tokenizer.convert_tokens_to_ids("<image>"))
+    return build_reader(config, config.sources, chat)
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+GOOD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]}
+MUTE = {"conversations": [{"from": "human", "value": "Hi"}]}
+
+
+def test_every_record_is_measured_and_bad_ones_are_named_with_their_rule(tmp_path, bpe, spec):
+    path = write(tmp_path / "a.jsonl", GOOD, MUTE, {"image": "gone.png", **GOOD}, {"what": 1})
+    scan = scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    assert scan.lengths.tolist()[1:] == [0, 0, 0]
+    assert scan.lengths[0] > 0
+    assert scan.num_supervised.tolist()[0] == len(bpe("Yes.").input_ids) + 1
+    assert [(skip.rule, skip.where) for skip in scan.skips] == [
+        ("no_supervised_tokens", "a.jsonl: line 2"),
+        ("image_missing", "a.jsonl: line 3"),
+        ("unknown_format", "a.jsonl: line 4"),
+    ]
+
+
+def test_a_second_scan_comes_from_the_cache_and_looks_again_at_the_bad_ones(tmp_path, bpe, spec, monkeypatch):
+    path = write(tmp_path / "a.jsonl", GOOD, {"image": "late.png", **GOOD})
+    first = scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    assert [skip.rule for skip in first.skips] == ["image_missing"]
+    from PIL import Image
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "late.png")
+    looked = []
+    monkeypatch.setattr(
+        "vlm.data.scan.measure", lambda reader, numbers: looked.append(numbers.tolist()) or measure(reader, numbers)
+    )
+    second = scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    assert looked == [[1]]
+    assert second.skips == []
+    assert second.lengths[1] > 0
+
+
+def test_another_template_is_another_scan(tmp_path, bpe, spec):
+    path = write(tmp_path / "a.jsonl", GOOD)
+    chatml = scan_records(reader(path, bpe, spec), tmp_path / "cache").lengths[0]
+    plain = scan_records(reader(path, bpe, spec, template="plain"), tmp_path / "cache").lengths[0]
+    assert chatml > plain
+
+
+def test_scanning_processes_find_the_same(records, bpe, spec, monkeypatch):
+    monkeypatch.setattr("vlm.data.scan.CHUNK", 5)
+    path = records(23)
+    alone = scan_records(reader(path, bpe, spec), None)
+    helped = scan_records(reader(path, bpe, spec), None, workers=2)
+    assert np.array_equal(alone.lengths, helped.lengths)
+    assert alone.digest() == helped.digest()
+
+
+def test_nothing_supervised_anywhere_stops_with_a_record_as_it_was_read(tmp_path, bpe, spec):
+    path = write(tmp_path / "a.jsonl", MUTE, MUTE)
+    with pytest.raises(DataError, match=r"0 of 2 samples have supervised tokens.*<\|im_start\|>user\\nHi"):
+        scan_records(reader(path, bpe, spec), None)
+
+
+def test_too_many_bad_records_are_refused_by_share_with_counts_by_rule(tmp_path, bpe, spec):
+    path = write(tmp_path / "a.jsonl", *[GOOD] * 190, *[{"image": "no.png", **GOOD}] * 10)
+    scan = scan_records(reader(path, bpe, spec), None)
+    refuse_too_many(scan, 0.06)
+    with pytest.raises(DataError, match=r"10 of 200 records skipped \(image_missing 10\), e\.g\. a\.jsonl: line 191"):
+        refuse_too_many(scan, 0.04)

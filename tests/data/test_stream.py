@@ -1,0 +1,168 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from vlm.batch import IGNORE_INDEX
+from vlm.data.build import build_data
+from vlm.data.config import DataConfig, SourceConfig
+from vlm.errors import ConfigError, DataError
+
+
+def build(path, tokenizer, spec, *, batch=4, micro=2, rank=0, ranks=1, seed=3, sources=None, **settings):
+    config = DataConfig(
+        sources=sources or [SourceConfig(path=str(path))],
+        cache=str(path.parent / "cache"),
+        **{"max_length": 96, "max_images": 3, "pack_window": 16} | settings,
+    )
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    return build_data(
+        config, tokenizer, spec, image_id,
+        seed=seed, global_batch_size=batch, micro_batch_size=micro, data_rank=rank, num_data_ranks=ranks,
+    )  # fmt: skip
+
+
+def seen(data, steps, start=0):
+    """The records of each step, in order."""
+    return [[batch.where for batch in step] for step in itertools.islice(data.train.iterate(start), steps)]
+
+
+def flat(steps):
+    return sorted(where for step in steps for batch in step for where in batch)
+
+
+def test_an_epoch_shows_every_record_once_and_the_next_one_in_another_order(records, bpe, spec):
+    data = build(records(31), bpe, spec)
+    steps = data.train.steps_in(1)
+    first, second = seen(data, steps), seen(data, steps + data.train.steps_in_epoch(1))[steps:]
+    assert flat(first) == sorted(f"records.jsonl: line {number}" for number in range(1, 32))
+    assert flat(second) == flat(first)
+    assert second != first
+
+
+def test_iterating_from_a_step_gives_what_follows_that_step(records, bpe, spec):
+    data = build(records(31), bpe, spec)
+    everything = seen(data, 9)
+    assert seen(data, 4, start=5) == everything[5:]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_batches(records, bpe, spec, workers):
+    path = records(31)
+    alone, helped = build(path, bpe, spec), build(path, bpe, spec, workers=workers)
+    for own, theirs in zip(itertools.islice(alone.train.iterate(2), 4), helped.train.iterate(2), strict=False):
+        for a, b in zip(own, theirs, strict=True):
+            assert torch.equal(a.input_ids, b.input_ids)
+            assert (a.pixel_values is None) == (b.pixel_values is None)
+            assert a.pixel_values is None or torch.equal(a.pixel_values, b.pixel_values)
+
+
+def test_ranks_share_each_step_without_overlap_whatever_their_number(records, bpe, spec):
+    path = records(31)
+    one = seen(build(path, bpe, spec), 6)
+    two = [seen(build(path, bpe, spec, rank=rank, ranks=2), 6) for rank in (0, 1)]
+    four = [seen(build(path, bpe, spec, micro=1, rank=rank, ranks=4), 6) for rank in range(4)]
+    for step in range(6):
+        together = sorted(where for batch in one[step] for where in batch)
+        assert sorted(where for rank in two for batch in rank[step] for where in batch) == together
+        assert sorted(where for rank in four for batch in rank[step] for where in batch) == together
+
+
+def test_a_batch_that_ranks_do_not_divide_is_refused(records, bpe, spec):
+    with pytest.raises(ConfigError, match="global_batch_size 4 is not a multiple"):
+        build(records(4), bpe, spec, ranks=3, micro=1)
+
+
+def test_fewer_records_than_a_batch_fill_the_step_with_empty_rows(records, bpe, spec):
+    data = build(records(2), bpe, spec, batch=8, micro=2)
+    assert data.train.steps_in(3) == 3
+    (step,) = itertools.islice(data.train.iterate(0), 1)
+    assert len(step) == 4
+    assert sum(len(batch.where) for batch in step) == 2
+    assert step[-1].num_supervised == 0
+    assert step[-1].num_padding == step[-1].input_ids.numel()
+
+
+def test_rows_restart_positions_at_each_example_and_at_every_padding_token(records, bpe, spec):
+    data = build(records(9), bpe, spec, batch=1, micro=1)
+    (step,) = itertools.islice(data.train.iterate(0), 1)
+    batch = step[0]
+    positions = batch.position_ids[0].tolist()
+    starts = [place for place, position in enumerate(positions) if position == 0]
+    assert len(starts) == len(batch.where) + batch.num_padding
+    assert all(batch.labels[0, place] == IGNORE_INDEX for place in starts)
+    assert batch.num_images * 3 == (batch.input_ids == bpe.convert_tokens_to_ids("<image>")).sum()
+    assert batch.input_ids.shape == (1, 96)
+
+
+def test_without_packing_each_row_holds_one_record(records, bpe, spec):
+    data = build(records(5), bpe, spec, packing=False)
+    (step,) = itertools.islice(data.train.iterate(0), 1)
+    assert [len(batch.where) for batch in step] == [2, 2]
+    assert step[0].input_ids.shape[1] % 8 == 0
+    assert step[0].input_ids.shape[1] < 96
+
+
+def test_a_picture_that_breaks_during_training_costs_its_record_alone(records, bpe, spec):
+    path = records(9)
+    data = build(path, bpe, spec)
+    (path.parent / "4.png").write_bytes(b"no picture")
+    (path.parent / "7.png").unlink()
+    batches = [b for step in itertools.islice(data.train.iterate(0), data.train.steps_in(1)) for b in step]
+    skips = {(skip.rule, skip.where) for batch in batches for skip in batch.skipped}
+    assert skips == {("image_unreadable", "records.jsonl: line 5"), ("image_missing", "records.jsonl: line 8")}
+    assert sum(len(batch.where) for batch in batches) == 7
+    images = bpe.convert_tokens_to_ids("<image>")
+    assert all((b.input_ids == images).sum() == 3 * b.num_images for b in batches)
+
+
+def test_a_source_of_half_weight_shows_its_other_half_in_the_next_epoch(records, bpe, spec):
+    path = records(12)
+    data = build(path, bpe, spec, sources=[SourceConfig(path=str(path), weight=0.5)])
+    plan = data.train.plan
+    first, second = set(plan.order(0).tolist()), set(plan.order(1).tolist())
+    assert len(first) == len(second) == 6
+    assert first | second == set(range(12))
+
+
+def test_a_source_of_weight_two_and_a_half_shows_each_record_two_or_three_times(records, bpe, spec):
+    path = records(12)
+    data = build(path, bpe, spec, sources=[SourceConfig(path=str(path), weight=2.5)])
+    counts = np.bincount(data.train.plan.order(0), minlength=12)
+    assert sorted(counts.tolist()) == [2] * 6 + [3] * 6
+
+
+def test_held_out_records_are_never_trained_on_and_stay_the_same(records, bpe, spec):
+    path = records(60)
+    data, again = build(path, bpe, spec, held_out=0.3), build(path, bpe, spec, held_out=0.3)
+    held_out = {where for batch in data.held_out for where in batch.where}
+    trained = set(flat(seen(data, data.train.steps_in(2))))
+    assert 8 <= len(held_out) <= 28
+    assert held_out.isdisjoint(trained)
+    assert len(held_out | trained) == 60
+    assert {where for batch in again.held_out for where in batch.where} == held_out
+
+
+def test_the_fingerprint_changes_with_the_data_and_the_seed_not_with_a_touch(records, bpe, spec):
+    path = records(12)
+    before = build(path, bpe, spec).train.fingerprint
+    path.touch()
+    assert build(path, bpe, spec).train.fingerprint == before
+    assert build(path, bpe, spec, seed=4).train.fingerprint != before
+    path.write_text(path.read_text().replace("Answer 3.", "Another answer."))
+    assert build(path, bpe, spec).train.fingerprint != before
+
+
+def test_epochs_and_steps_agree(records, bpe, spec):
+    stream = build(records(31), bpe, spec, batch=2, micro=1).train
+    per_epoch = stream.steps_in_epoch(0)
+    assert stream.steps_in(1) == per_epoch
+    assert stream.epoch_at(per_epoch) == 1.0
+    assert stream.steps_in(1.5) > per_epoch
+    assert 0 < stream.fill <= 1
+
+
+def test_nothing_left_to_train_on_is_an_error(records, bpe, spec):
+    with pytest.raises(DataError, match="no record is left"):
+        build(records(1), bpe, spec, held_out=0.999999)
