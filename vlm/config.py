@@ -5,35 +5,39 @@ Everything that is wrong is reported at once, each problem with the file and lin
 
 from __future__ import annotations
 
+import copy
 import difflib
+import json
 import re
 import types
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from vlm.data.config import DataConfig
 from vlm.errors import ConfigError
 from vlm.evaluation.config import EvaluationConfig
+from vlm.layered_yaml import Key, Source, dotted, leaves, read_layers
 from vlm.models.config import ModelConfig
 from vlm.schema import Section
 from vlm.train.config import EngineConfig, TrainConfig
 
-Key = tuple[str | int, ...]
+BASE = "base"  # the folder of projects/ whose files are no runs by themselves
 
 
 class RunConfig(Section):
     """All that decides a run."""
 
+    name: str | None = None
+    """Of the project; written as ${name} in paths, so that a copy under another name gets folders of its own."""
     output_dir: str
     """The run's folder; checkpoints, logs and export go there."""
     seed: NonNegativeInt = 0
+    """Of new weights, dropout and the order of the data."""
     init_from: str | None = None
     """An export whose trained parts this run starts from."""
     model: ModelConfig
@@ -41,20 +45,6 @@ class RunConfig(Section):
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-
-
-@dataclass
-class Source:
-    """A config as written: merged values, interpolations kept, and where each key was written."""
-
-    values: dict[str, Any]
-    places: dict[Key, str] = field(default_factory=dict)  # key -> "file:line"
-
-    def place(self, key: Key) -> str:
-        """Where `key` was written, or else the nearest key around it."""
-        while key and key not in self.places:
-            key = key[:-1]
-        return self.places.get(key, "config")
 
 
 def load_config(path: str | Path, options: Sequence[str] = ()) -> RunConfig:
@@ -68,22 +58,33 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> RunConfig:
         ConfigError: lists every problem with its place, what was found, what is allowed, and the nearest known key.
     """
     source = read_source(path, options)
-    try:
-        values = OmegaConf.to_container(OmegaConf.create(source.values), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(_explain_interpolation(error, source)) from None
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        problems = [_describe(problem, source) for problem in error.errors()]
-        raise ConfigError(
-            f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {path}:\n" + "\n".join(problems)
-        ) from None
+    values = _resolve(source)
+    problems = list(dict.fromkeys(source.problems))
+    config = None
+    if () not in source.broken:  # else most of what follows would only repeat that a file is missing
+        problems += [_bool_as_number(key, source) for key in _bools_as_numbers(RunConfig, values)]
+        try:
+            config = RunConfig.model_validate(values)
+        except ValidationError as error:
+            problems += _describe_all(error, source)
+    if config is None or problems:
+        raise_problems(path, problems)
+    return config
 
 
-def config_for_log(path: str | Path, options: Sequence[str] = ()) -> str:
+def raise_problems(path: str | Path, problems: Sequence[str], remark: str = "") -> NoReturn:
+    lines = "".join(f"\n  {problem}" for problem in problems) + (f"\n{remark}" if remark else "")
+    raise ConfigError(f"{len(problems)} problem{'s' if len(problems) != 1 else ''} in {path}:{lines}")
+
+
+def resolve_for_log(path: str | Path, options: Sequence[str] = ()) -> str:
     """The merged config as YAML, interpolations unresolved: what `${oc.env:...}` brings is never written down."""
     return OmegaConf.to_yaml(OmegaConf.create(read_source(path, options).values), resolve=False)
+
+
+def read_source(path: str | Path, options: Sequence[str] = ()) -> Source:
+    """Merge a file with its bases and the overrides, nothing resolved or validated."""
+    return read_layers(find_config(path), options)
 
 
 def find_config(name: str | Path) -> Path:
@@ -95,170 +96,240 @@ def find_config(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    for folder in project_folders():
-        for candidate in (folder / path, folder / f"{path}.yaml"):
-            if candidate.is_file():
-                return candidate
+    candidates = [path.with_name(f"{path.name}.yaml")] if path.name else []
+    candidates += [folder / f"{path}{suffix}" for folder in project_folders() for suffix in ("", ".yaml")]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is not None:
+        return found
+    inside = [shipped for shipped in shipped_projects() if shipped.startswith(f"{path.name}/")]
+    if inside:
+        raise ConfigError(f"{name} is a folder of configs; name one of them: {', '.join(inside)}")
     near = difflib.get_close_matches(str(name), shipped_projects(), n=3, cutoff=0.4)
     hint = f" Nearest shipped: {', '.join(near)}." if near else ""
     raise ConfigError(f"config {name} does not exist.{hint} `vlm ls` lists the shipped ones")
 
 
 def project_folders() -> list[Path]:
-    """Where shipped projects are: below the current folder, else in the repository that this package lies in."""
-    here = Path("projects")
+    """Where shipped projects are: below the current folder, and in the repository that this package lies in."""
     shipped = Path(__file__).resolve().parents[1] / "projects"
-    return [folder for folder in dict.fromkeys((here, shipped)) if folder.is_dir()]
+    folders = {folder.resolve(): folder for folder in (shipped, Path("projects")) if folder.is_dir()}
+    return list(reversed(folders.values()))
 
 
 def shipped_projects() -> list[str]:
     """Names of all shipped configs, base files left out."""
     names = {
-        path.relative_to(folder).with_suffix("").as_posix()
+        path.relative_to(folder).as_posix().removesuffix(".yaml")
         for folder in project_folders()
         for path in folder.glob("*/*.yaml")
     }
-    return sorted(name for name in names if not name.startswith("base/"))
+    return sorted(name for name in names if not name.startswith(f"{BASE}/"))
 
 
-def read_source(path: str | Path, options: Sequence[str] = ()) -> Source:
-    """Merge a file with its bases and the overrides, nothing resolved or validated."""
-    source = _read_file(find_config(path), ())
-    for option in options:
-        _apply(option, source)
-    return source
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a config file, for editors. Nothing is required, as a base file may bring it."""
+    schema = RunConfig.model_json_schema()
+    for section in (schema, *schema.get("$defs", {}).values()):
+        section.pop("required", None)
+        properties = section.get("properties", {})
+        section["properties"] = {name: _or_interpolation(field) for name, field in properties.items()}
+    base: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    base["description"] = "Files to inherit from, relative to this one; later ones win."
+    schema["properties"] = {"base": base, **schema["properties"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _read_file(path: Path, children: tuple[Path, ...]) -> Source:
-    resolved = path.resolve()
-    if resolved in children:
-        chain = " -> ".join(p.name for p in (*children, resolved))
-        raise ConfigError(f"{path}: its base files form a circle: {chain}")
-    if not path.is_file():
-        raise ConfigError(f"{children[-1] if children else path}: base file {path} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not YAML: {str(error)[:400]}") from None
-    own = Source({})
-    if node is not None:
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}: the file must hold keys and values")
-        own.values = _convert(node, path, (), own.places)
-    bases = own.values.pop("base", [])
-    merged = Source({})
-    for base in [bases] if isinstance(bases, str) else bases:
-        _merge(merged, _read_file(path.parent / base, (*children, resolved)))
-    _merge(merged, own)
-    return merged
+def _or_interpolation(field: dict[str, Any]) -> dict[str, Any]:
+    shown: dict[str, Any] = {name: field.pop(name) for name in ("description", "default", "title") if name in field}
+    return {**shown, "anyOf": [*(field.pop("anyOf", None) or [field]), {"type": "string", "pattern": r"^\$\{.+\}$"}]}
 
 
-def _merge(target: Source, over: Source) -> None:
-    target.values = OmegaConf.to_container(
-        OmegaConf.merge(OmegaConf.create(target.values), OmegaConf.create(over.values)), resolve=False
-    )
-    target.places |= over.places
+def _resolve(source: Source) -> dict[str, Any]:
+    """The values with every `${...}` replaced. One that cannot be is noted in the source and left out as null."""
+    values, lookup = copy.deepcopy(source.values), copy.deepcopy(source.values)
+    written: dict[Key, str] = {}
+    for key, value in leaves(source.values):
+        if value == "???":
+            _note(source, key, "must be given a value, here or with --options")
+        elif isinstance(value, str) and "${" in value:
+            _set(values, key, None)
+            try:
+                OmegaConf.create({"value": value})
+                written[key] = value
+            except OmegaConfBaseException as error:
+                _note(source, key, _explain_interpolation(error, value, source))
+                _set(lookup, key, "")  # so that this one does not hide the others
+    config = OmegaConf.create(lookup)
+    for key, text in written.items():
+        try:
+            found = _descend(config, key)
+            _set(values, key, OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found)
+        except (OmegaConfBaseException, RecursionError) as error:
+            _note(source, key, _explain_interpolation(error, text, source))
+    return values
 
 
-def _apply(option: str, source: Source) -> None:
-    key, equals, text = option.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--options {option!r}: expected key=value, e.g. train.learning_rate=1e-4")
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--options {option!r}: the value is not YAML ({str(error)[:120]})") from None
-    path: Key = tuple(key.strip().split("."))
-    value = None if node is None else _convert(node, Path("--options"), path, {})
-    values: Any = source.values
-    for name in path[:-1]:
-        values = _child(values, name, option)
-    last = path[-1]
-    if isinstance(values, list):
-        values[_list_index(values, last, option)] = value
-    else:
-        values[last] = value
-    for place in [place for place in source.places if _starts(place, path)]:
-        del source.places[place]
-    source.places[tuple(int(part) if str(part).isdecimal() else part for part in path)] = f"--options {key}"
+def _descend(config: DictConfig | ListConfig, key: Key) -> Any:
+    node: Any = config
+    for part in key:
+        node = node[part]  # raises on a missing variable or key
+    return node
 
 
-def _child(values: Any, name: str | int, option: str) -> Any:
-    if isinstance(values, list):
-        return values[_list_index(values, name, option)]
-    child = values.get(name)
-    if not isinstance(child, dict | list):
-        child = values[name] = {}
-    return child
+def _set(values: Any, key: Key, value: Any) -> None:
+    for part in key[:-1]:
+        values = values[part]
+    values[key[-1]] = value
 
 
-def _list_index(values: list[Any], name: str | int, option: str) -> int:
-    if not str(name).isdecimal() or int(name) >= len(values):
-        raise ConfigError(f"--options {option!r}: {name!r} is no place in a list of {len(values)}")
-    return int(name)
+def _note(source: Source, key: Key, message: str) -> None:
+    source.problems.append(f"{source.place(key)}: {dotted(key)}: {message}")
+    source.broken.add(key)
 
 
-def _starts(place: Key, prefix: Key) -> bool:
-    return tuple(map(str, place[: len(prefix)])) == tuple(map(str, prefix))
+def _explain_interpolation(error: BaseException, text: str, source: Source) -> str:
+    if isinstance(error, RecursionError):
+        return f"{text} refers to itself"
+    reason = str(error).splitlines()[0]
+    variable = re.search(r"Environment variable '(.+?)' not found", reason)
+    if variable:
+        name = variable[1]
+        return f"{text}: environment variable {name} is not set; set it, or give a default: ${{oc.env:{name},default}}"
+    if isinstance(error, GrammarParseError):
+        return f"{text}: not a complete ${{...}} ({reason})"
+    wanted = reason.partition("Interpolation key '")[2].partition("'")[0]
+    known = {dotted(key[:n]) for key in source.places for n in range(1, len(key) + 1)}
+    near = difflib.get_close_matches(wanted, sorted(known), n=1) if wanted else []
+    return f"{text}: {reason}" + (f"; did you mean ${{{near[0]}}}?" if near else "")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `1e-4` is a number; `no`, `on` and `12:30` are text."""
+def _bools_as_numbers(annotation: Any, value: Any, key: Key = ()) -> Iterator[Key]:
+    """Keys where `true` or `false` stands for a number. pydantic would take it for 1 or 0."""
+    if isinstance(value, bool):
+        kinds = set(_scalars(annotation))
+        if kinds & {int, float} and bool not in kinds:
+            yield key
+    elif isinstance(value, dict):
+        section = _section_of(annotation)
+        for name, child in value.items():
+            field = section.model_fields.get(name) if section else None
+            if field is not None:
+                yield from _bools_as_numbers(field.annotation, child, (*key, name))
+            elif section is None:
+                yield from _bools_as_numbers(annotation, child, (*key, name))
+    elif isinstance(value, list):
+        for number, child in enumerate(value):
+            yield from _bools_as_numbers(annotation, child, (*key, number))
 
 
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)", list("-+.0123456789")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
-_SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
+def _bool_as_number(key: Key, source: Source) -> str:
+    return f"{source.place(key)}: {dotted(key)}: expected a number, found {str(source.get(key)).lower()}"
 
 
-def _convert(node: yaml.Node, path: Path, key: Key, places: dict[Key, str]) -> Any:
-    """A YAML node as plain values, noting the place of every key. Refuses tags and repeated keys."""
-    place = f"{path}:{node.start_mark.line + 1}"
-    places.setdefault(key, place)
-    if isinstance(node, yaml.MappingNode):
-        values: dict[str, Any] = {}
-        lines: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            name, line = str(key_node.value), key_node.start_mark.line + 1
-            if name in values:
-                raise ConfigError(f"{path}:{line}: key {name!r} stands twice, first in line {lines[name]}")
-            lines[name] = line
-            places[(*key, name)] = f"{path}:{line}"
-            values[name] = _convert(value_node, path, (*key, name), places)
-        return values
-    if isinstance(node, yaml.SequenceNode):
-        return [_convert(item, path, (*key, number), places) for number, item in enumerate(node.value)]
-    if node.tag not in _SCALARS:
-        raise ConfigError(f"{place}: tag {node.tag} is not allowed in a config; it could make objects or run code")
-    constructor = yaml.SafeLoader("")
-    if node.tag.endswith(":float"):
-        return float(node.value)
-    return constructor.construct_object(node)
+def _scalars(annotation: Any) -> Iterator[Any]:
+    """The plain types inside an annotation.
+
+    >>> list(_scalars(tuple[float, int] | None))
+    [<class 'float'>, <class 'int'>, <class 'NoneType'>]
+    """
+    if get_args(annotation) and get_origin(annotation) is not Literal:
+        for inner in get_args(annotation):
+            yield from _scalars(inner)
+    elif isinstance(annotation, type):
+        yield annotation
 
 
-def _describe(problem: Any, source: Source) -> str:
-    key: Key = tuple(problem["loc"])
-    place, name = source.place(key), ".".join(map(str, key))
-    if problem["type"] == "extra_forbidden":
-        known = list(_known_keys(RunConfig, key[:-1]))
-        near = difflib.get_close_matches(str(key[-1]), known, n=1, cutoff=0.5)
-        elsewhere = [full for full in _all_keys(RunConfig) if full.rpartition(".")[2] == str(key[-1])]
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
-        if not near and elsewhere:
-            hint = f"did you mean {elsewhere[0]!r}?"
-        return f"  {place}: {name}: unknown key; {hint}"
-    if problem["type"] == "missing":
-        return f"  {place}: {name}: missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    found = "" if problem["type"] == "value_error" else f" (found {problem['input']!r})"
-    return f"  {place}: {name + ': ' if name else ''}{message}{found}"
+def _describe_all(error: ValidationError, source: Source) -> list[str]:
+    """One line per key; alternatives of the same key (`"all-linear"` or a list of names) are joined."""
+    by_key: dict[tuple[Key, bool], list[str]] = {}
+    for problem in error.errors(include_url=False):
+        key, is_missing = _written_key(problem["loc"], source), problem["type"] == "missing"
+        if not any(key[:n] in source.broken for n in range(1, len(key) + 1)):
+            by_key.setdefault((key, is_missing), []).append(_describe(problem, key, source))
+    lines = []
+    for (key, _), messages in by_key.items():
+        name = f"{dotted(key)}: " if key else ""
+        lines.append(
+            f"{source.place(key)}: {name}{' or '.join(dict.fromkeys(messages))}{_found(key, messages, source)}"
+        )
+    return lines
+
+
+def _written_key(location: tuple[int | str, ...], source: Source) -> Key:
+    """pydantic's location without what is no key of the file, such as the branch of a union."""
+    key: Key = ()
+    for part in location:
+        if source.has((*key, part)) or (part == location[-1] and isinstance(source.get(key), dict) and part != "[key]"):
+            key = (*key, part)
+    return key
+
+
+def _describe(problem: Any, key: Key, source: Source) -> str:
+    kind, context, last = problem["type"], problem.get("ctx", {}), problem["loc"][-1] if problem["loc"] else ""
+    if kind == "extra_forbidden":
+        return f"unknown key; {_nearest_key(key)}"
+    if kind == "missing":
+        return (
+            f"entry {last} is missing (the first is 0)" if isinstance(last, int) else "missing, and it has no default"
+        )
+    if kind == "value_error":
+        return problem["msg"].removeprefix("Value error, ") + _written_where(key, problem["msg"], source)
+    if kind == "literal_error":
+        allowed = context["expected"]
+        names = re.findall(r"'([^']*)'", allowed)
+        near = difflib.get_close_matches(str(problem["input"]), names, n=1)
+        rule = "known keys are" if last == "[key]" else "expected"
+        return f"{rule} {allowed}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if kind in _EXPECTED:
+        return "expected " + _EXPECTED[kind].format(**context)
+    return problem["msg"]
+
+
+_EXPECTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "keys with values"),
+    "string_type": 'text; write it in quotes if it is meant as text, for example "2024"',
+    "tuple_type": "a list",
+    "too_short": "at least {min_length} entries",
+    "too_long": "at most {max_length} entries",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+}
+
+
+def _found(key: Key, messages: list[str], source: Source) -> str:
+    """What was written, not what it resolves to: that may be a secret."""
+    if not source.has(key) or not any(message.startswith("expected") for message in messages):
+        return ""
+    value = source.get(key)
+    shown = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f" (found {shown if len(shown) <= 80 else shown[:77] + '...'})"
+
+
+def _written_where(section: Key, message: str, source: Source) -> str:
+    """Where the keys that a message names were written: usually one of them comes from a base file."""
+    values = source.get(section)
+    named = [name for name in values if name in message] if isinstance(values, dict) else []
+    places = [f"{name} is set at {source.place((*section, name))}" for name in named]
+    return f" ({'; '.join(places)})" if len(places) > 1 else ""
+
+
+def _nearest_key(key: Key) -> str:
+    name, known = str(key[-1]), sorted(_known_keys(RunConfig, key[:-1]))
+    same = [full for full in _all_keys(RunConfig) if full.rpartition(".")[2] == name]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    if not near and same:
+        return f"did you mean {' or '.join(same[:3])}?"
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {near[0]}?"
+    anywhere = {full.rpartition(".")[2]: full for full in _all_keys(RunConfig)}
+    far = difflib.get_close_matches(name, sorted(anywhere), n=1, cutoff=0.8)
+    return f"did you mean {anywhere[far[0]]}?" if far else f"known here: {', '.join(known)}"
 
 
 def _known_keys(model: type[BaseModel], key: Key) -> Iterator[str]:
@@ -288,11 +359,3 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     if get_origin(annotation) in (tuple, Union, types.UnionType):
         return next((found for found in map(_section_of, get_args(annotation)) if found), None)
     return None
-
-
-def _explain_interpolation(error: OmegaConfBaseException, source: Source) -> str:
-    key = str(getattr(error, "full_key", "") or "")
-    place = source.place(tuple(int(part) if part.isdecimal() else part for part in re.split(r"[.\[\]]+", key) if part))
-    text = str(error).splitlines()[0]
-    hint = ". Set the variable, or give a default: ${oc.env:NAME,default}" if "Environment variable" in text else ""
-    return f"{place}: {key}: {text}{hint}"

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 Key = tuple[str | int, ...]
+OPTIONS = "--options"  # the place of what is written on the command line
 
 
 @dataclass
@@ -26,8 +27,9 @@ class Source:
     """A config as written: merged values with `${...}` unresolved, and where each of its keys was written."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[Key, str] = field(default_factory=dict)  # key -> "file:line", or "--options key"
+    places: dict[Key, str] = field(default_factory=dict)  # key -> "file:line", or "--options"
     problems: list[str] = field(default_factory=list)  # "place: what is wrong"
+    broken: set[Key] = field(default_factory=set)  # keys whose value could not be read; () when a whole file could not
 
     def place(self, key: Key) -> str:
         """Where `key` was written, or else the nearest key around it."""
@@ -45,12 +47,11 @@ class Source:
     def _find(self, key: Key) -> tuple[bool, Any]:
         value: Any = self.values
         for part in key:
-            if isinstance(value, dict) and part in value:
-                value = value[part]
-            elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-                value = value[part]
-            else:
+            in_dict = isinstance(value, dict) and part in value
+            in_list = isinstance(value, list) and isinstance(part, int) and part < len(value)
+            if not in_dict and not in_list:
                 return False, None
+            value = value[part]
         return True, value
 
 
@@ -59,7 +60,8 @@ def read_layers(path: Path, options: Sequence[str] = ()) -> Source:
 
     Args:
         path: an existing file.
-        options: `a.b=value`, `a.0.b=value` or `a[0].b=value`; values are read as YAML.
+        options: `a.b=value`; `a.0.b` or `a[0].b` for a place in a list; `a[b.c]` for a key with a dot. Values are read
+            as YAML.
     """
     source = _read_file(path, ())
     for option in options:
@@ -91,16 +93,18 @@ def dotted(key: Key) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
 
 
-class BaseScalars:
-    """Where a file names its bases: (start, end, text) of each, as indexes into the file's text."""
+def spans_of(text: str, name: str) -> list[tuple[int, int, str]]:
+    """Where the values of a top-level key stand in a file, each as (start, end, value): one, or those of its list.
 
-    def __init__(self, text: str) -> None:
-        self.spans: list[tuple[int, int, str]] = []
-        node = yaml.compose(text, Loader=Loader)
-        for key_node, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            if key_node.value == "base":
-                named = value.value if isinstance(value, yaml.SequenceNode) else [value]
-                self.spans = [(one.start_mark.index, one.end_mark.index, str(one.value)) for one in named]
+    >>> spans_of("base: [a.yaml, b.yaml]", "base")
+    [(7, 13, 'a.yaml'), (15, 21, 'b.yaml')]
+    """
+    node = yaml.compose(text, Loader=Loader)
+    for key_node, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key_node.value == name:
+            found = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            return [(one.start_mark.index, one.end_mark.index, str(one.value)) for one in found]
+    return []
 
 
 class Loader(yaml.SafeLoader):
@@ -131,16 +135,18 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
     "tag:yaml.org,2002:float": lambda text: float(text.replace(".inf", "inf").replace(".nan", "nan")),
     "tag:yaml.org,2002:str": str,
 }
+_COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
 def _read_file(path: Path, children: tuple[Path, ...]) -> Source:
     shown = Path(os.path.normpath(path))
-    own = Source()
+    own = Source(places={(): f"{shown}:1"})
     node = _compose_file(path, shown, own)
     if node is None:
         return own
     if not isinstance(node, yaml.MappingNode):
         own.problems.append(f"{shown}:1: expected keys with values, found {_kind(node)}")
+        own.broken.add(())
         return own
     own.values = _Converter(own, lambda mark: f"{shown}:{mark.line + 1}").convert(node, ())
     merged = Source()
@@ -150,8 +156,10 @@ def _read_file(path: Path, children: tuple[Path, ...]) -> Source:
         if file.resolve() in chain:
             names = " -> ".join(link.name for link in (*chain, file.resolve()))
             merged.problems.append(f"{place}: base: the files form a circle: {names}")
+            merged.broken.add(())
         elif not file.is_file():
-            merged.problems.append(f"{place}: base: {file} does not exist{_nearest_file(file)}")
+            merged.problems.append(f"{place}: base: {os.path.normpath(file)} does not exist{_nearest_file(file)}")
+            merged.broken.add(())
         else:
             _merge_source(merged, _read_file(file, chain))
     _merge_source(merged, own)
@@ -160,8 +168,7 @@ def _read_file(path: Path, children: tuple[Path, ...]) -> Source:
 
 def _compose_file(path: Path, shown: Path, source: Source) -> yaml.Node | None:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        return yaml.compose(text, Loader=Loader)
+        return yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=Loader)
     except UnicodeDecodeError as error:
         source.problems.append(f"{shown}: not UTF-8 text (byte {error.start})")
     except OSError as error:
@@ -171,9 +178,12 @@ def _compose_file(path: Path, shown: Path, source: Source) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         context = f" {error.context}" if error.context else ""
+        if "'{'" in str(error.problem):
+            context += "; write a ${...} that stands inside {...} or [...] in quotes"
         source.problems.append(f"{shown}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}{context}")
     except yaml.YAMLError as error:
         source.problems.append(f"{shown}: not YAML: {str(error).splitlines()[0]}")
+    source.broken.add(())
     return None
 
 
@@ -189,6 +199,7 @@ def _bases(source: Source) -> list[tuple[str, str]]:
             found.append((name, place))
         else:
             source.problems.append(f"{place}: base: expected the path of a YAML file, found {name!r}")
+            source.broken.add(())
     return found
 
 
@@ -203,6 +214,7 @@ def _merge_source(target: Source, over: Source) -> None:
     target.places = {key: place for key, place in target.places.items() if not _replaced(key, over)} | over.places
     target.values = _merge(target.values, over.values)
     target.problems += over.problems
+    target.broken |= over.broken
 
 
 def _replaced(key: Key, over: Source) -> bool:
@@ -221,28 +233,28 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _apply_option(option: str, source: Source) -> None:
     name, equals, text = option.partition("=")
-    name = name.strip()
-    place = f"--options {name}"
-    parts = [part for part in re.split(r"[.\[\]]", name) if part]
+    place = OPTIONS
+    parts = [bracketed or plain for bracketed, plain in re.findall(r"\[([^\]]+)\]|([^.\[\]]+)", name)]
     if not equals or not parts:
         source.problems.append(f"--options {option!r}: expected key=value, for example train.learning_rate=1e-4")
         return
     if parts == ["base"]:
-        source.problems.append(f"{place}: base is read from files only; name another file instead")
+        source.problems.append(f"{place}: base: is read from files only; name another file instead")
         return
     converter = _Converter(source, lambda mark: place)
-    container: Any = source.values
+    container: Any = source.values  # a mapping or a list
     key: Key = ()
     for part in parts[:-1]:
-        step = _step(container, part, place, source)
+        step = _step(container, part, f"{place}: {name}", source)
         if step is None:
             return
         key = (*key, step)
-        child = container[step] if isinstance(container, list) else container.get(step)
+        child = container.get(step) if isinstance(container, dict) else container[step]
         if not isinstance(child, dict | list):
             child = container[step] = {}
+            source.places[key] = place
         container = child
-    last = _step(container, parts[-1], place, source)
+    last = _step(container, parts[-1], f"{place}: {name}", source)
     if last is None:
         return
     key = (*key, last)
@@ -252,7 +264,8 @@ def _apply_option(option: str, source: Source) -> None:
         node = yaml.compose(text, Loader=Loader)
     except (yaml.YAMLError, RecursionError) as error:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        source.problems.append(f"{place}: the value {text[:60]!r} is not YAML ({problem}); quote it if it is text")
+        source.problems.append(f"{place}: {name}: {text[:60]!r} is not YAML ({problem}); quote it if it is text")
+        source.broken.add(key)
         return
     container[last] = None if node is None else converter.convert(node, key)
 
@@ -263,7 +276,7 @@ def _step(container: dict[str, Any] | list[Any], part: str, place: str, source: 
         return part
     if part.isdecimal() and int(part) < len(container):
         return int(part)
-    source.problems.append(f"{place}: {part!r} is no place in a list of {len(container)}, counted from 0")
+    source.problems.append(f"{place}: {part!r} is no place in a list of {len(container)} (the first is 0)")
     return None
 
 
@@ -277,8 +290,8 @@ class _Converter:
     def convert(self, node: yaml.Node, key: Key) -> Any:
         place = self.place_of(node.start_mark)
         self.source.places.setdefault(key, place)
-        if node.tag not in _SCALARS and not node.tag.endswith((":map", ":seq")):
-            self._problem(place, key, f"the tag {node.tag} is refused: it could make objects or run code")
+        if node.tag not in _SCALARS and node.tag not in _COLLECTIONS:
+            self._problem(place, key, f"the tag {node.tag} is refused: tags can make objects or run code")
             return None
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, key)
@@ -296,11 +309,12 @@ class _Converter:
         for key_node, value_node in node.value:
             place = self.place_of(key_node.start_mark)
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in _SCALARS:
-                self._problem(place, key, f"expected a name before ':', found {_kind(key_node)}")
+                self.source.problems.append(f"{place}: expected a name before ':', found {_kind(key_node)}")
                 continue
             name = key_node.value
             if name in values:
-                self._problem(place, (*key, name), f"written twice, first at {first[name]}; keep one")
+                shown = dotted((*key, name))
+                self.source.problems.append(f"{place}: {shown}: written twice, first at {first[name]}; keep one")
                 continue
             first[name] = place
             self.source.places[(*key, name)] = place
@@ -308,6 +322,7 @@ class _Converter:
         return values
 
     def _problem(self, place: str, key: Key, message: str) -> None:
+        self.source.broken.add(key)
         self.source.problems.append(f"{place}: {dotted(key)}: {message}" if key else f"{place}: {message}")
 
 

@@ -13,6 +13,7 @@ from vlm.config import RunConfig
 from vlm.data.build import Data, build_data
 from vlm.data.skips import SkipLog
 from vlm.errors import ConfigError, VLMError
+from vlm.export.load import load_init
 from vlm.logs import log
 from vlm.models.build import Assembled, build_model
 from vlm.objectives.lm import LanguageModeling
@@ -53,8 +54,6 @@ def train(config: RunConfig, config_text: str) -> Path:
         torch.manual_seed(config.seed)
         built = build_model(config.model, precision=config.train.precision, device=str(device), seed=config.seed)
         if config.init_from is not None:
-            from vlm.export.load import load_init
-
             for line in load_init(built.model, Path(config.init_from)):
                 log(f"init_from: {line}")
         data = _build_data(config, built)

@@ -28,6 +28,12 @@ def write(final: Path, text: str) -> None:
         (folder / "weights").write_text(text)
 
 
+def write_half(final: Path, error: Exception) -> None:
+    with replace_folder(final) as folder:
+        (folder / "vlm.json").write_text("new")
+        raise error
+
+
 def contents(parent: Path) -> dict[str, str]:
     return {str(path.relative_to(parent)): path.read_text() for path in parent.rglob("*") if path.is_file()}
 
@@ -41,9 +47,8 @@ def test_the_folder_is_there_only_at_the_end(tmp_path: Path):
 
 def test_an_error_half_way_leaves_the_old_export_and_nothing_else(tmp_path: Path):
     write(tmp_path / "export", "old")
-    with pytest.raises(RuntimeError, match="disk"), replace_folder(tmp_path / "export") as folder:
-        (folder / "vlm.json").write_text("new")
-        raise RuntimeError("disk")
+    with pytest.raises(OSError, match="disk"):
+        write_half(tmp_path / "export", OSError("disk full"))
     assert contents(tmp_path) == {"export/vlm.json": "old", "export/weights": "old"}
 
 
@@ -62,9 +67,9 @@ def test_kill_9_never_leaves_half_an_export_and_the_next_one_cleans_up(tmp_path:
     killed = subprocess.run([sys.executable, "-c", WRITE, str(final)], env=environment, check=False)
     assert killed.returncode == -9
     assert set(contents(final).values()) == left
-    with pytest.raises(RuntimeError, match="again"), replace_folder(final):
-        assert contents(tmp_path / "export") == {"vlm.json": "old", "weights": "old"}  # put back if it was moved away
-        raise RuntimeError("again")
+    with pytest.raises(OSError, match="again"):
+        write_half(final, OSError("again"))
+    assert contents(final) == {"vlm.json": "old", "weights": "old"}  # put back if it was moved away
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 

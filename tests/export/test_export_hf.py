@@ -18,8 +18,8 @@ from vlm.export.load import load
 from vlm.export.weights import export_run
 from vlm.models.build import Assembled
 
-# Worst difference seen over all cases below: 8.1e-6, of logits of size 20, in float32.
-TOLERANCE = 5e-5
+# Worst difference seen over all cases below: 2.6e-5, of logits up to 7.5, in float32.
+TOLERANCE = 1e-4
 
 MEAN = (122, 116, 104)  # what transformers pads with for CLIP
 CASES: dict[str, dict[str, Any]] = {

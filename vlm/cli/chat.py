@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from vlm.errors import ConfigError
+from vlm.errors import CheckpointError, ConfigError
 
 
 def register(app: typer.Typer) -> None:
@@ -32,33 +32,36 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Talk to an export: one answer with --prompt, a conversation without."""
+    if not export.is_dir():
+        raise CheckpointError(f"{export} is no folder. Name an export; `vlm export RUN` writes RUN/export")
     from vlm.chat.terminal import run_terminal
     from vlm.models.generate import GenerationSettings
 
     settings = GenerationSettings(
         max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty, num_beams, seed
     )
-    run_terminal(export, image or [], prompt, system, settings, device)
+    run_terminal(export, image or (), prompt, system, settings, device)
 
 
 def main_cli_demo() -> None:
-    """`python cli_demo.py -c EXPORT`: asks for a picture, then chats."""
+    """`python cli_demo.py -c EXPORT [flags of vlm chat]`: asks for a picture, then chats."""
     from vlm.cli.main import app, run, with_hyphens
 
-    def command() -> None:
+    def command() -> object:
         parser = argparse.ArgumentParser(
-            description="Chat with an export in the terminal; `vlm chat -h` lists all flags."
+            prog="cli_demo.py", description="Chat in the terminal; `vlm chat -h` lists the other flags."
         )
         parser.add_argument("-c", "--checkpoint-path", required=True, help="an export folder")
         parser.add_argument("--cpu-only", action="store_true", help="do not use a GPU")
         known, rest = parser.parse_known_args(with_hyphens(sys.argv[1:]))
         device = ["--device", "cpu"] if known.cpu_only else []
-        app(["chat", known.checkpoint_path, *device, *rest], standalone_mode=False)
+        return app(["chat", known.checkpoint_path, *device, *rest], standalone_mode=False)
 
     sys.exit(run(command))
 
 
 def main_webui_demo() -> None:
+    """Not built yet, and says so."""
     from vlm.cli.main import run
 
     def command() -> None:

@@ -10,7 +10,7 @@ import typer
 from vlm.errors import CheckpointError
 
 app = typer.Typer(no_args_is_help=True)
-Run = Annotated[Path, typer.Argument(help="A run folder, or one checkpoint.")]
+Run = Annotated[Path, typer.Argument(help="A run folder.")]
 
 
 @app.command()
@@ -20,22 +20,28 @@ def ls(run: Run) -> None:
 
     found = list_checkpoints(run)
     if not found:
-        raise CheckpointError(f"{run} has no checkpoints")
+        raise CheckpointError(f"{run} has no checkpoints; name the output_dir of a run")
     for info in found:
         size = sum(path.stat().st_size for path in info.path.rglob("*") if path.is_file())
         print(f"{info.path.name}  {size / 2**20:9.1f} MiB  {'; '.join(info.problems) or 'intact'}")
 
 
 @app.command()
-def verify(run: Run) -> None:
+def verify(run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint.")]) -> None:
     """Compare every file with its manifest. Exit code 5 when one differs."""
     from vlm.train.checkpoint import list_checkpoints
     from vlm.train.checkpoint import verify as verify_one
 
+    if not run.is_dir():
+        raise CheckpointError(f"{run} is no folder; name the output_dir of a run, or one of its checkpoints")
     if (run / "checkpoints").is_dir():
-        problems = [f"{info.path.name}: {text}" for info in list_checkpoints(run) for text in info.problems]
+        found = list_checkpoints(run)
+        if not found:
+            raise CheckpointError(f"{run} has no checkpoints")
+        problems = [f"{info.path.name}: {text}" for info in found for text in info.problems]
+        checked = f"{len(found)} checkpoint{'s' if len(found) > 1 else ''}"
     else:
-        problems = verify_one(run)
+        problems, checked = verify_one(run), "1 checkpoint"
     if problems:
         raise CheckpointError(f"{run}:\n  " + "\n  ".join(problems))
-    print(f"{run}: intact")
+    print(f"{run}: {checked} intact")

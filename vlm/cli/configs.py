@@ -5,19 +5,30 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vlm.config import RunConfig, config_for_log, find_config, load_config, read_source, shipped_projects
+from vlm.config import (
+    RunConfig,
+    find_config,
+    json_schema,
+    load_config,
+    project_folders,
+    raise_problems,
+    read_source,
+    resolve_for_log,
+    shipped_projects,
+)
 from vlm.errors import ConfigError
+from vlm.layered_yaml import Key, dotted, spans_of
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or a shipped project such as quickstart/pretrain.")]
 Options = Annotated[
     list[str] | None,
-    typer.Option("--options", "--cfg-options", "-o", help="Override a key: train.learning_rate=1e-4. Repeatable."),
+    typer.Option("--options", "--cfg-options", "-o", help="Override keys: train.learning_rate=1e-4 seed=1"),
 ]
 
 
@@ -30,78 +41,87 @@ def register(app: typer.Typer) -> None:
 def ls(pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern such as llava*.")] = "") -> None:
     """List the shipped projects."""
     wanted = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
-    for name in shipped_projects():
-        if fnmatch.fnmatch(name, wanted):
-            print(name)
+    names = [name for name in shipped_projects() if fnmatch.fnmatch(name, wanted)]
+    if not names:
+        found = "no project matches" if shipped_projects() else "no projects folder here; run this in the repository"
+        raise ConfigError(f"{found} {pattern}".rstrip())
+    for name in names:
+        print(name)
 
 
 def cp(
     name: Annotated[str, typer.Argument(help="A shipped project, or one of its files.")],
     folder: Annotated[Path, typer.Argument(help="Where the copy goes.")],
 ) -> None:
-    """Copy a shipped project, each file with its bases folded in, so that the copy stands alone."""
-    names = [shipped for shipped in shipped_projects() if name in (shipped, shipped.partition("/")[0])]
-    if not names:
-        find_config(name)  # raises, naming the nearest
-    folder.mkdir(parents=True, exist_ok=True)
-    for shipped in names:
-        target = folder / f"{shipped.rpartition('/')[2]}.yaml"
-        if target.exists():
-            raise ConfigError(f"{target} exists already; name another folder, or remove it")
-        target.write_text(f"# from {shipped}\n{config_for_log(shipped)}", encoding="utf-8")
+    """Copy a shipped project with the base files it needs. Its `name:` becomes the folder's name."""
+    files = _files_of(name)
+    targets = _copy_targets(files, folder)
+    taken = [str(target) for target in targets.values() if target.exists()]
+    if taken:
+        raise ConfigError(f"{taken[0]} exists already; name another folder, or remove it")
+    for file, target in targets.items():
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".yaml":
+            bases = {name: (file.parent / name).resolve() for _, _, name in spans_of(text, "base")}
+            moved = {name: os.path.relpath(targets[base], target.parent) for name, base in bases.items()}
+            text = _replace(text, "base", moved)
+            text = _replace(text, "name", {name: folder.resolve().name for _, _, name in spans_of(text, "name")})
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
         print(target)
-    for readme in {find_config(shipped).parent / "README.md" for shipped in names}:
-        if readme.exists():
-            shutil.copy(readme, folder / "README.md")
 
 
 def show(config: Config, options: Options = None) -> None:
-    """Print a config with its bases and overrides merged. Secrets stay `${oc.env:...}`."""
+    """Print a config with its bases and overrides merged. `${...}` stays: it may hold a secret."""
     load_config(config, options or ())
-    print(config_for_log(config, options or ()), end="")
+    print(resolve_for_log(config, options or ()), end="")
 
 
 def validate(config: Config, options: Options = None) -> None:
     """Check a config and the existence of every path in it, loading nothing."""
     checked = load_config(config, options or ())
     source = read_source(config, options or ())
-    problems = [f"  {source.place(key)}: {'.'.join(map(str, key))}: {text}" for key, text in path_problems(checked)]
+    problems = [f"{source.place(key)}: {dotted(key)}: {text}" for key, text in path_problems(checked)]
     if problems:
-        raise ConfigError(f"{len(problems)} problem(s) in {config}:\n" + "\n".join(problems))
+        raise_problems(config, problems, f"Relative paths are looked for in {Path.cwd()}")
+    for key, path in model_paths(checked):
+        if not Path(path).expanduser().exists():
+            print(f"note: {dotted(key)} {path} is taken for a name, found or fetched when the run starts")
     print(f"{config}: valid")
 
 
 def config_schema() -> None:
     """Print the JSON schema of a config, for editors."""
-    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+    print(json.dumps(json_schema(), indent=2))
 
 
-def path_problems(config: RunConfig) -> list[tuple[tuple[str | int, ...], str]]:
-    """Paths that do not exist, as (key, message). A model path without a leading . / ~ or cache/ may be a hub name."""
-    problems: list[tuple[tuple[str | int, ...], str]] = []
-
-    def check(key: tuple[str | int, ...], path: str | None, what: str) -> None:
+def path_problems(config: RunConfig) -> list[tuple[Key, str]]:
+    """Paths that do not exist, as (key, message). Nothing is opened."""
+    problems: list[tuple[Key, str]] = []
+    for key, path, what in _paths(config):
         if path is not None and not Path(path).expanduser().exists():
             problems.append((key, f"{what} {path} does not exist"))
-
-    for name in ("sources", "eval_sources"):
-        for number, entry in enumerate(getattr(config.data, name)):
-            check(("data", name, number, "path"), entry.path, "data file")
-            check(("data", name, number, "images"), entry.images, "images folder")
-    for number, task in enumerate(config.evaluation.tasks):
-        check(("evaluation", "tasks", number, "path"), task.path, "data file")
-        check(("evaluation", "tasks", number, "images"), task.images, "images folder")
-    for number, sample in enumerate(config.train.samples):
-        check(("train", "samples", number, "image"), sample.image, "picture")
-    check(("init_from",), config.init_from, "export")
-    if is_local(config.model.llm.path):
-        check(("model", "llm", "path"), config.model.llm.path, "model folder")
-    if config.model.vision is not None and is_local(config.model.vision.path):
-        check(("model", "vision", "path"), config.model.vision.path, "model folder")
-    parent = next(folder for folder in (Path(config.output_dir), *Path(config.output_dir).parents) if folder.exists())
-    if not os.access(parent, os.W_OK) or not parent.is_dir():
-        problems.append((("output_dir",), f"{parent} cannot be written to"))
+    for key, path in model_paths(config):
+        if is_local(path) and not Path(path).expanduser().exists():
+            problems.append((key, f"{path} does not exist. A name for a model hub has no leading . / ~ or cache/"))
+    if config.init_from is not None and not Path(config.init_from).expanduser().exists():
+        problems.append((("init_from",), f"{config.init_from} does not exist; train and export the stage before first"))
+    output = Path(config.output_dir)
+    nearest = next((folder for folder in (output, *output.parents) if folder.exists()), Path("."))
+    if not nearest.is_dir():
+        problems.append((("output_dir",), f"{nearest} is a file"))
+    elif not os.access(nearest, os.W_OK):
+        problems.append((("output_dir",), f"{nearest} cannot be written to"))
     return problems
+
+
+def model_paths(config: RunConfig) -> Iterator[tuple[Key, str]]:
+    """Names or folders of models."""
+    yield ("model", "llm", "path"), config.model.llm.path
+    if config.model.vision is not None:
+        yield ("model", "vision", "path"), config.model.vision.path
+        if config.model.vision.pretrained is not None:
+            yield ("model", "vision", "pretrained"), config.model.vision.pretrained
 
 
 def is_local(path: str) -> bool:
@@ -110,3 +130,52 @@ def is_local(path: str) -> bool:
     (True, True, False, False)
     """
     return path.startswith((".", "/", "~", "cache/"))
+
+
+def _paths(config: RunConfig) -> Iterator[tuple[Key, str | None, str]]:
+    for name in ("sources", "eval_sources"):
+        for number, entry in enumerate(getattr(config.data, name)):
+            yield ("data", name, number, "path"), entry.path, "data file"
+            yield ("data", name, number, "images"), entry.images, "images folder"
+    for number, task in enumerate(config.evaluation.tasks):
+        yield ("evaluation", "tasks", number, "path"), task.path, "data file"
+        yield ("evaluation", "tasks", number, "images"), task.images, "images folder"
+    for number, sample in enumerate(config.train.samples):
+        yield ("train", "samples", number, "image"), sample.image, "picture"
+
+
+def _files_of(name: str) -> list[Path]:
+    """A shipped project's YAML files and README, or one of its files."""
+    for folder in project_folders():
+        project = folder / name
+        if project.is_dir() and project.parent == folder:
+            return [*sorted(project.glob("*.yaml")), *project.glob("README.md")]
+    if name not in shipped_projects():
+        find_config(name)  # raises for a name that is nothing, and names the nearest
+    return [find_config(name)]
+
+
+def _copy_targets(files: list[Path], folder: Path) -> dict[Path, Path]:
+    """Every file with its bases -> where it goes: beside the others, or, from another folder, into base/."""
+    home = files[0].resolve().parent
+    targets: dict[Path, Path] = {}
+    waiting = [file.resolve() for file in files]
+    while waiting:
+        file = waiting.pop(0)
+        if file in targets:
+            continue
+        target = folder / file.name if file.parent == home else folder / "base" / file.name
+        if target in targets.values():
+            raise ConfigError(f"{file}: another base file has the name {file.name}; copy the project by hand")
+        targets[file] = target
+        if file.suffix == ".yaml":
+            names = spans_of(file.read_text(encoding="utf-8"), "base")
+            waiting += [(file.parent / name).resolve() for _, _, name in names]
+    return targets
+
+
+def _replace(text: str, key: str, values: dict[str, str]) -> str:
+    """Rewrite the values of a top-level key in place; comments and layout stay."""
+    for start, end, old in reversed(spans_of(text, key)):
+        text = text[:start] + values[old] + text[end:]
+    return text

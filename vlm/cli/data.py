@@ -65,5 +65,5 @@ def _tokenizer_and_spec(config: RunConfig) -> tuple[ConversationTokenizer, Image
 
     spec = build_image_spec(config.model)
     tokenizer = load_tokenizer(config.model.llm.path, config.model.trust_remote_code)
-    image_token_id = None if spec is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_token_id = None if spec is None else tokenizer.get_vocab()[IMAGE_TOKEN]
     return build_conversation_tokenizer(config.data, tokenizer, spec, image_token_id), spec

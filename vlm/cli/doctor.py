@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -11,14 +12,19 @@ from pathlib import Path
 import typer
 
 from vlm import __version__
+from vlm.errors import ConfigError
 
-CORE = ("torch", "torchvision", "transformers", "open_clip_torch", "timm", "peft", "safetensors", "pillow", "omegaconf")
+CORE = (
+    "torch", "torchvision", "transformers", "open_clip_torch", "timm", "peft", "safetensors", "pillow", "omegaconf",
+    "pydantic",
+)  # fmt: skip
 EXTRAS = {
     "tensorboard": "track",
     "gradio": "serve",
     "deepspeed": "deepspeed",
     "bitsandbytes": "quant",
     "resvg-py": "demo",
+    "gguf": "demo",
 }
 
 
@@ -27,30 +33,54 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor() -> None:
-    """Print versions, devices, optional packages, cache sizes and free disk."""
+    """Print versions, devices, optional packages, cache sizes, free disk. Exit code 2 when a package is missing."""
     print(f"vlm {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in CORE:
-        print(f"  {name:16} {_version(name) or 'MISSING: pip install -e .'}")
+        print(f"  {name:16} {_version(name) or 'MISSING'}")
     for name, extra in EXTRAS.items():
-        print(f"  {name:16} {_version(name) or f'not installed: pip install -e .[{extra}]'}")
+        print(f"  {name:16} {_version(name) or f'not installed; optional: pip install -e .[{extra}]'}")
+    _print_folders()
+    missing = [name for name in CORE if _version(name) is None]
+    if missing:
+        raise ConfigError(f"missing: {', '.join(missing)}. Install with: pip install -e .")
+    _print_devices()
+
+
+def _print_folders() -> None:
+    for folder in sorted(Path("cache").glob("*/")) if Path("cache").is_dir() else []:
+        print(f"{folder}: {_size(folder) / 2**20:,.0f} MiB")
+    print(f"free disk here: {shutil.disk_usage('.').free / 2**30:,.0f} GiB")
+
+
+def _print_devices() -> None:
     from vlm.compat import prepare
 
     prepare()
     import torch
-    import torchvision
 
-    has_kernels = torchvision.extension._has_ops()
-    print(f"torchvision kernels: {'yes' if has_kernels else 'no (a CUDA build beside a CPU torch; not needed here)'}")
+    print(f"torchvision kernels: {_torchvision_state()}")
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        print(f"GPU {number}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(number)
-            print(f"GPU {number}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        print(f"FlashAttention: {'yes' if has_flash else 'not installed; sdpa is used instead'}")
     else:
-        print(f"no GPU; {os.cpu_count()} cores, {torch.get_num_threads()} threads for torch")
-    for folder in sorted(Path("cache").glob("*/")) if Path("cache").is_dir() else []:
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        print(f"{folder}: {size / 2**20:,.0f} MiB")
-    print(f"free disk: {shutil.disk_usage('.').free / 2**30:,.0f} GiB")
+        print(f"no GPU that torch sees; {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        print(f"bf16 in hardware: {'yes' if fast else 'no; train.precision: fp32 is faster here'}")
+
+
+def _torchvision_state() -> str:
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as error:
+        return f"torchvision cannot be imported: {str(error).splitlines()[0]}"
+    return "yes" if torchvision.extension._has_ops() else "no (a CUDA build beside a CPU torch); not needed here"
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def _version(package: str) -> str | None:

@@ -8,10 +8,11 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import typer
+from typer.exceptions import TyperException
 
 from vlm import __version__
-from vlm.cli import chat, checkpoints, configs, data, doctor, export, train
-from vlm.errors import VLMError
+from vlm.cli import chat, ckpt, configs, data, doctor, export, train
+from vlm.errors import Preempted, VLMError
 
 app = typer.Typer(
     help="Assemble any vision encoder with any language model, train the result, talk to it.",
@@ -23,8 +24,10 @@ app = typer.Typer(
 for module in (configs, train, export, chat):
     module.register(app)
 app.add_typer(data.app, name="data", help="Look at training data without a model.")
-app.add_typer(checkpoints.app, name="ckpt", help="List and verify the checkpoints of a run.")
+app.add_typer(ckpt.app, name="ckpt", help="List and verify the checkpoints of a run.")
 doctor.register(app)
+
+_OPTION_FLAGS = ("--options", "--cfg-options", "-o")
 
 
 @app.command()
@@ -36,29 +39,34 @@ def version() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `vlm`. Ends the process with the exit code of `vlm.errors`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(lambda: app(with_hyphens(given), standalone_mode=False)))
+    sys.exit(run(lambda: app(repeat_options(with_hyphens(given)), standalone_mode=False)))
 
 
 def run(command: Callable[[], object]) -> int:
-    """Run a command; errors of ours become a message and an exit code, without a traceback."""
-    import click
-
+    """Run a command; errors of ours become a message on standard error and an exit code, without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences a warning when loader processes start
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         result = command()
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except Preempted as stop:  # asked for, so no error
+        print(stop, file=sys.stderr)
+        return stop.exit_code
     except VLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.ClickException as error:
-        error.show()
+    except typer.Exit as end:
+        return end.exit_code
+    except TyperException as error:  # a wrong flag or argument
+        error.show() if hasattr(error, "show") else print(f"error: {error}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `vlm ls | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
+        return 0
     except Exception:
         traceback.print_exc()
         return 1
@@ -67,13 +75,35 @@ def run(command: Callable[[], object]) -> int:
 def with_hyphens(arguments: Sequence[str]) -> list[str]:
     """Accept flags with underscores too: `--cfg_path x` is `--cfg-path x`. Values are left alone.
 
-    >>> with_hyphens(["--max_shard_size=2GB", "a_b"])
-    ['--max-shard-size=2GB', 'a_b']
+    >>> with_hyphens(["--max_shard_size=2_GB", "a_b", "--local_rank", "0"])
+    ['--max-shard-size=2_GB', 'a_b', '--local-rank', '0']
     """
     spelled = []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
         spelled.append(flag.replace("_", "-") + equals + value if flag.startswith("--") else argument)
+    return spelled
+
+
+def repeat_options(arguments: Sequence[str]) -> list[str]:
+    """Let one `--options` take several overrides, as launch scripts write them.
+
+    >>> repeat_options(["train", "a.yaml", "--options", "x=1", "y=2", "--out", "b=c"])
+    ['train', 'a.yaml', '--options', 'x=1', '--options', 'y=2', '--out', 'b=c']
+    """
+    spelled: list[str] = []
+    number_after = None  # overrides seen since the last --options; None elsewhere
+    for argument in arguments:
+        if argument in _OPTION_FLAGS:
+            number_after = 0
+        elif number_after is not None:
+            if argument.startswith("-") or (number_after and "=" not in argument):
+                number_after = None
+            else:
+                if number_after:
+                    spelled.append("--options")
+                number_after += 1
+        spelled.append(argument)
     return spelled
 
 

@@ -316,7 +316,7 @@ def _merge_into_base(model: VisionLanguageModel, manifest: Manifest, lora: dict[
 def _refuse_other_scale(model: VisionLanguageModel, lora: LoRAConfig | None, where: str) -> None:
     """Rank, and with it every shape, may agree while alpha does not; the adapter would then count for more or less."""
     assert lora is not None
-    adapters: list[Any] = [module for module in model.llm.modules() if hasattr(module, "scaling")]
+    adapters: list[Any] = [module for module in model.llm.modules() if hasattr(module, "lora_A")]
     now = {(module.r["default"], round(module.scaling["default"] * module.r["default"])) for module in adapters}
     rank, alpha = min(now)
     if rank == lora.rank and alpha != lora.alpha:

@@ -9,7 +9,14 @@ import torch
 
 from vlm.batch import ImageSpec
 from vlm.models.config import ModelConfig, VisionConfig
-from vlm.models.llm import IMAGE_TOKEN, llm_from_config, load_llm, load_tokenizer, pad_vocabulary
+from vlm.models.llm import (
+    IMAGE_TOKEN,
+    enable_gradient_checkpointing,
+    llm_from_config,
+    load_llm,
+    load_tokenizer,
+    pad_vocabulary,
+)
 from vlm.models.projector import build_projector
 from vlm.models.trainable import set_trainable
 from vlm.models.vision import VisionEncoder, build_vision
@@ -95,7 +102,7 @@ def assemble(
         )
         spec = _image_spec(config.vision, vision, projector.num_tokens)
     if config.gradient_checkpointing:
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_gradient_checkpointing(llm)
     model = VisionLanguageModel(llm, vision, projector, image_token_id)
     set_trainable(model, config.trainable, config.lora)
     return model, spec, image_token_id

@@ -65,9 +65,11 @@ def load_llm(
     from transformers import AutoModelForCausalLM
 
     refuse_foreign_code(config.path, trust_remote_code)
+    attention = choose_attention(config.attention, device)
     arguments: dict[str, Any] = {
         "dtype": dtype,
-        "attn_implementation": choose_attention(config.attention, device),
+        # None is SDPA as well, but eager for the few families that have no SDPA (Gemma 2)
+        "attn_implementation": None if config.attention == "auto" and attention == "sdpa" else attention,
         "use_safetensors": True,
         "trust_remote_code": trust_remote_code,
     }
@@ -136,6 +138,15 @@ def choose_attention(name: str, device: str) -> str:
     return name
 
 
+def enable_gradient_checkpointing(llm: PreTrainedModel) -> None:
+    """Compute each layer again in the backward pass instead of keeping its activations."""
+    settings = {"use_reentrant": False}  # the other kind needs an input with a gradient, which a frozen embedding lacks
+    if hasattr(llm, "activation_checkpointing_enable"):  # its name in later transformers
+        llm.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
 def pad_vocabulary(llm: PreTrainedModel, num_real: int, multiple: int) -> None:
     """Grow the embedding to a multiple, for faster matrix products. New rows are the mean of the real ones.
 
@@ -174,4 +185,6 @@ def _cannot_load(path: str, error: Exception, what: str) -> CheckpointError:
             "The folder holds no .safetensors. Pickled weights (.bin, .pth) are not loaded, as they can run code: "
             "convert them once with transformers' save_pretrained, then name the new folder here"
         )
+    if "attention implementation" in str(error) or "Flash Attention" in str(error):
+        hint = "Set model.llm.attention to another one"
     return CheckpointError(f"model.llm.path {path}: cannot load {what} ({str(error)[:300]}). {hint}")

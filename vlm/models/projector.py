@@ -56,10 +56,12 @@ class Projector(nn.Module):
         for _ in range(depth - 1):
             layers += [nn.GELU(), nn.Linear(out_width, out_width)]
         self.layers = nn.Sequential(*layers)
-        last = layers[-1]
-        gain = output_std if depth == 1 else output_std / math.sqrt(_GELU_VARIANCE)
-        nn.init.normal_(last.weight, std=gain / math.sqrt(last.in_features))
-        nn.init.zeros_(last.bias)
+        linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        for number, linear in enumerate(linears):  # every one gives unit variance, the last one output_std
+            input_variance = 1.0 if number == 0 else _GELU_VARIANCE
+            gain = output_std if linear is linears[-1] else 1.0
+            nn.init.normal_(linear.weight, std=gain / math.sqrt(input_variance * linear.in_features))
+            nn.init.zeros_(linear.bias)
         self.normalize = normalize
         if normalize:
             self.register_buffer("feature_mean", torch.zeros(in_width))

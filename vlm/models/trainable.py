@@ -49,6 +49,7 @@ def set_trainable(model: VisionLanguageModel, parts: Collection[str], lora: LoRA
     keep_trained_in_float32(model)
     if model.vision is not None:
         if "vision" in parts:
+            model.vision.float()  # its statistics too: a batch norm of two dtypes does not compute
             for name in model.vision.unused_parameters():
                 model.vision.get_parameter(name).requires_grad_(False)
         model.vision.train(model.training)  # a frozen encoder leaves train mode

@@ -78,11 +78,14 @@ class TrainLoop:
             self.report(step + 1, microbatches, output, weight, data_seconds)
             for event in self.events:
                 event(step + 1)
-            stopped = self.stop_requested()
-            if stopped or (step + 1) % self.save_every == 0 or step + 1 == self.max_steps:
+            finished = step + 1 == self.max_steps
+            if finished or (step + 1) % self.save_every == 0 or self.stop_requested():
                 self.save(step + 1)
-            if stopped and step + 1 < self.max_steps:
-                raise Preempted(f"{stopped}: stopped after step {step + 1} and saved; the same command resumes there")
+                stopped = self.stop_requested()  # a signal may have arrived during the save
+                if stopped and not finished:
+                    raise Preempted(
+                        f"{stopped}: stopped after step {step + 1} and saved; the same command resumes there"
+                    )
 
     def _refuse(self, step: int, output: StepOutput, batches: list[Batch], bad_steps: int) -> None:
         if bad_steps > self.max_bad_steps:

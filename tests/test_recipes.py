@@ -1,0 +1,96 @@
+"""Every shipped YAML loads; the models of the recipes are built at full size on the meta device, so shapes are real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlm.config import RunConfig, load_config, shipped_projects
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIGS = Path(__file__).parent / "fixtures/configs"  # config.json of models on the hub, no weights
+DEMOS = ("quickstart/", "tiny/")  # their models are made by scripts/
+RECIPES = [name for name in shipped_projects() if not name.startswith(DEMOS)]
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.mark.parametrize("name", shipped_projects())
+def test_shipped_config_is_valid(name):
+    config = load_config(name)
+    assert config.output_dir == f"cache/runs/{name}"
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.endswith("/pretrain")])
+def test_second_stage_starts_from_the_first_ones_export_with_the_same_model(name):
+    first, second = load_config(f"{name.partition('/')[0]}/pretrain"), load_config(name)
+    assert second.init_from == f"{first.output_dir}/export"
+    assert (second.model.vision, second.model.projector, second.model.llm) == (
+        first.model.vision,
+        first.model.projector,
+        first.model.llm,
+    )
+
+
+def test_recipes_keep_the_published_rates_of_llava_1_5():
+    """arXiv:2310.03744, table of hyper-parameters, and its LoRA script for the last."""
+    stages = {stage: load_config(f"llava_qwen2_5_7b/{stage}") for stage in ("pretrain", "finetune", "finetune_lora")}
+    rates = {stage: (c.train.learning_rate, c.train.global_batch_size) for stage, c in stages.items()}
+    assert rates == {"pretrain": (1e-3, 256), "finetune": (2e-5, 128), "finetune_lora": (2e-4, 128)}
+    assert all(c.train.epochs == 1 and c.train.warmup_ratio == 0.03 for c in stages.values())
+    assert all(not c.data.packing for c in stages.values())  # so that a row is a record, as the batch sizes mean
+    assert stages["finetune_lora"].train.learning_rates == {"projector": 2e-5}
+    assert (stages["finetune_lora"].model.lora.rank, stages["finetune_lora"].model.lora.alpha) == (128, 256)
+
+
+# project -> tokens per picture, language model's parameters in millions; both from the models' own papers and cards
+SHAPES = {
+    "llava_qwen2_5_7b": (576, 7616),
+    "llava_internlm3_8b": (576, 8804),
+    "siglip_qwen3": (81, 8191),
+    "eva_clip_qwen2_5": (576, 7616),
+    "eva02_qwen2_5": (256, 7616),
+}
+
+
+def test_every_recipe_is_built_in_this_file():
+    assert {name.partition("/")[0] for name in RECIPES} == set(SHAPES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("project", sorted(SHAPES))
+def test_recipe_has_the_shapes_of_its_models(project):
+    from vlm.models.build import build_on_meta
+
+    config = with_local_configs(load_config(f"{project}/pretrain"))
+    model = build_on_meta(config.model)
+    num_tokens, millions = SHAPES[project]
+    assert model.projector.num_tokens == num_tokens
+    assert round(sum(p.numel() for p in model.llm.parameters()) / 1e6) == millions
+    trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"projector"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("project", sorted(SHAPES))
+def test_adapters_of_a_recipe_sit_on_every_linear_of_the_language_model(project):
+    from vlm.models.build import build_on_meta
+
+    config = with_local_configs(load_config(f"{project}/finetune_lora"))
+    model = build_on_meta(config.model)
+    names = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_A." in name]
+    assert len(names) == 7 * model.llm.config.num_hidden_layers  # q, k, v, o, gate, up, down
+
+
+def with_local_configs(config: RunConfig) -> RunConfig:
+    """Hub names -> folders of the same last name that hold config.json."""
+    model = config.model
+    llm = model.llm.model_copy(update={"path": str(CONFIGS / Path(model.llm.path).name)})
+    vision = model.vision
+    if vision.backend == "hf":
+        vision = vision.model_copy(update={"path": str(CONFIGS / Path(vision.path).name)})
+    return config.model_copy(update={"model": model.model_copy(update={"llm": llm, "vision": vision})})

@@ -1,0 +1,100 @@
+"""What one optimizer step must not depend on: how its examples are spread over rows and micro-batches."""
+
+import copy
+
+import pytest
+import torch
+
+from vlm.config import load_config
+from vlm.data.build import build_data
+from vlm.models.build import build_model
+from vlm.objectives.lm import LanguageModeling
+from vlm.train.engines.local import LocalEngine
+from vlm.train.optim import build_optimizer
+
+
+@pytest.fixture
+def parts(config_file):
+    config = load_config(config_file(model__lora={"rank": 4, "alpha": 8}, data__max_length=256))
+    built = build_model(config.model, seed=1)
+    data = build_data(
+        config.data, built.tokenizer, built.image_spec, built.image_token_id,
+        seed=0, global_batch_size=1, micro_batch_size=1,
+    )  # fmt: skip
+    scan = data.train.plan.scan
+    examples = [scan.reader.read(number) for number in range(6)]
+    return config, built, data.train.collator, examples
+
+
+def step(config, built, batches, checkpointing=False):
+    """Loss, gradient norm and the trained weights after one step over the batches."""
+    model = copy.deepcopy(built.model)
+    if checkpointing:
+        model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    objective = LanguageModeling()
+    engine = LocalEngine(
+        model, objective, build_optimizer(model, config.train), device=torch.device("cpu"), max_grad_norm=0.5
+    )
+    weight = max(1, sum(map(objective.weight, batches)))
+    output = engine.train_step(batches, weight, 1e-3)
+    return output, dict(engine.trained_weights())
+
+
+def test_micro_batches_accumulation_and_packing_change_nothing(parts):
+    config, built, collate, examples = parts
+    a, b, c, d, e, f = examples
+    reference, weights = step(config, built, [collate([[x] for x in examples])])
+    arrangements = {
+        "six micro-batches": [collate([[x]]) for x in examples],
+        "two of three": [collate([[a], [b], [c]]), collate([[d], [e], [f]])],
+        "packed in pairs": [collate([[a, b], [c, d], [e, f]])],
+        "packed, accumulated": [collate([[c, a]]), collate([[e], [b]]), collate([[f, d]])],
+        "with an empty row": [collate([[a, b], []]), collate([[c, d], [e, f]])],
+    }
+    for name, batches in arrangements.items():
+        output, after = step(config, built, batches)
+        assert output.loss == pytest.approx(reference.loss, rel=1e-5), name  # worst seen 2e-7
+        assert output.grad_norm == pytest.approx(reference.grad_norm, rel=1e-4), name  # worst seen 1e-6
+        for key in weights:  # Adam's first update is about the learning rate, 1e-3, whatever the gradient
+            difference = (after[key] - weights[key]).abs()
+            assert difference.mean() < 1e-6, (name, key)
+
+
+def test_gradient_checkpointing_changes_nothing(parts):
+    config, built, collate, examples = parts
+    batches = [collate([examples[:2], examples[2:4]])]
+    plain, _ = step(config, built, batches)
+    saved, _ = step(config, built, batches, checkpointing=True)
+    assert saved.loss == plain.loss
+    assert saved.grad_norm == pytest.approx(plain.grad_norm, rel=1e-6)
+
+
+def test_every_supervised_token_counts_equally(parts):
+    """The step's loss is the mean over tokens, not the mean of the micro-batches' means."""
+    config, built, collate, examples = parts
+    batches = [collate([[x]]) for x in examples]
+    engine = LocalEngine(
+        built.model, LanguageModeling(), build_optimizer(built.model, config.train), device=torch.device("cpu")
+    )
+    sums, weights = zip(*(engine.evaluate(batch) for batch in batches), strict=True)
+    assert len(set(weights)) > 1
+    output, _ = step(config, built, batches)
+    assert output.loss == pytest.approx(sum(sums) / sum(weights), rel=1e-5)
+
+
+def test_a_step_without_a_supervised_token_changes_nothing_and_is_no_nan(parts):
+    config, built, collate, _ = parts
+    output, _ = step(config, built, [collate([[]])])
+    assert output.applied
+    assert output.loss == 0.0
+    assert output.grad_norm == 0.0
+
+
+def test_text_alone_reaches_every_trained_weight_with_a_zero_gradient(parts):
+    _, built, collate, examples = parts
+    model = copy.deepcopy(built.model).train()
+    batch = collate([[examples[0]]])
+    ids = batch.input_ids.masked_fill(batch.input_ids == built.image_token_id, 5)
+    model(ids, batch.position_ids).sum().backward()
+    gradients = [p.grad for p in model.projector.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)

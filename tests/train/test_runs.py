@@ -1,0 +1,217 @@
+"""Whole runs of a tiny model: killed, stopped, spoiled and resumed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlm.config import load_config
+from vlm.errors import CheckpointError, Preempted, TrainingDiverged, VLMError
+from vlm.run import train
+from vlm.train.checkpoint import list_checkpoints, newest_verified
+
+CHILD = """
+import sys
+from vlm.config import load_config
+from vlm.errors import VLMError
+from vlm.run import train
+try:
+    train(load_config(sys.argv[1]), "output_dir: x")
+except VLMError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+def run_here(path):
+    return train(load_config(path), path.read_text())
+
+
+def run_child(path, fault):
+    environment = {**os.environ, "VLM_FAULT": fault}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(path)], env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stderr
+
+
+def final_weights(run):
+    return load_file(newest_verified(run) / "weights.safetensors")
+
+
+def steps_logged(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture
+def straight(config_file, tmp_path):
+    """The uninterrupted run that others must equal."""
+    return run_here(config_file("straight.yaml", output_dir=str(tmp_path / "straight")))
+
+
+@pytest.mark.parametrize("fault", ["step@8=kill", "save:shard@10=kill", "save:rename@10=kill", "save:prune@12=kill"])
+def test_a_killed_run_resumes_and_ends_equal_to_the_bit(config_file, straight, tmp_path, fault):
+    path = config_file()
+    code, _ = run_child(path, fault)
+    assert code == -9
+    run = run_here(path)
+    expected, got = final_weights(straight), final_weights(run)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert steps_logged(run) == steps_logged(straight)
+
+
+def test_sigterm_finishes_the_step_saves_and_ends_with_143(config_file, straight):
+    path = config_file()
+    code, errors = run_child(path, "step@7=term")
+    assert code == 143
+    assert "stopped after step 7 and saved" in errors
+    assert "Traceback" not in errors
+    run = run_here(path)
+    assert [info.step for info in list_checkpoints(run)] == [10, 12]
+    expected, got = final_weights(straight), final_weights(run)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_signal_during_a_save_does_not_nest_another(config_file):
+    code, errors = run_child(config_file(), "save:shard@5=term")
+    assert code == 143
+    assert errors.count("stopped after step 5") == 1
+
+
+def test_a_nan_loss_stops_before_the_update_and_names_the_records(config_file, monkeypatch):
+    path = config_file()
+    monkeypatch.setenv("VLM_FAULT", "loss@7=nan")
+    with pytest.raises(TrainingDiverged, match=r"step 7: loss nan.*finetune\.jsonl: line \d+") as caught:
+        run_here(path)
+    assert caught.value.exit_code == 4
+    run = load_config(path).output_dir
+    assert [info.step for info in list_checkpoints(type(path)(run))] == [5]
+
+
+def test_a_bad_step_that_is_allowed_changes_no_weight(config_file, monkeypatch):
+    monkeypatch.setenv("VLM_FAULT", "loss@12=nan")
+    run = run_here(config_file(train__max_bad_steps=1, train__save_every=11))
+    before, after = (load_file(run / f"checkpoints/step-0000{step}/weights.safetensors") for step in (11, 12))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_model_is_refused_key_by_key_before_it_is_loaded(config_file):
+    run_here(config_file(train__max_steps=2))
+    path = config_file(model__lora={"rank": 8, "alpha": 8}, train__max_steps=4)
+    with pytest.raises(CheckpointError) as caught:
+        run_here(path)
+    assert "model.lora.rank: 4 -> 8" in str(caught.value)
+    assert "model.lora.dropout: 0.1 -> 0.0" in str(caught.value)
+    assert "model.projector" not in str(caught.value)
+
+
+def test_changed_data_is_refused_at_resume(config_file, tiny, tmp_path):
+    run_here(config_file(train__max_steps=2))
+    lines = (tiny / "data/finetune.jsonl").read_text().splitlines()
+    (tmp_path / "fewer.jsonl").write_text("\n".join(lines[:-5]))
+    source = {"path": str(tmp_path / "fewer.jsonl"), "images": str(tiny / "data/images")}
+    with pytest.raises(CheckpointError, match="the training data, its order or its tokenization changed"):
+        run_here(config_file(data__sources=[source], train__max_steps=4))
+
+
+def test_a_longer_schedule_may_be_asked_of_a_finished_run(config_file):
+    run_here(config_file(train__max_steps=2))
+    run = run_here(config_file(train__max_steps=4))
+    assert [step for step, _ in steps_logged(run)] == [1, 2, 3, 4]
+
+
+def test_out_of_memory_names_the_three_settings_to_change(config_file, monkeypatch):
+    monkeypatch.setenv("VLM_FAULT", "loss@2=oom")
+    with pytest.raises(VLMError, match=r"micro_batch_size \(now 2\).*max_length \(now 96\).*gradient_checkpointing"):
+        run_here(config_file())
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_full_disk_costs_the_checkpoint_or_the_run_as_the_config_says(config_file, monkeypatch, policy):
+    monkeypatch.setattr("vlm.train.resume.save_checkpoint", _disk_full_at(10))
+    path = config_file(train__on_save_failure=policy)
+    if policy == "stop":
+        with pytest.raises(CheckpointError, match="No space left"):
+            run_here(path)
+    else:
+        run_here(path)
+    steps = [info.step for info in list_checkpoints(type(path)(load_config(path).output_dir))]
+    assert steps == ([5] if policy == "stop" else [5, 12])
+
+
+def _disk_full_at(full):
+    from vlm.train.checkpoint import save_checkpoint
+
+    def save(run, step, *rest):
+        if step == full:
+            raise OSError(28, "No space left on device")
+        return save_checkpoint(run, step, *rest)
+
+    return save
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(config_file, straight):
+    path = config_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLM_FAULT", "step@11=term")
+        with pytest.raises(Preempted):
+            run_here(path)
+    run = type(path)(load_config(path).output_dir)
+    (run / "checkpoints/step-000011/weights.safetensors").write_bytes(b"\0" * 10)
+    run_here(path)
+    expected, got = final_weights(straight), final_weights(run)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_run_leaves_its_config_metrics_samples_and_plot(config_file, tiny):
+    picture = str(tiny / "data/images/red-circle-0.png")
+    run = run_here(
+        config_file(
+            train__max_steps=4,
+            train__eval_every=2,
+            train__sample_every=4,
+            train__max_new_tokens=3,
+            train__samples=[{"prompt": "What is this?", "image": picture}, {"prompt": "Hi", "image": "gone.png"}],
+        )
+    )
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [2, 4]
+    assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "fill", "data_share"} <= lines[0].keys()
+    (sample,) = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert sample["prompt"] == "What is this?"
+    assert (run / "loss.png").stat().st_size > 1000
+    assert "output_dir" in (run / "config.yaml").read_text()
+
+
+def test_asking_samples_does_not_change_the_training(config_file, straight, tiny, tmp_path):
+    sample = {"prompt": "What is this?", "image": str(tiny / "data/images/red-circle-0.png")}
+    run = run_here(config_file(train__sample_every=3, train__samples=[sample], train__max_new_tokens=4))
+    expected, got = final_weights(straight), final_weights(run)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_plain_language_model_trains_through_the_same_code(config_file, tmp_path):
+    talk = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "A red circle."}]}] * 8
+    (tmp_path / "talk.json").write_text(json.dumps(talk))
+    path = config_file(
+        model__vision=None,
+        model__trainable=["llm"],
+        model__lora=None,
+        data__sources=[{"path": str(tmp_path / "talk.json")}],
+        train__max_steps=12,
+        train__learning_rate=1e-2,
+    )
+    losses = [loss for _, loss in steps_logged(run_here(path))]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])
+def test_bfloat16_learns_too(config_file, precision):
+    losses = [loss for _, loss in steps_logged(run_here(config_file(train__precision=precision)))]
+    assert losses[-1] < losses[0] - 0.3  # float32 goes from 5.80 to 5.37
