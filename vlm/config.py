@@ -198,6 +198,8 @@ def _explain_interpolation(error: BaseException, text: str, source: Source) -> s
     if isinstance(error, GrammarParseError):
         return f"{text}: not a complete ${{...}} ({reason})"
     wanted = reason.partition("Interpolation key '")[2].partition("'")[0]
+    if wanted in _all_keys(RunConfig):
+        return f"{text}: {wanted} is not written in this config; a default can be referred to only once it is written"
     known = {dotted(key[:n]) for key in source.places for n in range(1, len(key) + 1)}
     near = difflib.get_close_matches(wanted, sorted(known), n=1) if wanted else []
     return f"{text}: {reason}" + (f"; did you mean ${{{near[0]}}}?" if near else "")
@@ -244,7 +246,8 @@ def _describe_all(error: ValidationError, source: Source) -> list[str]:
     by_key: dict[tuple[Key, bool], list[str]] = {}
     for problem in error.errors(include_url=False):
         key, is_missing = _written_key(problem["loc"], source), problem["type"] == "missing"
-        if not any(key[:n] in source.broken for n in range(1, len(key) + 1)):
+        is_only_invalid = problem["type"] == "too_short" and len(source.get(key)) >= problem["ctx"]["min_length"]
+        if not is_only_invalid and not any(key[:n] in source.broken for n in range(1, len(key) + 1)):
             by_key.setdefault((key, is_missing), []).append(_describe(problem, key, source))
     lines = []
     for (key, _), messages in by_key.items():

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SIDE = 256  # pixels; what is larger is scaled down
 VARIATION = "\ufe0f"
 SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
 FLAGS_PER_ONE_KEPT = 3  # of 270 flags: all of them would outnumber everything else
+LONGEST_CAPTION = 60  # characters; longer stamp sentences tell stories that no picture shows
 
-# Stamps by the start of their folder; what is not listed has no clear kind and is used for captions alone.
+# Stamps by the start of their folder; the first that fits counts. None: no clear kind, used for captions alone.
 STAMP_KINDS = {
+    "animals/mammals/bears/": None,  # teddy bears among bears
+    "animals/birds/cartoon": None,
     "animals": "animal",
     "clothes": "object",
     "food": "food",
@@ -22,23 +27,39 @@ STAMP_KINDS = {
     "medical": "object",
     "military/vehicles": "vehicle",
     "people/body_parts": None,
+    "people/cartoon": None,  # a snowman and a scarecrow among people
+    "people/toys": None,
     "people": "person",
     "plants/mushrooms": None,
     "plants": "plant",
+    "sports/cartoon": None,
     "sports": "object",
+    "symbols/alphabets/asl": None,
+    "symbols/alphabets": "symbol",
+    "symbols/chess": "object",
     "symbols/faces": "face",
-    "symbols": "symbol",
+    "symbols/math": "symbol",
+    "symbols/money/00_symbols": "symbol",
+    "symbols/money": "object",
+    "symbols/music": "symbol",
+    "symbols/shapes": "symbol",
     "town/flags": "flag",
     "town/houses": "place",
-    "town/monuments": "place",
+    "town/monuments": None,
     "town/roadsigns": "symbol",
     "vehicles": "vehicle",
 }
-# Words whose pictures are near copies of each other: hearts of all colours, clocks of all hours.
-NEAR_COPIES = ("heart", "square", "circle", "clock", "o'clock", "thirty", "keycap", "moon", "button", "arrow", "globe")
-# Near copies of other stamps, letter by letter.
-STAMPS_LEFT_OUT = re.compile(r"outlined|alphabets/(german|spanish)|/filled/lowercase")
-STAMPS_PER_FOLDER = 24  # of 65 cartoon houses and the like
+STAMPS_LEFT_OUT = re.compile(r"outlined|alphabets/(german|spanish)|/filled/lowercase")  # near copies, letter by letter
+STAMPS_PER_FOLDER = {"symbols/alphabets": 12}  # enough letters
+
+# Pictures that share such a word are taken for one thing that differs in colour, hour or direction.
+FAMILY_WORDS = (
+    "heart|square|circle|clock|o'clock|thirty|keycap|moon|button|arrow|globe|banknote|medal|mailbox|book|"
+    "sign for the letter|the letter|canadian|european coin|us|japanese yen|note|cloud"
+)
+# Root mean square difference of two pictures at 32 x 32, RGB from 0 to 1. Below it lie the faces that differ in their
+# eyes alone and the two-coloured flags; pairs of different things start at about 0.1.
+NEAR_COPY = 0.09
 
 
 @dataclass(frozen=True)
@@ -64,64 +85,112 @@ def emoji_pictures(svgs: Path, kinds_file: Path) -> list[Picture]:
         for character in characters.split(" ")
     }
     pictures = []
-    flags = 0
+    num_flags = 0
     for character, data in sorted(emoji.EMOJI_DATA.items()):
-        plain = character.replace(VARIATION, "")
         svg = _svg_of(svgs, character)
         if data["status"] != emoji.STATUS["fully_qualified"] or SKIN_TONES.search(character) or svg is None:
             continue
-        english = _clean(data["en"])
-        if plain not in kind_of and "♂" not in plain and "♀" not in plain:
-            kind_of.setdefault(plain, None)
-        if _is_gendered_copy(english, plain):
+        english, chinese = clean_name(data["en"]), clean_name(data.get("zh", ""))
+        kind = kind_of.get(character.replace(VARIATION, ""))
+        if _is_gendered_copy(english, character):
             continue
-        if kind_of.get(plain) == "flag":
-            flags += 1
-            if flags % FLAGS_PER_ONE_KEPT:
+        if kind == "flag":
+            num_flags += 1
+            if num_flags % FLAGS_PER_ONE_KEPT:
                 continue
+            if "flag" not in english:  # a country's name alone
+                english, chinese = f"the flag of {english}", chinese and f"{chinese}的旗帜"
         pictures.append(
             Picture(
                 name=f"emoji/{svg.stem}.png",
                 source=svg,
-                english=_sentence(english.removeprefix("flag: ") if kind_of.get(plain) != "flag" else _flag(english)),
-                chinese=_clean(data["zh"]) + "。" if "zh" in data else None,
-                kind=kind_of.get(plain),
-                family=_family(english, kind_of.get(plain)),
+                english=sentence(english),
+                chinese=f"{chinese}。" if chinese else None,
+                kind=kind,
+                family=family_of(english, kind),
             )
         )
     return pictures
 
 
 def stamp_pictures(root: Path) -> list[Picture]:
-    """Tux Paint's stamps that come with a sentence."""
+    """Tux Paint's stamps that come with a short sentence."""
     pictures = []
-    per_folder: dict[str, int] = {}
+    per_folder: collections.Counter[str] = collections.Counter()
     for text in sorted(root.rglob("*.txt")):
         folder = text.parent.relative_to(root).as_posix()
         source = next((p for p in (text.with_suffix(".png"), text.with_suffix(".svg")) if p.exists()), None)
         if source is None or STAMPS_LEFT_OUT.search(f"{folder}/"):
             continue
-        lines = text.read_text(encoding="utf-8", errors="replace").splitlines()
-        english = lines[0].strip() if lines else ""
-        chinese = next((line.partition("=")[2].strip() for line in lines if line.startswith("zh_CN.utf8=")), None)
-        per_folder[folder] = per_folder.get(folder, 0) + 1
-        if not english or "�" in english or len(english) > 90 or per_folder[folder] > STAMPS_PER_FOLDER:
+        english, chinese = read_stamp_text(text.read_text(encoding="utf-8", errors="replace"))
+        if english is None:
+            continue
+        per_folder[folder] += 1
+        if any(folder.startswith(start) and per_folder[folder] > most for start, most in STAMPS_PER_FOLDER.items()):
             continue
         pictures.append(
             Picture(
                 name=f"stamps/{folder.replace('/', '-')}-{text.stem}.png",
                 source=source,
-                english=_sentence(english),
-                chinese=chinese or None,
+                english=english,
+                chinese=chinese,
                 kind=next((kind for start, kind in STAMP_KINDS.items() if folder.startswith(start)), None),
-                family=f"stamp {folder if 'houses' in folder else english.casefold()}",
+                family=f"stamp {family_of(english.rstrip('.'), None)}",
             )
         )
     return pictures
 
 
+def read_stamp_text(text: str) -> tuple[str | None, str | None]:
+    """The first sentence in English and in Chinese; None where there is none, or none that is short.
+
+    >>> read_stamp_text("A bulldozer. It pushes dirt.\\nde.utf8=Ein Bulldozer.\\nzh_CN.utf8=推土机。它推土。")
+    ('A bulldozer.', '推土机。')
+    """
+    lines = text.splitlines()
+    english = re.split(r"(?<=[a-z][.!?])\s+(?=[A-Z])", lines[0].strip())[0] if lines else ""
+    if not english or "�" in english or not english[0].isalnum() or len(english) > LONGEST_CAPTION:
+        return None, None
+    chinese = next((line.partition("=")[2].strip() for line in lines if line.startswith("zh_CN.utf8=")), "")
+    chinese = re.split(r"(?<=[。！？])(?=.)", chinese)[0]
+    return sentence(english), chinese or None
+
+
+def join_look_alikes(pictures: Sequence[Picture], images: Path) -> list[Picture]:
+    """Put pictures that look the same into one family, whatever their names.
+
+    Args:
+        images: the folder of the rendered pictures.
+    """
+    import numpy as np
+    from PIL import Image
+
+    flat = []
+    for picture in pictures:
+        with Image.open(images / picture.name) as image:
+            small = image.convert("RGB").resize((32, 32), Image.Resampling.BOX)
+        flat.append(np.asarray(small, dtype=np.float32).ravel() / 255)
+    thumbs = np.stack(flat)
+    squares = (thumbs**2).mean(1)
+    distances = squares[:, None] + squares - 2 * (thumbs @ thumbs.T) / thumbs.shape[1]  # squared
+    alike = distances < NEAR_COPY**2
+    # A picture with a near copy joins that copy's family; chains of them end in the first one's.
+    family = [picture.family for picture in pictures]
+    for number in range(len(pictures)):
+        for other in np.flatnonzero(alike[number, :number]):
+            old, new = family[number], family[other]
+            if old != new:
+                family = [new if name == old else name for name in family]
+    return [replace(picture, family=name) for picture, name in zip(pictures, family, strict=True)]
+
+
 def render(picture: Picture, target: Path) -> None:
-    """Write the picture as PNG on white, at most SIDE pixels a side."""
+    """Write the picture as PNG on white, at most SIDE pixels a side.
+
+    Raises:
+        ValueError: resvg cannot draw the SVG; a dozen of the stamps state no size.
+        RecordError: the file is no picture.
+    """
     import resvg_py
     from PIL import Image
 
@@ -133,9 +202,39 @@ def render(picture: Picture, target: Path) -> None:
     image = load_image(content)
     image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".part")
-    image.save(temporary, format="PNG")
-    temporary.rename(target)
+    image.save(target, format="PNG")
+
+
+def clean_name(name: str) -> str:
+    """
+    >>> clean_name(":grinning_face:")
+    'grinning face'
+    """
+    return name.strip(":").replace("_", " ").replace("’", "'").strip()
+
+
+def sentence(text: str) -> str:
+    """
+    >>> sentence("red apple")
+    'Red apple.'
+    """
+    text = text[0].upper() + text[1:]
+    return text if text[-1] in ".!?" else f"{text}."
+
+
+def family_of(english: str, kind: str | None) -> str:
+    """The name without what tells near copies apart: gender, colour of hearts and squares, the hour of a clock.
+
+    >>> family_of("blue heart", "symbol"), family_of("man dancing", "person"), family_of("red apple", "food")
+    ('heart', 'person dancing', 'red apple')
+    """
+    text = re.sub(r"\b(man|woman|men|women|person|people|boy|girl|mr|mrs|mx)\b", "person", english.casefold())
+    if found := re.search(rf"\b({FAMILY_WORDS})\b", text):
+        return {"o'clock": "clock", "thirty": "clock"}.get(found[0], found[0])
+    if kind == "person":
+        text = re.sub(r"\b(with .*|facing right|holding hands)\b", "", text)
+        text = "family" if text.startswith(("family", "couple", "kiss")) else text
+    return text.strip()
 
 
 def _svg_of(svgs: Path, character: str) -> Path | None:
@@ -146,49 +245,7 @@ def _svg_of(svgs: Path, character: str) -> Path | None:
     return None
 
 
-def _clean(name: str) -> str:
-    """`:grinning_face:` -> `grinning face`."""
-    return name.strip(":").replace("_", " ").replace("’", "'").strip()
-
-
-def _flag(english: str) -> str:
-    return f"the flag of {english}" if "flag" not in english else english
-
-
-def _sentence(text: str) -> str:
-    """
-    >>> _sentence("red apple")
-    'Red apple.'
-    """
-    text = text[0].upper() + text[1:]
-    return text if text[-1] in ".!?" else f"{text}."
-
-
 def _is_gendered_copy(english: str, character: str) -> bool:
     """`man running` and `woman running` beside `person running`."""
     is_sequence = "\u200d" in character
     return is_sequence and ("♂" in character or "♀" in character or bool(re.match(r"(man|woman)\b", english)))
-
-
-def _family(english: str, kind: str | None) -> str:
-    """Words that tell near copies apart are dropped: gender, colour of hearts and squares, the hour of a clock."""
-    text = re.sub(r"\b(man|woman|men|women|person|people|boy|girl|mr|mrs|mx)\b", "person", english.casefold())
-    for word in (
-        "heart",
-        "square",
-        "circle",
-        "clock",
-        "o'clock",
-        "thirty",
-        "keycap",
-        "moon",
-        "button",
-        "arrow",
-        "globe",
-    ):
-        if re.search(rf"\b{word}\b", text):
-            return {"o'clock": "clock", "thirty": "clock"}.get(word, word)
-    if kind == "person":
-        text = re.sub(r"\b(with .*|facing right|holding hands)\b", "", text)
-        text = "family" if text.startswith(("family", "couple", "kiss")) else text
-    return text.strip()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vlm.batch import ImageSpec
 from vlm.data import images as images_module
@@ -271,6 +271,23 @@ def test_malformed_exif_is_ignored(exif):
     assert image.tobytes() == load_image(plain).tobytes()
 
 
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"II*\0"])
+def test_malformed_exif_of_other_formats_is_ignored(format, exif):
+    """Here Pillow raises: "not a TIFF file", "unpack requires a buffer of 4 bytes"."""
+    assert load_image(encoded(Image.new("RGB", (16, 8), RED), format, exif=exif)).size == (16, 8)
+
+
+def test_a_damaged_tag_beside_the_orientation_does_not_leave_the_picture_on_its_side():
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x010E, 11, 1, 60)  # a caption of type float
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(60)
+    plain = encoded(Image.new("RGB", (16, 8)), "JPEG")
+    content = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
+    with pytest.raises(AttributeError):  # why Pillow's own function is not used
+        ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    assert load_image(content).size == (8, 16)
+
+
 # Row 28: animations
 
 
@@ -285,6 +302,15 @@ def test_the_first_frame_of_an_animation_is_taken_and_said_once(format, capsys, 
     assert capsys.readouterr().err.count("several frames") == 1
     load_image(encoded(frames[0], format, **options))
     assert capsys.readouterr().err == ""
+
+
+def test_damage_behind_the_first_frame_of_an_animation_does_no_harm(monkeypatch):
+    monkeypatch.setattr(images_module, "_told", set())
+    frames = [photo(64, 64), Image.new("RGB", (64, 64), GREEN), photo(64, 64).rotate(90)]
+    whole = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=50)
+    first = load_image(encoded(frames[0], "GIF"))
+    for cut in range(len(whole) - 1500, len(whole), 100):
+        assert load_image(whole[:cut]).tobytes() == first.tobytes()
 
 
 # Rows 29 and 30: names

@@ -487,7 +487,7 @@ def test_any_record_becomes_a_sound_conversation_or_a_record_error(record, place
 def test_a_record_nested_as_deep_as_json_can_read_is_no_recursion_error():
     """`repr` of such a value, called deeper in the stack than the parser, would be one."""
     deep: list = []
-    for _ in range(950):
+    for _ in range(985):
         deep = [deep]
     for record in (llava(deep, "A."), llava("Hi", "A.", image=deep), {"conversations": [{"from": deep, "value": deep}]},
                    {"conversations": [{"from": "gpt", "value": deep, "content": deep}]}):  # fmt: skip

@@ -87,8 +87,8 @@ def test_sharing_the_prompt_gives_the_log_likelihoods_of_one_forward_per_candida
     questions = read(root, "choice", choice_records(), loaded)
     found = score_candidates(loaded, questions, PictureFeatures(loaded), max_tokens=max_tokens)
     expected = [one_forward_per_candidate(loaded, question) for question in questions]
-    # worst difference seen: 1.6e-5 of sums about -60
-    assert torch.tensor(found).sub(torch.tensor(expected)).abs().max().item() < 2e-4
+    # worst difference seen: 7.6e-6, of sums from -47 to -16
+    assert torch.tensor(found).sub(torch.tensor(expected)).abs().max().item() < 1e-4
     assert len({round(score, 3) for scores in found for score in scores}) > 12
 
 
@@ -262,5 +262,5 @@ def test_bfloat16_ranks_as_float32_does_here(root: Path, loaded: LoadedModel):
     questions = read(root, "choice", choice_records(), loaded)
     found = torch.tensor(score_candidates(half, questions, PictureFeatures(half)))
     expected = torch.tensor(score_candidates(loaded, questions, PictureFeatures(loaded)))
-    # worst difference seen: 0.5 of sums about -60
-    assert (found - expected).abs().max().item() < 2.0
+    # worst difference seen: 0.21, of sums from -47 to -16
+    assert (found - expected).abs().max().item() < 1.0

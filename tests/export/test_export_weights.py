@@ -52,7 +52,7 @@ def test_the_loaded_export_gives_the_logits_of_the_model_that_was_trained(tmp_pa
             )
             for model in (built.model, loaded.model)
         )
-        # merging the adapter changes the order of sums; worst difference seen: 7.2e-6 of logits up to 7
+        # merging the adapter changes the order of sums; worst difference seen: 7.4e-6, of logits up to 6
         assert (expected - found).abs().max().item() < 1e-4
         assert (loaded.model.encode_images(pixels) - built.model.encode_images(pixels)).abs().max().item() == 0
 
@@ -175,7 +175,7 @@ def test_a_padded_vocabulary_survives_both_kinds_of_export(tmp_path: Path):
         with torch.no_grad():
             found = loaded.model.llm(ids).logits
         assert found.shape[-1] == 512
-        assert (found - built.model.llm(ids).logits).abs().max().item() < 1e-4  # worst difference seen: 7.6e-6
+        assert (found - built.model.llm(ids).logits).abs().max().item() < 1e-4  # worst difference seen: 1.0e-5
 
 
 def test_the_card_names_base_models_data_template_and_what_trained(tmp_path: Path):

@@ -45,7 +45,6 @@ def test_examples_of_a_packed_row_do_not_see_each_other(tmp_path: Path, family: 
         for length in lengths:
             one = rows[row : row + 1, start : start + length]
             alone = model(one, positions(length))
-            print("W", float((packed[row, start : start + length] - alone[0]).abs().max()))
             assert (packed[row, start : start + length] - alone[0]).abs().max() < 1e-5  # worst seen: 2.6e-6
             start += length
     together = model(rows, torch.arange(12).expand(2, 12))
@@ -68,7 +67,6 @@ def test_rows_lie_end_to_end_for_flash_attention(tmp_path: Path):
     one_row = model(rows, places)
     assert shapes == [(1, 12, 32)]
     assert one_row.shape == (2, 6, 32)
-    print("F", float((one_row - two_rows).abs().max()))
     assert (one_row - two_rows).abs().max() < 1e-5  # worst seen: 1.1e-6
 
 

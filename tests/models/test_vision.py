@@ -290,9 +290,9 @@ def test_a_trained_encoder_names_the_weights_that_no_feature_needs(tmp_path: Pat
 
 
 def test_a_misspelt_name_is_answered_with_near_ones():
-    with pytest.raises(ConfigError, match="near it: .*eva02_large_patch14_clip_336"):
+    with pytest.raises(ConfigError, match=r"near it: .*eva02_large_patch14_clip_336"):
         encoder("timm", "eva02_large_patch14_clip_36")
-    with pytest.raises(ConfigError, match="near it: .*ViT-L-14-336"):
+    with pytest.raises(ConfigError, match=r"near it: .*ViT-L-14-336"):
         encoder("open_clip", "ViT-L-14_336", pretrained="openai")
 
 
@@ -301,7 +301,7 @@ def test_a_name_whose_weights_cannot_be_fetched_says_so():
         encoder("timm", "vit_tiny_patch16_224")
     with pytest.raises(CheckpointError, match="model hub cannot be reached"):
         encoder("hf", "openai/clip-vit-large-patch14-336")
-    with pytest.raises(ConfigError, match="needs a weight tag or file; tags: .*openai"):
+    with pytest.raises(ConfigError, match=r"needs a weight tag or file; tags: .*openai"):
         encoder("open_clip", "ViT-B-32")
 
 

@@ -132,8 +132,9 @@ def test_every_precision_trains(config: ModelConfig, precision: str, trainable: 
         is_bf16 = precision == "bf16" and name.partition(".")[0] not in trainable and not parameter.requires_grad
         assert parameter.dtype == (torch.bfloat16 if is_bf16 else torch.float32), name
     loss = step(model, precision).item()
-    print("L", loss, step(build_model(settings).model.train(), "fp32").item())
-    assert loss == pytest.approx(step(build_model(settings).model.train(), "fp32").item(), rel=0.02)  # worst seen: WORST
+    assert loss == pytest.approx(
+        step(build_model(settings).model.train(), "fp32").item(), rel=0.02
+    )  # worst seen: 0.004
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad.dtype == torch.float32

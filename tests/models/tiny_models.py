@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from vlm.compat import prepare
+from vlm.models.config import ModelConfig
 
 prepare()
-
-from vlm.models.config import ModelConfig
 
 WORDS = ["<|end|>", "<|pad|>", *"abcdefghijklmnopqrstuvwxyz"]  # ids 0 and 1 are special
 

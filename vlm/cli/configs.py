@@ -65,10 +65,14 @@ def cp(
             bases = {name: (file.parent / name).resolve() for _, _, name in spans_of(text, "base")}
             moved = {name: os.path.relpath(targets[base], target.parent) for name, base in bases.items()}
             text = _replace(text, "base", moved)
-            text = _replace(text, "name", {name: folder.resolve().name for _, _, name in spans_of(text, "name")})
+            new_name = json.dumps(folder.resolve().name, ensure_ascii=False)  # quoted: it may look like a number
+            text = _replace(text, "name", {name: new_name for _, _, name in spans_of(text, "name")})
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
         print(target)
+    for target in targets.values():
+        if target.suffix == ".yaml" and target.parent == folder and read_source(target).get(("name",)) is None:
+            print(f"note: {target} still has the original's output_dir; change it")
 
 
 def show(config: Config, options: Options = None) -> None:

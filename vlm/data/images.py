@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from vlm.batch import ImageSpec
@@ -22,6 +22,16 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 DEFAULT_MAX_PIXELS = 50_000_000
 _MAX_BETWEEN = 64_000_000  # pixels of a picture on the way to its square; 192 MB
 _WHITE = (255, 255, 255)
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURN_BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _told: set[str] = set()  # warnings given once per process
 
 
@@ -75,9 +85,9 @@ def load_image(
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
                 _check_size(image.size, max_pixels, label)
                 image.load()
-                upright = _upright(image)
-                _tell_of_animation(image, label)
-                return _to_rgb(upright, background)
+                rgb = _to_rgb(_upright(image), background)
+                _tell_of_animation(image, label)  # looks at the second frame, so only now
+                return rgb
     except RecordError:
         raise
     except Image.DecompressionBombError:
@@ -152,10 +162,12 @@ def _check_size(size: tuple[int, int], max_pixels: int, label: str) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says. Not by `ImageOps.exif_transpose`: it writes EXIF anew and fails on any damaged tag of it."""
     try:
-        return ImageOps.exif_transpose(image)
+        turn = _TURN_BACK.get(image.getexif().get(_ORIENTATION))
     except Exception:  # malformed EXIF says nothing about orientation, so the picture stays as stored
         return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _tell_of_animation(image: Image.Image, label: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -89,10 +89,12 @@ def assemble(
     Returns:
         the model, what pictures must look like, and the id that marks their placeholders.
     """
-    image_token_id = None if tokenizer is None or vision is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_token_id: Any = None
+    if tokenizer is not None and vision is not None:
+        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     projector, spec = None, None
     if vision is not None and config.vision is not None:
-        embeddings = llm.get_input_embeddings().weight
+        embeddings: Any = llm.get_input_embeddings().weight
         projector = build_projector(
             config.projector,
             num_patches=vision.num_patches,

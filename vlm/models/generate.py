@@ -54,18 +54,22 @@ def generate(
     from transformers import GenerationConfig, StoppingCriteriaList
 
     ids = torch.tensor([input_ids], device=model.llm.device)
-    follower = _Follower(set(stop_ids), on_token)
-    sampling: dict[str, Any] = (
-        {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-        if settings.do_sample
-        else {}
-    )
+    has_beams = settings.num_beams > 1
+    follower = _Follower(set(stop_ids), None if has_beams else on_token)
+    sampling: dict[str, Any] = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 50,
+    }  # transformers' defaults, not the model's
+    if settings.do_sample:
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.do_sample,
         num_beams=settings.num_beams,
         repetition_penalty=settings.repetition_penalty,
-        eos_token_id=sorted(stop_ids) or [-1],  # never chosen; None would take the model's own
+        # a token that does not exist, as None would take the model's own
+        eos_token_id=sorted(stop_ids) or [model.llm.get_output_embeddings().weight.shape[0]],
         pad_token_id=min(stop_ids, default=0),
         use_cache=True,
         **sampling,
@@ -73,16 +77,16 @@ def generate(
     with _undisturbed(model, settings.seed):
         features = None if pixel_values is None else model.encode_images(pixel_values.to(ids.device))
         embeddings = model.embed(ids, features)
-        output = model.llm.generate(
+        llm: Any = model.llm
+        output = llm.generate(
             inputs_embeds=embeddings,
             attention_mask=torch.ones_like(ids),
             generation_config=config,
-            streamer=follower if settings.num_beams == 1 else None,
-            stopping_criteria=StoppingCriteriaList([follower.should_stop]),
+            stopping_criteria=StoppingCriteriaList([follower]),
         )
     new_ids = output[0].tolist()
     end = next((place for place, token in enumerate(new_ids) if token in follower.stop_ids), len(new_ids))
-    if settings.num_beams > 1 and on_token is not None:
+    if has_beams and on_token is not None:
         for kept, token in enumerate(new_ids[:end]):
             if not on_token(token):
                 return new_ids[: kept + 1]
@@ -90,24 +94,16 @@ def generate(
 
 
 class _Follower:
-    """transformers' streamer: hands each new token on, and remembers when to stop."""
+    """A stopping criterion of transformers that hands each new token on, and stops when it is told to."""
 
     def __init__(self, stop_ids: set[int], on_token: OnToken | None) -> None:
         self.stop_ids = stop_ids
         self.on_token = on_token
-        self.stopped = False
 
-    def put(self, value: Tensor) -> None:
-        for token in value.flatten().tolist():  # the first call carries the prompt's ids, of which there are none
-            if token in self.stop_ids or self.stopped or self.on_token is None:
-                return
-            self.stopped = not self.on_token(token)
-
-    def end(self) -> None:
-        """Part of transformers' protocol; there is nothing to flush."""
-
-    def should_stop(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.stopped, dtype=torch.bool, device=input_ids.device)
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        token = int(input_ids[0, -1])
+        stops = self.on_token is not None and token not in self.stop_ids and not self.on_token(token)
+        return torch.full((input_ids.shape[0],), stops, dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(path, error, "its tokenizer") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
@@ -74,7 +74,8 @@ def load_llm(
         "trust_remote_code": trust_remote_code,
     }
     try:
-        llm, report = AutoModelForCausalLM.from_pretrained(config.path, output_loading_info=True, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(config.path, output_loading_info=True, **arguments)
+        llm, report = loaded
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(config.path, error, "its weights") from error
     if report["missing_keys"]:  # transformers would go on with random ones
@@ -147,7 +148,7 @@ def enable_gradient_checkpointing(llm: PreTrainedModel) -> None:
         llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
-def pad_vocabulary(llm: PreTrainedModel, num_real: int, multiple: int) -> None:
+def pad_vocabulary(llm: Any, num_real: int, multiple: int) -> None:
     """Grow the embedding to a multiple, for faster matrix products. New rows are the mean of the real ones.
 
     Args:

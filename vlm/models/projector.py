@@ -30,6 +30,9 @@ class Projector(nn.Module):
         ConfigError: the patches do not form a square that `unshuffle` divides.
     """
 
+    feature_mean: Tensor  # [C], with `normalize`
+    feature_std: Tensor
+
     def __init__(
         self,
         *,
@@ -67,6 +70,10 @@ class Projector(nn.Module):
             self.register_buffer("feature_mean", torch.zeros(in_width))
             self.register_buffer("feature_std", torch.ones(in_width))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
     @torch.no_grad()
     def calibrate(self, features: Tensor) -> None:
         """Take each channel's mean and standard deviation from features [N, P, C] of training pictures."""
@@ -79,7 +86,7 @@ class Projector(nn.Module):
         """[N, P, C], any float dtype -> [N, T, D]."""
         if self.normalize:
             features = (features.float() - self.feature_mean) / self.feature_std
-        return self.layers(unshuffle_patches(features, self.unshuffle).to(self.layers[0].weight.dtype))
+        return self.layers(unshuffle_patches(features, self.unshuffle).to(self.dtype))
 
 
 def unshuffle_patches(features: Tensor, side: int) -> Tensor:

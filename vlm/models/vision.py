@@ -54,8 +54,8 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.image_size = image_size
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+        self.mean = _rgb(mean)
+        self.std = _rgb(std)
         self.eval()
         with torch.no_grad():
             probe = trunk(self._blank_picture())
@@ -107,7 +107,7 @@ def save_architecture(encoder: VisionEncoder, config: VisionConfig, folder: Path
     Returns:
         the config that names it; a folder is named relative to `folder`'s parent.
     """
-    model = encoder.trunk.model
+    model: Any = encoder.trunk.model
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(encoder.trunk, HFTower):
         model.config.num_hidden_layers = len(encoder.trunk.blocks)
@@ -129,9 +129,9 @@ def save_architecture(encoder: VisionEncoder, config: VisionConfig, folder: Path
 class HFTower(nn.Module):
     """A vision model of transformers, cut after the block whose output is taken."""
 
-    def __init__(self, model: nn.Module, num_prefix: int, layer: int, keep_class: bool, interpolate: bool) -> None:
+    def __init__(self, model: Any, num_prefix: int, layer: int, keep_class: bool, interpolate: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         del self.blocks[_blocks_to_run(len(self.blocks), layer) :]
         self.num_prefix = num_prefix
         self.keep_class = keep_class
@@ -157,9 +157,9 @@ class HFTower(nn.Module):
 class IntermediateTower(nn.Module):
     """A ViT of timm or open_clip, cut after the block whose output is taken."""
 
-    def __init__(self, model: nn.Module, layer: int, keep_class: bool, num_blocks: int, is_open_clip: bool) -> None:
+    def __init__(self, model: Any, layer: int, keep_class: bool, num_blocks: int, is_open_clip: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.index = _blocks_to_run(num_blocks, layer) - 1
         self.keep_class = keep_class
         self.is_open_clip = is_open_clip
@@ -179,9 +179,9 @@ class IntermediateTower(nn.Module):
 class FeatureMapTower(nn.Module):
     """Any network of timm through `forward_features`, which ends in a map or in tokens."""
 
-    def __init__(self, model: nn.Module, keep_class: bool = False) -> None:
+    def __init__(self, model: Any, keep_class: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.num_prefix = getattr(model, "num_prefix_tokens", 0)
         self.keep_class = keep_class
         self.channels_last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")  # Swin
@@ -334,7 +334,7 @@ def _build_timm(config: VisionConfig, dtype: torch.dtype, weights: bool) -> Visi
 _BUILDERS = {"hf": _build_hf, "open_clip": _build_open_clip, "timm": _build_timm}
 
 
-def _timm_tower(model: nn.Module, config: VisionConfig) -> nn.Module:
+def _timm_tower(model: Any, config: VisionConfig) -> nn.Module:
     keep_class = _check_class_token(config, int(getattr(model, "cls_token", None) is not None)) > 0
     keep_class = keep_class and config.keep_class_token
     intermediates = getattr(model, "forward_intermediates", None)
@@ -391,6 +391,11 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+def _rgb(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
 
 
 def _blocks_to_run(num_blocks: int, layer: int) -> int:

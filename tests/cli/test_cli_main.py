@@ -1,0 +1,116 @@
+"""The `vlm` command as a whole: exit codes, speed, spelling of flags."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlm.cli.main import repeat_options, run, with_hyphens
+from vlm.errors import CheckpointError, ConfigError, DataError, Preempted, TrainingDiverged
+
+REPOSITORY = Path(__file__).parents[2]
+VERBS = ("ls", "cp", "show", "validate", "config-schema", "train", "eval", "plot", "export", "chat", "data", "ckpt")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "printed"),
+    [
+        (ConfigError("a"), 2, "error: a\n"),
+        (DataError("b"), 3, "error: b\n"),
+        (TrainingDiverged("c"), 4, "error: c\n"),
+        (CheckpointError("d"), 5, "error: d\n"),
+        (Preempted("stopped after step 3"), 143, "stopped after step 3\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_an_error_of_ours_is_a_message_and_an_exit_code(error, code, printed, capsys):
+    def command():
+        raise error
+
+    assert run(command) == code
+    assert capsys.readouterr().err == printed
+
+
+def test_any_other_error_shows_its_traceback_and_ends_with_1(capsys):
+    assert run(lambda: 1 / 0) == 1
+    assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+
+def test_help_names_every_verb(vlm):
+    code, out, _ = vlm("--help")
+    assert code == 0
+    assert all(f"  {verb} " in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["train", "x", "--frob"], ["ls", "a", "b"]])
+def test_a_wrong_command_line_ends_with_2(arguments, vlm):
+    assert vlm(*arguments)[0] == 2
+
+
+def test_a_misspelt_verb_names_the_nearest(vlm):
+    assert "Did you mean 'train'?" in vlm("trian")[2]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["ls"], ["validate", "llava_qwen2_5_7b/pretrain"], ["config-schema"]]
+)
+def test_help_ls_and_validate_take_less_than_a_second(arguments):
+    """Processor time, which other load on the machine does not change; worst seen here 0.24 s."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "vlm.cli.main", *arguments], cwd=REPOSITORY, capture_output=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_flags_may_be_written_with_underscores():
+    assert with_hyphens(["--max_shard_size", "2_GB", "--cfg_path=a_b"]) == [
+        "--max-shard-size",
+        "2_GB",
+        "--cfg-path=a_b",
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--options", "--cfg-options", "-o"])
+def test_one_options_flag_takes_several_overrides(flag):
+    given = ["train", flag, "a=1", "b=2", "x.yaml"]
+    assert repeat_options(given) == ["train", flag, "a=1", "--options", "b=2", "x.yaml"]
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m vlm.cli.main config-schema | head -1",
+        shell=True, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("{\n", "")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train.py", ["--cfg-path", "tiny/pretrain", "--use-deepspeed"], "the DeepSpeed engines are not built yet"),
+        ("train.py", ["--cfg_path", "nowhere.yaml", "--local_rank", "0"], "config nowhere.yaml does not exist"),
+        ("train.py", ["--cfg-path", "tiny/pretrain", "--options", "sed=1", "a=2"], "did you mean seed?"),
+        ("train_pipeline.py", ["--cfg-path", "a.yaml", "--num-stages", "2"], "python train.py --cfg-path a.yaml"),
+        ("webui_demo.py", ["-c", "x"], "use python cli_demo.py -c EXPORT"),
+        ("cli_demo.py", ["-c", "nowhere"], "nowhere is no folder"),
+        ("cli_demo.py", [], "-c/--checkpoint-path"),
+    ],
+)
+def test_root_script_says_what_is_wrong_and_what_to_use_instead(script, arguments, message):
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / script, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (5 if "nowhere" in arguments else 2)
+
+
+def test_several_processes_are_refused_before_torch_is_imported(monkeypatch, vlm):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, _, err = vlm("train", "tiny/pretrain")
+    assert (code, "WORLD_SIZE is 2: engine local runs in one process" in err) == (2, True)

@@ -1,0 +1,106 @@
+"""The examples of docs/extending.md, working."""
+
+import torch
+from tokenizers_for_tests import byte_level_bpe
+from torch import nn
+
+from vlm.batch import IGNORE_INDEX
+from vlm.data import records
+from vlm.data.config import SourceConfig
+from vlm.data.conversation import IMAGE, Conversation, Turn
+from vlm.data.template import EOS, ChatTemplate, RoleFormat
+from vlm.data.tokenize import ConversationTokenizer
+from vlm.models.projector import Projector
+from vlm.models.vision import VisionEncoder
+from vlm.models.vlm import VisionLanguageModel
+
+
+class ColourTower(nn.Module):
+    """Mean colour of each quarter of the picture: [N, 3, S, S] -> [N, 4, 3]."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, pixel_values):
+        return nn.functional.adaptive_avg_pool2d(pixel_values, 2).flatten(2).transpose(1, 2) * self.scale
+
+
+class FirstPatch(nn.Module):
+    """A projector that keeps one token a picture."""
+
+    num_tokens = 1
+
+    def __init__(self, in_width, out_width):
+        super().__init__()
+        self.linear = nn.Linear(in_width, out_width)
+
+    def forward(self, features):
+        return self.linear(features[:, :1])
+
+
+def tiny_llm():
+    from vlm.compat import prepare
+
+    prepare()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )  # fmt: skip
+    )
+
+
+def test_a_new_encoder_needs_only_a_module_from_pixels_to_features():
+    encoder = VisionEncoder(ColourTower(), image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert (encoder.num_patches, encoder.width) == (4, 3)
+    projector = Projector(num_patches=4, in_width=3, out_width=16)
+    model = VisionLanguageModel(tiny_llm(), encoder, projector, image_token_id=99)
+    ids = torch.tensor([[99] * 4 + [1, 2]])
+    hidden = model(ids, torch.arange(6)[None], torch.rand(1, 3, 8, 8))
+    assert hidden.shape == (1, 6, 16)
+
+
+def test_a_new_projector_needs_only_its_number_of_tokens():
+    encoder = VisionEncoder(ColourTower(), image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
+    model = VisionLanguageModel(tiny_llm(), encoder, FirstPatch(3, 16), image_token_id=99)
+    hidden = model(torch.tensor([[99, 1, 2]]), torch.arange(3)[None], torch.rand(1, 3, 8, 8))
+    hidden.sum().backward()
+    assert model.projector.linear.weight.grad.abs().sum() > 0
+
+
+def test_a_new_template_learns_its_replies():
+    zephyr = ChatTemplate(
+        "zephyr",
+        user=RoleFormat("<|user|>\n", f"{EOS}\n"),
+        assistant=RoleFormat("<|assistant|>\n", EOS),
+        system=RoleFormat("<|system|>\n", f"{EOS}\n"),
+        separator="\n",
+        bos="never",
+    )
+    tokenizer = byte_level_bpe()
+    example = ConversationTokenizer(tokenizer, zephyr)(
+        Conversation((Turn("user", ("Hi",)), Turn("assistant", ("Yes.",))))
+    )
+    assert tokenizer.decode(example.input_ids) == "<|user|>\nHi<|im_end|>\n<|assistant|>\nYes.<|im_end|>\n"
+    assert tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX]) == "Yes.<|im_end|>"
+
+
+def test_a_new_data_format_is_one_function(monkeypatch):
+    def qa_turns(record, images, config):
+        return [Turn("user", (*[IMAGE] * len(images), record["question"])), Turn("assistant", (record["answer"],))]
+
+    known = records._parser
+    monkeypatch.setattr(
+        records, "_parser", lambda record, *rest: qa_turns if "question" in record else known(record, *rest)
+    )
+    record = {"image": "a.png", "question": "What?", "answer": "A dog."}
+    conversation = records.parse_record(record, SourceConfig(path="x"))
+    assert conversation.turns == (Turn("user", (IMAGE, "What?")), Turn("assistant", ("A dog.",)))
+    assert conversation.images == ("a.png",)

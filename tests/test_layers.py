@@ -1,0 +1,91 @@
+"""Who may import whom. The picture in docs/architecture.md is this table."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "vlm"
+
+# A file imports its own room and rooms of a lower number. Equal numbers are neighbours that do not know each other.
+LAYERS = {
+    "errors": 0, "batch": 0, "schema": 0, "layered_yaml": 0, "distributed": 0, "logs": 0, "compat": 0, "faults": 0,
+    "data": 1, "models": 1,
+    "objectives": 2,
+    "train": 3, "plan": 3,
+    "export": 4,
+    "config": 5,
+    "chat": 6, "evaluation": 6, "run": 6,
+    "cli": 7,
+}  # fmt: skip
+BOTTOM = {name for name, layer in LAYERS.items() if layer == 0}  # single files that may use each other
+FACADE = "__init__"  # vlm/__init__.py: the version, and vlm.load, imported when it is asked for
+SECTIONS = {
+    f"vlm.{room}.config" for room in LAYERS
+}  # a room's config.py knows vlm.schema only, so vlm.config takes all
+LIGHT = ("vlm.config", "vlm.cli.main", "vlm.errors", "vlm.batch", "vlm.schema", "vlm.layered_yaml", "vlm.logs")
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    """(line, module of this package) of every import, those inside functions and under TYPE_CHECKING included."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vlm":
+            names = [f"vlm.{alias.name}" for alias in node.names] if node.module == "vlm" else [node.module]
+            found += [(node.lineno, name) for name in names]
+        elif isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names if alias.name.startswith("vlm.")]
+    return found
+
+
+def offences(path: Path, root: Path = PACKAGE) -> list[str]:
+    parts = path.relative_to(root).with_suffix("").parts
+    own = parts[0]
+    if own == FACADE:
+        return []
+    if own not in LAYERS:
+        return [f"vlm/{'/'.join(parts)}: {own} is in no layer; add it to LAYERS in {Path(__file__).name}"]
+    is_section = parts[1:] == ("config",)
+    bad = []
+    for line, module in imports_of(path):
+        other = room_of(module)
+        allowed = other.startswith("__") or LAYERS.get(other, 99) < LAYERS[own]  # vlm.__version__
+        allowed = allowed or other == own or {own, other} <= BOTTOM or (own == "config" and module in SECTIONS)
+        if is_section:
+            allowed = module == "vlm.schema"
+        if not allowed:
+            bad.append(f"vlm/{'/'.join(parts)}.py:{line}: {own} (layer {LAYERS[own]}) imports {module} "
+                       f"(layer {LAYERS.get(other, '?')})")  # fmt: skip
+    return bad
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_file_imports_its_own_room_and_lower_ones_only(path):
+    assert not offences(path), "\n".join(["", *offences(path)])
+
+
+def test_an_offending_line_is_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "x.py"
+    path.write_text("import os\n\ndef f():\n    from vlm.models.build import build_model\n")
+    assert offences(path, tmp_path) == ["vlm/data/x.py:4: data (layer 1) imports vlm.models.build (layer 1)"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_module_imports_no_heavy_package(module):
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'numpy', 'PIL') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_file_of_the_package_is_longer_than_500_lines():
+    long = [f"{p}: {n} lines" for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 500]
+    assert not long
