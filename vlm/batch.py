@@ -62,6 +62,7 @@ class Batch:
     labels: Tensor  # int64 [B, L]
     position_ids: Tensor  # int64 [B, L]
     pixel_values: Tensor | None = None  # float32 [N, 3, S, S]; None when no row has a picture
+    image_features: Tensor | None = None  # [N, P, C] of the frozen encoder, from the cache, instead of pixel_values
     where: list[str] = field(default_factory=list)  # file and record of every example, in order
     skipped: list[Skip] = field(default_factory=list)  # examples left out: a picture of theirs could not be read
     num_padding: int = 0  # padding tokens among the B * L
@@ -72,6 +73,7 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
             pixel_values=None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True),
+            image_features=None if self.image_features is None else self.image_features.to(device, non_blocking=True),
             where=self.where,
             skipped=self.skipped,
             num_padding=self.num_padding,
@@ -79,7 +81,8 @@ class Batch:
 
     @property
     def num_images(self) -> int:
-        return 0 if self.pixel_values is None else len(self.pixel_values)
+        pictures = self.pixel_values if self.image_features is None else self.image_features
+        return 0 if pictures is None else len(pictures)
 
     @property
     def num_supervised(self) -> int:

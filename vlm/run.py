@@ -20,6 +20,7 @@ from vlm.objectives.lm import LanguageModeling
 from vlm.train.checkpoint import newest_verified
 from vlm.train.engines.local import LocalEngine
 from vlm.train.events import RunEvents
+from vlm.train.features import fill_store, open_store
 from vlm.train.interrupt import StopRequest
 from vlm.train.loop import TrainLoop
 from vlm.train.metrics import Reporter, plot_loss
@@ -56,7 +57,7 @@ def train(config: RunConfig, config_text: str) -> Path:
         if config.init_from is not None:
             for line in load_init(built.model, Path(config.init_from)):
                 log(f"init_from: {line}")
-        data = _build_data(config, built)
+        data = _build_data(config, built, device)
         engine = _build_engine(config, built, device)
         max_steps = config.train.max_steps or data.train.steps_in(config.train.epochs or 1)
         _describe(config, built, data, engine, max_steps)
@@ -101,16 +102,35 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     return None if precision == "fp32" else torch.bfloat16
 
 
-def _build_data(config: RunConfig, built: Assembled) -> Data:
-    return build_data(
+def _build_data(config: RunConfig, built: Assembled, device: torch.device) -> Data:
+    """The streams; with `data.cache_features`, every picture is encoded first."""
+    vision, spec, dtype = built.model.vision, built.image_spec, autocast_dtype(config.train.precision)
+    store = None
+    if config.data.cache_features and vision is not None and spec is not None:
+        if not vision.is_frozen:
+            raise ConfigError("data.cache_features needs a frozen encoder, but model.trainable names vision; drop one")
+        store = open_store(config.data.cache, vision, spec, dtype)
+    data = build_data(
         config.data,
         built.tokenizer,
-        built.image_spec,
+        spec,
         built.image_token_id,
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
+        features=store,
     )
+    if store is not None and vision is not None and spec is not None:
+        fill_store(
+            store,
+            data.scans,
+            vision,
+            spec,
+            max_pixels=config.data.max_pixels,
+            device=device,
+            autocast_dtype=dtype,
+        )
+    return data
 
 
 def _build_engine(config: RunConfig, built: Assembled, device: torch.device) -> LocalEngine:
@@ -162,16 +182,18 @@ def _calibrate_projector(config: RunConfig, built: Assembled, data: Data, device
     """Set the projector's channel statistics from the first training pictures, unless init_from brought them."""
     if not config.model.projector.normalize or config.model.vision is None or config.init_from is not None:
         return
-    pixels = []
-    for _, batches in zip(range(CALIBRATION_STEPS), data.train.iterate(0), strict=False):
-        pixels += [batch.pixel_values for batch in batches if batch.pixel_values is not None]
-    if not pixels:
+    found = []
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision != "fp32"):
+        for _, batches in zip(range(CALIBRATION_STEPS), data.train.iterate(0), strict=False):
+            for batch in (batch.to(device) for batch in batches if batch.num_images):
+                cached = batch.image_features
+                found.append(built.model.vision(batch.pixel_values) if cached is None else cached)
+    if not found:
         raise ConfigError(
             "model.projector.normalize needs pictures to take statistics from, and the first "
             f"{CALIBRATION_STEPS} steps have none. Set it to false, or check data.sources"
         )
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision != "fp32"):
-        features = torch.cat([built.model.vision(chunk.to(device)).float() for chunk in pixels])
+    features = torch.cat(found)
     built.model.projector.calibrate(features)
     log(f"projector: channel statistics from {len(features)} pictures")
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from demo.pictures import Picture
 
-# kind -> English answer, and the thing's name in Chinese
+# kind -> its name in an English answer, and in Chinese
 KINDS = {
     "animal": ("an animal", "动物"),
     "plant": ("a plant", "植物"),
@@ -28,53 +28,75 @@ ASK_NAME = ("What is this?", "Describe the picture.", "What do you see?", "What 
 ASK_KIND = ("What kind of thing is this?", "What kind of thing does the picture show?", "Which kind of thing is it?")
 ASK_NAME_ZH = ("这是什么？", "描述这张图片。")
 ASK_KIND_ZH = ("这是哪一类东西？", "它属于哪一类？")
+CHINESE_SHARE = 0.25  # of the records: the LLM reads Chinese byte by byte, so these are long
+FEWEST_TESTED = 10  # pictures of a kind, as far as there are any
 
 
-def split(pictures: Sequence[Picture], num_test: int, seed: int) -> tuple[list[Picture], list[Picture]]:
-    """Train and test, whole families on one side, test spread over the kinds like the whole.
+def split(pictures: Sequence[Picture], sizes: Mapping[str, int], seed: int) -> dict[str, list[Picture]]:
+    """Parts of the given sizes, and "train", the rest.
 
-    Only families of one picture are tested, so that no near copy of a test picture was trained on.
+    Only pictures that are alone in their family leave "train", so no near copy of a tested picture is trained on.
+    Every part has the kinds in the shares of the whole, and FEWEST_TESTED of each at least (less in a small part).
     """
-    families: dict[str, list[Picture]] = defaultdict(list)
+    members = collections.Counter(picture.family for picture in pictures)
+    alone: dict[str, list[Picture]] = {}
     for picture in pictures:
-        families[picture.family].append(picture)
-    single: dict[str, list[Picture]] = defaultdict(list)
-    for members in families.values():
-        if len(members) == 1 and members[0].kind is not None:
-            single[members[0].kind].append(members[0])
-    total = sum(map(len, single.values()))
-    test = []
-    for kind in sorted(single):
-        random.Random(f"{seed} {kind}").shuffle(single[kind])
-        test += single[kind][: round(num_test * len(single[kind]) / total)]
-    names = {picture.name for picture in test}
-    return [picture for picture in pictures if picture.name not in names], test
+        if picture.kind is not None and members[picture.family] == 1:
+            alone.setdefault(picture.kind, []).append(picture)
+    parts: dict[str, list[Picture]] = {name: [] for name in sizes}
+    per_kind = collections.Counter(picture.kind for picture in pictures if picture.kind is not None)
+    for kind in alone:
+        random.Random(f"{seed} {kind}").shuffle(alone[kind])
+    for name, size in sizes.items():
+        for kind, count in shares(per_kind, size).items():
+            parts[name] += alone.get(kind, [])[:count]
+            alone[kind] = alone.get(kind, [])[count:]
+    taken = {picture.name for part in parts.values() for picture in part}
+    return {"train": [picture for picture in pictures if picture.name not in taken], **parts}
 
 
-def captions(pictures: Sequence[Picture]) -> list[dict[str, Any]]:
-    """Stage 1: every picture with its English name, and with its Chinese one where there is one."""
+def shares(counts: Mapping[str, int], size: int) -> dict[str, int]:
+    """`size` things dealt out in proportion to `counts`, FEWEST_TESTED each at least (less when `size` is small).
+
+    >>> shares({"animal": 300, "plant": 5}, 100)
+    {'animal': 90, 'plant': 10}
+    """
+    least = min(FEWEST_TESTED, size // max(1, 2 * len(counts)))
+    total = sum(counts.values())
+    dealt = {kind: max(least, round(size * count / total)) for kind, count in sorted(counts.items())}
+    while (over := sum(dealt.values()) - size) != 0:
+        largest = max(dealt, key=lambda kind: dealt[kind])
+        dealt[largest] -= 1 if over > 0 else -1
+    return dealt
+
+
+def captions(pictures: Sequence[Picture], seed: int) -> list[dict[str, Any]]:
+    """Stage 1: every picture with its English name; a third of them with the Chinese one too."""
     records = []
     for picture in pictures:
         records.append({"image": picture.name, "caption": picture.english})
-        if picture.chinese:
+        if picture.chinese and random.Random(f"{seed} zh {picture.name}").random() < CHINESE_SHARE / (1 - CHINESE_SHARE):
             records.append({"image": picture.name, "caption": picture.chinese})
     return records
 
 
 def conversations(pictures: Sequence[Picture], seed: int) -> list[dict[str, Any]]:
-    """Stage 2: conversations of one to three turns about each picture, about a quarter of them in Chinese."""
+    """Stage 2: one or two conversations of one to three turns about each picture; a quarter of all are Chinese."""
+    kinds = collections.Counter(picture.kind for picture in pictures if picture.kind is not None)
     records = []
     for picture in pictures:
         rng = random.Random(f"{seed} {picture.name}")
+        own = []
         turns = [(rng.choice(ASK_NAME), picture.english)]
         if picture.kind is not None:
-            turns += [_kind_turn(picture.kind, rng), _yes_no_turn(picture.kind, rng)]
+            turns += [_kind_turn(picture.kind, rng), _yes_no_turn(picture.kind, kinds, rng)]
             rng.shuffle(turns)
             # The question of the kind alone, too: it is the one that a user asks first.
-            records.append(_record(picture, [_kind_turn(picture.kind, rng)]))
-        records.append(_record(picture, turns[: rng.randint(1, len(turns))]))
-        if picture.chinese and rng.random() < 0.5:
-            records.append(_record(picture, _chinese_turns(picture, rng)))
+            own.append(_record(picture, [_kind_turn(picture.kind, rng)]))
+        own.append(_record(picture, turns[: rng.randint(1, len(turns))]))
+        if picture.chinese and rng.random() < len(own) * CHINESE_SHARE / (1 - CHINESE_SHARE):
+            own.append(_record(picture, _chinese_turns(picture, rng)))
+        records += own
     return records
 
 
@@ -92,7 +114,6 @@ def caption_questions(pictures: Sequence[Picture]) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
@@ -100,10 +121,13 @@ def _kind_turn(kind: str, rng: random.Random) -> tuple[str, str]:
     return rng.choice(ASK_KIND), _capital(KINDS[kind][0])
 
 
-def _yes_no_turn(kind: str, rng: random.Random) -> tuple[str, str]:
-    asked = kind if rng.random() < 0.5 else rng.choice([other for other in KINDS if other != kind])
-    question = f"Is this {KINDS[asked][0]}?"
-    return question, "Yes." if asked == kind else f"No, it is {KINDS[kind][0]}."
+def _yes_no_turn(kind: str, kinds: Mapping[str, int], rng: random.Random) -> tuple[str, str]:
+    """Yes and no equally often, also for each kind asked about: else the question would tell the answer."""
+    asked = kind
+    if rng.random() < 0.5:
+        others = [other for other in kinds if other != kind]
+        asked = rng.choices(others, [kinds[other] for other in others])[0] if others else kind
+    return f"Is this {KINDS[asked][0]}?", "Yes." if asked == kind else f"No, it is {KINDS[kind][0]}."
 
 
 def _chinese_turns(picture: Picture, rng: random.Random) -> list[tuple[str, str]]:
@@ -118,7 +142,7 @@ def _record(picture: Picture, turns: Sequence[tuple[str, str]]) -> dict[str, Any
     for number, (question, answer) in enumerate(turns):
         spoken.append({"from": "human", "value": f"<image>\n{question}" if number == 0 else question})
         spoken.append({"from": "gpt", "value": answer})
-    return {"image": picture.name, "conversations": spoken}
+    return {"id": Path(picture.name).stem, "image": picture.name, "conversations": spoken}
 
 
 def _capital(text: str) -> str:

@@ -304,13 +304,12 @@ def test_the_first_frame_of_an_animation_is_taken_and_said_once(format, capsys, 
     assert capsys.readouterr().err == ""
 
 
-def test_damage_behind_the_first_frame_of_an_animation_does_no_harm(monkeypatch):
-    monkeypatch.setattr(images_module, "_told", set())
-    frames = [photo(64, 64), Image.new("RGB", (64, 64), GREEN), photo(64, 64).rotate(90)]
-    whole = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=50)
-    first = load_image(encoded(frames[0], "GIF"))
-    for cut in range(len(whole) - 1500, len(whole), 100):
-        assert load_image(whole[:cut]).tobytes() == first.tobytes()
+def test_damage_behind_the_first_frame_of_an_animation_does_no_harm():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
+    whole = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    second = whole.index(b"!\xf9")  # where Pillow begins the second frame
+    for cut in range(second, len(whole)):  # some cuts make `is_animated` raise
+        assert load_image(whole[:cut]).getpixel((4, 4)) == RED
 
 
 # Rows 29 and 30: names

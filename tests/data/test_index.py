@@ -24,7 +24,11 @@ from vlm.data.spans import find_json_array, find_lines, find_rows
 from vlm.errors import DataError, RecordError
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],  # too_slow: a busy machine
+)
 
 
 def write(tmp_path, name: str, content: bytes):

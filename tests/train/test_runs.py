@@ -215,3 +215,29 @@ def test_a_plain_language_model_trains_through_the_same_code(config_file, tmp_pa
 def test_bfloat16_learns_too(config_file, precision):
     losses = [loss for _, loss in steps_logged(run_here(config_file(train__precision=precision)))]
     assert losses[-1] < losses[0] - 0.3  # float32 goes from 5.80 to 5.37
+
+
+def test_cached_features_train_as_the_encoder_does_and_are_made_once(config_file, straight, tmp_path):
+    path = config_file(data__cache_features=True)
+    expected, got = steps_logged(straight), steps_logged(run_here(path))
+    assert [loss for _, loss in got] == pytest.approx([loss for _, loss in expected], rel=1e-5)  # worst seen 2e-7
+    files = list((tmp_path / "cache/vision").rglob("*.safetensors"))
+    assert len(files) == 72  # pictures of all records, the held-out ones too
+    made = {file: file.stat().st_mtime_ns for file in files}
+    run_here(config_file("again.yaml", data__cache_features=True, output_dir=str(tmp_path / "again")))
+    assert {file: file.stat().st_mtime_ns for file in files} == made
+
+
+def test_a_replaced_picture_is_encoded_again(tmp_path):
+    from vlm.data.features import FeatureStore
+
+    store = FeatureStore(tmp_path / "vision", "encoder")
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"first")
+    store.put(str(picture), torch.ones(2, 3))
+    assert torch.equal(store.get(str(picture)), torch.ones(2, 3))
+    picture.write_bytes(b"second")
+    assert store.get(str(picture)) is None
+    picture.write_bytes(b"first")
+    assert store.has(str(picture))
+    assert FeatureStore(tmp_path / "vision", "another").get(str(picture)) is None

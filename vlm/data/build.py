@@ -12,6 +12,7 @@ import numpy as np
 from vlm.batch import ImageSpec, Skip
 from vlm.data.collate import Collator
 from vlm.data.config import DataConfig, SourceConfig
+from vlm.data.features import FeatureStore
 from vlm.data.packing import pack_in_windows
 from vlm.data.records import open_source
 from vlm.data.scan import ExampleReader, Scan, refuse_too_many, scan_records
@@ -33,6 +34,7 @@ class Data:
     train: BatchStream
     held_out: EvalBatches | None  # None when nothing is held out
     conversation_tokenizer: ConversationTokenizer
+    scans: tuple[Scan, ...]  # of sources and eval_sources
     skips: list[Skip]  # records that cannot be used, found before training
     num_records: int  # in data.sources, skipped and held-out ones included
 
@@ -72,6 +74,7 @@ def build_data(
     micro_batch_size: int,
     data_rank: int = 0,
     num_data_ranks: int = 1,
+    features: FeatureStore | None = None,
 ) -> Data:
     """Scan all sources, hold out what the config says, and plan the training rows.
 
@@ -84,7 +87,7 @@ def build_data(
     refuse_too_many(scan, config.max_skipped_share)
     members, held_out = split_held_out(scan, config.held_out, seed)
     pad_to = config.max_length if config.packing else None
-    collator = Collator(image_spec, conversation_tokenizer.pad_token_id, config.max_pixels, pad_to)
+    collator = Collator(image_spec, conversation_tokenizer.pad_token_id, config.max_pixels, pad_to, features)
     plan = EpochPlan(
         scan=scan,
         members=members,
@@ -106,16 +109,18 @@ def build_data(
         num_data_ranks=num_data_ranks,
         workers=config.workers,
     )
+    scans = [scan]
     if config.eval_sources:
         eval_scan = scan_records(
             build_reader(config, config.eval_sources, conversation_tokenizer), Path(config.cache), config.workers
         )
         refuse_too_many(eval_scan, config.max_skipped_share)
+        scans.append(eval_scan)
         usable = np.flatnonzero(eval_scan.lengths)
         evaluation = build_eval_batches(eval_scan, usable, config, collator, micro_batch_size)
     else:
         evaluation = build_eval_batches(scan, held_out, config, collator, micro_batch_size)
-    return Data(stream, evaluation, conversation_tokenizer, scan.skips, len(scan))
+    return Data(stream, evaluation, conversation_tokenizer, tuple(scans), scan.skips, len(scan))
 
 
 def build_eval_batches(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm.batch import IGNORE_INDEX, Batch, Example, ImageSpec, Skip
+from vlm.data.features import FeatureStore
 from vlm.data.images import load_image, to_pixels
 from vlm.errors import RecordError
 
@@ -21,12 +22,14 @@ class Collator:
         image_spec: None for a model without pictures.
         pad_to: tokens of every row; None pads to the longest of the batch, rounded up to a multiple of 8.
         max_pixels: pictures with more are left out, with their example.
+        features: where the encoder's features of every picture are; then pictures are not decoded at all.
     """
 
     image_spec: ImageSpec | None
     pad_token_id: int
     max_pixels: int
     pad_to: int | None = None
+    features: FeatureStore | None = None
 
     def __call__(self, rows: Sequence[Sequence[Example]], skips: Sequence[Skip] = ()) -> Batch:
         """A batch of `len(rows)` rows. An example whose picture cannot be read is left out and listed in `skipped`.
@@ -57,7 +60,8 @@ class Collator:
             input_ids=ids,
             labels=labels,
             position_ids=positions,
-            pixel_values=torch.stack(pixels) if pixels else None,
+            pixel_values=torch.stack(pixels) if pixels and self.features is None else None,
+            image_features=torch.stack(pixels) if pixels and self.features is not None else None,
             where=[example.where for row in kept_rows for example in row],
             skipped=skipped,
             num_padding=ids.numel() - num_tokens,
@@ -66,8 +70,16 @@ class Collator:
     def _pixels(self, example: Example) -> list[Tensor]:
         if self.image_spec is None:
             return []
+        if self.features is not None:
+            return [self._features(self.features, image) for image in example.images]
         background = self.image_spec.background
         return [to_pixels(load_image(image, self.max_pixels, background), self.image_spec) for image in example.images]
+
+    def _features(self, store: FeatureStore, image: str | bytes) -> Tensor:
+        features = store.get(image)
+        if features is None:  # it could not be encoded when the cache was filled, or has changed since
+            raise RecordError("image_unreadable", f"no features of {_name(image)} in data.cache")
+        return features
 
     def _row(self, examples: list[Example], length: int) -> tuple[Tensor, Tensor, Tensor]:
         ids = torch.full((length,), self.pad_token_id, dtype=torch.int64)
@@ -81,3 +93,7 @@ class Collator:
             positions[start:end] = torch.arange(end - start)
             start = end
         return ids, labels, positions
+
+
+def _name(image: str | bytes) -> str:
+    return "the picture" if isinstance(image, bytes) else image.rpartition("/")[2]

@@ -49,4 +49,6 @@ class DataConfig(Section):
     """More skipped records than this share stops the run with exit code 3."""
     max_skipped_in_a_row: PositiveInt = 100
     cache: str = "cache/features"
-    """Where record indexes and length tables are kept."""
+    """Where record indexes, length tables and encoder features are kept."""
+    cache_features: bool = False
+    """Encode every picture once, before training, and keep the frozen encoder's features on disk."""

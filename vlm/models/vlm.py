@@ -59,15 +59,27 @@ class VisionLanguageModel(nn.Module):
         features = embeddings.new_zeros(0, embeddings.shape[-1]) if image_features is None else image_features
         return splice_image_features(embeddings, features.flatten(0, -2), is_image)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states [B, L, D] after the final norm, of packed rows.
 
         Args:
             input_ids: int64 [B, L].
             position_ids: int64 [B, L]; they restart with every example, and nothing attends across a restart.
             pixel_values: [N, 3, S, S], in the order of the placeholders; None for text alone.
+            image_features: [N, P, C], what the encoder yields for them, instead of `pixel_values`.
         """
-        features = None if pixel_values is None else self.encode_images(pixel_values)
+        features = None
+        if image_features is not None:
+            assert self.projector is not None
+            features = self.projector(image_features)
+        elif pixel_values is not None:
+            features = self.encode_images(pixel_values)
         embeddings = self.embed(input_ids, features)
         if features is None and self.training and self.projector is not None:
             embeddings = embeddings + self._zero_from_a_dummy_picture()

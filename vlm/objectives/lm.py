@@ -25,5 +25,5 @@ class LanguageModeling:
         return batch.num_supervised
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        hidden_states = model(batch.input_ids, batch.position_ids, batch.pixel_values)
+        hidden_states = model(batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_features)
         return chunked_cross_entropy(hidden_states, batch.labels, model.logits)

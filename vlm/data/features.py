@@ -1,0 +1,78 @@
+"""A cache of frozen-encoder features on disk, found by the content of the picture file.
+
+A file that is replaced or edited has other content and so another entry: features never go stale. What produced them
+(encoder, weights, picture size, normalisation, number type) is the caller's `key`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlm.errors import RecordError
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Features [P, C] per picture, one safetensors file each, below `folder / key`."""
+
+    folder: Path
+    key: str
+
+    def get(self, image: str | bytes) -> Tensor | None:
+        """The features of a picture, or None when they are not there or damaged.
+
+        Raises:
+            RecordError: rule image_missing.
+        """
+        try:
+            return load_file(self._path(image))["features"]
+        except (FileNotFoundError, SafetensorError, KeyError):
+            return None
+
+    def has(self, image: str | bytes) -> bool:
+        """Raises RecordError rule image_missing."""
+        return self._path(image).exists()
+
+    def put(self, image: str | bytes, features: Tensor) -> None:
+        """Raises OSError when the disk refuses."""
+        path = self._path(image)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{secrets.token_hex(4)}")
+        save_file({"features": features.detach().cpu().contiguous()}, temporary)
+        temporary.replace(path)
+
+    def _path(self, image: str | bytes) -> Path:
+        digest = hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else _file_digest(*_identity(image))
+        return self.folder / self.key / digest[:2] / f"{digest[2:32]}.safetensors"
+
+
+def encoder_key(encoder: torch.nn.Module, settings: object) -> str:
+    """Changes with any weight of the encoder and with `settings`, whose repr counts."""
+    state = hashlib.sha256(repr(settings).encode())
+    for name, tensor in encoder.state_dict().items():
+        state.update(name.encode())
+        state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()[:24]
+
+
+def _identity(path: str) -> tuple[str, int, int]:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        raise RecordError("image_missing", f"{Path(path).name} does not exist") from None
+    return path, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=100_000)
+def _file_digest(path: str, size: int, modified_ns: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
