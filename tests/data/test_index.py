@@ -138,6 +138,11 @@ def test_nothing_at_the_edges_of_a_list_is_lost_in_silence(tmp_path, text, expec
     assert read_all(write(tmp_path, "a.json", text)) == expected
 
 
+def test_a_list_that_was_cut_off_between_records_says_so(tmp_path):
+    with pytest.raises(RecordError, match=r"^a\.json: record 2: the list is not closed: the file was cut off here$"):
+        write(tmp_path, "a.json", b'[{"a": 1},\n')[1]
+
+
 def test_line_numbers_count_blank_lines(tmp_path):
     index = write(tmp_path, "a.jsonl", b'\n{"id": 1}\n\r\n  \n{"id": 2}')
     assert [index.where(0), index.where(1)] == ["a.jsonl: line 2", "a.jsonl: line 5"]

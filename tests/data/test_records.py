@@ -486,9 +486,17 @@ def test_any_record_becomes_a_sound_conversation_or_a_record_error(record, place
 
 def test_a_record_nested_as_deep_as_json_can_read_is_no_recursion_error():
     """`repr` of such a value, called deeper in the stack than the parser, would be one."""
-    deep: list = []
-    for _ in range(985):
-        deep = [deep]
-    for record in (llava(deep, "A."), llava("Hi", "A.", image=deep), {"conversations": [{"from": deep, "value": deep}]},
-                   {"conversations": [{"from": "gpt", "value": deep, "content": deep}]}):  # fmt: skip
+
+    def deep() -> list:
+        value: list = []
+        for _ in range(985):
+            value = [value]
+        return value
+
+    for record in (
+        llava(deep(), "A."),
+        llava("Hi", "A.", image=deep()),
+        {"conversations": [{"from": deep(), "value": "Hi"}]},
+        {"conversations": [{"from": "gpt", "value": deep(), "content": deep()}]},
+    ):
         assert rule_of(record) in ("bad_turns", "bad_image_field", "unknown_role", "mixed_keys")

@@ -240,17 +240,22 @@ def test_no_family_straddles_the_split_and_parts_have_their_sizes():
     everything = pictures_of({"animal": 300, "plant": 40, "flag": 60})
     everything += [picture(1000 + n, "symbol", family="heart") for n in range(30)]
     everything += [picture(2000, None)]
-    parts = conversations.split(everything, {"test": 50, "valid": 30}, seed=0)
-    assert {name: len(part) for name, part in parts.items()} == {"train": 351, "test": 50, "valid": 30}
+    train, valid, test = conversations.split(everything, num_test=50, num_valid=30, seed=0)
+    assert (len(train), len(valid), len(test)) == (351, 30, 50)
     where = collections.defaultdict(set)
-    for name, part in parts.items():
+    for name, part in (("train", train), ("valid", valid), ("test", test)):
         for p in part:
             where[p.family].add(name)
     assert all(len(names) == 1 for names in where.values())
     assert where["heart"] == {"train"}
-    assert collections.Counter(p.kind for p in parts["test"])["plant"] == 10  # at least
-    again = conversations.split(everything, {"test": 50, "valid": 30}, seed=0)
-    assert again == parts
+
+
+def test_the_split_has_a_few_of_every_kind_and_does_not_move():
+    everything = pictures_of({"animal": 300, "plant": 40, "flag": 60})
+    train, valid, test = conversations.split(everything, num_test=80, num_valid=30, seed=0)
+    assert collections.Counter(p.kind for p in test) == {"animal": 58, "flag": 12, "plant": 10}
+    assert collections.Counter(p.kind for p in valid)["plant"] == 5
+    assert conversations.split(everything[::-1], 80, 30, seed=0)[1:] == (valid, test)
 
 
 # Asked about

@@ -19,13 +19,21 @@ class TaskConfig(Section):
     """
 
     name: str
+    """Heads its row of the table."""
     kind: Literal["choice", "ranking", "loss"]
+    """What is measured; see above."""
     path: str
+    """A data file."""
     images: str | None = None
+    """Folder that every picture must lie in; null means the folder of `path`."""
     num_candidates: Annotated[int, Field(ge=2)] = 20
+    """ranking: answers among which the true one must be the likeliest."""
     max_records: PositiveInt | None = None
+    """Take only the first so many; null takes all."""
 
 
 class EvaluationConfig(Section):
     tasks: tuple[TaskConfig, ...] = ()
+    """What `vlm eval` measures."""
     seed: int = 0
+    """Draws the shuffled pictures and the wrong candidates."""

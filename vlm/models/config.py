@@ -13,6 +13,7 @@ TrainablePart = Literal["projector", "llm", "llm.lora", "vision"]
 
 class VisionConfig(Section):
     backend: Literal["hf", "open_clip", "timm"]
+    """The library whose network it is; hf is transformers."""
     path: str
     """A local folder or file, or a name that the backend resolves (and caches) itself."""
     pretrained: str | None = None
@@ -20,15 +21,18 @@ class VisionConfig(Section):
     layer: int = -1
     """Which block's output is taken: -1 the last, -2 the one before (LLaVA)."""
     keep_class_token: bool = False
+    """Give the class token to the projector too, before the patches."""
     image_size: PositiveInt | None = None
     """Pixels per side; null takes the encoder's own. Position embeddings are interpolated."""
     resize: Literal["pad", "crop", "squash"] = "pad"
+    """How a picture becomes a square: padded, its middle cut out, or squashed."""
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB, 0-255, under transparent pixels and around padded pictures."""
 
 
 class ProjectorConfig(Section):
     kind: Literal["linear", "mlp"] = "linear"
+    """One linear layer, or several."""
     depth: PositiveInt = 2
     """mlp: number of linear layers, with gelu between them."""
     unshuffle: PositiveInt = 1
@@ -39,14 +43,20 @@ class ProjectorConfig(Section):
 
 class LLMConfig(Section):
     path: str
+    """A local folder, or a name that transformers resolves."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    """auto: FlashAttention 2 on a GPU where it is installed, else SDPA."""
     pad_vocab_to_multiple_of: PositiveInt | None = None
+    """Grow the embedding to a multiple, for faster matrix products; null leaves it."""
 
 
 class LoRAConfig(Section):
     rank: PositiveInt = 16
+    """Width of the adapters."""
     alpha: PositiveInt = 32
+    """The adapters count alpha / rank times."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the adapters' input, while training."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of linear modules in the LLM, e.g. [q_proj, v_proj]."""
 
@@ -57,8 +67,11 @@ class ModelConfig(Section):
     projector: ProjectorConfig = ProjectorConfig()
     llm: LLMConfig
     lora: LoRAConfig | None = None
+    """Adapters on the language model; null adds none."""
     trainable: tuple[TrainablePart, ...] = ("projector",)
+    """What trains; everything else is frozen."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
     trust_remote_code: bool = False
     """Let a model folder run its own Python code. Only for folders whose code you have read."""
 

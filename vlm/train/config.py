@@ -13,11 +13,14 @@ class SampleConfig(Section):
     """A question asked of the model every `sample_every` steps; the answer goes to the log."""
 
     prompt: str
+    """The question."""
     image: str | None = None
+    """A picture file; null asks about none."""
 
 
 class TrainConfig(Section):
     epochs: PositiveFloat | None = None
+    """Passes over the data; turned into steps before the first one."""
     max_steps: PositiveInt | None = None
     """Optimizer steps. Exactly one of epochs and max_steps is set."""
     global_batch_size: PositiveInt = 32
@@ -25,31 +28,45 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt = 1
     """Packed rows per rank per forward."""
     learning_rate: PositiveFloat = 1e-3
+    """The peak of the schedule."""
     learning_rates: dict[Literal["projector", "llm", "llm.lora", "vision"], PositiveFloat] = Field(default_factory=dict)
     """Per trainable part, where it differs from learning_rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the rate falls after the warm-up."""
     warmup_steps: NonNegativeInt | None = None
+    """Optimizer steps over which the rate rises to its peak."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The same as a share of all steps."""
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The schedule's floor, as a share of the peak."""
     weight_decay: NonNegativeFloat = 0.0
+    """Of matrices; norms, biases and other vectors are not decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
     max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this norm; null never."""
     precision: Literal["fp32", "bf16", "bf16_autocast"] = "bf16"
     """bf16: frozen weights bf16, trained ones fp32, computed in bf16. bf16_autocast: all weights fp32."""
     log_every: PositiveInt = 1
+    """Steps per line of metrics.jsonl."""
     save_every: PositiveInt = 500
+    """Steps between checkpoints; one is written at the end too."""
     keep_last: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; at least two, so that one stays if the newest is damaged."""
     on_save_failure: Literal["continue", "stop"] = "continue"
     """A full disk during a save: keep training with the old checkpoints, or stop with exit code 5."""
     eval_every: PositiveInt | None = None
+    """Steps between measurements of the held-out loss; null never."""
     sample_every: PositiveInt | None = None
+    """Steps between sampled answers; null never."""
     samples: tuple[SampleConfig, ...] = ()
+    """Questions asked then."""
     max_new_tokens: PositiveInt = 64
     """Length of the sampled answers."""
     max_bad_steps: NonNegativeInt = 0
     """Steps with a non-finite loss or gradient that may be skipped before the run stops with exit code 4."""
     tensorboard: bool = False
+    """Write TensorBoard events too; needs vlm[track]."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -67,4 +84,6 @@ class TrainConfig(Section):
 
 class EngineConfig(Section):
     kind: Literal["local"] = "local"
+    """local: one process, on the CPU or one GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
