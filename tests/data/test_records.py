@@ -151,11 +151,8 @@ def test_the_format_decides_where_a_record_could_be_read_in_two_ways():
     assert said(parse(record, format="caption")) == [("user", IMAGE), ("assistant", "Caption.")]
     assert said(parse(record, format="text")) == [("user",), ("assistant", "Text.")]
     assert parse(record, format="text").images == ()
-    for format, other in (
-        ("conversation", {"text": "x"}),
-        ("caption", llava("Hi", "Yes?")),
-        ("text", {"caption": "x"}),
-    ):
+    others = {"conversation": {"text": "x"}, "caption": llava("Hi", "Yes?"), "text": {"caption": "x"}}
+    for format, other in others.items():
         assert rule_of(other, format=format) == "unknown_format"
 
 

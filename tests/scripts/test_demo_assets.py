@@ -52,7 +52,9 @@ def test_smollm2_speaks_after_dequantization():
 def test_two_hundred_pictures_are_tested_and_none_of_them_trains(dataset):
     trained = {r["image"] for name in ("pretrain", "finetune") for r in read(dataset / f"{name}.jsonl")}
     valid = {r["image"] for r in read(dataset / "valid_kind.jsonl")}
-    tested = {r["image"] for name in ("eval_kind", "eval_caption", "eval_loss") for r in read(dataset / f"{name}.jsonl")}
+    tested = {
+        r["image"] for name in ("eval_kind", "eval_caption", "eval_loss") for r in read(dataset / f"{name}.jsonl")
+    }
     assert (len(tested), len(valid)) == (200, 100)
     assert not tested & trained
     assert not tested & valid

@@ -15,6 +15,7 @@ from demo.pictures import Picture
 from demo.prepared import file_sha256, is_prepared, prepare, recipe_of
 from PIL import Image
 
+from vlm.data.config import SourceConfig
 from vlm.data.conversation import IMAGE
 from vlm.data.records import parse_record
 
@@ -22,9 +23,17 @@ KINDS_FILE = Path(__file__).parents[2] / "projects/quickstart/kinds.json"
 WHEEL = Wheel("a-model", "1.0", "", 1, (".bin",))
 
 
+TRAINED = {  # pictures of each kind, in the shares of the real ones
+    "object": 840, "symbol": 570, "animal": 430, "food": 310, "person": 280,
+    "face": 200, "vehicle": 160, "flag": 160, "place": 130, "plant": 90,
+}  # fmt: skip
+
+
 def picture(number: int, kind: str | None = "animal", family: str | None = None) -> Picture:
     name = f"thing {number}"
-    return Picture(f"emoji/{number}.png", Path(f"{number}.svg"), f"Thing {number}.", f"东西{number}。", kind, family or name)
+    return Picture(
+        f"emoji/{number}.png", Path(f"{number}.svg"), f"Thing {number}.", f"东西{number}。", kind, family or name
+    )
 
 
 def pictures_of(counts: dict[str, int]) -> list[Picture]:
@@ -146,7 +155,9 @@ def test_a_package_is_unpacked_without_its_sounds(tmp_path):
     for name in ("fox.png", "fox.txt", "fox.ogg"):
         (stamps / name).write_text(name)
     (tmp_path / "tree/DEBIAN").mkdir()
-    control = "Package: stamps\nVersion: 1\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\nDescription: x\n"
+    control = (
+        "Package: stamps\nVersion: 1\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\nDescription: x\n"
+    )
     (tmp_path / "tree/DEBIAN/control").write_text(control)
     subprocess.run(["dpkg-deb", "--build", tmp_path / "tree", tmp_path / "s.deb"], check=True, capture_output=True)
     fetch._unpack_stamps(tmp_path / "s.deb", tmp_path / "out")
@@ -170,7 +181,16 @@ def test_no_emoji_has_two_kinds_and_every_kind_is_asked_about():
 
 
 def test_emoji_get_names_and_kinds_and_no_second_copies(tmp_path):
-    names = ("1F98A", "1F44D", "1F44D-1F3FB", "1F3C3", "1F3C3-200D-2640-FE0F", "1F1E9-1F1EA", "1F1E9-1F1F0", "1F1E9-1F1EF")
+    names = (
+        "1F98A",
+        "1F44D",
+        "1F44D-1F3FB",
+        "1F3C3",
+        "1F3C3-200D-2640-FE0F",
+        "1F1E9-1F1EA",
+        "1F1E9-1F1F0",
+        "1F1E9-1F1EF",
+    )
     for name in names:
         (tmp_path / f"{name}.svg").write_text("<svg/>")
     found = {p.name: p for p in pictures.emoji_pictures(tmp_path, KINDS_FILE)}
@@ -252,7 +272,7 @@ def test_no_family_straddles_the_split_and_parts_have_their_sizes():
 
 def test_the_split_has_a_few_of_every_kind_and_does_not_move():
     everything = pictures_of({"animal": 300, "plant": 40, "flag": 60})
-    train, valid, test = conversations.split(everything, num_test=80, num_valid=30, seed=0)
+    _, valid, test = conversations.split(everything, num_test=80, num_valid=30, seed=0)
     assert collections.Counter(p.kind for p in test) == {"animal": 58, "flag": 12, "plant": 10}
     assert collections.Counter(p.kind for p in valid)["plant"] == 5
     assert conversations.split(everything[::-1], 80, 30, seed=0)[1:] == (valid, test)
@@ -263,12 +283,12 @@ def test_the_split_has_a_few_of_every_kind_and_does_not_move():
 
 @pytest.fixture
 def spoken() -> list[dict]:
-    return conversations.conversations(pictures_of({"animal": 900, "object": 600, "flag": 300}), seed=0)
+    return conversations.conversations(pictures_of(TRAINED), seed=0)
 
 
 def test_conversations_are_records_that_training_reads_with_the_picture_first(spoken):
-    for number, record in enumerate(spoken[:50]):
-        read = parse_record(record, "conversation", f"record {number}")
+    for record in spoken[:50]:
+        read = parse_record(record, SourceConfig(path="finetune.jsonl"))
         assert read.images == (record["image"],)
         assert read.turns[0].parts[0] is IMAGE
         assert 1 <= len(read.turns) / 2 <= 3
@@ -282,21 +302,20 @@ def test_a_quarter_of_the_records_is_chinese(spoken):
     assert 0.22 < share(conversations.captions(pictures_of({"animal": 1500}), seed=0)) < 0.28
 
 
-def test_yes_is_half_of_the_answers_also_for_each_kind_asked_about(spoken):
+def test_yes_is_half_of_the_answers_about_so_for_each_kind_asked_about_too(spoken):
     answers = collections.defaultdict(list)
     for record in spoken:
         for asked, answered in zip(record["conversations"][::2], record["conversations"][1::2], strict=True):
             if "Is this" in asked["value"]:
                 answers[asked["value"].split("Is this ")[1]].append(answered["value"] == "Yes.")
-    assert {kind: round(sum(a) / len(a), 1) for kind, a in answers.items()} == {
-        "an animal?": 0.5,
-        "an object?": 0.5,
-        "a flag?": 0.5,
-    }
+    together = [answer for some in answers.values() for answer in some]
+    assert len(answers) == 10
+    assert 0.47 < sum(together) / len(together) < 0.53
+    assert all(0.4 < sum(some) / len(some) < 0.6 for some in answers.values())
 
 
 def test_a_no_names_the_right_kind(spoken):
-    kind_of = {p.name: p.kind for p in pictures_of({"animal": 900, "object": 600, "flag": 300})}
+    kind_of = {p.name: p.kind for p in pictures_of(TRAINED)}
     denials = [
         (kind_of[record["image"]], turn["value"])
         for record in spoken

@@ -8,6 +8,7 @@ import torch
 from vlm.config import load_config
 from vlm.data.build import build_data
 from vlm.models.build import build_model
+from vlm.models.llm import enable_gradient_checkpointing
 from vlm.objectives.lm import LanguageModeling
 from vlm.train.engines.local import LocalEngine
 from vlm.train.optim import build_optimizer
@@ -30,7 +31,7 @@ def step(config, built, batches, checkpointing=False):
     """Loss, gradient norm and the trained weights after one step over the batches."""
     model = copy.deepcopy(built.model)
     if checkpointing:
-        model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_gradient_checkpointing(model.llm)
     objective = LanguageModeling()
     engine = LocalEngine(
         model, objective, build_optimizer(model, config.train), device=torch.device("cpu"), max_grad_norm=0.5

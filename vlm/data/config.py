@@ -42,7 +42,7 @@ class DataConfig(Section):
     workers: NonNegativeInt = 0
     """Processes that decode pictures; 0 decodes in the training process."""
     max_pixels: PositiveInt = 50_000_000
-    """A picture with more is skipped; read from its header before decoding."""
+    """A picture with more is skipped; read from its header before decoding. Pillow itself refuses above 179 million."""
     image_placement: Literal["exact", "auto"] = "auto"
     """auto: one picture and no <image> mark in the record puts the picture first. exact: that is an error."""
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.05

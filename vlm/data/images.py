@@ -164,7 +164,7 @@ def _check_size(size: tuple[int, int], max_pixels: int, label: str) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as EXIF says. Not by `ImageOps.exif_transpose`: it writes EXIF anew and fails on any damaged tag of it."""
     try:
-        turn = _TURN_BACK.get(image.getexif().get(_ORIENTATION))
+        turn = _TURN_BACK.get(image.getexif().get(_ORIENTATION, 0))
     except Exception:  # malformed EXIF says nothing about orientation, so the picture stays as stored
         return image
     return image if turn is None else image.transpose(turn)

@@ -7,17 +7,21 @@ wrote and never does. The end-of-reply token belongs to the reply: the model lea
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from vlm.data.conversation import IMAGE, Conversation, ImageSlot, Turn
+import jinja2
+
+from vlm.data.conversation import IMAGE, Conversation, ImageSlot, Role, Turn
 from vlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BOS, EOS = "{bos}", "{eos}"  # stand for the tokenizer's own tokens inside control pieces
+_CONTROL_WORD = re.compile(r"<\|\w+\|>")  # Llama 2's [INST] and <<SYS>> are plain text to its tokenizer too
 
 
 @dataclass(frozen=True)
@@ -178,16 +182,23 @@ def match_tokenizer_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate
         raise ConfigError(
             "data.template is tokenizer, but this tokenizer has no chat template. Name one of: " + ", ".join(TEMPLATES)
         )
-    spoken = (("user", "Hi"), ("assistant", "Yes?"), ("user", "Go"))
+    spoken: tuple[tuple[Role, str], ...] = (("user", "Hi"), ("assistant", "Yes?"), ("user", "Go"))
     asked = [{"role": role, "content": text} for role, text in spoken]
-    expected = [
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        for messages in (asked, [{"role": "system", "content": "Be brief."}, *asked])
-    ]
+    turns = tuple(Turn(role, (text,)) for role, text in spoken)
+    try:
+        expected = [
+            str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            for messages in (asked, [{"role": "system", "content": "Be brief."}, *asked])
+        ]
+    except jinja2.TemplateError as error:  # some refuse system turns
+        raise ConfigError(
+            f"data.template is tokenizer, but its chat template refuses a plain conversation with a system turn "
+            f"({error}). Name one of: {', '.join(TEMPLATES)}"
+        ) from None
     nearest, agreement = "", -1
     for template in TEMPLATES.values():
         candidate = _with_system_of(template, expected[0])
-        rendered = [render_text(candidate, tokenizer, asked, system) for system in (None, "Be brief.")]
+        rendered = [render_text(candidate, tokenizer, turns, system) for system in (None, "Be brief.")]
         if rendered == expected:
             return candidate
         common = next((i for i, (a, b) in enumerate(zip(rendered[0], expected[0], strict=False)) if a != b), 0)
@@ -200,13 +211,35 @@ def match_tokenizer_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate
 
 
 def render_text(
-    template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], system: str | None
+    template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, turns: tuple[Turn, ...], system: str | None
 ) -> str:
     """A text-only conversation as one string, ending with the generation prompt."""
-    turns = tuple(Turn(message["role"], (message["content"],)) for message in messages)
     pieces = template.render(Conversation(turns), system=system, add_generation_prompt=True)
     text = "".join(piece.text if isinstance(piece, Piece) else "<image>" for piece in pieces)
-    return text.replace(BOS, tokenizer.bos_token or "").replace(EOS, tokenizer.eos_token or "")
+    with_bos = template.bos == "always" or adds_bos(tokenizer)
+    return text.replace(BOS, (tokenizer.bos_token or "") * with_bos).replace(EOS, tokenizer.eos_token or "")
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Does the tokenizer put its begin token in front by itself?"""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def check_template(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -> str:
+    """A warning naming the template's control words that are several tokens here, or an empty string.
+
+    The words then are learned as text, which trains, but usually means that the template is of another family.
+    """
+    formats = (template.system, template.user, template.assistant)
+    control = "".join(text for form in formats for text in (form.before, form.after))
+    words = dict.fromkeys(_CONTROL_WORD.findall(control))
+    split = [word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) != 1]
+    if not split:
+        return ""
+    return (
+        f"data.template {template.name}: {', '.join(split)} {'is' if len(split) == 1 else 'are'} no single token of "
+        "this tokenizer. Usually the template belongs to another model family"
+    )
 
 
 def _with_system_of(template: ChatTemplate, rendered: str) -> ChatTemplate:

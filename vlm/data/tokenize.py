@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
 from vlm.batch import IGNORE_INDEX, Example
 from vlm.data.conversation import Conversation, ImageSlot
-from vlm.data.template import BOS, EOS, ChatTemplate, Piece
+from vlm.data.template import BOS, EOS, ChatTemplate, Piece, adds_bos
 from vlm.errors import ConfigError, RecordError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class ConversationTokenizer:
         self._first = _encoder(backend, keep_added_tokens=False, keep_prefix=True)
         self._content = _encoder(backend, keep_added_tokens=False, keep_prefix=False)
         self._control = _encoder(backend, keep_added_tokens=True, keep_prefix=False)
+        self._added = frozenset(tokenizer.added_tokens_decoder)
         self._decoder = tokenizer
         self._bos = self._bos_ids(tokenizer)
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -90,12 +92,13 @@ class ConversationTokenizer:
         if len(example.input_ids) <= max_length and len(example.images) <= max_images:
             return example
         if over_long == "cut":
-            turns = conversation.turns
-            for count in range(len(turns) - 1, 0, -1):
-                if turns[count - 1].role == "assistant":
-                    shorter = self(conversation.first_turns(count))
-                    if len(shorter.input_ids) <= max_length and len(shorter.images) <= max_images:
-                        return shorter
+            ends = [n for n, turn in enumerate(conversation.turns, 1) if turn.role == "assistant"]
+            # each reply more is longer, so a few tries find the last that fits, however many turns there are
+            num_replies = bisect_left(
+                ends, True, key=lambda end: not self._fits(conversation.first_turns(end), max_length, max_images)
+            )
+            if num_replies:
+                return self(conversation.first_turns(ends[num_replies - 1]))
         if len(example.images) > max_images:
             raise RecordError(
                 "too_many_images", f"{len(example.images)} pictures, data.max_images is {max_images}", example.where
@@ -110,11 +113,11 @@ class ConversationTokenizer:
         return self._encode(pieces, conversation.where)[0]
 
     def decode(self, ids: list[int]) -> str:
-        return self._decoder.decode(ids, skip_special_tokens=True)
+        return str(self._decoder.decode(ids, skip_special_tokens=True))
 
     def text(self, ids: list[int]) -> str:
         """Text with control tokens shown, for previews."""
-        return self._decoder.decode(ids)
+        return str(self._decoder.decode(ids))
 
     def fingerprint(self) -> dict[str, Any]:
         """All that decides the ids, as JSON."""
@@ -126,6 +129,9 @@ class ConversationTokenizer:
             "special": [self._bos, self._eos],
         }
 
+    def _fits(self, conversation: Conversation, max_length: int, max_images: int) -> bool:
+        return len(conversation.images) <= max_images and len(self.encode(conversation)[0]) <= max_length
+
     def _encode(self, pieces: list[Piece | ImageSlot], where: str) -> tuple[list[int], list[int]]:
         ids: list[int] = []
         labels: list[int] = []
@@ -134,21 +140,34 @@ class ConversationTokenizer:
                 if self.image_token_id is None:
                     raise RecordError("image_without_encoder", "a picture, but model.vision is null", where)
                 new = [self.image_token_id] * self.tokens_per_image
-            elif piece.is_control:
-                new = self._encode_control(piece.text)
             else:
-                encoder = self._content if any(i not in self._bos for i in ids) else self._first
-                new = encoder.encode(piece.text, add_special_tokens=False).ids
+                is_first = all(i in self._bos for i in ids)
+                new = (self._encode_control if piece.is_control else self._encode_content)(piece.text, is_first)
             ids += new
             labels += new if isinstance(piece, Piece) and piece.is_reply else [IGNORE_INDEX] * len(new)
         return ids, labels
 
-    def _encode_control(self, text: str) -> list[int]:
+    def _encode_control(self, text: str, is_first: bool = False) -> list[int]:
         if text == BOS:
             return list(self._bos)
         before, eos, after = text.partition(EOS)
         ids = self._control.encode(before, add_special_tokens=False).ids
+        if is_first and self._added.isdisjoint(ids):  # "USER:" begins the text as any word would
+            ids = self._first.encode(before, add_special_tokens=False).ids
         return ids + self._eos + self._control.encode(after, add_special_tokens=False).ids if eos else ids
+
+    def _encode_content(self, text: str, is_first: bool) -> list[int]:
+        encoding = (self._first if is_first else self._content).encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        if self._added.isdisjoint(ids):
+            return ids
+        # Unigram models, and BPE that looks whole words up, find a typed control word in the vocabulary itself:
+        # encode both sides of a cut through the word. A control token of one character is left.
+        for token, (start, end) in zip(ids, encoding.offsets, strict=True):
+            if token in self._added and end - start > 1:
+                cut = end - 1
+                return self._encode_content(text[:cut], is_first) + self._encode_content(text[cut:], False)
+        return ids
 
     def _bos_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         wanted = self.template.bos == "always" or (self.template.bos == "tokenizer" and adds_bos(tokenizer))
@@ -169,11 +188,6 @@ class ConversationTokenizer:
                 f"(it becomes {len(stop)} tokens). Choose the template of this model's family with data.template"
             )
         return {*stop, *self._eos}
-
-
-def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Does the tokenizer put its begin token in front by itself?"""
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 def _encoder(backend: dict[str, Any], *, keep_added_tokens: bool, keep_prefix: bool) -> Tokenizer:

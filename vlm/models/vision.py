@@ -52,7 +52,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, trunk: nn.Module, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk: Any = trunk  # its class is the library's
         self.image_size = image_size
         self.mean = _rgb(mean)
         self.std = _rgb(std)

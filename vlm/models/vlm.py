@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.vision = vision
         self.projector = projector
-        self.llm = llm
+        self.llm: Any = llm  # a PreTrainedModel, whose methods are typed too loosely to check
         self.image_token_id = image_token_id
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:

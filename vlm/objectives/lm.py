@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm.batch import Batch
 from vlm.models.loss import chunked_cross_entropy
+from vlm.models.vlm import VisionLanguageModel
 
 
 class Objective(Protocol):
@@ -16,7 +17,7 @@ class Objective(Protocol):
     def weight(self, batch: Batch) -> int:
         """What the loss is averaged over: supervised tokens, or pairs. Read from the labels, before any forward."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: VisionLanguageModel, batch: Batch) -> Tensor:
         """Summed loss of the batch, float32 scalar with a graph."""
 
 
@@ -24,6 +25,6 @@ class LanguageModeling:
     def weight(self, batch: Batch) -> int:
         return batch.num_supervised
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: VisionLanguageModel, batch: Batch) -> Tensor:
         hidden_states = model(batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_features)
         return chunked_cross_entropy(hidden_states, batch.labels, model.logits)

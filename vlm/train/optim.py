@@ -58,6 +58,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
     Each group's learning rate is `lr_scale` times the schedule's: `learning_rates[part] / learning_rate`.
     """
+    rates: dict[str, float] = {str(part): rate for part, rate in config.learning_rates.items()}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -67,7 +68,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
             {
                 "params": parameters,
                 "weight_decay": config.weight_decay if decays else 0.0,
-                "lr_scale": config.learning_rates.get(part, config.learning_rate) / config.learning_rate,
+                "lr_scale": rates.get(part, config.learning_rate) / config.learning_rate,
                 "part": part,
             }
             for (part, decays), parameters in groups.items()
