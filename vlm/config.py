@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
 
 from vlm.data.config import DataConfig
 from vlm.errors import ConfigError
@@ -45,6 +45,12 @@ class RunConfig(Section):
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> RunConfig:
+        if self.data.cache_features and "vision" in self.model.trainable:
+            raise ValueError("data.cache_features needs a frozen encoder, but model.trainable names vision; drop one")
+        return self
 
 
 def load_config(path: str | Path, options: Sequence[str] = ()) -> RunConfig:

@@ -23,7 +23,7 @@ class MissingPackageError(ConfigError):
     """An optional package is not installed. Names the pip command that installs it."""
 
     def __init__(self, package: str, purpose: str, extra: str) -> None:
-        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'vlm[{extra}]'")
+        super().__init__(f"{purpose} needs {package}, which is not installed: pip install -e '.[{extra}]'")
 
 
 class DataError(VLMError):

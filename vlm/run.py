@@ -12,9 +12,9 @@ import torch
 from vlm.config import RunConfig
 from vlm.data.build import Data, build_data
 from vlm.data.skips import SkipLog
-from vlm.errors import ConfigError, VLMError
+from vlm.errors import ConfigError, DataError, VLMError
 from vlm.export.load import load_init
-from vlm.logs import log
+from vlm.logs import log, warn
 from vlm.models.build import Assembled, build_model
 from vlm.objectives.lm import LanguageModeling
 from vlm.train.checkpoint import newest_verified
@@ -47,11 +47,10 @@ def train(config: RunConfig, config_text: str) -> Path:
     """
     device = choose_device(config.engine.device)
     identity = run_identity(config)
-    with RunFolder(config.output_dir) as run, StopRequest() as stop_request, _explain_out_of_memory(config):
+    with RunFolder(config.output_dir) as run, _explain_out_of_memory(config):
         checkpoint = newest_verified(run.path)
         if checkpoint is not None:
             refuse_other_run(checkpoint, identity)
-        run.write_config(config_text)
         torch.manual_seed(config.seed)
         built = build_model(config.model, precision=config.train.precision, device=str(device), seed=config.seed)
         if config.init_from is not None:
@@ -68,11 +67,16 @@ def train(config: RunConfig, config_text: str) -> Path:
         else:
             start_step = 0
             _calibrate_projector(config, built, data, device)
+        run.write_config(config_text)  # not before: a refused resume leaves the run as it was
         if start_step < max_steps:
-            loop = _build_loop(config, run, state, built, data, device, start_step, max_steps)
-            loop.stop_requested = lambda: stop_request.signal_name
-            loop.run(start_step)
-            plot_loss(run.path)
+            with StopRequest() as stop_request:
+                loop, events = _build_loop(config, run, state, built, data, device, start_step, max_steps)
+                loop.stop_requested = lambda: stop_request.signal_name
+                try:
+                    loop.run(start_step)
+                finally:
+                    events.reporter.close()
+            _plot(run.path)
         log(f"done: {max_steps} steps in {run.path}; next: vlm export {run.path}")
         return run.path
 
@@ -89,8 +93,10 @@ def choose_device(name: str) -> torch.device:
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
     """What must not change between a checkpoint and its resumption, as flat keys. The data has its own fingerprint."""
+    model = flatten(config.model.model_dump(mode="json", exclude={"gradient_checkpointing"}), "model")
+    model.pop("model.llm.attention", None)
     return {
-        **flatten(config.model.model_dump(mode="json"), "model"),
+        **model,
         "seed": config.seed,
         "init_from": config.init_from,
         "train.global_batch_size": config.train.global_batch_size,
@@ -107,8 +113,6 @@ def _build_data(config: RunConfig, built: Assembled, device: torch.device) -> Da
     vision, spec, dtype = built.model.vision, built.image_spec, autocast_dtype(config.train.precision)
     store = None
     if config.data.cache_features and vision is not None and spec is not None:
-        if not vision.is_frozen:
-            raise ConfigError("data.cache_features needs a frozen encoder, but model.trainable names vision; drop one")
         store = open_store(config.data.cache, vision, spec, dtype)
     data = build_data(
         config.data,
@@ -147,24 +151,28 @@ def _build_engine(config: RunConfig, built: Assembled, device: torch.device) -> 
 def _build_loop(
     config: RunConfig, run: RunFolder, state: RunState, built: Assembled, data: Data, device: torch.device,
     start_step: int, max_steps: int,
-) -> TrainLoop:  # fmt: skip
+) -> tuple[TrainLoop, RunEvents]:  # fmt: skip
     settings = config.train
     schedule = build_schedule(settings, max_steps)
     for name in ("metrics.jsonl", "samples.jsonl"):
         run.rewind(name, start_step)
     dtype = autocast_dtype(settings.precision)
+    skips = SkipLog(run.path / "skipped.jsonl", config.data.max_skipped_share, config.data.max_skipped_in_a_row)
+    if start_step == 0:
+        (run.path / "skipped.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        skips.list_found([skip for scan in data.scans for skip in scan.skips])
     events = RunEvents(
         settings=settings,
         run=run,
         state=state,
         reporter=Reporter(run, settings, schedule, data.train.epoch_at, start_step=start_step, max_steps=max_steps),
-        skips=SkipLog(run.path / "skipped.jsonl", config.data.max_skipped_share, config.data.max_skipped_in_a_row),
+        skips=skips,
         sampler=Sampler(
             built.model, data.conversation_tokenizer, built.image_spec, device, dtype, settings.max_new_tokens
         ),
         held_out=data.held_out,
     )
-    return TrainLoop(
+    loop = TrainLoop(
         engine=state.engine,
         objective=LanguageModeling(),
         stream=data.train,
@@ -176,15 +184,14 @@ def _build_loop(
         save_every=settings.save_every,
         max_bad_steps=settings.max_bad_steps,
     )
+    return loop, events
 
 
 def _calibrate_projector(config: RunConfig, built: Assembled, data: Data, device: torch.device) -> None:
     """Set the projector's channel statistics from the first training pictures, unless init_from brought them."""
-    if not config.model.projector.normalize or config.model.vision is None or config.init_from is not None:
-        return
     vision, projector = built.model.vision, built.model.projector
-    assert vision is not None
-    assert projector is not None
+    if vision is None or projector is None or not projector.normalize or projector.feature_mean.any():
+        return
     found = []
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision != "fp32"):
         for _, batches in zip(range(CALIBRATION_STEPS), data.train.iterate(0), strict=False):
@@ -199,6 +206,14 @@ def _calibrate_projector(config: RunConfig, built: Assembled, data: Data, device
     features = torch.cat(found)
     projector.calibrate(features)
     log(f"projector: channel statistics from {len(features)} pictures")
+
+
+def _plot(run: Path) -> None:
+    """loss.png; a run that is done does not fail for want of a picture."""
+    try:
+        plot_loss(run)
+    except (DataError, OSError) as error:
+        warn(f"loss.png was not drawn: {error}")
 
 
 def _describe(config: RunConfig, built: Assembled, data: Data, engine: LocalEngine, max_steps: int) -> None:
@@ -222,8 +237,28 @@ def _explain_out_of_memory(config: RunConfig) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
         rows, length = config.train.micro_batch_size, config.data.max_length
+        checkpointing = config.model.gradient_checkpointing
+        try:
+            estimate = f"{activation_gib(config.model.llm.path, rows * length, checkpointing):.1f} GiB"
+        except (OSError, ValueError, AttributeError):  # a config of another form; the advice holds without a number
+            estimate = "an unknown amount"
         raise VLMError(
-            f"out of memory with {rows} x {length} tokens per forward ({error}). Change one of: "
-            f"train.micro_batch_size (now {rows}), data.max_length (now {length}), "
-            f"model.gradient_checkpointing (now {str(config.model.gradient_checkpointing).lower()})"
+            f"out of memory with {rows} x {length} tokens per forward, whose activations take about {estimate} "
+            f"beside the weights ({error}). Change one of: train.micro_batch_size (now {rows}), "
+            f"model.gradient_checkpointing (now {str(checkpointing).lower()}), data.max_length (now {length}; "
+            "this one needs another output_dir)"
         ) from None
+
+
+def activation_gib(llm_path: str, num_tokens: int, checkpointing: bool) -> float:
+    """Memory of a language model's activations for one forward with gradients, in GiB.
+
+    34 bytes per token, block and unit of width in 16 bit, attention's own matrices left out as fused kernels do
+    (Korthikanti et al. 2022, arXiv:2205.05198, equation 2); with checkpointing, 2 bytes each and one block in full.
+    """
+    from transformers import AutoConfig
+
+    settings = AutoConfig.from_pretrained(llm_path)
+    per_block = num_tokens * settings.hidden_size
+    blocks = settings.num_hidden_layers
+    return per_block * (2 * blocks + 34 if checkpointing else 34 * blocks) / 2**30

@@ -109,7 +109,7 @@ def unpack(wheel: Wheel, file: Path, folder: Path) -> None:
 
 def fetch_stamps(downloads: Path) -> Path | str:
     """The folder of Tux Paint's stamps from Debian's package, or the reason why they are left out."""
-    target = downloads / "tuxpaint-stamps"
+    target = downloads / STAMPS
     if target.is_dir():
         return target
     installed = Path("/") / STAMPS_FOLDER

@@ -164,7 +164,7 @@ def test_through_a_pipe_it_is_plain_text(root: Path):
 def test_a_whole_conversation_in_a_terminal_and_ctrl_c_stops_the_answer_only(root: Path):
     environment = {**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
     arguments = ["-c", CHAT, str(root / "run" / "export"), "90000"]
-    chat = pexpect.spawn(sys.executable, arguments, env=environment, encoding="utf-8", timeout=30)
+    chat = pexpect.spawn(sys.executable, arguments, env=environment, encoding="utf-8", timeout=120)
     chat.expect("picture \\(empty for none\\)")
     chat.sendline(str(root / "cat.png"))
     chat.expect("Picture: ")

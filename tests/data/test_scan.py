@@ -61,6 +61,7 @@ def test_another_template_is_another_scan(tmp_path, bpe, spec):
     assert chatml > plain
 
 
+@pytest.mark.slow  # two processes that import torch
 def test_scanning_processes_find_the_same(records, bpe, spec, monkeypatch):
     monkeypatch.setattr("vlm.data.scan.CHUNK", 5)
     path = records(23)
@@ -82,3 +83,73 @@ def test_too_many_bad_records_are_refused_by_share_with_counts_by_rule(tmp_path,
     refuse_too_many(scan, 0.06)
     with pytest.raises(DataError, match=r"10 of 200 records skipped \(image_missing 10\), e\.g\. a\.jsonl: line 191"):
         refuse_too_many(scan, 0.04)
+
+
+def test_a_few_records_are_held_to_the_share_too(tmp_path, bpe, spec):
+    path = write(tmp_path / "a.jsonl", *[GOOD] * 9, MUTE)
+    scan = scan_records(reader(path, bpe, spec), None)
+    refuse_too_many(scan, 0.1)
+    with pytest.raises(DataError, match=r"1 of 10 records skipped \(no_supervised_tokens 1\)"):
+        refuse_too_many(scan, 0.09)
+
+
+def test_an_interrupted_scan_goes_on_where_it_last_wrote(tmp_path, bpe, spec, monkeypatch):
+    monkeypatch.setattr("vlm.data.scan.CHUNK", 2)
+    monkeypatch.setattr("vlm.data.scan.STORE_SECONDS", 0.0)
+    path = write(tmp_path / "a.jsonl", *[GOOD] * 7)
+    looked = []
+
+    def stop_at_the_third_chunk(reader, numbers):
+        looked.append(numbers.tolist())
+        if len(looked) == 3:
+            raise KeyboardInterrupt
+        return measure(reader, numbers)
+
+    monkeypatch.setattr("vlm.data.scan.measure", stop_at_the_third_chunk)
+    with pytest.raises(KeyboardInterrupt):
+        scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    scan = scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    assert looked == [[0, 1], [2, 3], [4, 5], [4, 5], [6]]
+    assert np.array_equal(scan.lengths, scan_records(reader(path, bpe, spec), None).lengths)
+
+
+def test_nothing_supervised_is_said_although_some_records_are_broken_otherwise(tmp_path, bpe, spec):
+    path = write(tmp_path / "a.jsonl", {"what": 1}, MUTE, MUTE, {"image": "gone.png", **GOOD})
+    message = (
+        r"0 of 4 samples have supervised tokens \(no_supervised_tokens 2, .*a\.jsonl: line 2 is '<\|im_start\|>user"
+    )
+    with pytest.raises(DataError, match=message):
+        scan_records(reader(path, bpe, spec), None)
+
+
+def test_all_records_broken_names_the_rule_and_what_usually_helps(tmp_path, bpe, spec):
+    path = write(tmp_path / "a.jsonl", *[{"image": "gone.png", **GOOD}] * 5)
+    scan = scan_records(reader(path, bpe, spec), None)
+    with pytest.raises(DataError, match=r"5 of 5 .*line 1: .*; .*line 2: .*; .*line 3: [^;]*images: names the wrong"):
+        refuse_too_many(scan, 1.0)
+
+
+def test_a_changed_file_is_scanned_again(tmp_path, bpe, spec):
+    path = write(tmp_path / "a.jsonl", GOOD)
+    before = scan_records(reader(path, bpe, spec), tmp_path / "cache").lengths[0]
+    write(path, {"conversations": [*GOOD["conversations"][:1], {"from": "gpt", "value": "Yes. Yes."}]})
+    assert scan_records(reader(path, bpe, spec), tmp_path / "cache").lengths[0] > before
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, bpe, spec, capsys):
+    path = write(tmp_path / "a.jsonl", GOOD)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/lengths").write_text("a file where a folder should be")
+    assert scan_records(reader(path, bpe, spec), tmp_path / "cache").lengths[0] > 0
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_damaged_table_in_the_cache_is_measured_again(tmp_path, bpe, spec):
+    path = write(tmp_path / "a.jsonl", GOOD, GOOD)
+    whole = scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    (table,) = (tmp_path / "cache/lengths").glob("*.npz")
+    content = table.read_bytes()
+    for damaged in (b"", content[:50], content[:-30], content[:150] + b"\xff" + content[151:], b"no table at all"):
+        table.write_bytes(damaged)
+        again = scan_records(reader(path, bpe, spec), tmp_path / "cache")
+        assert np.array_equal(again.lengths, whole.lengths)

@@ -34,3 +34,10 @@ def test_many_in_a_row_stop_the_run_and_a_good_one_between_starts_the_count_agai
     log.add([BAD] * 4, num_seen=4)
     with pytest.raises(DataError, match="image_missing 9"):
         log.add([BAD], num_seen=1)
+
+
+def test_what_the_scan_found_is_listed_but_not_held_against_the_run(tmp_path):
+    log = SkipLog(tmp_path / "skipped.jsonl", max_share=0.0, max_in_a_row=1)
+    log.list_found([BAD] * 300)
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 300
+    assert (log.num_seen, log.num_skipped) == (0, 0)

@@ -1,8 +1,12 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers_for_tests import byte_level_bpe, sentencepiece_like
 
+from vlm.batch import IGNORE_INDEX
 from vlm.data.conversation import IMAGE, Conversation, Turn
-from vlm.data.template import BOS, EOS, TEMPLATES, Piece, match_tokenizer_template
+from vlm.data.template import BOS, EOS, TEMPLATES, Piece, check_template, match_tokenizer_template
+from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import ConfigError
 
 ASKED = Conversation(
@@ -111,3 +115,119 @@ def test_a_template_that_none_of_ours_writes_is_refused_with_what_it_writes():
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="has no chat template"):
         match_tokenizer_template(tokenizer)
+
+
+SPACED = st.text(alphabet="ab \n\t<{%'\"\\", min_size=1, max_size=8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(name=st.sampled_from(sorted(TEMPLATES)), said=SPACED, answer=SPACED, system=st.none() | SPACED)
+def test_the_jinja_form_keeps_every_blank_quote_and_brace_of_the_content(name, said, answer, system):
+    turns = (Turn("user", (said,)), Turn("assistant", (answer,)))
+    turns = turns if system is None else (Turn("system", (system,)), *turns)
+    TOKENIZER.chat_template = TEMPLATES[name].jinja("<s>", "</s>", tokenizer_adds_bos=True)
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    assert TOKENIZER.apply_chat_template(messages, tokenize=False) == written(name, Conversation(turns))
+
+
+TOKENIZER = sentencepiece_like()
+
+
+def test_the_assistant_mask_of_transformers_covers_exactly_what_we_learn():
+    tokenizer = byte_level_bpe()
+    tokenizer.chat_template = TEMPLATES["chatml"].jinja(None, "<|im_end|>", tokenizer_adds_bos=False)
+    conversation = Conversation((Turn("user", ("Hi",)), Turn("assistant", ("A dog.",)), *ASKED.turns[2:]))
+    theirs = tokenizer.apply_chat_template(
+        [{"role": turn.role, "content": turn.text} for turn in conversation.turns],
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ours = ConversationTokenizer(tokenizer, TEMPLATES["chatml"])(conversation)
+    assert theirs["input_ids"] == ours.input_ids
+    assert theirs["assistant_masks"] == [int(label != IGNORE_INDEX) for label in ours.labels]
+
+
+QWEN2 = (  # each as the family's tokenizers bring it, shortened to what text conversations use
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+INTERNLM2 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+    " + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "system"),
+    [
+        (QWEN2, "chatml", "You are a helpful assistant."),
+        (INTERNLM2, "internlm2", None),
+        (LLAMA2, "llama2", None),
+        (LLAMA3, "llama3", None),
+    ],
+    ids=["qwen2", "internlm2", "llama2", "llama3"],
+)
+def test_the_families_own_templates_are_recognised(own, name, system):
+    tokenizer = sentencepiece_like()
+    tokenizer.chat_template = own
+    matched = match_tokenizer_template(tokenizer)
+    assert (matched.name, matched.default_system) == (name, system)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("make", [byte_level_bpe, sentencepiece_like])
+def test_every_template_of_ours_is_recognised_in_its_jinja_form(name, make):
+    if name == "plain":  # leaves out what the user says, so it is no chat template
+        return
+    tokenizer = make()
+    bos, adds = tokenizer.bos_token, tokenizer.bos_token is not None
+    tokenizer.chat_template = TEMPLATES[name].jinja(bos, tokenizer.eos_token, tokenizer_adds_bos=adds)
+    matched = match_tokenizer_template(tokenizer)
+    same_words = {name, "internlm2"} if name == "chatml" else {name, "chatml"} if name == "internlm2" else {name}
+    assert matched.name in same_words  # they differ by a begin token, which the byte-level tokenizer does not have
+
+
+def test_a_template_that_refuses_system_turns_is_an_error_with_its_own_words():
+    tokenizer = byte_level_bpe()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(ConfigError, match=r"System role not supported.*Name one of: plain, chatml"):
+        match_tokenizer_template(tokenizer)
+
+
+def test_control_words_that_the_tokenizer_does_not_know_are_named():
+    assert check_template(byte_level_bpe(), TEMPLATES["chatml"]) == ""
+    assert check_template(sentencepiece_like(), TEMPLATES["llama2"]) == ""  # [INST] is plain text in Llama 2 as well
+    assert check_template(byte_level_bpe(), TEMPLATES["llama3"]).startswith(
+        "data.template llama3: <|start_header_id|>, <|end_header_id|>, <|eot_id|> are no single token"
+    )
+
+
+def test_a_begin_token_that_the_tokenizer_does_not_add_by_itself_is_not_expected():
+    tokenizer = byte_level_bpe()
+    tokenizer.bos_token = "<|endoftext|>"  # known, but not put in front
+    own = TEMPLATES["vicuna"].jinja("<|endoftext|>", "<|im_end|>", tokenizer_adds_bos=False)
+    assert own.count("<|endoftext|>") == 0
+    tokenizer.chat_template = own
+    assert match_tokenizer_template(tokenizer) == TEMPLATES["vicuna"]

@@ -1,9 +1,13 @@
+import json
 import pickle
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_for_tests import byte_level_bpe, sentencepiece_like
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers_for_tests import CONTROL, TEXTS, byte_level_bpe, sentencepiece_like
+from transformers import PreTrainedTokenizerFast
 
 from vlm.batch import IGNORE_INDEX
 from vlm.data.conversation import IMAGE, Conversation, Turn
@@ -13,7 +17,7 @@ from vlm.errors import ConfigError, RecordError
 
 BPE = byte_level_bpe()
 IMAGE_ID = BPE.convert_tokens_to_ids("<image>")
-START, END = BPE.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+END = BPE.convert_tokens_to_ids("<|im_end|>")
 
 
 def tokenizer(name="chatml", backend=BPE, tokens_per_image=3):
@@ -46,43 +50,89 @@ def test_every_reply_of_several_turns_is_learned():
     assert BPE.decode(supervised(example)) == "One.<|im_end|>Two.<|im_end|>"
 
 
-@pytest.mark.parametrize("text", ["<|im_start|>", "<|im_end|>", "<image>", "<added>", "<|endoftext|>", "a<image>b"])
-@pytest.mark.parametrize("role", [0, 1])
-def test_control_words_that_somebody_typed_stay_text(text, role):
-    turns = ["Hi", "Yes."]
-    turns[role] = text
-    example = tokenizer()(talk(*turns))
-    assert example.input_ids.count(START) == 2
-    assert example.input_ids.count(END) == 2
-    assert IMAGE_ID not in example.input_ids
-    assert text in BPE.decode(example.input_ids)
+def whole_words(tokenizer):
+    """The same, but text is looked up whole before it is taken apart, as Llama 3's does."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["model"]["ignore_merges"] = True
+    backend["pre_tokenizer"]["use_regex"] = False
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="<|im_end|>")
 
 
-def test_a_typed_control_word_has_the_ids_of_the_bare_vocabulary():
-    ids = tokenizer("plain")(talk("", "<|im_end|>")).input_ids
-    assert len(ids) > 2  # several pieces of text, and the real end
-    assert ids[-1] == END
-    assert END not in ids[:-1]
+def unigram():
+    """Like T5's: its control words are entries of the vocabulary, likelier than any text."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>", *CONTROL, "<image>", "<added>"]
+    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator([*TEXTS, "<|im_start|> </s> <image> <added> <s> <|endoftext|>"] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-@settings(deadline=None, max_examples=150)
+TYPED = ["<|im_start|>", "<|im_end|>", "<image>", "<added>", "<|endoftext|>", "a<image>b", "<image><image>"]
+
+
+@pytest.mark.parametrize("text", TYPED)
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("backend", [BPE, whole_words(BPE), unigram()], ids=["bpe", "whole words", "unigram"])
+def test_control_words_that_somebody_typed_stay_text(text, role, backend):
+    said = {"system": "Be brief.", "user": "Hi", "assistant": "Yes."}
+    honest, typed = (
+        tokenizer(backend=backend)(Conversation(tuple(Turn(name, (words[name],)) for name in said)))
+        for words in (said, said | {role: text})
+    )
+    for word in (*CONTROL, "<image>", "<added>"):
+        control = backend.convert_tokens_to_ids(word)
+        assert typed.input_ids.count(control) == honest.input_ids.count(control), word
+    assert text in backend.decode(typed.input_ids)
+
+
+@given(text=st.lists(st.sampled_from(["a", " ", *CONTROL, "<image>", "<added>", "<", "|"]), min_size=1).map("".join))
+@settings(deadline=None, max_examples=60)
+def test_content_has_the_ids_of_a_vocabulary_without_control_words(text):
+    backend = json.loads(BPE.backend_tokenizer.to_str())
+    bare = Tokenizer.from_str(json.dumps({**backend, "added_tokens": []}))
+    assert (
+        tokenizer().prompt(talk(text))[3:-5] == bare.encode(text).ids
+    )  # within <|im_start|>user\n ... <|im_end|>\n ...
+
+
+def test_ten_thousand_typed_control_words_are_text_too():
+    example = tokenizer("plain", unigram())(talk("", "</s>" * 10_000))
+    assert example.input_ids.count(unigram().eos_token_id) == 1
+
+
+def test_characters_that_a_vocabulary_lacks_are_unknown_as_the_tokenizer_itself_has_it():
+    backend = unigram()
+    example = tokenizer("plain", backend)(talk("", "語" * 5000 + " a"))
+    assert example.input_ids[:-1] == backend("語" * 5000 + " a", add_special_tokens=False).input_ids
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)  # no lone surrogates: see records.py
+
+
+@settings(deadline=None, max_examples=100)
 @given(
-    questions=st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=3),
-    answer=st.text(min_size=1, max_size=20).filter(lambda text: text.strip()),
-    vocab_size=st.sampled_from([300, 340, 400]),
+    corpus=st.lists(TEXT, min_size=1, max_size=4),
+    questions=st.lists(TEXT, min_size=1, max_size=3),
+    answer=TEXT.filter(str.strip),
 )
-def test_supervised_ids_decode_to_exactly_the_answers_and_their_end(questions, answer, vocab_size):
-    try:
-        answer.encode(), [question.encode() for question in questions]
-    except UnicodeEncodeError:
-        return
-    backend = _backends[vocab_size]
+def test_supervised_ids_decode_to_exactly_the_answers_and_their_end(corpus, questions, answer):
+    words = [*corpus, f"assistant\n{answer}", f"{answer}<|im_end|>\n", f"\n{answer}"]  # merges across role borders
+    backend = byte_level_bpe(words * 3, vocab_size=320)
     turns = [turn for question in questions for turn in (question, answer)]
     example = tokenizer(backend=backend)(talk(*turns))
     assert backend.decode(supervised(example)) == f"{answer}<|im_end|>" * len(questions)
 
 
-_backends = {size: byte_level_bpe(vocab_size=size) for size in (300, 340, 400)}
+def test_a_token_that_would_reach_over_the_border_of_a_role_is_not_used():
+    backend = byte_level_bpe(["\n\n\n\n"] * 50, vocab_size=300)  # learns that two line ends are one token
+    assert len(backend("\n\n", add_special_tokens=False).input_ids) == 1
+    ids = tokenizer(backend=backend)(talk("Hi", "\nYes.")).input_ids
+    line_end = backend.convert_tokens_to_ids("\u010a")
+    reply = backend("\nYes.", add_special_tokens=False).input_ids
+    assert ids[-2 - len(reply) : -2] == reply
+    assert ids[-3 - len(reply)] == line_end  # of "<|im_start|>assistant\n", by itself
+    assert ids[-1] == line_end  # after <|im_end|>
 
 
 def test_a_conversation_without_a_reply_is_skipped_by_rule():
@@ -125,6 +175,29 @@ def test_a_cut_never_splits_a_picture(max_length):
     assert BPE.decode(supervised(example)).endswith("<|im_end|>")
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    turns=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 15)), min_size=1, max_size=6),
+    max_length=st.integers(20, 200),
+    max_images=st.integers(0, 4),
+)
+def test_a_cut_keeps_as_many_whole_turns_as_any_cut_could(turns, max_length, max_images):
+    said = [part for images, words in turns for part in (((IMAGE,) * images + ("Hm?",)), "Yes. " * words)]
+    count = sum(images for images, _ in turns)
+    whole = talk(*said, images=tuple(f"{n}.png" for n in range(count)))
+    chat = tokenizer()
+    cuts = [chat(whole.first_turns(2 * kept)) for kept in range(1, len(turns) + 1)]
+    best = [cut for cut in cuts if len(cut.input_ids) <= max_length and len(cut.images) <= max_images]
+    try:
+        found = chat.fit(whole, max_length, max_images, "cut")
+    except RecordError as error:
+        assert error.rule in ("over_long", "too_many_images")  # noqa: PT017
+        assert best == []
+        return
+    assert found == best[-1]
+    assert found.input_ids.count(IMAGE_ID) == 3 * len(found.images)
+
+
 def test_too_many_pictures_is_a_rule_of_its_own():
     with pytest.raises(RecordError) as caught:
         tokenizer().fit(LONG, 1000, 1, "drop")
@@ -140,6 +213,24 @@ def test_a_sentencepiece_tokenizer_gets_its_blank_only_at_the_start_of_the_text(
     assert backend.decode(example.input_ids).replace("<s> ", "<s>").replace("<s>", "") == text
     assert example.input_ids[0] == backend.bos_token_id
     assert backend.decode(supervised(example)) == "Hi there</s>"
+
+
+def test_the_first_token_is_never_learned_since_nothing_stands_before_it():
+    example = tokenizer("plain")(talk("", "A dog."))  # no begin token: the reply comes first
+    assert example.labels == [IGNORE_INDEX, *example.input_ids[1:]]
+
+
+@pytest.mark.parametrize("name", ["vicuna", "llama2", "alpaca"])
+def test_a_control_word_that_begins_the_text_begins_it_as_the_tokenizer_would(name):
+    backend = sentencepiece_like()
+    bare = ConversationTokenizer(backend, replace(TEMPLATES[name], default_system=None))
+    ids = bare(talk("Hello", "Hi")).input_ids
+    own = backend(backend.decode(ids[1:])).input_ids
+    assert backend.convert_ids_to_tokens(ids)[:2] == [
+        "<s>",
+        "▁" if name == "llama2" else "▁USER" if name == "vicuna" else "▁###▁",
+    ]
+    assert backend.convert_ids_to_tokens(ids[1:2])[0][0] == backend.convert_ids_to_tokens(own[1:2])[0][0] == "▁"
 
 
 def test_a_prompt_ends_where_the_reply_begins():

@@ -109,18 +109,32 @@ def test_a_stop_string_ends_the_reply_and_the_generation(loaded: LoadedModel):
     assert loaded.chat("Hello", max_new_tokens=30, stop=stop) == reply[: reply.index(stop)].strip()
 
 
-def test_closing_the_stream_ends_the_generation(loaded: LoadedModel):
-    asked = 0
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens that each generation really made, whoever read them."""
+    made: list[int] = []
 
-    def count() -> bool:
-        nonlocal asked
-        asked += 1
-        return False
+    def generate(*arguments: Any) -> list[int]:
+        ids = load_module_generate(*arguments)
+        made.append(len(ids))
+        return ids
 
-    stream = loaded.stream(to_conversation("Hello"), GenerationSettings(max_new_tokens=200), should_stop=count)
+    load_module_generate = load_module.generate
+    monkeypatch.setattr(load_module, "generate", generate)
+    return made
+
+
+def test_closing_the_stream_ends_the_generation(loaded: LoadedModel, lengths: list[int]):
+    stream = loaded.stream(to_conversation("Hello"), GenerationSettings(max_new_tokens=200))
     next(stream)
     stream.close()
-    assert asked < 100  # it does not run on to 200 tokens
+    list(loaded.stream(to_conversation("Hello"), GenerationSettings(max_new_tokens=200)))
+    assert lengths[0] < lengths[1] == 200
+
+
+def test_a_request_to_stop_ends_the_generation_with_the_next_token(loaded: LoadedModel, lengths: list[int]):
+    list(loaded.stream(to_conversation("Hello"), GenerationSettings(max_new_tokens=200), should_stop=lambda: True))
+    assert lengths == [1]
 
 
 def test_a_conversation_longer_than_the_model_reads_is_refused_with_numbers(loaded: LoadedModel):

@@ -78,7 +78,7 @@ def test_features_of_a_photo_equal_the_original_codes(original, folder, cat, sid
         theirs, ours = original.extract_features(pixels), model.forward_features(pixels)
     assert ours.shape == (1, 1280, side // 32, side // 32)
     assert theirs.abs().max() > 3  # of 6, where its activation ends
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # WORST
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # worst seen: 0, on one thread and on two
 
 
 @pytest.mark.slow
@@ -88,12 +88,12 @@ def test_the_encoder_that_training_uses_gives_the_same_from_the_picture_on(origi
 
     encoder = build_vision(VisionConfig(backend="timm", path=str(folder), image_size=256, resize="squash"))
     assert (encoder.num_patches, encoder.width) == (64, 1280)
-    spec = ImageSpec(size=256, mean=encoder.mean, std=encoder.std, resize="squash")
+    spec = ImageSpec(size=256, num_tokens=64, mean=encoder.mean, std=encoder.std, resize="squash")
     square = cat.resize((256, 256), Image.Resampling.BICUBIC)  # so that no resampling is compared
     with torch.inference_mode():
         ours = encoder(to_pixels(square, spec)[None])
         theirs = original.extract_features(original_input(square, 256)).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # WORST
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # worst seen: 1.7e-5; normalised in another order
 
 
 @pytest.mark.slow

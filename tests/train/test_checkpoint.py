@@ -16,6 +16,7 @@ from vlm.train.checkpoint import (
     list_checkpoints,
     newest_verified,
     save_checkpoint,
+    save_tensors,
     verify,
 )
 
@@ -57,6 +58,16 @@ def test_one_flipped_bit_falls_back_to_the_checkpoint_before(tmp_path, offset):
     assert names(tmp_path) == ["latest", "step-000005", "step-000010.corrupt"]
 
 
+@pytest.mark.parametrize("key", ["sha256", "size", "identity", "files", "step"])
+def test_a_flipped_bit_in_the_manifest_falls_back_too(tmp_path, key):
+    save(tmp_path, 5), save(tmp_path, 10)
+    manifest = tmp_path / "checkpoints/step-000010/manifest.json"
+    text = bytearray(manifest.read_bytes())
+    text[text.index(f'"{key}"'.encode()) + 2] ^= 1
+    manifest.write_bytes(text)
+    assert newest_verified(tmp_path).name == "step-000005"
+
+
 @pytest.mark.parametrize(
     "damage", ["truncate", "empty", "delete", "no manifest", "garbage manifest", "nested manifest"]
 )
@@ -78,7 +89,11 @@ def test_a_damaged_file_falls_back_to_the_checkpoint_before(tmp_path, damage):
 def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
     save(tmp_path, 5)
     (tmp_path / "checkpoints/step-000005/weights.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none intact"):
+    for _ in range(2):  # the same again when the command is run again
+        with pytest.raises(CheckpointError, match="none intact"):
+            newest_verified(tmp_path)
+    (tmp_path / "checkpoints/step-000005").rename(tmp_path / "checkpoints/step-000005.corrupt")
+    with pytest.raises(CheckpointError, match="all were set aside"):
         newest_verified(tmp_path)
 
 
@@ -94,7 +109,10 @@ def test_a_checkpoint_of_a_newer_format_is_refused_by_version(tmp_path):
     save(tmp_path, 5)
     path = tmp_path / "checkpoints/step-000005/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
-    assert "newer vlm" in verify(path.parent)[0]
+    with pytest.raises(CheckpointError, match="install a newer vlm"):
+        newest_verified(tmp_path)
+    assert verify(path.parent)
+    assert names(tmp_path) == ["latest", "step-000005"]
 
 
 def test_list_names_each_checkpoint_with_its_problems(tmp_path):
@@ -149,7 +167,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_partial_folder(tmp_path):
     save(tmp_path, 5)
 
     def write(folder):
-        (folder / "weights.safetensors").write_bytes(b"x" * 100_000)
+        save_tensors({"w": torch.zeros(100_000)}, folder / "weights.safetensors")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -51,7 +51,7 @@ def loop(engine, **kwargs):
         "learning_rate": lambda step: 0.1 * step,
         "max_steps": 5,
         "report": lambda step, *rest: events.append(("report", step)),
-        "save": lambda step: events.append(("save", step)),
+        "save": lambda step, required: events.append(("save", step)),
         "save_every": 2,
     }
     return TrainLoop(**defaults | kwargs), events
@@ -67,9 +67,10 @@ def test_the_weight_is_counted_over_all_microbatches_before_the_step():
 
 def test_it_saves_every_so_often_and_at_the_end_and_starts_where_told():
     train_loop, events = loop(Engine())
+    train_loop.save = lambda step, required: events.append(("must save" if required else "save", step))
     train_loop.run(start_step=1)
     assert events == [
-        ("report", 2), ("save", 2), ("report", 3), ("report", 4), ("save", 4), ("report", 5), ("save", 5),
+        ("report", 2), ("save", 2), ("report", 3), ("report", 4), ("save", 4), ("report", 5), ("must save", 5),
     ]  # fmt: skip
 
 
@@ -105,7 +106,8 @@ def test_a_signal_lets_the_step_finish_saves_once_and_ends_with_143():
 
         saved = []
 
-        def save(step):
+        def save(step, required):
+            assert required
             os.kill(os.getpid(), signal.SIGTERM)  # a second one, while saving
             os.kill(os.getpid(), signal.SIGINT)
             saved.append(step)

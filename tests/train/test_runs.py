@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from vlm.config import load_config
 from vlm.errors import CheckpointError, Preempted, TrainingDiverged, VLMError
 from vlm.run import train
 from vlm.train.checkpoint import list_checkpoints, newest_verified
+from vlm.train.metrics import plot_loss
 
 CHILD = """
 import sys
@@ -128,7 +131,8 @@ def test_a_longer_schedule_may_be_asked_of_a_finished_run(config_file):
 
 def test_out_of_memory_names_the_three_settings_to_change(config_file, monkeypatch):
     monkeypatch.setenv("VLM_FAULT", "loss@2=oom")
-    with pytest.raises(VLMError, match=r"micro_batch_size \(now 2\).*max_length \(now 96\).*gradient_checkpointing"):
+    settings = r"micro_batch_size \(now 2\).*gradient_checkpointing \(now false\).*max_length \(now 96"
+    with pytest.raises(VLMError, match=rf"take about 0\.0 GiB.*{settings}"):
         run_here(config_file())
 
 
@@ -241,3 +245,73 @@ def test_a_replaced_picture_is_encoded_again(tmp_path):
     picture.write_bytes(b"first")
     assert store.has(str(picture))
     assert FeatureStore(tmp_path / "vision", "another").get(str(picture)) is None
+
+
+def test_activations_of_a_language_model_are_estimated_from_its_config(tiny):
+    from vlm.run import activation_gib
+
+    # 2 blocks of width 64: 1024 * 64 * 34 * 2 bytes, or with checkpointing 1024 * 64 * (2 * 2 + 34)
+    assert activation_gib(str(tiny / "llm"), 1024, False) * 2**30 == 4_456_448
+    assert activation_gib(str(tiny / "llm"), 1024, True) * 2**30 == 2_490_368
+
+
+def test_records_that_cannot_be_used_are_listed_once_and_not_again_at_resume(config_file, tiny, tmp_path):
+    lines = (tiny / "data/finetune.jsonl").read_text().splitlines()
+    (tmp_path / "some_bad.jsonl").write_text("\n".join([*lines, '{"image": "gone.png", "caption": "A."}', "{"]))
+    source = {"path": str(tmp_path / "some_bad.jsonl"), "images": str(tiny / "data/images")}
+    for steps in (2, 4):
+        run = run_here(config_file(data__sources=[source], train__max_steps=steps))
+    listed = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert [(skip["rule"], skip["where"]) for skip in listed] == [
+        ("image_missing", "some_bad.jsonl: line 73"),
+        ("bad_json", "some_bad.jsonl: line 74"),
+    ]
+
+
+@pytest.mark.parametrize("fault", [None, "step@7=term"])
+def test_a_last_save_that_fails_is_no_success(config_file, monkeypatch, fault):
+    monkeypatch.setattr("vlm.train.resume.save_checkpoint", _disk_full_at(7 if fault else 12))
+    if fault:
+        monkeypatch.setenv("VLM_FAULT", fault)
+    with pytest.raises(CheckpointError, match="No space left") as caught:
+        run_here(config_file(train__on_save_failure="continue"))
+    assert caught.value.exit_code == 5
+
+
+def test_a_signal_to_the_whole_group_leaves_the_loader_processes_time_to_save(config_file):
+    path = config_file(data__workers=1, train__max_steps=100_000, train__save_every=100_000)
+    run = type(path)(load_config(path).output_dir)
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(path)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(child.pid, signal.SIGTERM)
+        _, errors = child.communicate(timeout=120)
+    assert child.returncode == 143, errors[-500:]
+    assert len(list_checkpoints(run)) == 1
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(config_file):
+    run = run_here(config_file(train__max_steps=2))
+    before = (run / "config.yaml").read_text()
+    with pytest.raises(CheckpointError):
+        run_here(config_file(data__template="plain", train__max_steps=4))
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_a_torn_line_does_not_keep_the_plot_from_being_drawn(config_file):
+    run = run_here(config_file(train__max_steps=2))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    (run / "loss.png").unlink()
+    assert plot_loss(run).exists()
+
+
+def test_a_damaged_feature_file_is_made_again(config_file, tmp_path):
+    run_here(config_file(data__cache_features=True, train__max_steps=1))
+    victim = next((tmp_path / "cache/vision").rglob("*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:50])
+    run_here(config_file("b.yaml", data__cache_features=True, train__max_steps=1, output_dir=str(tmp_path / "b")))
+    assert victim.stat().st_size > 50

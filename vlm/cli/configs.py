@@ -89,7 +89,7 @@ def validate(config: Config, options: Options = None) -> None:
     if problems:
         raise_problems(config, problems, f"Relative paths are looked for in {Path.cwd()}")
     for key, path in model_paths(checked):
-        if not Path(path).expanduser().exists():
+        if not Path(path).exists():
             print(f"note: {dotted(key)} {path} is taken for a name, found or fetched when the run starts")
     print(f"{config}: valid")
 
@@ -103,12 +103,12 @@ def path_problems(config: RunConfig) -> list[tuple[Key, str]]:
     """Paths that do not exist, as (key, message). Nothing is opened."""
     problems: list[tuple[Key, str]] = []
     for key, path, what in _paths(config):
-        if path is not None and not Path(path).expanduser().exists():
+        if path is not None and not Path(path).exists():
             problems.append((key, f"{what} {path} does not exist"))
     for key, path in model_paths(config):
-        if is_local(path) and not Path(path).expanduser().exists():
+        if is_local(path) and not Path(path).exists():
             problems.append((key, f"{path} does not exist. A name for a model hub has no leading . / ~ or cache/"))
-    if config.init_from is not None and not Path(config.init_from).expanduser().exists():
+    if config.init_from is not None and not Path(config.init_from).exists():
         problems.append((("init_from",), f"{config.init_from} does not exist; train and export the stage before first"))
     output = Path(config.output_dir)
     nearest = next((folder for folder in (output, *output.parents) if folder.exists()), Path("."))

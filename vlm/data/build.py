@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,12 @@ from vlm.data.features import FeatureStore
 from vlm.data.packing import pack_in_windows
 from vlm.data.records import open_source
 from vlm.data.scan import ExampleReader, Scan, refuse_too_many, scan_records
+from vlm.data.skips import counts_by_rule
 from vlm.data.stream import BatchStream, EpochPlan, EvalBatches
-from vlm.data.template import TEMPLATES, ChatTemplate, match_tokenizer_template
+from vlm.data.template import TEMPLATES, ChatTemplate, check_template, match_tokenizer_template
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError
+from vlm.logs import log, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,9 +50,13 @@ def build_template(name: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplat
 def build_conversation_tokenizer(
     config: DataConfig, tokenizer: PreTrainedTokenizerFast, image_spec: ImageSpec | None, image_token_id: int | None
 ) -> ConversationTokenizer:
+    """Warns when the template's control words are no tokens of the tokenizer; raises ConfigError if its end is none."""
+    template = build_template(config.template, tokenizer)
+    if problem := check_template(tokenizer, template):
+        warn(problem)
     return ConversationTokenizer(
         tokenizer,
-        build_template(config.template, tokenizer),
+        template,
         image_token_id=image_token_id,
         tokens_per_image=0 if image_spec is None else image_spec.num_tokens,
         system=config.system,
@@ -84,22 +92,12 @@ def build_data(
     conversation_tokenizer = build_conversation_tokenizer(config, tokenizer, image_spec, image_token_id)
     reader = build_reader(config, config.sources, conversation_tokenizer)
     scan = scan_records(reader, Path(config.cache), config.workers)
+    _tell_skips("data.sources", scan)
     refuse_too_many(scan, config.max_skipped_share)
     members, held_out = split_held_out(scan, config.held_out, seed)
     pad_to = config.max_length if config.packing else None
     collator = Collator(image_spec, conversation_tokenizer.pad_token_id, config.max_pixels, pad_to, features)
-    plan = EpochPlan(
-        scan=scan,
-        members=members,
-        weights=tuple(source.weight for source in config.sources),
-        seed=seed,
-        max_length=config.max_length,
-        max_images=config.max_images,
-        packing=config.packing,
-        window=config.pack_window,
-    )
-    if not plan.rows(0):
-        raise DataError("data: no record is left to train on; data.held_out or the sources' weights leave none")
+    plan = build_plan(config, scan, members, seed)
     stream = BatchStream(
         plan,
         collator,
@@ -114,6 +112,7 @@ def build_data(
         eval_scan = scan_records(
             build_reader(config, config.eval_sources, conversation_tokenizer), Path(config.cache), config.workers
         )
+        _tell_skips("data.eval_sources", eval_scan)
         refuse_too_many(eval_scan, config.max_skipped_share)
         scans.append(eval_scan)
         usable = np.flatnonzero(eval_scan.lengths)
@@ -121,6 +120,23 @@ def build_data(
     else:
         evaluation = build_eval_batches(scan, held_out, config, collator, micro_batch_size)
     return Data(stream, evaluation, conversation_tokenizer, tuple(scans), scan.skips, len(scan))
+
+
+def build_plan(config: DataConfig, scan: Scan, members: tuple[np.ndarray, ...], seed: int) -> EpochPlan:
+    """Raises DataError when no record is left to train on."""
+    plan = EpochPlan(
+        scan=scan,
+        members=members,
+        weights=tuple(source.weight for source in config.sources),
+        seed=seed,
+        max_length=config.max_length,
+        max_images=config.max_images,
+        packing=config.packing,
+        window=config.pack_window,
+    )
+    if not plan.rows(0):
+        raise DataError("data: no record is left to train on; data.held_out or the sources' weights leave none")
+    return plan
 
 
 def build_eval_batches(
@@ -141,13 +157,27 @@ def build_eval_batches(
 
 
 def split_held_out(scan: Scan, share: float, seed: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Record numbers that train, per source, and those held out: a fixed draw for each record."""
+    """Record numbers that train, per source, and those held out: a fixed draw for each record of a file.
+
+    The draw is of (seed, file name, place in the file). So a file that is listed twice is held out in the same
+    places, and records added to its end or other files added to the list change nothing.
+    """
     members, held_out, start = [], [], 0
-    for number, source in enumerate(scan.reader.sources):
+    for source in scan.reader.sources:
         everyone = np.arange(start, start + len(source))
         usable = scan.lengths[everyone] > 0
-        out = np.random.default_rng([seed, _HELD_OUT, number]).random(len(source)) < share
+        out = np.random.default_rng([seed, _HELD_OUT, _name_number(source.config)]).random(len(source)) < share
         members.append(everyone[usable & ~out])
         held_out.append(everyone[usable & out])
         start += len(source)
     return tuple(members), np.concatenate(held_out)
+
+
+def _name_number(source: SourceConfig) -> int:
+    return int.from_bytes(hashlib.sha256(Path(source.path).name.encode()).digest()[:8])
+
+
+def _tell_skips(key: str, scan: Scan) -> None:
+    if scan.skips:
+        by_rule = Counter(skip.rule for skip in scan.skips)
+        log(f"{key}: {len(scan.skips):,} of {len(scan):,} records skipped ({counts_by_rule(by_rule)})")

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,16 +39,28 @@ class FeatureStore:
             return None
 
     def has(self, image: str | bytes) -> bool:
-        """Raises RecordError rule image_missing."""
-        return self._path(image).exists()
+        """Is there an entry whose file is whole? Reads its header only.
+
+        Raises:
+            RecordError: rules image_missing, image_unreadable.
+        """
+        try:
+            with safe_open(self._path(image), framework="pt") as file:
+                return "features" in file.keys()  # noqa: SIM118  no mapping
+        except (FileNotFoundError, SafetensorError):
+            return False
 
     def put(self, image: str | bytes, features: Tensor) -> None:
         """Raises OSError when the disk refuses."""
         path = self._path(image)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{secrets.token_hex(4)}")
-        save_file({"features": features.detach().cpu().contiguous()}, temporary)
-        temporary.replace(path)
+        try:
+            save_file({"features": features.detach().cpu().contiguous()}, temporary)
+            temporary.replace(path)
+        except SafetensorError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"{path.parent}: features could not be written ({error})") from None
 
     def _path(self, image: str | bytes) -> Path:
         digest = hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else _file_digest(*_identity(image))
@@ -74,5 +86,8 @@ def _identity(path: str) -> tuple[str, int, int]:
 
 @lru_cache(maxsize=100_000)
 def _file_digest(path: str, size: int, modified_ns: int) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RecordError("image_unreadable", f"{Path(path).name} cannot be read ({error.strerror})") from None

@@ -59,6 +59,13 @@ class RecordSource:
     def where(self, number: int) -> str:
         return self.index.where(number)
 
+    def content_digest(self) -> str:
+        """Changes with any byte of the file (of a folder: with any caption, and with a picture's size or time)."""
+        if isinstance(self.index, FolderIndex):
+            return self.index.fingerprint()
+        with self.index.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def conversation(self, number: int) -> Conversation:
         """Record `number`, counted from 0, with its pictures as absolute paths that exist below the images folder.
 

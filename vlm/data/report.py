@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,16 @@ from rich.console import Console
 from rich.text import Text
 
 from vlm.batch import IGNORE_INDEX, Example, ImageSpec, Skip
-from vlm.data.build import build_reader, split_held_out
+from vlm.data.build import build_plan, build_reader, split_held_out
 from vlm.data.config import DataConfig
 from vlm.data.images import from_pixels, load_image, to_pixels
-from vlm.data.scan import ExampleReader, refuse_too_many, scan_records
-from vlm.data.skips import MIN_RECORDS_FOR_SHARE, too_many_message
-from vlm.data.stream import EpochPlan
+from vlm.data.scan import ExampleReader, in_chunks, scan_records
+from vlm.data.skips import counts_by_rule, refuse_too_many
 from vlm.data.tokenize import ConversationTokenizer
-from vlm.errors import DataError, RecordError
+from vlm.errors import RecordError
 
 _BAR_WIDTH = 40
+CHUNK = 200  # records per task of a checking process; decoding takes 20 times as long as measuring
 _CAPTION_HEIGHT = 14  # pixels under each picture of a contact sheet
 
 
@@ -46,32 +47,45 @@ def check_records(
         DataError: more are bad than `max_skipped_share` allows.
     """
     reader = build_reader(config, (*config.sources, *config.eval_sources), tokenizer)
-    console = Console()
+    console = _console()
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     skips: list[Skip] = []
     num_images = 0
-    for number in range(len(reader)):
+    work = partial(_decode_all, max_pixels=config.max_pixels, spec=spec)
+    for _, (found, decoded) in in_chunks(reader, np.arange(len(reader)), work, config.workers, CHUNK):
+        skips += found
+        num_images += decoded
+    for skip in skips[:limit]:
+        console.print(f"{skip.where}: [{skip.rule}] {skip.message}", soft_wrap=True)
+    if len(skips) > limit:
+        console.print(f"... and {len(skips) - limit} more{f', all in {out}' if out else ''}", soft_wrap=True)
+    if out is not None:
+        out.write_text("".join(json.dumps(s._asdict(), ensure_ascii=False) + "\n" for s in skips), encoding="utf-8")
+    by_rule = Counter(skip.rule for skip in skips)
+    counts = counts_by_rule(by_rule) or "none"
+    console.print(f"{len(reader):,} records, {num_images:,} pictures, skipped: {counts}", soft_wrap=True)
+    refuse_too_many(skips, len(reader), config.max_skipped_share, out)
+    return by_rule
+
+
+def _decode_all(
+    reader: ExampleReader, numbers: np.ndarray, *, max_pixels: int, spec: ImageSpec | None
+) -> tuple[list[Skip], int]:
+    """The records that cannot be used, and the number of pictures that can be decoded."""
+    skips: list[Skip] = []
+    num_images = 0
+    for number in numbers.tolist():
         try:
             example = reader.read(number)
             if spec is not None:
                 for image in example.images:
-                    load_image(image, config.max_pixels, spec.background)
+                    to_pixels(load_image(image, max_pixels, spec.background), spec)
                     num_images += 1
         except RecordError as error:
             source, local = reader.locate(number)
             skips.append(Skip(error.rule, error.where or source.where(local), error.message))
-    for skip in skips[:limit]:
-        console.print(f"{skip.where}: [{skip.rule}] {skip.message}", markup=False, highlight=False)
-    if len(skips) > limit:
-        console.print(f"... and {len(skips) - limit} more{f', all in {out}' if out else ''}")
-    if out is not None:
-        out.write_text("".join(json.dumps(s._asdict(), ensure_ascii=False) + "\n" for s in skips), encoding="utf-8")
-    by_rule = Counter(skip.rule for skip in skips)
-    counts = ", ".join(f"{rule} {count}" for rule, count in by_rule.most_common()) or "none"
-    console.print(f"{len(reader):,} records, {num_images:,} pictures, skipped: {counts}", highlight=False)
-    too_many = len(skips) > config.max_skipped_share * len(reader) and len(reader) >= MIN_RECORDS_FOR_SHARE
-    if skips and (too_many or len(skips) == len(reader)):
-        raise DataError(too_many_message(by_rule, len(reader), skips[0], out))
-    return by_rule
+    return skips, num_images
 
 
 def preview_records(
@@ -84,24 +98,27 @@ def preview_records(
         out: the contact sheet, PNG; written when there is a picture.
     """
     reader = build_reader(config, config.sources, tokenizer)
-    console = Console()
+    console = _console()
     pictures: list[tuple[Image.Image, str]] = []
     for example in _first_usable(reader, number):
         console.rule(f"{example.where}: {len(example.input_ids)} tokens, {example.num_supervised} supervised")
         console.print(coloured(example, tokenizer), soft_wrap=True)
         if spec is not None:
-            for image in example.images:
-                pixels = to_pixels(load_image(image, config.max_pixels, spec.background), spec)
-                pictures.append((from_pixels(pixels, spec), example.where))
+            try:
+                pixels = [to_pixels(load_image(i, config.max_pixels, spec.background), spec) for i in example.images]
+            except RecordError as error:
+                console.print(f"left out of training: {error.message}", style="red", soft_wrap=True)
+                continue
+            pictures += [(from_pixels(picture, spec), example.where) for picture in pixels]
     if pictures:
+        out.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(pictures).save(out)
-        console.print(f"\n{len(pictures)} pictures as the encoder sees them: {out}", highlight=False)
+        console.print(f"\n{len(pictures)} pictures as the encoder sees them: {out}", soft_wrap=True)
 
 
 def coloured(example: Example, tokenizer: ConversationTokenizer) -> Text:
     """The example as text: supervised tokens green, runs of image placeholders as `[image x 49]`."""
     text = Text()
-    images = 0
     start = 0
     ids, labels = example.input_ids, example.labels
     for place in range(len(ids) + 1):
@@ -110,10 +127,10 @@ def coloured(example: Example, tokenizer: ConversationTokenizer) -> Text:
             run, previous = ids[start:place], _kind(ids, labels, place - 1, tokenizer.image_token_id)
             if previous == "image":
                 count = len(run) // max(1, tokenizer.tokens_per_image)
-                images += count
                 text.append("".join(f"[image x {tokenizer.tokens_per_image}]" for _ in range(count)), "cyan")
             else:
-                text.append(tokenizer.text(run), "bold green" if previous == "reply" else "dim")
+                shown = tokenizer.text(run).replace("\x1b", "\u241b")  # a data file must not steer the terminal
+                text.append(shown, "bold green" if previous == "reply" else "dim")
             start = place
     return text
 
@@ -122,9 +139,9 @@ def print_stats(config: DataConfig, tokenizer: ConversationTokenizer, *, seed: i
     """Histograms of tokens, supervised tokens and turns per record, and how full packed rows are."""
     reader = build_reader(config, config.sources, tokenizer)
     scan = scan_records(reader, Path(config.cache), config.workers)
-    refuse_too_many(scan, 1.0)
+    refuse_too_many(scan.skips, len(scan), 1.0)
     usable = scan.lengths > 0
-    console = Console(highlight=False)
+    console = _console()
     console.print(f"{len(scan):,} records, {int(usable.sum()):,} usable, {int(scan.num_images.sum()):,} pictures")
     _histogram(console, "tokens per record", scan.lengths[usable])
     _histogram(console, "supervised tokens per record", scan.num_supervised[usable])
@@ -132,11 +149,7 @@ def print_stats(config: DataConfig, tokenizer: ConversationTokenizer, *, seed: i
     turns = [sum(turn.role == "assistant" for turn in _conversation(reader, int(number))) for number in sample]
     _histogram(console, f"replies per record ({len(sample)} records)", np.array(turns))
     members, _ = split_held_out(scan, config.held_out, seed)
-    plan = EpochPlan(
-        scan, members, tuple(source.weight for source in config.sources), seed, config.max_length, config.max_images,
-        config.packing, config.pack_window,
-    )  # fmt: skip
-    rows = plan.rows(0)
+    rows = build_plan(config, scan, members, seed).rows(0)
     tokens = sum(int(scan.lengths[row].sum()) for row in rows)
     pictures = sum(int(scan.num_images[row].sum()) for row in rows)
     console.print(
@@ -158,6 +171,10 @@ def contact_sheet(pictures: list[tuple[Image.Image, str]], columns: int = 6) -> 
         sheet.paste(picture, (left, top))
         draw.text((left, top + side + 1), caption[-side // 6 :], fill="black")
     return sheet
+
+
+def _console() -> Console:
+    return Console(highlight=False, markup=False)  # file names and messages may hold square brackets
 
 
 def _first_usable(reader: ExampleReader, number: int) -> list[Example]:

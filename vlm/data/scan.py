@@ -9,22 +9,31 @@ import hashlib
 import json
 import multiprocessing
 import secrets
+import time
+import zipfile
+import zlib
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from vlm.batch import IGNORE_INDEX, Example, Skip
+from vlm.data import skips as skip_rules
 from vlm.data.records import RecordSource
-from vlm.data.skips import MIN_RECORDS_FOR_SHARE, too_many_message
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError, RecordError
-from vlm.logs import log, warn
+from vlm.logs import live, log, warn
 
 CHUNK = 2000  # records per task of a scanning process
+STORE_SECONDS = 30.0  # between writes of a table that is not finished; an interrupted scan goes on from there
+
+Result = TypeVar("Result")
+Work = Callable[["ExampleReader", np.ndarray], Result]  # done to the records of these numbers
 
 
 @dataclass(frozen=True)
@@ -78,23 +87,28 @@ class Scan:
 def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) -> Scan:
     """Measure every record, from the cache where its file, the tokenizer and the settings are unchanged.
 
-    Records that were skipped are looked at again each time: the missing picture may be there now.
+    Records that were skipped are looked at again each time: the missing picture may be there now. A scan that was
+    interrupted goes on where it last wrote its table.
 
     Raises:
         DataError: no record has a supervised token; shows one record as it was tokenized.
     """
     stored = cache / "lengths" / f"{_key(reader)}.npz" if cache is not None else None
-    if stored is not None and stored.exists():
-        with np.load(stored, allow_pickle=False) as arrays:
-            table = arrays["table"]
-    else:
+    table = None if stored is None else _load(stored, len(reader))
+    if table is None:
         table = np.zeros((len(reader), 3), dtype=np.int32)
         log(f"data: measuring {len(reader):,} records")
     again = np.flatnonzero(table[:, 0] == 0)
     skips: list[Skip] = []
-    for start, rows, skipped in _measured(reader, again, workers):
+    written = time.monotonic()
+    for start, (rows, skipped) in in_chunks(reader, again, measure, workers):
         table[again[start : start + len(rows)]] = rows
         skips += skipped
+        if time.monotonic() - written > STORE_SECONDS:
+            log(f"data: measured {start + len(rows):,} of {len(again):,} records")
+            if stored is not None:
+                _store(stored, table)
+            written = time.monotonic()
     if stored is not None and len(again):
         _store(stored, table)
     scan = Scan(reader, table[:, 0], table[:, 1].astype(np.int16), table[:, 2], skips)
@@ -104,10 +118,7 @@ def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) ->
 
 def refuse_too_many(scan: Scan, max_share: float) -> None:
     """Raise DataError when more than `max_share` of the records are skipped."""
-    num_skipped = len(scan.skips)
-    if num_skipped == len(scan) or (num_skipped > max_share * len(scan) and len(scan) >= MIN_RECORDS_FOR_SHARE):
-        by_rule = Counter(skip.rule for skip in scan.skips)
-        raise DataError(too_many_message(by_rule, len(scan), scan.skips[0], None))
+    skip_rules.refuse_too_many(scan.skips, len(scan), max_share)
 
 
 def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, list[Skip]]:
@@ -117,8 +128,6 @@ def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, lis
     for row, number in enumerate(numbers.tolist()):
         try:
             example = reader.read(number)
-            if example.num_supervised == 0:
-                raise RecordError("no_supervised_tokens", "no token of a reply is learned", example.where)
         except RecordError as error:
             skips.append(Skip(error.rule, error.where, error.message))
             continue
@@ -126,29 +135,55 @@ def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, lis
     return table, skips
 
 
-def _measured(reader: ExampleReader, numbers: np.ndarray, workers: int) -> Any:
-    """(start, table, skips) for each chunk of `numbers`, in order."""
-    starts = range(0, len(numbers), CHUNK)
-    chunks = [numbers[start : start + CHUNK] for start in starts]
-    if workers == 0 or len(chunks) < 2 * workers:
-        for start, chunk in zip(starts, chunks, strict=True):
-            yield start, *measure(reader, chunk)
+def in_chunks(
+    reader: ExampleReader, numbers: np.ndarray, work: Work[Result], workers: int, chunk: int | None = None
+) -> Iterator[tuple[int, Result]]:
+    """Do `work` to `numbers`, `chunk` records at a time, in `workers` processes when there is enough of it.
+
+    Args:
+        work: a function that another process can import.
+        chunk: None means CHUNK.
+
+    Yields:
+        (start, result) of `numbers[start : start + chunk]`, in order.
+
+    Raises:
+        DataError: a process died.
+    """
+    size = chunk or CHUNK
+    starts = range(0, len(numbers), size)
+    chunks = [numbers[start : start + size] for start in starts]
+    if workers == 0 or len(chunks) < 2 * workers:  # a process takes seconds to start
+        for start, some in zip(starts, chunks, strict=True):
+            yield start, work(reader, some)
+            _show(start + len(some), len(numbers))
         return
     context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads in a broken state
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_keep_reader, initargs=(reader,)) as pool:
-        for start, (table, skips) in zip(starts, pool.map(_measure_kept, chunks), strict=True):
-            yield start, table, skips
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_keep, initargs=(reader, work)) as pool:
+        try:
+            for start, result in zip(starts, pool.map(_do_kept, chunks), strict=True):
+                yield start, result
+                _show(min(start + size, len(numbers)), len(numbers))
+        except BrokenProcessPool:
+            raise DataError(
+                f"a process that reads records died, usually for want of memory. Lower data.workers (now {workers})"
+            ) from None
 
 
-_kept: list[ExampleReader] = []  # in a scanning process: its reader
+def _show(done: int, total: int) -> None:
+    live(f"data: {done:,} of {total:,} records" if done < total else "")
 
 
-def _keep_reader(reader: ExampleReader) -> None:
-    _kept.append(reader)
+_kept: list[tuple[ExampleReader, Work]] = []  # in a helping process: what it works on
 
 
-def _measure_kept(numbers: np.ndarray) -> tuple[np.ndarray, list[Skip]]:
-    return measure(_kept[0], numbers)
+def _keep(reader: ExampleReader, work: Work) -> None:
+    _kept.append((reader, work))
+
+
+def _do_kept(numbers: np.ndarray) -> Any:
+    reader, work = _kept[0]
+    return work(reader, numbers)
 
 
 def _key(reader: ExampleReader) -> str:
@@ -159,9 +194,22 @@ def _key(reader: ExampleReader) -> str:
         ],
         "tokenizer": reader.tokenizer.fingerprint(),
         "limits": [reader.max_length, reader.max_images, reader.over_long],
-        "version": 1,
+        "version": 2,  # of how conversations become tokens
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _load(path: Path, num_records: int) -> np.ndarray | None:
+    """The stored table, or None when there is none or it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            table = arrays["table"]
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        warn(f"data.cache: {path.name} is damaged ({error}); the records are measured again")
+        return None
+    return table if table.shape == (num_records, 3) and table.dtype == np.int32 else None
 
 
 def _store(path: Path, table: np.ndarray) -> None:
@@ -175,15 +223,26 @@ def _store(path: Path, table: np.ndarray) -> None:
 
 
 def _refuse_unsupervised(scan: Scan) -> None:
-    """A wrong template must stop the run at its start, not train on nothing."""
-    rules = {skip.rule for skip in scan.skips}
-    if len(scan.skips) < len(scan) or rules != {"no_supervised_tokens"}:
+    """A wrong template or wrong roles must stop the run at its start, not train on nothing."""
+    by_rule = Counter(skip.rule for skip in scan.skips)
+    if scan.lengths.any() or not by_rule["no_supervised_tokens"]:
         return
-    source, local = scan.reader.locate(0)
-    ids, labels = scan.reader.tokenizer.encode(source.conversation(local))
-    shown = scan.reader.tokenizer.text(ids[:60])
-    learned = scan.reader.tokenizer.text([label for label in labels if label != IGNORE_INDEX])
+    rest = "" if len(by_rule) == 1 else f" ({skip_rules.counts_by_rule(by_rule)})"
     raise DataError(
-        f"0 of {len(scan)} samples have supervised tokens. Usually the records' roles or data.template are not what "
-        f"they seem. The first record is {shown!r}, of which {learned!r} would be learned"
+        f"0 of {len(scan)} samples have supervised tokens{rest}. Usually the records' roles or data.template are not "
+        f"what they seem. {_first_masked(scan.reader)}"
     )
+
+
+def _first_masked(reader: ExampleReader) -> str:
+    """How the first record that can be read looks to the model, and which of it would be learned."""
+    for number in range(len(reader)):
+        source, local = reader.locate(number)
+        try:
+            ids, labels = reader.tokenizer.encode(source.conversation(local))
+        except RecordError:
+            continue
+        shown = reader.tokenizer.text(ids[:60])
+        learned = reader.tokenizer.text([label for label in labels if label != IGNORE_INDEX])
+        return f"{source.where(local)} is {shown!r}, of which {learned!r} would be learned"
+    return ""

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlm.batch import Skip
 from vlm.errors import DataError
 from vlm.logs import warn
 
-MIN_RECORDS_FOR_SHARE = 200  # before that many, a share says nothing
+MIN_RECORDS_FOR_SHARE = 200  # of a run that goes on; before that many, a share says nothing
+_NUM_EXAMPLES = 3  # skipped records that a message names
+_USUAL_CAUSES = {
+    "image_missing": "Usually images: names the wrong folder. ",
+    "image_outside_root": "Usually images: names the wrong folder. ",
+    "over_long": "Raise data.max_length, or set data.over_long to cut. ",
+    "too_many_images": "Raise data.max_images, or set data.over_long to cut. ",
+    "image_without_encoder": "The records have pictures, but model.vision is null. ",
+    "no_supervised_tokens": "Usually the records' roles are not what they seem. ",
+}
 
 
 class SkipLog:
@@ -51,10 +60,14 @@ class SkipLog:
         self._write(new)
         too_many = self.num_seen >= MIN_RECORDS_FOR_SHARE and self.num_skipped > self.max_share * self.num_seen
         if too_many or self._in_a_row >= self.max_in_a_row:
-            raise DataError(too_many_message(self.by_rule, self.num_seen, new[-1], self.path))
+            raise DataError(too_many_message(self.by_rule, self.num_seen, new, self.path))
+
+    def list_found(self, skips: Iterable[Skip]) -> None:
+        """List records that the scan before training left out; they are not among those that training sees."""
+        self._write(list(skips))
 
     def _write(self, skips: list[Skip]) -> None:
-        if self.path is not None:
+        if self.path is not None and skips:
             try:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps(skip._asdict(), ensure_ascii=False) + "\n" for skip in skips)
@@ -62,11 +75,26 @@ class SkipLog:
                 warn(f"{self.path}: {len(skips)} skipped records could not be listed ({error.strerror})")
 
 
-def too_many_message(by_rule: Counter[str], num_seen: int, example: Skip, path: Path | None) -> str:
-    counts = ", ".join(f"{rule} {count}" for rule, count in by_rule.most_common())
+def refuse_too_many(skips: Sequence[Skip], num_records: int, max_share: float, path: Path | None = None) -> None:
+    """Raise DataError when more than `max_share` of all `num_records` records, or every one of them, is skipped.
+
+    Args:
+        path: file that lists them, for the message.
+    """
+    if skips and (len(skips) == num_records or len(skips) > max_share * num_records):
+        raise DataError(too_many_message(Counter(skip.rule for skip in skips), num_records, skips, path))
+
+
+def too_many_message(by_rule: Counter[str], num_seen: int, skips: Sequence[Skip], path: Path | None) -> str:
+    """What was skipped: counts by rule, the first of `skips`, and what usually helps."""
+    examples = "; ".join(f"{skip.where}: {skip.message}" for skip in skips[:_NUM_EXAMPLES])
     listed = f"; all are listed in {path}" if path else ""
     return (
-        f"{sum(by_rule.values())} of {num_seen} records skipped ({counts}), e.g. {example.where}: {example.message}"
-        f"{listed}. "
-        "Usually images: names the wrong folder. See `vlm data check`; data.max_skipped_share sets the limit"
+        f"{sum(by_rule.values())} of {num_seen} records skipped ({counts_by_rule(by_rule)}), e.g. {examples}{listed}. "
+        f"{_USUAL_CAUSES.get(by_rule.most_common(1)[0][0], '')}"
+        "`vlm data check` lists them; data.max_skipped_share sets the limit"
     )
+
+
+def counts_by_rule(by_rule: Counter[str]) -> str:
+    return ", ".join(f"{rule} {count}" for rule, count in by_rule.most_common())

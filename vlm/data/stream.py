@@ -6,9 +6,9 @@ import hashlib
 import itertools
 import json
 import math
+import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from vlm.errors import ConfigError, RecordError
 _ORDER, _WEIGHTS = 1, 2  # separate the random numbers of different uses
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EpochPlan:
     """Which records stand in which row of an epoch."""
 
@@ -35,6 +35,8 @@ class EpochPlan:
     max_images: int
     packing: bool
     window: int
+    _rows: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False)  # of the epochs asked for last
+    _num_rows: dict[int, int] = field(default_factory=dict, repr=False)
 
     def order(self, epoch: int) -> np.ndarray:
         """Record numbers of the epoch, shuffled; each source as often as its weight says."""
@@ -49,8 +51,20 @@ class EpochPlan:
         records = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
         return records[np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(records))]
 
-    @lru_cache(maxsize=3)  # noqa: B019  a plan lives as long as its stream
     def rows(self, epoch: int) -> list[np.ndarray]:
+        """The epoch's rows of record numbers, in order. Two epochs are kept, so asking again costs nothing."""
+        if epoch not in self._rows:
+            while len(self._rows) > 1:
+                del self._rows[next(iter(self._rows))]
+            self._rows[epoch] = self._plan_rows(epoch)
+            self._num_rows[epoch] = len(self._rows[epoch])
+        return self._rows[epoch]
+
+    def num_rows(self, epoch: int) -> int:
+        """Kept for every epoch: a step is located by the numbers of all epochs before it."""
+        return self._num_rows[epoch] if epoch in self._num_rows else len(self.rows(epoch))
+
+    def _plan_rows(self, epoch: int) -> list[np.ndarray]:
         order = self.order(epoch)
         if not self.packing:
             return [order[i : i + 1] for i in range(len(order))]
@@ -63,9 +77,6 @@ class EpochPlan:
             window=self.window,
             seed=[self.seed, _ORDER, epoch],
         )
-
-    def __hash__(self) -> int:
-        return id(self)
 
 
 class BatchStream:
@@ -110,7 +121,9 @@ class BatchStream:
         """Of all that decides which record stands where; a resumed run compares it."""
         plan = self.plan
         state = [
-            plan.scan.digest(), plan.seed, plan.weights, plan.max_length, plan.max_images, plan.packing, plan.window,
+            [source.content_digest() for source in plan.scan.reader.sources],
+            plan.scan.digest(), plan.scan.reader.tokenizer.fingerprint(), plan.seed, plan.weights,
+            plan.max_length, plan.max_images, plan.packing, plan.window,
             [hashlib.sha256(members.tobytes()).hexdigest() for members in plan.members], self.global_batch_size,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
@@ -123,7 +136,7 @@ class BatchStream:
         return tokens / max(1, len(rows) * self.plan.max_length)
 
     def steps_in_epoch(self, epoch: int) -> int:
-        return -(-len(self.plan.rows(epoch)) // self.global_batch_size)
+        return -(-self.plan.num_rows(epoch) // self.global_batch_size)
 
     def steps_in(self, epochs: float) -> int:
         """Optimizer steps of so many epochs; a part of an epoch is rounded up to a step."""
@@ -139,12 +152,14 @@ class BatchStream:
     def iterate(self, start_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of this rank for step `start_step`, then for each step after it, without end."""
         first = start_step * self.microbatches_per_step
+        self._locate(start_step)  # counts the rows of past epochs once, here, and not in every worker
         loader = DataLoader(
             _Microbatches(self),
             sampler=_CountFrom(first),
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
+            worker_init_fn=_outlive_a_signal,
             generator=torch.Generator(),  # its own: the loader must not draw from training's random state
         )
         batches = iter(loader)
@@ -173,7 +188,7 @@ class BatchStream:
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """A finite set of batches in file order, the same each time it is gone through."""
+    """A finite set of batches, the same each time it is gone through."""
 
     scan: Scan
     rows: list[np.ndarray]
@@ -219,3 +234,12 @@ class _CountFrom(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         return itertools.count(self.start)
+
+
+def _outlive_a_signal(_worker: int) -> None:
+    """A signal to the whole process group must not take the workers from a run that still has to save.
+
+    The first SIGTERM is let pass; a second one ends the worker as usual.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 import jinja2
@@ -197,11 +198,12 @@ def match_tokenizer_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate
         ) from None
     nearest, agreement = "", -1
     for template in TEMPLATES.values():
-        candidate = _with_system_of(template, expected[0])
+        candidate = _with_system_of(template, tokenizer, turns, expected[0])
         rendered = [render_text(candidate, tokenizer, turns, system) for system in (None, "Be brief.")]
         if rendered == expected:
             return candidate
-        common = next((i for i, (a, b) in enumerate(zip(rendered[0], expected[0], strict=False)) if a != b), 0)
+        pairs = zip(rendered[0], expected[0], strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         if common > agreement:
             nearest, agreement = f"{candidate.name} writes {rendered[0]!r}", common
     raise ConfigError(
@@ -242,12 +244,16 @@ def check_template(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -
     )
 
 
-def _with_system_of(template: ChatTemplate, rendered: str) -> ChatTemplate:
+def _with_system_of(
+    template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, turns: tuple[Turn, ...], rendered: str
+) -> ChatTemplate:
     """The template with the default system prompt that `rendered` shows, or with none."""
-    before, after = template.system.before, template.system.after
-    if before and before in rendered and after:
-        return replace(template, default_system=rendered.split(before, 1)[1].split(after, 1)[0])
-    return replace(template, default_system=None)
+    plain = replace(template, default_system=None)
+    if render_text(plain, tokenizer, turns, None) == rendered:
+        return plain
+    before, mark, after = render_text(plain, tokenizer, turns, "\0").partition("\0")
+    fits = mark and rendered.startswith(before) and rendered.removeprefix(before).endswith(after)
+    return replace(plain, default_system=rendered.removeprefix(before).removesuffix(after)) if fits else plain
 
 
 def _jinja(template: ChatTemplate, start: str, bos_token: str, eos_token: str) -> str:

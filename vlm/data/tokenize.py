@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -51,7 +52,7 @@ class ConversationTokenizer:
         self._first = _encoder(backend, keep_added_tokens=False, keep_prefix=True)
         self._content = _encoder(backend, keep_added_tokens=False, keep_prefix=False)
         self._control = _encoder(backend, keep_added_tokens=True, keep_prefix=False)
-        self._added = frozenset(tokenizer.added_tokens_decoder)
+        self._added = frozenset(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
         self._decoder = tokenizer
         self._bos = self._bos_ids(tokenizer)
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -67,7 +68,8 @@ class ConversationTokenizer:
             RecordError: rules no_supervised_tokens (no reply, or only empty ones), image_without_encoder.
         """
         ids, labels = self.encode(conversation)
-        if all(turn.role != "assistant" or not turn.text.strip() for turn in conversation.turns):
+        says_nothing = all(turn.role != "assistant" or not turn.text.strip() for turn in conversation.turns)
+        if says_nothing or all(label == IGNORE_INDEX for label in labels):
             raise RecordError("no_supervised_tokens", "no reply to learn from", conversation.where)
         return Example(ids, labels, conversation.images, conversation.where)
 
@@ -161,13 +163,17 @@ class ConversationTokenizer:
         ids: list[int] = encoding.ids
         if self._added.isdisjoint(ids):
             return ids
-        # Unigram models, and BPE that looks whole words up, find a typed control word in the vocabulary itself:
-        # encode both sides of a cut through the word. A control token of one character is left.
-        for token, (start, end) in zip(ids, encoding.offsets, strict=True):
-            if token in self._added and end - start > 1:
-                cut = end - 1
-                return self._encode_content(text[:cut], is_first) + self._encode_content(text[cut:], False)
-        return ids
+        # Unigram models, and BPE that looks whole words up, find a typed control word in the vocabulary itself: cut
+        # every such word in two and encode the parts. One of a single character cannot be told from the character.
+        cuts = [
+            end - 1
+            for token, (start, end) in zip(ids, encoding.offsets, strict=True)
+            if end - start > 1 and token in self._added
+        ]
+        if not cuts:
+            return ids
+        parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+        return [i for n, part in enumerate(parts) for i in self._encode_content(part, is_first and n == 0)]
 
     def _bos_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         wanted = self.template.bos == "always" or (self.template.bos == "tokenizer" and adds_bos(tokenizer))

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{name}")
-processor = AutoProcessor.from_pretrained("{name}", backend="pil")  # resizes as in training; torchvision rounds otherwise
+processor = AutoProcessor.from_pretrained("{name}", backend="pil")  # resizes exactly as in training
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "\\nWhat is this?"}}]}}]
 text = processor.apply_chat_template(messages, add_generation_prompt=True)
 picture = Image.open("picture.png").convert("RGB")

@@ -21,6 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from vlm.errors import CheckpointError
 from vlm.faults import fault
 from vlm.logs import warn
@@ -28,6 +32,7 @@ from vlm.logs import warn
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
+_NEWER = "format version"  # how `verify` begins when a checkpoint is not damaged but of a newer program
 
 
 @dataclass(frozen=True)
@@ -81,24 +86,27 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], info: d
 def newest_verified(run: Path) -> Path | None:
     """The newest checkpoint whose every file matches its manifest; None when there is no checkpoint at all.
 
-    A damaged one is renamed to `.corrupt` with a warning, and the one before is tried.
+    Damaged ones that are newer than it are renamed to `.corrupt` with a warning.
 
     Raises:
-        CheckpointError: checkpoints exist and none is intact.
+        CheckpointError: checkpoints exist and none is intact, or the newest is of a newer program. Nothing is renamed.
     """
-    damaged = 0
+    damaged: list[tuple[Path, list[str]]] = []
     for path in reversed(_steps(run)):
         problems = verify(path)
         if not problems:
+            for bad, reasons in damaged:
+                aside = set_aside(bad).name
+                warn(f"{bad} is damaged ({'; '.join(reasons[:3])}); set aside as {aside}, using {path.name}")
             return path
-        damaged += 1
-        warn(
-            f"{path} is damaged ({'; '.join(problems[:3])}); set aside as {set_aside(path).name}, trying the one before"
-        )
-    if damaged:
+        if problems[0].startswith(_NEWER):
+            raise CheckpointError(f"{path}: {problems[0]}")
+        damaged.append((path, problems))
+    if damaged or list((run / "checkpoints").glob("step-*.corrupt*")):
+        shown = "; ".join(f"{path.name}: {problems[0]}" for path, problems in damaged[:3])
         raise CheckpointError(
-            f"{run / 'checkpoints'}: {damaged} checkpoint(s), none intact. Usually a failing disk or a copy that was "
-            "cut short. Restore a checkpoint from a backup, or remove the folder to start again"
+            f"{run / 'checkpoints'}: checkpoints, but none intact ({shown or 'all were set aside'}). Usually a failing "
+            "disk or a copy that was cut short. Restore one from a backup, or remove the folder to start again"
         )
     return None
 
@@ -110,17 +118,18 @@ def list_checkpoints(run: Path) -> list[CheckpointInfo]:
 
 def verify(path: Path) -> list[str]:
     """What is wrong with a checkpoint folder, a line per file; empty when it is intact."""
-    manifest_path = path / MANIFEST
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        files: dict[str, Any] = manifest["files"]
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version = int(manifest["format_version"])
+        if version > FORMAT_VERSION:
+            return [f"{_NEWER} {version}, this program reads up to {FORMAT_VERSION}: install a newer vlm"]
+        if manifest.pop("sha256") != _digest(manifest):
+            return [f"{MANIFEST} was changed: its sha256 differs"]
+        files: dict[str, Any] = manifest["files"]
     except FileNotFoundError:
         return [f"no {MANIFEST}"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [f"{MANIFEST} is not readable"]
-    if version > FORMAT_VERSION:
-        return [f"format version {version}, this program reads up to {FORMAT_VERSION}: install a newer vlm"]
     problems = []
     for name, expected in files.items():
         file = path / name
@@ -175,12 +184,26 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write safetensors. Raises OSError when the disk refuses, which safetensors reports by an error of its own."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Of a manifest without its own sum, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _write_manifest(folder: Path, step: int, info: dict[str, Any]) -> None:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         _fsync(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
     manifest = {"format_version": FORMAT_VERSION, "step": step, **info, "files": files}
+    manifest["sha256"] = _digest(manifest)
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
     for path in [p for p in folder.rglob("*") if p.is_dir()]:
         _fsync(path)

@@ -58,8 +58,8 @@ class RunEvents:
             self.run.append("samples.jsonl", {"step": step, **question.model_dump(), "answer": answer})
             log(f"step {step}: {question.image or ''} {question.prompt!r} -> {answer!r}")
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint. A full disk costs the checkpoint, or the run if the config says so."""
+    def save(self, step: int, required: bool) -> None:
+        """Write a checkpoint. A full disk costs the checkpoint; the run, if `required` or the config says so."""
         try:
             self.state.save(step, self.settings.keep_last)
         except OSError as error:
@@ -67,6 +67,6 @@ class RunEvents:
                 f"checkpoint of step {step} could not be written to {self.run.path} ({error}); older ones are "
                 "intact. Usually the disk is full: free space, or move output_dir"
             )
-            if self.settings.on_save_failure == "stop":
+            if required or self.settings.on_save_failure == "stop":
                 raise CheckpointError(message) from None
             warn(f"{message}. Training goes on without it")

@@ -6,6 +6,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+from vlm.logs import log
+
 
 class StopRequest:
     """Context manager that turns SIGTERM and SIGINT into a flag.
@@ -31,4 +33,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        first = self.signal_name is None
         self.signal_name = signal.Signals(number).name
+        if first:
+            log(f"{self.signal_name}: finishing this step, then saving")

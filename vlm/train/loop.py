@@ -49,7 +49,7 @@ class TrainLoop:
     learning_rate: Callable[[int], float]  # by optimizer step, from 0
     max_steps: int
     report: Report
-    save: Event
+    save: Callable[[int, bool], None]  # finished steps, and whether the run ends with it, so that it must succeed
     stop_requested: Callable[[], str | None] = lambda: None  # name of the signal that asks to stop
     events: list[Every] = field(default_factory=list)  # run in order after a step
     save_every: int = 500
@@ -79,8 +79,9 @@ class TrainLoop:
             for event in self.events:
                 event(step + 1)
             finished = step + 1 == self.max_steps
-            if finished or (step + 1) % self.save_every == 0 or self.stop_requested():
-                self.save(step + 1)
+            stopping = self.stop_requested() is not None
+            if finished or stopping or (step + 1) % self.save_every == 0:
+                self.save(step + 1, finished or stopping)
                 stopped = self.stop_requested()  # a signal may have arrived during the save
                 if stopped and not finished:
                     raise Preempted(

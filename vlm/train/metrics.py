@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ def plot_loss(run: Path) -> Path:
     source = run / "metrics.jsonl"
     if not source.exists():
         raise DataError(f"{source} does not exist: {run} is not a run folder, or no step was made yet")
-    lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    lines = list(_whole_lines(source))
     training = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
     if not training:
@@ -154,6 +154,15 @@ def plot_loss(run: Path) -> Path:
     figure.savefig(run / "loss.png", dpi=120)
     plt.close(figure)
     return run / "loss.png"
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """A line that is being written, or was torn by a kill or a full disk, is left out."""
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
 
 
 def format_seconds(seconds: float) -> str:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import vlm
 from vlm.errors import CheckpointError
 from vlm.faults import fault
-from vlm.train.checkpoint import read_info, save_checkpoint
+from vlm.train.checkpoint import read_info, save_checkpoint, save_tensors
 from vlm.train.engines.base import Engine
 
 
@@ -35,7 +35,7 @@ class RunState:
 
         def write(folder: Path) -> None:
             self.engine.save(folder)
-            save_file(_random_state(), folder / "rng.safetensors")
+            save_tensors(_random_state(), folder / "rng.safetensors")
             stream = {"step": step, "fingerprint": self.stream_fingerprint}
             (folder / "stream.json").write_text(json.dumps(stream), encoding="utf-8")
             (folder / "progress.json").write_text(json.dumps({"step": step}), encoding="utf-8")

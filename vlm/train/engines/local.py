@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vlm.batch import Batch
@@ -16,6 +16,7 @@ from vlm.faults import fault
 from vlm.models.trainable import load_weights, trained_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.lm import Objective
+from vlm.train.checkpoint import save_tensors
 from vlm.train.engines.base import StepOutput
 from vlm.train.optim import set_learning_rate
 
@@ -73,9 +74,9 @@ class LocalEngine:
 
     def save(self, folder: Path) -> None:
         (folder / "engine").mkdir()
-        save_file({name: _plain(tensor) for name, tensor in self.trained_weights()}, folder / "weights.safetensors")
+        save_tensors({name: _plain(tensor) for name, tensor in self.trained_weights()}, folder / "weights.safetensors")
         fault("save:shard")
-        save_file(self._optimizer_tensors(), folder / "engine" / "optimizer.safetensors")
+        save_tensors(self._optimizer_tensors(), folder / "engine" / "optimizer.safetensors")
 
     def load(self, folder: Path) -> None:
         load_weights(self.model, load_file(folder / "weights.safetensors"), where=str(folder / "weights.safetensors"))
