@@ -48,6 +48,7 @@ class DataConfig(Section):
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """More skipped records than this share stops the run with exit code 3."""
     max_skipped_in_a_row: PositiveInt = 100
+    """So many skipped records without a good one between them stop it too."""
     cache: str = "cache/features"
     """Where record indexes, length tables and encoder features are kept."""
     cache_features: bool = False
