@@ -102,7 +102,7 @@ def newest_verified(run: Path) -> Path | None:
         if problems[0].startswith(_NEWER):
             raise CheckpointError(f"{path}: {problems[0]}")
         damaged.append((path, problems))
-    if damaged or list((run / "checkpoints").glob("step-*.corrupt*")):
+    if damaged or any((run / "checkpoints").glob("step-*.corrupt*")):
         shown = "; ".join(f"{path.name}: {problems[0]}" for path, problems in damaged[:3])
         raise CheckpointError(
             f"{run / 'checkpoints'}: checkpoints, but none intact ({shown or 'all were set aside'}). Usually a failing "
