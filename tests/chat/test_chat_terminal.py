@@ -178,8 +178,10 @@ def test_a_whole_conversation_in_a_terminal_and_ctrl_c_stops_the_answer_only(roo
     chat.sendline(":his")
     chat.expect("user> 这是什么？")
     chat.expect("model> ")
+    chat.expect("user>")  # what is typed before the prompt is up may be lost
     chat.sendline(":clh")
     chat.expect("picture kept")
+    chat.expect("user>")
     chat.sendline("/exit")
     chat.expect(pexpect.EOF)
     chat.close()
