@@ -40,6 +40,7 @@ extras = {
 extras["test"] = [
     *extras["demo"],
     *extras["track"],
+    *extras["deepspeed"],
     "pytest>=9",
     "pytest-timeout>=2.4",
     "pytest-xdist>=3.8",

@@ -133,7 +133,11 @@ def test_all_problems_of_all_files_are_reported_at_once_where_they_were_written(
     [
         ("learning_rate=1", "learning_rate: unknown key; did you mean train.learning_rate?"),
         ("trian.epochs=1", "trian: unknown key; did you mean train?"),
-        ("engine.zebra=1", "engine.zebra: unknown key; known here: device, kind"),
+        (
+            "engine.zebra=1",
+            "engine.zebra: unknown key; known here: cuts, deepspeed, device, kind, num_stages, offload, stage, "
+            "timeout_seconds",
+        ),
         ("seed=-1", "seed: expected at least 0 (found -1)"),
         ("seed=true", "seed: expected a number, found true"),
         ("train.betas=[true, 0.9]", "train.betas[0]: expected a number, found true"),

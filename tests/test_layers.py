@@ -16,11 +16,12 @@ LAYERS = {
     "errors": 0, "batch": 0, "schema": 0, "layered_yaml": 0, "distributed": 0, "logs": 0, "compat": 0, "faults": 0,
     "data": 1, "models": 1,
     "objectives": 2,
-    "train": 3, "plan": 3,
-    "export": 4,
+    "train": 3,
+    "export": 4, "plan": 4,
     "config": 5,
-    "chat": 6, "evaluation": 6, "run": 6,
-    "cli": 7,
+    "chat": 6, "evaluation": 6, "prepare": 6,
+    "run": 7,
+    "cli": 8,
 }  # fmt: skip
 BOTTOM = {name for name, layer in LAYERS.items() if layer == 0}  # single files that may use each other
 FACADE = "__init__"  # vlm/__init__.py: the version, and vlm.load, imported when it is asked for

@@ -27,7 +27,8 @@ def test_shipped_config_is_valid(name):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.endswith("/pretrain")])
 def test_second_stage_starts_from_the_first_ones_export_with_the_same_model(name):
-    first, second = load_config(f"{name.partition('/')[0]}/pretrain"), load_config(name)
+    second = load_config(name)
+    first = load_config(second.init_from.removeprefix("cache/runs/").removesuffix("/export"))
     assert second.init_from == f"{first.output_dir}/export"
     assert (second.model.vision, second.model.projector, second.model.llm) == (
         first.model.vision,
@@ -54,11 +55,38 @@ SHAPES = {
     "siglip_qwen3": (81, 8191),
     "eva_clip_qwen2_5": (576, 7616),
     "eva02_qwen2_5": (256, 7616),
+    "llava_qwen2_14b_pp2": (576, 14770),
 }
 
 
 def test_every_recipe_is_built_in_this_file():
-    assert {name.partition("/")[0] for name in RECIPES} == set(SHAPES)
+    assert {name.partition("/")[0] for name in RECIPES} == {*SHAPES, "deepspeed"}
+
+
+ZERO = {"zero0": (0, ()), "zero1": (1, ()), "zero2": (2, ()), "zero3": (3, ()),
+        "zero3_offload": (3, ("optimizer", "parameters"))}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_the_zero_variants_are_one_run_with_another_engine(name):
+    config, run = load_config(f"deepspeed/{name}"), load_config("llava_qwen2_5_7b/finetune")
+    assert (config.engine.kind, config.engine.stage, config.engine.offload) == ("zero", *ZERO[name])
+    other = {"name": run.name, "output_dir": run.output_dir, "engine": run.engine}
+    assert config.model_copy(update=other) == run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "finetune_lora"])
+def test_the_14b_recipe_fits_two_24_gb_cards_and_not_one(stage):
+    from vlm.plan.estimate import estimate
+    from vlm.plan.memory import parse_memory, usable
+
+    config = with_local_configs(load_config(f"llava_qwen2_14b_pp2/{stage}"))
+    plan = estimate(config, 2, has_flash_attention=False)
+    assert (plan.kind, plan.cuts) == ("pipeline", (25,))
+    assert plan.peak < usable(parse_memory("24GiB"))
+    one = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "local"})})
+    assert estimate(one, 1, has_flash_attention=False).peak > parse_memory("24GiB")
 
 
 @pytest.mark.slow

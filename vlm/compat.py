@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
+
+from vlm.logs import is_logging_rank
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -37,6 +40,14 @@ def prepare() -> None:
         for schema in _SCHEMAS:
             library.define(schema)
         _libraries.append(library)
+
+
+def quiet_progress() -> None:
+    """transformers' bars while weights load: on a terminal, by one rank; a log file gets none."""
+    if not (sys.stderr.isatty() and is_logging_rank()):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _loads(package: Path) -> bool:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 
 class VLMError(Exception):
-    """Base class. `exit_code` is what a command returns when this error ends it."""
+    """Base class. `exit_code` is what a command returns when this error ends it.
+
+    `everywhere`: all processes of the launch raise it together, so that one of them prints it.
+    """
 
     exit_code = 1
+    everywhere = False
 
 
 class ConfigError(VLMError):
@@ -59,12 +63,17 @@ class TrainingDiverged(VLMError):
     """The loss or the gradient norm is not finite. Raised before the optimizer step, so the weights are intact."""
 
     exit_code = 4
+    everywhere = True
 
 
 class CheckpointError(VLMError):
     """A checkpoint or export is missing, damaged, or of another model."""
 
     exit_code = 5
+
+
+class DistributedError(VLMError):
+    """Another process of the launch was lost or hangs. Names where each rank was; the same command resumes."""
 
 
 class RunLocked(ConfigError):
@@ -75,3 +84,4 @@ class Preempted(VLMError):
     """SIGTERM or Ctrl-C arrived; the step was finished and a checkpoint written."""
 
     exit_code = 143
+    everywhere = True

@@ -1,6 +1,7 @@
 """Named places where a test can break a running program on purpose.
 
-`VLM_FAULT="point@step=action[;...]"`, e.g. `save:manifest@20=kill`. `@step` may be left out: the first time counts.
+`VLM_FAULT="point@step/rank=action[;...]"`, e.g. `save:manifest@20=kill` or `step@7/1=term`. Without `@step` the first
+time counts, without `/rank` every rank. Processes that a launcher started again are left alone.
 Actions: kill (SIGKILL to this process), term (SIGTERM to it), raise (RuntimeError), oom (torch's out-of-memory error),
 nan (`fault` returns "nan" and the caller spoils its own number), sleep (for an hour). Without the variable every
 call is a dictionary look-up.
@@ -26,18 +27,23 @@ def set_step(step: int) -> None:
 def fault(point: str) -> str | None:
     """Do what VLM_FAULT asks for at this point and step, once. Returns the action, for those the caller must do."""
     plan = os.environ.get("VLM_FAULT")
-    if not plan:
+    if not plan or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return None
     for entry in plan.split(";"):
         place, _, action = entry.partition("=")
+        place, _, rank = place.partition("/")
         name, _, at = place.partition("@")
-        if name != point or entry in _fired or (at and int(at) != _step):
+        if name != point or entry in _fired or (at and int(at) != _step) or rank not in ("", _rank()):
             continue
         if action not in ACTIONS:
             raise ValueError(f"VLM_FAULT: action {action!r} in {entry!r}; known: {', '.join(ACTIONS)}")
         _fired.add(entry)
         return _act(point, action)
     return None
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
 
 
 def _act(point: str, action: str) -> str | None:

@@ -43,6 +43,7 @@ def test_ls_takes_a_part_of_a_name_or_a_pattern(vlm):
     assert vlm("ls", "tiny")[1].split() == ["tiny/finetune", "tiny/pretrain"]
     assert vlm("ls", "llava*lora")[1].split() == [
         "llava_internlm3_8b/finetune_lora",
+        "llava_qwen2_14b_pp2/finetune_lora",
         "llava_qwen2_5_7b/finetune_lora",
     ]
     assert vlm("ls", "nothing")[0] == 2

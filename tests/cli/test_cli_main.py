@@ -91,10 +91,10 @@ def test_a_reader_that_has_enough_is_no_error():
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("train.py", ["--cfg-path", "tiny/pretrain", "--use-deepspeed"], "the DeepSpeed engines are not built yet"),
+        ("train.py", ["--cfg-path", "tiny/pretrain", "--deepspeed", "zero4"], "known are zero0, zero1, zero2, zero3"),
         ("train.py", ["--cfg_path", "nowhere.yaml", "--local_rank", "0"], "config nowhere.yaml does not exist"),
         ("train.py", ["--cfg-path", "tiny/pretrain", "--options", "sed=1", "a=2"], "did you mean seed?"),
-        ("train_pipeline.py", ["--cfg-path", "a.yaml", "--num-stages", "2"], "python train.py --cfg-path a.yaml"),
+        ("train_pipeline.py", ["--cfg-path", "a.yaml", "--num-stages", "2"], "config a.yaml does not exist"),
         ("webui_demo.py", ["-c", "x"], "use python cli_demo.py -c EXPORT"),
         ("cli_demo.py", ["-c", "nowhere"], "nowhere is no folder"),
         ("cli_demo.py", [], "-c/--checkpoint-path"),
@@ -109,8 +109,25 @@ def test_root_script_says_what_is_wrong_and_what_to_use_instead(script, argument
     assert done.returncode == (5 if "nowhere" in arguments else 2)
 
 
-def test_several_processes_are_refused_before_torch_is_imported(monkeypatch, vlm):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    code, _, err = vlm("train", "tiny/pretrain")
-    assert (code, "WORLD_SIZE is 2: engine local runs in one process" in err) == (2, True)
+@pytest.mark.parametrize(
+    ("environment", "options", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, ["engine.kind=local"], "engine.kind is local, which is one process, but WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "3"}, ["engine.kind=pipeline"], "engine.num_stages 2 does not divide the 3 processes"),
+    ],
+)
+def test_an_engine_that_does_not_fit_the_launch_is_refused(monkeypatch, vlm, environment, options, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = vlm("train", "tiny/pretrain", "--options", *options)
+    assert (code, message in err) == (2, True)
+
+
+def test_a_deepspeed_json_gives_its_stage_and_offload(tmp_path):
+    from vlm.cli.train import deepspeed_options
+
+    path = tmp_path / "my.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}')
+    assert deepspeed_options(str(path)) == [
+        "engine.kind=zero", f"engine.deepspeed={path}", "engine.stage=3", "engine.offload=[parameters]",
+    ]  # fmt: skip

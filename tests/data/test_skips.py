@@ -15,7 +15,7 @@ def test_skips_are_listed_and_counted_by_rule(tmp_path):
     log.add([], num_seen=8)
     assert dict(log.by_rule) == {"image_missing": 1, "over_long": 1}
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert lines[0] == {"rule": "image_missing", "where": "a.json: record 7", "message": BAD.message}
+    assert lines[0] == {"step": 0, "rule": "image_missing", "where": "a.json: record 7", "message": BAD.message}
 
 
 def test_too_large_a_share_stops_the_run_but_not_in_its_first_records():

@@ -16,9 +16,9 @@ from vlm.train.checkpoint import (
     list_checkpoints,
     newest_verified,
     save_checkpoint,
-    save_tensors,
     verify,
 )
+from vlm.train.fragments import save_tensors
 
 
 def save(run, step, value=1.0, keep_last=2):

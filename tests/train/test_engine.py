@@ -9,7 +9,9 @@ from vlm.config import load_config
 from vlm.data.build import build_data
 from vlm.models.build import build_model
 from vlm.models.llm import enable_gradient_checkpointing
+from vlm.models.trainable import trained_weights
 from vlm.objectives.lm import LanguageModeling
+from vlm.train.engines.base import LossModule
 from vlm.train.engines.local import LocalEngine
 from vlm.train.optim import build_optimizer
 
@@ -34,11 +36,14 @@ def step(config, built, batches, checkpointing=False):
         enable_gradient_checkpointing(model.llm)
     objective = LanguageModeling()
     engine = LocalEngine(
-        model, objective, build_optimizer(model, config.train), device=torch.device("cpu"), max_grad_norm=0.5
+        LossModule(model, objective),
+        build_optimizer(model, config.train),
+        device=torch.device("cpu"),
+        max_grad_norm=0.5,
     )
     weight = max(1, sum(map(objective.weight, batches)))
     output = engine.train_step(batches, weight, 1e-3)
-    return output, dict(engine.trained_weights())
+    return output, trained_weights(model)
 
 
 def test_micro_batches_accumulation_and_packing_change_nothing(parts):
@@ -75,7 +80,9 @@ def test_every_supervised_token_counts_equally(parts):
     config, built, collate, examples = parts
     batches = [collate([[x]]) for x in examples]
     engine = LocalEngine(
-        built.model, LanguageModeling(), build_optimizer(built.model, config.train), device=torch.device("cpu")
+        LossModule(built.model, LanguageModeling()),
+        build_optimizer(built.model, config.train),
+        device=torch.device("cpu"),
     )
     sums, weights = zip(*(engine.evaluate(batch) for batch in batches), strict=True)
     assert len(set(weights)) > 1

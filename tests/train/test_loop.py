@@ -31,8 +31,11 @@ class Engine:
             return StepOutput(loss=math.nan, grad_norm=math.nan, applied=False)
         return StepOutput(loss=float(len(self.calls)), grad_norm=1.0, applied=True)
 
-    def sum_over_data_ranks(self, value):
-        return value
+    def sum_over_data_ranks(self, values):
+        return values
+
+    def gather_from_data_ranks(self, value):
+        return [value]
 
 
 class Stream:

@@ -9,12 +9,12 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from vlm.config import load_config
 from vlm.errors import CheckpointError, Preempted, TrainingDiverged, VLMError
 from vlm.run import train
 from vlm.train.checkpoint import list_checkpoints, newest_verified
+from vlm.train.fragments import read_weights
 from vlm.train.metrics import plot_loss
 
 CHILD = """
@@ -43,7 +43,7 @@ def run_child(path, fault):
 
 
 def final_weights(run):
-    return load_file(newest_verified(run) / "weights.safetensors")
+    return read_weights(newest_verified(run))
 
 
 def steps_logged(run):
@@ -100,7 +100,7 @@ def test_a_nan_loss_stops_before_the_update_and_names_the_records(config_file, m
 def test_a_bad_step_that_is_allowed_changes_no_weight(config_file, monkeypatch):
     monkeypatch.setenv("VLM_FAULT", "loss@12=nan")
     run = run_here(config_file(train__max_bad_steps=1, train__save_every=11))
-    before, after = (load_file(run / f"checkpoints/step-0000{step}/weights.safetensors") for step in (11, 12))
+    before, after = (read_weights(run / f"checkpoints/step-0000{step}") for step in (11, 12))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(config_f
         with pytest.raises(Preempted):
             run_here(path)
     run = type(path)(load_config(path).output_dir)
-    (run / "checkpoints/step-000011/weights.safetensors").write_bytes(b"\0" * 10)
+    (run / "checkpoints/step-000011/weights/rank-00000.safetensors").write_bytes(b"\0" * 10)
     run_here(path)
     expected, got = final_weights(straight), final_weights(run)
     assert all(torch.equal(expected[name], got[name]) for name in expected)

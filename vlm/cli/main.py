@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from vlm import __version__
-from vlm.cli import chat, ckpt, configs, data, doctor, export, train
+from vlm.cli import chat, ckpt, configs, data, doctor, export, plan, train
 from vlm.errors import Preempted, VLMError
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (configs, train, export, chat):
+for module in (configs, plan, train, export, chat):
     module.register(app)
 app.add_typer(data.app, name="data", help="Look at training data without a model.")
 app.add_typer(ckpt.app, name="ckpt", help="List and verify the checkpoints of a run.")
@@ -50,11 +50,11 @@ def run(command: Callable[[], object]) -> int:
         result = command()
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except Preempted as stop:  # asked for, so no error
-        print(stop, file=sys.stderr)
-        return stop.exit_code
     except VLMError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.everywhere:  # else rank 0 says it
+            kind = "" if isinstance(error, Preempted) else "error: "  # that was asked for
+            print(f"{f'[rank {rank}] ' if rank != '0' else ''}{kind}{error}", file=sys.stderr)
         return error.exit_code
     except typer.Exit as end:
         return end.exit_code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +21,27 @@ def register(app: typer.Typer) -> None:
     app.command()(plot)
 
 
-def train(config: Config, options: Options = None) -> None:
+def train(
+    config: Config,
+    options: Options = None,
+    deepspeed: Annotated[
+        str | None, typer.Option(help="zero0, zero1, zero2, zero3, or a DeepSpeed JSON: engine.kind zero with it.")
+    ] = None,
+    nproc: Annotated[int | None, typer.Option(help="Processes on this machine, started with torchrun.")] = None,
+    nnodes: Annotated[int, typer.Option(help="Machines; start the same command on each.")] = 1,
+    rdzv_endpoint: Annotated[str | None, typer.Option(help="host:port of one of the machines, where all meet.")] = None,
+    max_restarts: Annotated[int, typer.Option(help="How often to start again when a process is lost.")] = 0,
+) -> int:
     """Train. The same command resumes from the newest intact checkpoint of its output_dir."""
-    start_training(config, options or ())
+    chosen = [*(options or ()), *deepspeed_options(deepspeed)]
+    if nproc is None and nnodes == 1:
+        start_training(config, chosen)
+        return 0
+    from vlm.cli.launch import Launch, launch
+
+    load_config(config, chosen)  # once, rather than in every process
+    arguments = ["train", config, *(part for option in chosen for part in ("--options", option))]
+    return launch(Launch(nproc or 1, nnodes, rdzv_endpoint, max_restarts), arguments)
 
 
 def evaluate(
@@ -49,44 +66,69 @@ def plot(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 def start_training(config: str, options: Sequence[str]) -> None:
-    """Validate, then train. Raises ConfigError before torch is imported when the config or the launch is wrong."""
-    checked = load_config(config, options)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: engine {checked.engine.kind} runs in one process, and no "
-            "engine for several is built yet. Start it with --nproc_per_node=1, or with `vlm train`"
-        )
+    """Validate, then train. Raises ConfigError before torch is imported when the config is wrong."""
+    try:
+        checked = load_config(config, options)
+    except ConfigError as error:
+        error.everywhere = True
+        raise
     text = resolve_for_log(config, options)
     from vlm.run import train as train_run
 
     train_run(checked, text)
 
 
+def deepspeed_options(name: str | None) -> list[str]:
+    """Config overrides for `--deepspeed zero2` or `--deepspeed my.json`, whose stage and offload are taken over.
+
+    >>> deepspeed_options("zero3")
+    ['engine.kind=zero', 'engine.stage=3']
+    """
+    if name is None:
+        return []
+    if name in ("zero0", "zero1", "zero2", "zero3"):
+        return ["engine.kind=zero", f"engine.stage={name[-1]}"]
+    if not name.endswith(".json"):
+        raise ConfigError(f"--deepspeed {name}: known are zero0, zero1, zero2, zero3, or the path of a .json file")
+    from vlm.train.engines.deepspeed_settings import read_json
+
+    zero = read_json(name).get("zero_optimization", {})
+    offload = [
+        what
+        for what, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param"))
+        if zero.get(key, {}).get("device", "none") != "none"
+    ]
+    chosen = ["engine.kind=zero", f"engine.deepspeed={name}", f"engine.stage={zero.get('stage', 0)}"]
+    return [*chosen, f"engine.offload=[{','.join(offload)}]"]
+
+
 def main_train() -> None:
-    """`python train.py --cfg-path x.yaml [--options a=b c=d]`, also under torchrun."""
+    """`python train.py --cfg-path x.yaml [--options a=b c=d]`, also under torchrun, deepspeed and accelerate."""
     from vlm.cli.main import run
 
     def command() -> None:
-        arguments = _parse(argparse.ArgumentParser(prog="train.py", description="Train a model from a YAML config."))
-        if arguments.use_deepspeed:
-            raise ConfigError("--use-deepspeed: the DeepSpeed engines are not built yet; leave the flag out")
-        start_training(arguments.cfg_path, arguments.options)
+        parser = argparse.ArgumentParser(prog="train.py", description="Train a model from a YAML config.")
+        parser.add_argument("--use-deepspeed", action="store_true", help="engine.kind zero, as engine.stage says")
+        parser.add_argument("--deepspeed", metavar="NAME", help="zero0, zero1, zero2, zero3, or a DeepSpeed JSON")
+        arguments = _parse(parser)
+        options = [*arguments.options, *(["engine.kind=zero"] if arguments.use_deepspeed else [])]
+        start_training(arguments.cfg_path, [*options, *deepspeed_options(arguments.deepspeed)])
 
     sys.exit(run(command))
 
 
 def main_train_pipeline() -> None:
-    """`python train_pipeline.py --cfg-path x.yaml --num-stages 2`: not built yet, and says so."""
+    """`torchrun --nproc_per_node=4 train_pipeline.py --cfg-path x.yaml --num-stages 2`."""
     from vlm.cli.main import run
 
     def command() -> None:
         parser = argparse.ArgumentParser(prog="train_pipeline.py", description="Train a model cut into stages.")
-        parser.add_argument("--num-stages", type=int, default=2)
+        parser.add_argument("--num-stages", type=int, help="parts of the model; default: engine.num_stages")
         arguments = _parse(parser)
-        raise ConfigError(
-            "the pipeline engine is not built yet; train in one process instead: "
-            f"python train.py --cfg-path {arguments.cfg_path}"
-        )
+        options = [*arguments.options, "engine.kind=pipeline"]
+        if arguments.num_stages is not None:
+            options.append(f"engine.num_stages={arguments.num_stages}")
+        start_training(arguments.cfg_path, options)
 
     sys.exit(run(command))
 
@@ -114,6 +156,5 @@ def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument(
         "--options", "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys"
     )
-    parser.add_argument("--use-deepspeed", action="store_true", help="not built yet")
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # old launchers pass it
     return parser.parse_args(with_hyphens(sys.argv[1:]))

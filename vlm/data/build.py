@@ -116,9 +116,9 @@ def build_data(
         refuse_too_many(eval_scan, config.max_skipped_share)
         scans.append(eval_scan)
         usable = np.flatnonzero(eval_scan.lengths)
-        evaluation = build_eval_batches(eval_scan, usable, config, collator, micro_batch_size)
+        evaluation = build_eval_batches(eval_scan, usable, config, stream)
     else:
-        evaluation = build_eval_batches(scan, held_out, config, collator, micro_batch_size)
+        evaluation = build_eval_batches(scan, held_out, config, stream)
     return Data(stream, evaluation, conversation_tokenizer, tuple(scans), scan.skips, len(scan))
 
 
@@ -139,9 +139,8 @@ def build_plan(config: DataConfig, scan: Scan, members: tuple[np.ndarray, ...], 
     return plan
 
 
-def build_eval_batches(
-    scan: Scan, numbers: np.ndarray, config: DataConfig, collator: Collator, batch_size: int
-) -> EvalBatches | None:
+def build_eval_batches(scan: Scan, numbers: np.ndarray, config: DataConfig, stream: BatchStream) -> EvalBatches | None:
+    """Held-out records in batches as the training stream's, spread over the same data ranks."""
     if len(numbers) == 0:
         return None
     rows = pack_in_windows(
@@ -153,7 +152,7 @@ def build_eval_batches(
         window=config.pack_window if config.packing else 1,
         seed=[0],
     )
-    return EvalBatches(scan, rows, collator, batch_size)
+    return EvalBatches(scan, rows, stream.collator, stream.micro_batch_size, stream.data_rank, stream.num_data_ranks)
 
 
 def split_held_out(scan: Scan, share: float, seed: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:

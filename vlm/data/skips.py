@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm.batch import Skip
 from vlm.errors import DataError
@@ -27,7 +28,7 @@ class SkipLog:
     """Counts skipped records over a run.
 
     Args:
-        path: skipped.jsonl, appended to; None writes nothing.
+        path: skipped.jsonl, appended to; None writes nothing. Each line has the optimizer step, 0 before training.
         max_share: more skipped records than this share of those seen is a DataError.
         max_in_a_row: so is this many without a good one between them.
     """
@@ -39,12 +40,22 @@ class SkipLog:
         self.by_rule: Counter[str] = Counter()
         self.num_seen = 0
         self._in_a_row = 0
+        self._held_out: set[str] = set()  # listed once, though they are met at every evaluation
 
     @property
     def num_skipped(self) -> int:
         return sum(self.by_rule.values())
 
-    def add(self, skips: Iterable[Skip], num_seen: int) -> None:
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; `restore` brings it back."""
+        return {"seen": self.num_seen, "skipped": dict(self.by_rule), "skipped_in_a_row": self._in_a_row}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.num_seen = state.get("seen", 0)  # absent in checkpoints of format version 1
+        self.by_rule = Counter(state.get("skipped", {}))
+        self._in_a_row = state.get("skipped_in_a_row", 0)
+
+    def add(self, skips: Iterable[Skip], num_seen: int, step: int = 0) -> None:
         """Count the skips among `num_seen` records.
 
         Raises:
@@ -57,20 +68,30 @@ class SkipLog:
             return
         self.by_rule.update(skip.rule for skip in new)
         self._in_a_row = self._in_a_row + len(new) if len(new) == num_seen else len(new)
-        self._write(new)
+        self._write(new, step)
         too_many = self.num_seen >= MIN_RECORDS_FOR_SHARE and self.num_skipped > self.max_share * self.num_seen
         if too_many or self._in_a_row >= self.max_in_a_row:
             raise DataError(too_many_message(self.by_rule, self.num_seen, new, self.path))
 
     def list_found(self, skips: Iterable[Skip]) -> None:
         """List records that the scan before training left out; they are not among those that training sees."""
-        self._write(list(skips))
+        self._write(list(skips), 0)
 
-    def _write(self, skips: list[Skip]) -> None:
+    def list_held_out(self, skips: Iterable[Skip], step: int) -> None:
+        """List held-out records that an evaluation could not read, each once."""
+        new = [skip for skip in skips if skip.where not in self._held_out]
+        self._held_out.update(skip.where for skip in new)
+        if new:
+            warn(f"held-out records that cannot be read: {counts_by_rule(Counter(skip.rule for skip in new))}")
+        self._write(new, step)
+
+    def _write(self, skips: list[Skip], step: int) -> None:
         if self.path is not None and skips:
             try:
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(skip._asdict(), ensure_ascii=False) + "\n" for skip in skips)
+                    for skip in skips:
+                        line = {"step": step, **skip._asdict()}
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
             except OSError as error:
                 warn(f"{self.path}: {len(skips)} skipped records could not be listed ({error.strerror})")
 

@@ -135,6 +135,17 @@ class BatchStream:
         tokens = sum(int(self.plan.scan.lengths[row].sum()) for row in rows)
         return tokens / max(1, len(rows) * self.plan.max_length)
 
+    def for_rank(self, data_rank: int, num_data_ranks: int) -> BatchStream:
+        """The same stream for another data rank, read in this process."""
+        return BatchStream(
+            self.plan,
+            self.collator,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            data_rank=data_rank,
+            num_data_ranks=num_data_ranks,
+        )
+
     def steps_in_epoch(self, epoch: int) -> int:
         return -(-self.plan.num_rows(epoch) // self.global_batch_size)
 
@@ -188,19 +199,26 @@ class BatchStream:
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """A finite set of batches, the same each time it is gone through."""
+    """A finite set of batches, the same each time it is gone through; every R-th of them on each of R data ranks.
+
+    All ranks go through equally many: the last ones may have empty rows only.
+    """
 
     scan: Scan
     rows: list[np.ndarray]
     collator: Collator
     batch_size: int  # rows
+    data_rank: int = 0
+    num_data_ranks: int = 1
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return -(-len(self.rows) // (self.batch_size * self.num_data_ranks))
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.rows), self.batch_size):
-            yield read_batch(self.scan, self.rows[start : start + self.batch_size], self.collator)
+        for number in range(len(self)):
+            start = (number * self.num_data_ranks + self.data_rank) * self.batch_size
+            rows: list = [self.rows[i] if i < len(self.rows) else () for i in range(start, start + self.batch_size)]
+            yield read_batch(self.scan, rows, self.collator)
 
 
 def read_batch(scan: Scan, rows: list, collator: Collator) -> Batch:

@@ -27,6 +27,7 @@ from vlm.export.manifest import Manifest, read_manifest
 from vlm.models.config import ModelConfig
 from vlm.models.trainable import PARTS, part_of
 from vlm.train.checkpoint import newest_verified, read_info
+from vlm.train.fragments import read_weights
 
 PROJECTOR = "projector.safetensors"
 VISION = "vision.safetensors"
@@ -60,7 +61,7 @@ def read_run(run: Path) -> Trained:
     checkpoint = newest_verified(run)
     if checkpoint is None:
         raise CheckpointError(f"{run} has no checkpoint yet, so there is nothing to export. Train first: vlm train")
-    tensors = load_file(checkpoint / "weights.safetensors")
+    tensors = read_weights(checkpoint)
     model = config.model
     trained: list[str] = list(model.trainable)
     if config.init_from is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from vlm.compat import prepare
+from vlm.compat import prepare, quiet_progress
 from vlm.errors import CheckpointError, ConfigError
 from vlm.logs import warn
 from vlm.models.config import LLMConfig
@@ -62,6 +62,7 @@ def load_llm(
         ConfigError: the attention implementation is not available here.
     """
     prepare()
+    quiet_progress()
     from transformers import AutoModelForCausalLM
 
     refuse_foreign_code(config.path, trust_remote_code)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm.batch import IGNORE_INDEX
 
+CHUNK_TOKENS = 1024  # supervised positions whose logits exist at a time
 LogitsFn = Callable[[Tensor], Tensor]  # [S, D] -> [S, V]
 
 
@@ -33,37 +34,40 @@ def select_supervised(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Te
 
 
 def chunked_cross_entropy(
-    hidden_states: Tensor, labels: Tensor, logits_fn: LogitsFn, chunk_tokens: int = 1024
+    hidden_states: Tensor, labels: Tensor, logits_fn: LogitsFn, chunk_tokens: int = CHUNK_TOKENS, num_chunks: int = 1
 ) -> Tensor:
     """Summed cross entropy of the supervised tokens, float32 scalar, in nats.
 
     At most `chunk_tokens` x V logits exist at any moment, in the backward pass too: beyond one chunk each chunk's
-    logits are made again there. A batch without a supervised token gives 0 with a graph, never NaN, so that every
-    rank runs the same backward.
+    logits are made again there. A batch without a supervised token gives 0 with a graph, through the head too, never
+    NaN, so that every rank runs the same backward.
 
     Args:
         hidden_states: [B, L, D], after the final norm.
         labels: int64 [B, L], not shifted; IGNORE_INDEX where not supervised.
         logits_fn: the language model's head.
         chunk_tokens: supervised positions per chunk.
+        num_chunks: use at least so many; the rest are empty. Ranks that share the head's weight must agree.
     """
     states, targets = select_supervised(hidden_states, labels)
-    if len(targets) == 0:
-        return hidden_states.float().sum() * 0.0
-    if len(targets) <= chunk_tokens or not torch.is_grad_enabled():
-        chunks = [
-            _summed_loss(logits_fn, states[i : i + chunk_tokens], targets[i : i + chunk_tokens])
-            for i in range(0, len(targets), chunk_tokens)
-        ]
+    num_chunks = max(num_chunks, count_chunks(len(targets), chunk_tokens))
+    parts = [slice(i * chunk_tokens, (i + 1) * chunk_tokens) for i in range(num_chunks)]
+    if num_chunks == 1 or not torch.is_grad_enabled():
+        chunks = [_summed_loss(logits_fn, states[part], targets[part]) for part in parts]
     else:
         chunks = [
-            checkpoint(_summed_loss, logits_fn, state, target, use_reentrant=False)
-            for state, target in zip(states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+            checkpoint(_summed_loss, logits_fn, states[part], targets[part], use_reentrant=False) for part in parts
         ]
     return torch.stack(chunks).sum()
 
 
-def token_losses(hidden_states: Tensor, labels: Tensor, logits_fn: LogitsFn, chunk_tokens: int = 1024) -> Tensor:
+def count_chunks(num_supervised: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
+    return max(1, -(-num_supervised // chunk_tokens))
+
+
+def token_losses(
+    hidden_states: Tensor, labels: Tensor, logits_fn: LogitsFn, chunk_tokens: int = CHUNK_TOKENS
+) -> Tensor:
     """Cross entropy of every position, float32 [B, L]: at [b, i] the loss of labels[b, i]; 0 where not supervised.
 
     Column 0 is always 0: nothing comes before it that could predict it.

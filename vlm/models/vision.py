@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vlm.compat import prepare
+from vlm.compat import prepare, quiet_progress
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.config import VisionConfig
 
@@ -220,6 +220,7 @@ def _build_hf(config: VisionConfig, dtype: torch.dtype, weights: bool) -> Vision
 
 
 def _hf_weights(config: VisionConfig, cls: Any, settings: Any, dtype: torch.dtype) -> nn.Module:
+    quiet_progress()
     if Path(config.path).is_dir() and not list(Path(config.path).glob("*.safetensors")):
         raise CheckpointError(
             f"model.vision.path {config.path}: no .safetensors here. Pickled weights (.bin) are not loaded, as they "

@@ -33,6 +33,7 @@ class VisionLanguageModel(nn.Module):
         self.projector = projector
         self.llm: Any = llm  # a PreTrainedModel, whose methods are typed too loosely to check
         self.image_token_id = image_token_id
+        self.always_encode = False  # run encoder and projector without a picture too, so that all ranks call the same
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, S, S] -> [N, T, D]."""
@@ -74,16 +75,23 @@ class VisionLanguageModel(nn.Module):
             pixel_values: [N, 3, S, S], in the order of the placeholders; None for text alone.
             image_features: [N, P, C], what the encoder yields for them, instead of `pixel_values`.
         """
-        features = None
+        return self._decode(self.inputs_embeds(input_ids, pixel_values, image_features), position_ids)
+
+    def inputs_embeds(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None
+    ) -> Tensor:
+        """What the decoder reads, [B, L, D]; arguments as `forward`."""
+        features: Tensor | None = None
+        zero: Tensor | None = None
         if image_features is not None:
             assert self.projector is not None
             features = self.projector(image_features)
         elif pixel_values is not None:
             features = self.encode_images(pixel_values)
+        elif self.projector is not None and (self.training or self.always_encode):
+            zero = self._zero_from_a_dummy_picture()  # before the embedding, as a picture: ranks agree on the order
         embeddings = self.embed(input_ids, features)
-        if features is None and self.training and self.projector is not None:
-            embeddings = embeddings + self._zero_from_a_dummy_picture()
-        return self._decode(embeddings, position_ids)
+        return embeddings if zero is None else embeddings + zero
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., V], scaled or capped as the language model does."""
@@ -110,21 +118,21 @@ class VisionLanguageModel(nn.Module):
         output = decoder(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=None, use_cache=False)
         return output.last_hidden_state.view(shape)
 
-    def _zero_from_a_dummy_picture(self) -> Tensor | float:
-        """0, with a graph to every weight that would train if the batch had a picture.
+    def _zero_from_a_dummy_picture(self) -> Tensor | None:
+        """0, with a graph to every weight that would train if the batch had a picture; None if none would.
 
         Ranks whose batch has none must still take part in the reduction of these gradients.
         """
         assert self.projector is not None
         assert self.vision is not None
         reference = next(self.vision.parameters())
-        if not self.vision.is_frozen:
+        if not self.vision.is_frozen or self.always_encode:
             size = self.vision.image_size
             features = self.vision(torch.zeros(1, 3, size, size, device=reference.device))
         elif any(parameter.requires_grad for parameter in self.projector.parameters()):
             features = torch.zeros(1, self.vision.num_patches, self.vision.width, device=reference.device)
         else:
-            return 0.0
+            return None
         return (self.projector(features).sum() * 0.0).to(reference.dtype)
 
 

@@ -2,7 +2,8 @@
 
     <run>/checkpoints/latest                     name of the newest; a hint, the directory scan decides
     <run>/checkpoints/step-000500/manifest.json  size and sha256 of every other file, written last
-                                  weights.safetensors  engine/  stream.json  progress.json  rng.safetensors
+                                  weights/  optimizer/  rng/  (a file per rank; vlm.train.fragments)
+                                  stream.json  progress.json
 
 A save writes everything into `.tmp-...`, flushes it to disk, writes the manifest, renames the folder, replaces
 `latest`, and only then deletes old ones. A kill at any moment leaves the newest complete checkpoint loadable.
@@ -21,15 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
+from vlm.distributed import is_main, on_main, together
 from vlm.errors import CheckpointError
 from vlm.faults import fault
 from vlm.logs import warn
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had whole tensors of one rank in weights.safetensors; it is still read
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
 _NEWER = "format version"  # how `verify` begins when a checkpoint is not damaged but of a newer program
@@ -47,40 +45,55 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], info: dict[str, Any], keep_last: int) -> Path:
-    """Write a checkpoint by the protocol above.
+    """Write a checkpoint by the protocol above. Every rank calls this; rank 0 names the folder and completes it.
 
     Args:
-        run: the run folder.
+        run: the run folder, which all ranks share.
         step: optimizer steps done.
-        write: puts its files into the folder it is given.
+        write: puts this rank's files into the folder it is given.
         info: kept in the manifest (what the run is, see `vlm.run`).
         keep_last: checkpoints kept, this one included; at least 2, so that one stays if the newest is damaged.
 
     Raises:
-        OSError: the disk is full or not writable. Nothing of the failed checkpoint stays; older ones are untouched.
+        OSError: the disk is full or not writable, for whichever rank. Nothing of the failed checkpoint stays; older
+            ones are untouched.
     """
     final = checkpoint_folder(run, step)
-    if final.exists() and not verify(final):
+    if on_main(lambda: final.exists() and not verify(final)):
         return final  # a run that fell back to an older checkpoint came here again
+    temporary = on_main(lambda: _make_temporary(final))
+    try:
+        together(lambda: write(temporary))
+        on_main(lambda: _complete(temporary, final, step, info))
+    except BaseException:
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    on_main(lambda: _make_latest(run, final, keep_last))
+    return final
+
+
+def _make_temporary(final: Path) -> Path:
     temporary = final.parent / f"{_TEMPORARY}{final.name}-{secrets.token_hex(4)}"
     temporary.mkdir(parents=True)
-    try:
-        write(temporary)
-        fault("save:manifest")
-        _write_manifest(temporary, step, info)
-        fault("save:rename")
-        if final.exists():
-            set_aside(final)
-        temporary.rename(final)
-        _fsync(final.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    return temporary
+
+
+def _complete(temporary: Path, final: Path, step: int, info: dict[str, Any]) -> None:
+    fault("save:manifest")
+    _write_manifest(temporary, step, info)
+    fault("save:rename")
+    if final.exists():
+        set_aside(final)
+    temporary.rename(final)
+    _fsync(final.parent)
+
+
+def _make_latest(run: Path, final: Path, keep_last: int) -> None:
     fault("save:latest")
     write_atomically(final.parent / "latest", final.name)
     fault("save:prune")
     _prune(run, keep_last)
-    return final
 
 
 def newest_verified(run: Path) -> Path | None:
@@ -182,14 +195,6 @@ def write_atomically(path: Path, text: str) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors. Raises OSError when the disk refuses, which safetensors reports by an error of its own."""
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from None
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vlm.batch import Batch
+from vlm.batch import Batch, Skip
 from vlm.train.engines.base import Engine
 
 
-def held_out_loss(engine: Engine, batches: Iterable[Batch]) -> tuple[float, int]:
-    """Mean loss per supervised token over all batches, each token counted equally, and the number of tokens."""
+def held_out_loss(engine: Engine, batches: Iterable[Batch]) -> tuple[float, int, list[Skip]]:
+    """Mean loss per supervised token over all batches, each token counted equally; the number of tokens; the records
+    that could not be read, of all data ranks."""
     total, weight = 0.0, 0
+    own: list[Skip] = []
     for batch in batches:
         summed, count = engine.evaluate(batch)
         total += summed
         weight += count
-    return total / max(weight, 1), weight
+        own += batch.skipped
+    skips = [skip for each in engine.gather_from_data_ranks(own) for skip in each]
+    return total / max(weight, 1), weight, skips

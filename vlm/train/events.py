@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vlm.batch import Batch
+from vlm.batch import Batch, Skip
 from vlm.data.skips import SkipLog
-from vlm.errors import CheckpointError, RecordError
+from vlm.distributed import note
+from vlm.errors import CheckpointError, DataError, RecordError
 from vlm.logs import log, warn
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import StepOutput
 from vlm.train.evaluate import held_out_loss
-from vlm.train.loop import Every
+from vlm.train.loop import Every, StepCounts
 from vlm.train.metrics import Reporter
 from vlm.train.resume import RunState
 from vlm.train.runfolder import RunFolder
@@ -28,27 +29,39 @@ class RunEvents:
     state: RunState
     reporter: Reporter
     skips: SkipLog
-    sampler: Sampler
+    sampler: Sampler | None  # None where no rank holds the whole model
     held_out: Iterable[Batch] | None
 
     def periodic(self) -> list[Every]:
         return [Every(self.settings.eval_every, self.evaluate), Every(self.settings.sample_every, self.sample)]
 
-    def report(self, step: int, batches: list[Batch], output: StepOutput, weight: float, seconds: float) -> None:
-        for batch in batches:
-            self.skips.add(batch.skipped, len(batch.where) + len(batch.skipped))
-            self.reporter.skipped += len(batch.skipped)
-        self.reporter.record(step, batches, output, weight, seconds)
+    def report(self, step: int, batches: list[Batch], output: StepOutput, counts: StepCounts, seconds: float) -> None:
+        self.reporter.record(step, output, counts, seconds)
+        skips: list[Skip] = []
+        if counts.skipped:
+            own = [skip for batch in batches for skip in batch.skipped]
+            skips = [skip for each in self.state.engine.gather_from_data_ranks(own) for skip in each]
+        try:
+            self.skips.add(skips, int(counts.seen), step)
+        except DataError as error:
+            error.everywhere = True
+            raise
 
     def evaluate(self, step: int) -> None:
         """Held-out loss per supervised token, into metrics.jsonl and the log."""
-        loss, tokens = held_out_loss(self.state.engine, self.held_out or ())
+        note(f"step {step}: held-out loss")
+        loss, tokens, skips = held_out_loss(self.state.engine, self.held_out or ())
+        self.skips.list_held_out(skips, step)
         if tokens:
             self.reporter.write({"step": step, "held_out_loss": loss, "held_out_tokens": tokens})
             log(f"step {step}: held-out loss {loss:.4f} over {tokens:,} tokens")
 
     def sample(self, step: int) -> None:
         """Answer the configured questions, into samples.jsonl and the log."""
+        if self.sampler is None:
+            log(f"step {step}: no samples, as no process holds the whole model; ask an export of this run instead")
+            return
+        note(f"step {step}: samples")
         for question in self.settings.samples:
             try:
                 answer = self.sampler.answer(question)
@@ -68,5 +81,7 @@ class RunEvents:
                 "intact. Usually the disk is full: free space, or move output_dir"
             )
             if required or self.settings.on_save_failure == "stop":
-                raise CheckpointError(message) from None
+                failure = CheckpointError(message)
+                failure.everywhere = True
+                raise failure from None
             warn(f"{message}. Training goes on without it")

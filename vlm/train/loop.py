@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vlm.batch import Batch
+from vlm.distributed import note
 from vlm.errors import Preempted, TrainingDiverged
 from vlm.faults import fault, set_step
 from vlm.objectives.lm import Objective
@@ -20,8 +21,22 @@ class Stream(Protocol):
     def iterate(self, start_step: int) -> Iterator[list[Batch]]: ...
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """What a step holds, over all data ranks."""
+
+    weight: float  # what the loss is divided by: supervised tokens
+    tokens: float
+    slots: float  # tokens and padding
+    images: float
+    skipped: float  # records left out
+    seen: float  # records, those left out included
+
+
 class Report(Protocol):
-    def __call__(self, step: int, batches: list[Batch], output: StepOutput, weight: float, seconds: float) -> None: ...
+    def __call__(
+        self, step: int, batches: list[Batch], output: StepOutput, counts: StepCounts, seconds: float
+    ) -> None: ...
 
 
 @dataclass
@@ -50,7 +65,7 @@ class TrainLoop:
     max_steps: int
     report: Report
     save: Callable[[int, bool], None]  # finished steps, and whether the run ends with it, so that it must succeed
-    stop_requested: Callable[[], str | None] = lambda: None  # name of the signal that asks to stop
+    stop_requested: Callable[[], str | None] = lambda: None  # the signal that asks to stop, agreed on by all ranks
     events: list[Every] = field(default_factory=list)  # run in order after a step
     save_every: int = 500
     max_bad_steps: int = 0
@@ -66,21 +81,24 @@ class TrainLoop:
         batches = self.stream.iterate(start_step)
         for step in range(start_step, self.max_steps):
             set_step(step + 1)
+            note(f"step {step + 1}: reading data")
             fault("step")
             started = time.monotonic()
             microbatches = next(batches)
             data_seconds = time.monotonic() - started
-            weight = max(1.0, self.engine.sum_over_data_ranks(sum(map(self.objective.weight, microbatches))))
-            output = self.engine.train_step(microbatches, weight, self.learning_rate(step))
+            note(f"step {step + 1}: computing")
+            counts = self._count(microbatches)
+            output = self.engine.train_step(microbatches, max(1.0, counts.weight), self.learning_rate(step))
             if not output.applied:
                 bad_steps += 1
                 self._refuse(step + 1, output, microbatches, bad_steps)
-            self.report(step + 1, microbatches, output, weight, data_seconds)
+            self.report(step + 1, microbatches, output, counts, data_seconds)
             for event in self.events:
                 event(step + 1)
             finished = step + 1 == self.max_steps
             stopping = self.stop_requested() is not None
             if finished or stopping or (step + 1) % self.save_every == 0:
+                note(f"step {step + 1}: saving")
                 self.save(step + 1, finished or stopping)
                 stopped = self.stop_requested()  # a signal may have arrived during the save
                 if stopped and not finished:
@@ -88,9 +106,21 @@ class TrainLoop:
                         f"{stopped}: stopped after step {step + 1} and saved; the same command resumes there"
                     )
 
+    def _count(self, batches: list[Batch]) -> StepCounts:
+        own = [
+            sum(map(self.objective.weight, batches)),
+            sum(batch.input_ids.numel() - batch.num_padding for batch in batches),
+            sum(batch.input_ids.numel() for batch in batches),
+            sum(batch.num_images for batch in batches),
+            sum(len(batch.skipped) for batch in batches),
+            sum(len(batch.where) + len(batch.skipped) for batch in batches),
+        ]
+        return StepCounts(*self.engine.sum_over_data_ranks([float(value) for value in own]))
+
     def _refuse(self, step: int, output: StepOutput, batches: list[Batch], bad_steps: int) -> None:
         if bad_steps > self.max_bad_steps:
-            records = [where for batch in batches for where in batch.where]
+            own = [where for batch in batches for where in batch.where]
+            records = [where for each in self.engine.gather_from_data_ranks(own) for where in each]
             raise TrainingDiverged(
                 f"step {step}: loss {output.loss}, gradient norm {output.grad_norm}; the weights were not updated. "
                 f"Records of the step: {', '.join(records[:8])}{' ...' if len(records) > 8 else ''}. Usually the "

@@ -12,11 +12,12 @@ from typing import Any
 
 import psutil
 
-from vlm.batch import Batch
+from vlm.distributed import is_main
 from vlm.errors import DataError, MissingPackageError
 from vlm.logs import live, log
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import StepOutput
+from vlm.train.loop import StepCounts
 from vlm.train.runfolder import RunFolder
 
 PLAIN_LINE_SECONDS = 10.0  # at most one progress line per this many seconds where there is no terminal
@@ -29,20 +30,20 @@ class Window:
     started: float = field(default_factory=time.monotonic)
     weighted_loss: float = 0.0
     weight: float = 0.0
-    tokens: int = 0
-    images: int = 0
-    slots: int = 0  # tokens and padding
+    tokens: float = 0.0
+    images: float = 0.0
+    slots: float = 0.0  # tokens and padding
     bad_steps: int = 0
     data_seconds: float = 0.0
 
-    def add(self, batches: list[Batch], output: StepOutput, weight: float, data_seconds: float) -> None:
+    def add(self, output: StepOutput, counts: StepCounts, data_seconds: float) -> None:
         self.bad_steps += not output.applied
         if output.applied:
-            self.weighted_loss += output.loss * weight
-            self.weight += weight
-        self.slots += sum(batch.input_ids.numel() for batch in batches)
-        self.tokens += sum(batch.input_ids.numel() - batch.num_padding for batch in batches)
-        self.images += sum(batch.num_images for batch in batches)
+            self.weighted_loss += output.loss * counts.weight
+            self.weight += counts.weight
+        self.slots += counts.slots
+        self.tokens += counts.tokens
+        self.images += counts.images
         self.data_seconds += data_seconds
 
 
@@ -63,15 +64,16 @@ class Reporter:
         self._started = time.monotonic()
         self._last_plain_line = 0.0
         self._window = Window()
-        self._board = _open_tensorboard(run.path) if settings.tensorboard else None
+        self._board = _open_tensorboard(run.path) if settings.tensorboard and is_main() else None
 
-    def record(self, step: int, batches: list[Batch], output: StepOutput, weight: float, data_seconds: float) -> None:
+    def record(self, step: int, output: StepOutput, counts: StepCounts, data_seconds: float) -> None:
         """Add a finished step. Every `log_every` steps, a line: means over the steps since the last one.
 
         A step that was not applied counts in `bad_steps` and not in the loss.
         """
         window = self._window
-        window.add(batches, output, weight, data_seconds)
+        self.skipped += int(counts.skipped)
+        window.add(output, counts, data_seconds)
         if step % self.log_every and step != self.max_steps:
             return
         seconds = max(time.monotonic() - window.started, 1e-9)

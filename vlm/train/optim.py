@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,8 +55,8 @@ def build_schedule(config: TrainConfig, max_steps: int) -> Schedule:
     )
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with one group per trainable part and decay. Norms, biases and other vectors are not decayed.
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """One group per trainable part and decay. Norms, biases and other vectors are not decayed.
 
     Each group's learning rate is `lr_scale` times the schedule's: `learning_rates[part] / learning_rate`.
     """
@@ -63,20 +65,20 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((part_of(name), parameter.ndim >= 2), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": config.weight_decay if decays else 0.0,
-                "lr_scale": rates.get(part, config.learning_rate) / config.learning_rate,
-                "part": part,
-            }
-            for (part, decays), parameters in groups.items()
-        ],
-        lr=config.learning_rate,
-        betas=config.betas,
-        fused=True,
-    )
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr_scale": rates.get(part, config.learning_rate) / config.learning_rate,
+            "part": part,
+        }
+        for (part, decays), parameters in groups.items()
+    ]
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`."""
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -84,13 +86,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group["lr_scale"]
 
 
-def describe_groups(optimizer: torch.optim.Optimizer) -> str:
-    """One line for the log: parameters and learning-rate scale per part.
+def describe_sizes(shapes: Mapping[str, Sequence[int]], trained: Collection[str], config: TrainConfig) -> str:
+    """One line for the log: parameters of the model, and what trains at which peak rate.
 
-    "projector 1,000 (x1), llm.lora 20 (x0.1)"
+    "1,500 parameters, 1,020 trained: projector 1,000 (rate 0.001), llm.lora 20 (rate 0.0001)"
     """
-    totals: dict[str, tuple[int, float]] = {}
-    for group in optimizer.param_groups:
-        count = sum(parameter.numel() for parameter in group["params"])
-        totals[group["part"]] = (totals.get(group["part"], (0, 0))[0] + count, group["lr_scale"])
-    return ", ".join(f"{part} {count:,} (x{scale:g})" for part, (count, scale) in totals.items())
+    rates: dict[str, float] = {str(part): rate for part, rate in config.learning_rates.items()}
+    totals: dict[str, int] = {}
+    for name in shapes:
+        if name in trained:
+            totals[part_of(name)] = totals.get(part_of(name), 0) + math.prod(shapes[name])
+    everything = sum(math.prod(shape) for shape in shapes.values())
+    parts = ", ".join(
+        f"{part} {count:,} (rate {rates.get(part, config.learning_rate):g})" for part, count in totals.items()
+    )
+    return f"{everything:,} parameters, {sum(totals.values()):,} trained: {parts}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vlm
+from vlm.distributed import is_main, rank, world_size
 from vlm.errors import CheckpointError
 from vlm.faults import fault
-from vlm.train.checkpoint import read_info, save_checkpoint, save_tensors
+from vlm.logs import log
+from vlm.train.checkpoint import read_info, save_checkpoint
 from vlm.train.engines.base import Engine
+from vlm.train.fragments import save_tensors
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunState:
     """Engine, stream position and random state of a run.
 
@@ -29,19 +33,22 @@ class RunState:
     engine: Engine
     stream_fingerprint: str
     identity: dict[str, Any]
+    counters: Callable[[], dict[str, Any]] = dict  # what else goes into progress.json
 
     def save(self, step: int, keep_last: int) -> Path:
         """Write a checkpoint after `step` optimizer steps. Raises OSError when the disk refuses."""
 
         def write(folder: Path) -> None:
             self.engine.save(folder)
-            save_tensors(_random_state(), folder / "rng.safetensors")
-            stream = {"step": step, "fingerprint": self.stream_fingerprint}
-            (folder / "stream.json").write_text(json.dumps(stream), encoding="utf-8")
-            (folder / "progress.json").write_text(json.dumps({"step": step}), encoding="utf-8")
+            save_tensors(_random_state(), _random_file(folder, rank()))
+            if is_main():
+                stream = {"step": step, "fingerprint": self.stream_fingerprint}
+                (folder / "stream.json").write_text(json.dumps(stream), encoding="utf-8")
+                progress = {"step": step, **self.counters()}
+                (folder / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
 
         fault("save")
-        info = {"identity": self.identity, "world_size": 1, "vlm_version": vlm.__version__}
+        info = {"identity": self.identity, "world_size": world_size(), "vlm_version": vlm.__version__}
         return save_checkpoint(self.run, step, write, info, keep_last)
 
     def load(self, checkpoint: Path) -> int:
@@ -58,8 +65,21 @@ class RunState:
                 f"output_dir with init_from: an export of {self.run}"
             )
         self.engine.load(checkpoint)
-        _restore_random_state(load_file(checkpoint / "rng.safetensors"))
+        written_by = int(read_info(checkpoint)["world_size"])
+        if written_by != world_size():
+            log(
+                f"{checkpoint} was written by {written_by} ranks, this run has {world_size()}: the same weights and "
+                "samples, but dropout draws other numbers"
+            )
+        own = _random_file(checkpoint, rank())
+        if own.is_file():
+            _restore_random_state(load_file(own))
         return int(stream["step"])
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """What the run had counted when the checkpoint was written."""
+    return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
 
 
 def refuse_other_run(checkpoint: Path, identity: dict[str, Any]) -> None:
@@ -89,6 +109,11 @@ def flatten(value: Any, prefix: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
     return {name: leaf for key, child in value.items() for name, leaf in flatten(child, f"{prefix}.{key}").items()}
+
+
+def _random_file(checkpoint: Path, number: int) -> Path:
+    old = checkpoint / "rng.safetensors"  # of format version 1
+    return old if number == 0 and old.is_file() else checkpoint / "rng" / f"rank-{number:05d}.safetensors"
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -10,13 +10,16 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from vlm.distributed import is_main, on_main
 from vlm.errors import ConfigError, RunLocked
 from vlm.logs import warn
 from vlm.train.checkpoint import clean_temporary, write_atomically
 
 
 class RunFolder:
-    """Holds `<output_dir>` for one process. Use as a context manager; the lock dies with the process.
+    """Holds `<output_dir>` for one launch: rank 0 locks it and writes, the other ranks know where it is.
+
+    Use as a context manager; the lock dies with the process.
 
     Raises:
         ConfigError: the path is not a folder, not writable, or holds files of something else.
@@ -28,6 +31,10 @@ class RunFolder:
         self._lock = FileLock(self.path / "run.lock", timeout=0)
 
     def __enter__(self) -> RunFolder:
+        on_main(self._take)
+        return self
+
+    def _take(self) -> None:
         self._check()
         owner = self.path / "run.owner.json"
         try:
@@ -39,16 +46,17 @@ class RunFolder:
             ) from None
         write_atomically(owner, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         clean_temporary(self.path)
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
     def write_config(self, text: str) -> None:
-        write_atomically(self.path / "config.yaml", text)
+        on_main(lambda: write_atomically(self.path / "config.yaml", text))
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Add a line to a .jsonl file of the run. A full disk costs the line, not the run."""
+        """Add a line to a .jsonl file of the run, on rank 0. A full disk costs the line, not the run."""
+        if not is_main():
+            return
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -58,7 +66,7 @@ class RunFolder:
     def rewind(self, name: str, step: int) -> None:
         """Drop the lines of a .jsonl file that a resumed run will write again: past `step`, or torn by a kill."""
         path = self.path / name
-        if path.exists():
+        if is_main() and path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").split("\n") if _line_step(line) <= step]
             write_atomically(path, "".join(f"{line}\n" for line in kept))
 

@@ -1,60 +1,57 @@
-"""One process: CPU or one GPU."""
+"""One process, or several that each hold the whole model (DistributedDataParallel, torch)."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from vlm.batch import Batch
-from vlm.errors import CheckpointError
-from vlm.faults import fault
-from vlm.models.trainable import load_weights, trained_weights
-from vlm.models.vlm import VisionLanguageModel
-from vlm.objectives.lm import Objective
-from vlm.train.checkpoint import save_tensors
-from vlm.train.engines.base import StepOutput
+from vlm.distributed import gather_objects, is_main, rank, sum_over_ranks, world_size
+from vlm.models.trainable import trained_weights
+from vlm.train.engines.base import FragmentState, LossModule, StepOutput, T, adam_state, trained_names
+from vlm.train.fragments import Fragment
 from vlm.train.optim import set_learning_rate
 
 
-class LocalEngine:
-    """See `Engine`. `autocast_dtype` None computes in the weights' own dtype."""
-
-    data_rank = 0
-    num_data_ranks = 1
+class LocalEngine(FragmentState):
+    """See `Engine`. In a launch of several processes the gradients are averaged by DistributedDataParallel."""
 
     def __init__(
         self,
-        model: VisionLanguageModel,
-        objective: Objective,
+        module: LossModule,
         optimizer: torch.optim.Optimizer,
         *,
         device: torch.device,
-        autocast_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        self.model = model
-        self.objective = objective
+        self.loss_module = module
+        self.model = module.model
+        self.objective = module.objective
         self.optimizer = optimizer
         self.device = device
-        self.autocast_dtype = autocast_dtype
         self.max_grad_norm = max_grad_norm
-        self.parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.data_rank = rank()
+        self.num_data_ranks = world_size()
+        self._wrapped: Any = self._wrap(module)
+        self.parameters = list(trained_names(self.model))
 
     def train_step(self, microbatches: list[Batch], weight: float, learning_rate: float) -> StepOutput:
         self.model.train()
         summed = 0.0
-        for batch in microbatches:
-            loss = self._loss(batch)
-            if fault("loss") == "nan":
-                loss = loss * math.nan
-            (loss / weight).backward()
+        for number, batch in enumerate(microbatches):
+            with self._reduction(number == len(microbatches) - 1):
+                loss = self._wrapped(batch.to(self.device))
+                (loss * (self.num_data_ranks / weight)).backward()
             summed += loss.item()
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.parameters if p.grad is not None]).item()
+        summed = self.sum_over_data_ranks([summed])[0]
+        grad_norm = self._grad_norm()
         finite = math.isfinite(summed) and math.isfinite(grad_norm)
         if finite:
             if self.max_grad_norm is not None:
@@ -67,60 +64,48 @@ class LocalEngine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         self.model.eval()
-        return self._loss(batch).item(), self.objective.weight(batch)
+        own = [self.loss_module(batch.to(self.device)).item(), float(self.objective.weight(batch))]
+        summed, weight = self.sum_over_data_ranks(own)
+        return summed, int(weight)
 
-    def sum_over_data_ranks(self, value: float) -> float:
-        return value
+    def sum_over_data_ranks(self, values: list[float]) -> list[float]:
+        return sum_over_ranks(values)
 
-    def save(self, folder: Path) -> None:
-        (folder / "engine").mkdir()
-        save_tensors({name: _plain(tensor) for name, tensor in self.trained_weights()}, folder / "weights.safetensors")
-        fault("save:shard")
-        save_tensors(self._optimizer_tensors(), folder / "engine" / "optimizer.safetensors")
+    def gather_from_data_ranks(self, value: T) -> list[T]:
+        return gather_objects(value)
 
-    def load(self, folder: Path) -> None:
-        load_weights(self.model, load_file(folder / "weights.safetensors"), where=str(folder / "weights.safetensors"))
-        self._load_optimizer(folder / "engine" / "optimizer.safetensors")
+    def weight_fragments(self) -> Iterator[Fragment]:
+        """Every rank holds everything, so rank 0 alone writes it; all read it."""
+        for name, tensor in trained_weights(self.model).items():
+            yield Fragment.whole(name, tensor)
 
-    def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from trained_weights(self.model).items()
+    def optimizer_fragments(self) -> Iterator[Fragment]:
+        for name, parameter in self.parameters:
+            for key, value in adam_state(self.optimizer, parameter).items():
+                yield Fragment.whole(f"{name}/{key}", value)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        batch = batch.to(self.device)
-        enabled = self.autocast_dtype is not None
-        with torch.autocast(self.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
-            return self.objective.loss(self.model, batch)
+    def save(self, folder: Any) -> None:
+        if is_main():
+            super().save(folder)
+
+    def _wrap(self, module: LossModule) -> Any:
+        if self.num_data_ranks == 1:
+            return module
+        with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, 2.10 knows no other name
+            warnings.simplefilter("ignore", FutureWarning)
+            # a copy of the gradients would double their memory; buffers never change while training
+            return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    def _reduction(self, is_last: bool) -> Any:
+        """Gradients are summed over ranks with the last micro-batch only."""
+        return nullcontext() if is_last or self.num_data_ranks == 1 else self._wrapped.no_sync()
+
+    def _grad_norm(self) -> float:
+        return torch.nn.utils.get_total_norm(self._gradients()).item()
 
     def _scale_gradients(self, factor: float) -> None:
         if factor < 1.0:
-            torch._foreach_mul_([p.grad for _, p in self.parameters if p.grad is not None], factor)
+            torch._foreach_mul_(self._gradients(), factor)
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        """`<parameter>/<state>` -> tensor, for every state that the optimizer keeps."""
-        return {
-            f"{name}/{key}": _plain(value)
-            for name, parameter in self.parameters
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
-
-    def _load_optimizer(self, path: Path) -> None:
-        tensors = load_file(path)
-        parameters = dict(self.parameters)
-        for full_name, value in tensors.items():
-            name, _, key = full_name.rpartition("/")
-            if name not in parameters:
-                raise CheckpointError(
-                    f"{path}: optimizer state of {name}, which this config does not train. Usually the config's "
-                    "trainable parts changed since the checkpoint: restore them, or start in another output_dir"
-                )
-            # `step` stays where the optimizer keeps it: on the CPU unless fused
-            device = "cpu" if key == "step" and not self._fused() else parameters[name].device
-            self.optimizer.state[parameters[name]][key] = value.to(device)
-
-    def _fused(self) -> bool:
-        return bool(self.optimizer.defaults.get("fused"))
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU that shares no memory, as safetensors demands."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for _, p in self.parameters if p.grad is not None]

@@ -1,0 +1,156 @@
+"""`vlm plan` and what it is made of: the estimate of a launch, what fits, and what is said."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from conftest_plan import changed
+
+from vlm.cli.main import main
+from vlm.errors import ConfigError
+from vlm.plan.alternatives import Change, alternatives, largest_micro_batch
+from vlm.plan.estimate import estimate
+from vlm.plan.memory import parse_memory, usable
+from vlm.plan.numerics import Workload, full_rows
+from vlm.plan.report import describe_plan, full_report, verdict
+from vlm.plan.shapes import read_shapes
+
+GIB = 2**30
+
+
+def test_the_columns_add_up_and_static_memory_is_exact(config):
+    device = estimate(config).devices[0]
+    llm, vision, projector = 256 + 256 + 8 + 2 * 608, read_shapes(config.model).vision.numel, 104 + 72
+    assert device.parameters == 2 * (llm + vision) + 4 * projector
+    assert (device.optimizer, device.gradients) == (8 * projector, 4 * projector)  # two micro-batches: they stay
+    parts = (device.parameters, device.gradients, device.optimizer, device.activations, device.buffers)
+    assert device.total == sum(parts)
+
+
+def test_full_rows_hold_as_many_pictures_as_fit(config):
+    assert full_rows(config, 16) == Workload(rows=2, length=20, num_images=2, supervised=40)
+    assert full_rows(config, 7).num_images == 2  # max_images is 1
+    assert full_rows(config, 0).num_images == 0
+
+
+def test_cached_features_spare_the_encoders_run(config):
+    shape = read_shapes(config.model)
+    cached = changed(config, data={"cache_features": True})
+    pixels, features = 2 * 3 * 28 * 28 * 4, 2 * 16 * 12 * 2
+    assert estimate(config, shape=shape).peak - estimate(cached, shape=shape).peak == pixels - features
+
+
+def test_auto_is_local_alone_and_ddp_together(config):
+    assert (estimate(config).kind, estimate(config, 2).kind) == ("local", "ddp")
+
+
+def test_a_pipeline_puts_the_encoder_first_and_the_head_last(config):
+    plan = estimate(changed(config, engine={"kind": "pipeline", "num_stages": 2, "cuts": (2,)}), 4)
+    first, last = plan.devices
+    assert (plan.num_data_ranks, first.num_devices) == (2, 2)
+    assert [(d.first_layer, d.last_layer) for d in plan.devices] == [(0, 1), (2, 3)]
+    vision, projector = read_shapes(config.model).vision.numel, 104 + 72
+    assert first.parameters == 2 * (vision + 256 + 608) + 4 * projector
+    assert last.parameters == 2 * (608 + 8 + 256)
+    assert (first.optimizer, last.optimizer) == (12 * projector // 2, 0)
+
+
+def test_balanced_cuts_leave_no_stage_empty(config):
+    assert estimate(changed(config, engine={"kind": "pipeline", "num_stages": 4}), 4).cuts == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus", "message"),
+    [
+        ({"kind": "local"}, 2, "engine.kind is local, which is one process, but 2 devices"),
+        ({"kind": "pipeline", "num_stages": 2}, 3, "engine.num_stages 2 does not divide 3 devices"),
+        ({"kind": "pipeline", "num_stages": 2, "cuts": (9,)}, 2, "the model has 4 layers, the inputs 0, blocks 1 to 2"),
+    ],
+)
+def test_an_engine_that_does_not_fit_the_launch_says_so(engine, gpus, message, config):
+    with pytest.raises(ConfigError, match=message):
+        estimate(changed(config, engine=engine), gpus)
+
+
+def test_memory_is_read_with_its_unit():
+    assert [parse_memory(text) for text in ("24", "24GiB", "1.5 GB", "512mib")] == [
+        24 * GIB, 24 * GIB, 1_500_000_000, 512 * 2**20,
+    ]  # fmt: skip
+    assert usable(100 * GIB) == 95 * GIB  # 1 GiB and 4 %
+    for wrong in ("", "0", "many", "24 bananas", "-1"):
+        with pytest.raises(ConfigError, match="expected a size such as 24GiB"):
+            parse_memory(wrong)
+
+
+def memory_for(bytes_used: int) -> int:
+    """The smallest device of which so many bytes are usable."""
+    return int((bytes_used + GIB) / 0.96) + 1
+
+
+def test_largest_micro_batch_divides_the_rows_of_a_step(config):
+    shape = read_shapes(config.model)
+    peaks = {size: estimate(changed(config, train={"micro_batch_size": size}), shape=shape).peak for size in (1, 2, 4)}
+    assert peaks[1] < peaks[2] < peaks[4]
+    assert largest_micro_batch(config, 1, memory_for(peaks[4]), shape) == 4
+    assert largest_micro_batch(config, 1, memory_for(peaks[4] - 1000), shape) == 2
+    assert largest_micro_batch(config, 1, memory_for(peaks[1] - 1000), shape) is None
+
+
+def test_alternatives_are_tried_before_they_are_offered(config):
+    full = changed(config, model={"trainable": ("projector", "llm"), "lora": {"rank": 2, "alpha": 4}})
+    memory = memory_for(estimate(full).peak - 1000)
+    found = {one.change.name: one for one in alternatives(full, 1, memory)}
+    assert found["smaller micro-batch"].change.yaml_lines() == ["train: {micro_batch_size: 1}"]
+    assert found["gradient checkpointing"].change.yaml_lines() == ["model: {gradient_checkpointing: true}"]
+    assert found["LoRA"].change.yaml_lines() == ["model: {trainable: [projector, llm.lora], lora: {rank: 2, alpha: 4}}"]
+    assert all(one.plan.peak <= usable(memory) for one in found.values())
+
+
+def test_changes_add_up():
+    both = Change("a", {"model": {"x": 1}}) + Change("b", {"model": {"y": True}, "train": {"z": "w"}})
+    assert (both.name, both.yaml_lines()) == ("a, b", ["model: {x: 1, y: true}", "train: {z: w}"])
+
+
+def test_verdict_counts_what_is_left_free(config):
+    plan = estimate(config)
+    assert verdict(plan, 24 * GIB).startswith("fits: 0.0 of 24.0 GiB (2.0 GiB of it are left free")
+    assert verdict(plan, GIB).startswith("DOES NOT FIT: 0.0 of 1.0 GiB")
+
+
+def test_train_gets_the_table_and_alternatives_only_when_it_does_not_fit(config):
+    lines = describe_plan(config, 1, 24 * GIB)
+    assert len(lines) == 4  # what it is, columns, one device, fits
+    full = changed(config, model={"trainable": ("projector", "llm")})
+    lines = describe_plan(full, 1, memory_for(estimate(full).peak - 1000))
+    assert any(line.startswith("would fit:") for line in lines)
+
+
+def test_report_of_a_pipeline_says_where_it_is_cut(config):
+    lines = full_report(changed(config, engine={"kind": "pipeline", "num_stages": 2}), 2, 24 * GIB, "a card")
+    assert sum(line.startswith("stage ") for line in lines) == 2
+    assert any(re.search(r"engine.cuts \[\d\]", line) for line in lines)
+
+
+def test_the_command_prints_the_report(config, tmp_path, capsys):
+    import yaml
+
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
+    with pytest.raises(SystemExit) as end:
+        main(["plan", str(path), "--gpus", "2", "--memory", "24GiB", "--options", "engine.kind=zero", "engine.stage=3"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "engine zero stage 3, 2 devices; 2 x 20 tokens per forward; bf16" in out
+    assert "largest micro-batch that fits: 2 rows (now 2)" in out
+
+
+@pytest.mark.parametrize("arguments", [["--gpus", "0"], ["--memory", "lots"]])
+def test_a_wrong_number_ends_with_2(arguments, config, tmp_path):
+    import yaml
+
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
+    with pytest.raises(SystemExit) as end:
+        main(["plan", str(path), *arguments])
+    assert end.value.code == 2

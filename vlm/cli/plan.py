@@ -1,0 +1,34 @@
+"""`vlm plan`: will it fit?"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from vlm.cli.configs import Config, Options
+from vlm.config import load_config
+from vlm.errors import ConfigError
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(plan)
+
+
+def plan(
+    config: Config,
+    gpus: Annotated[int | None, typer.Option(help="Devices of the launch; default: WORLD_SIZE, or 1.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Of each, e.g. 24GiB; default: what is here.")] = None,
+    options: Options = None,
+) -> None:
+    """Print what each device would hold at the peak, whether that fits, and what else would. Loads no weights."""
+    checked = load_config(config, options or ())
+    count = gpus if gpus is not None else int(os.environ.get("WORLD_SIZE", "1"))
+    if count < 1:
+        raise ConfigError(f"--gpus {count}: expected at least 1")
+    from vlm.plan.memory import device_memory, parse_memory
+    from vlm.plan.report import full_report
+
+    size, name = (parse_memory(memory), "as --memory says") if memory else device_memory(checked.engine.device, count)
+    print("\n".join(full_report(checked, count, size, name)))

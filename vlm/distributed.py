@@ -1,0 +1,195 @@
+"""The processes of one launch: who am I, sums, and decisions that all of them take together.
+
+torchrun, `deepspeed` and `accelerate launch` describe a launch in the same environment variables (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without them this is a world of one process, and nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from vlm.errors import DistributedError, VLMError
+
+T = TypeVar("T")
+_store: Any = None  # the key-value store of the launch; says where each rank was when one of them is lost
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def local_rank() -> int:
+    """Number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_seconds: float, *, always: bool = False) -> Iterator[None]:
+    """Join the processes of the launch, and leave them at the end.
+
+    Args:
+        device: cpu takes gloo, cuda takes nccl for tensors on the GPU and gloo for those on the host.
+        timeout_seconds: a collective that waits longer fails on every rank.
+        always: make a group even in a world of one, as DeepSpeed and fully_shard demand.
+    """
+    global _store
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_initialized() or (size == 1 and not always):
+        yield
+        return
+    if int(os.environ.get("LOCAL_WORLD_SIZE", str(size))) == size:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on its loopback
+    # torch's own FSDP and DeepSpeed call functions that torch renamed: nothing that a user could act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    timeout = timedelta(seconds=timeout_seconds)
+    if size == 1:
+        _store, own = dist.HashStore(), 0
+    else:
+        _store, own, size = next(dist.rendezvous("env://", timeout=timeout))
+    _store.set_timeout(timeout)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("vlm", _store), rank=own, world_size=size, timeout=timeout)
+    try:
+        with _name_the_lost():
+            yield
+    finally:
+        _store = None
+        dist.destroy_process_group()
+
+
+def note(phase: str) -> None:
+    """Say what this rank is doing, for the error that the others raise if it never comes back from it."""
+    if _store is not None and world_size() > 1:
+        _store.set(f"phase/{rank()}", phase)
+
+
+def sum_over_ranks(values: list[float], group: Any = None) -> list[float]:
+    """Element-wise sums over all ranks (of a group), in float64."""
+    if world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, group=group)
+    return tensor.tolist()
+
+
+def any_rank(flag: bool) -> bool:
+    return sum_over_ranks([float(flag)])[0] > 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_objects(value: T) -> list[T]:
+    """What every rank gave, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def on_main(compute: Callable[[], T]) -> T:
+    """The result of `compute` on rank 0, on every rank. An error there is raised everywhere."""
+    return gather_objects(together(lambda: compute() if is_main() else None))[0]  # type: ignore[return-value]
+
+
+def together(compute: Callable[[], T]) -> T:
+    """Run `compute` on every rank and return this rank's result. If it fails on one, all raise the first failure.
+
+    Only errors of ours and of the operating system are shared; others are bugs and end their own rank.
+    """
+    if world_size() == 1:
+        return compute()
+    failure: tuple[type, str] | None = None
+    result: Any = None
+    try:
+        result = compute()
+    except (VLMError, OSError) as error:
+        failure = (type(error) if isinstance(error, VLMError) else OSError, str(error))
+    for failed in gather_objects(failure):
+        if failed is not None:
+            raise _rebuild(*failed)
+    return result
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 goes through the block alone, the others after it: what it puts into a shared cache, they find there."""
+    if world_size() == 1:
+        yield
+        return
+    failure: tuple[type, str] | None = None
+    if is_main():
+        try:
+            yield
+        except VLMError as error:
+            failure = (type(error), str(error))
+    outcome = gather_objects(failure)[0]
+    if outcome is not None:
+        raise _rebuild(*outcome)
+    if not is_main():
+        yield
+
+
+def _rebuild(kind: type[Exception], message: str) -> Exception:
+    error = kind.__new__(kind, message)  # some take other arguments than their message
+    if isinstance(error, VLMError):
+        error.everywhere = True
+    return error
+
+
+@contextmanager
+def _name_the_lost() -> Iterator[None]:
+    """A collective that fails says only that something did; say where every rank was."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed's errors, and gloo's
+        if not _is_collective_failure(error):
+            raise
+        raise DistributedError(
+            f"rank {rank()} waited for another rank in vain ({str(error).splitlines()[0][:200]}). Last seen:\n"
+            + "\n".join(f"  rank {number}: {_phase(number)}" for number in range(world_size()))
+            + "\nUsually a process was killed (memory?) or hangs: look at the output of the rank that is furthest "
+            "behind. The same command resumes from the newest checkpoint; torchrun --max-restarts=3 does so by itself; "
+            "engine.timeout_seconds sets how long ranks wait"
+        ) from None
+
+
+def _is_collective_failure(error: RuntimeError) -> bool:
+    words = (
+        "Timed out",
+        "timed out",
+        "Connection closed",
+        "Connection reset",
+        "gloo",
+        "NCCL",
+        "Broken pipe",
+        "timeout",
+    )
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def _phase(number: int) -> str:
+    with suppress(RuntimeError):
+        key = f"phase/{number}"
+        if _store is not None and _store.check([key]):
+            return _store.get(key).decode()
+    return "nothing noted"

@@ -1,0 +1,175 @@
+"""What could be changed so that a run fits, each change tried on the estimate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlm.data.config import DataConfig
+from vlm.errors import VLMError
+from vlm.models.config import LoRAConfig, ModelConfig
+from vlm.plan.estimate import Plan, engine_kind, estimate
+from vlm.plan.memory import usable
+from vlm.plan.numerics import Settings
+from vlm.plan.shapes import ModelShape, read_shapes
+from vlm.train.config import EngineConfig, TrainConfig
+
+_ADAPTERS = LoRAConfig(rank=128, alpha=256)
+_ENGINES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("zero stage 2", {"kind": "zero", "stage": 2, "offload": ()}),
+    ("zero stage 2, optimizer on the host", {"kind": "zero", "stage": 2, "offload": ("optimizer",)}),
+    ("fsdp", {"kind": "fsdp"}),
+    ("zero stage 3", {"kind": "zero", "stage": 3, "offload": ()}),
+    ("zero stage 3, optimizer on the host", {"kind": "zero", "stage": 3, "offload": ("optimizer",)}),
+    ("zero stage 3, all on the host", {"kind": "zero", "stage": 3, "offload": ("optimizer", "parameters")}),
+)
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The sections of a config that the estimate reads, some of them changed."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True)
+class Change:
+    """Keys to set. Nested as in YAML."""
+
+    name: str
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    world_size: int = 0  # 0: as it is
+
+    def __add__(self, other: Change) -> Change:
+        sections = {**self.values, **other.values}
+        merged = {name: {**self.values.get(name, {}), **other.values.get(name, {})} for name in sections}
+        return Change(f"{self.name}, {other.name}", merged, self.world_size or other.world_size)
+
+    def apply(self, config: Settings) -> Sections:
+        return Sections(*(
+            getattr(config, name).model_copy(update=self.values.get(name, {}))
+            for name in ("model", "data", "train", "engine")
+        ))  # fmt: skip
+
+    def yaml_lines(self) -> list[str]:
+        """
+        >>> Change("", {"engine": {"kind": "zero", "stage": 3}}).yaml_lines()
+        ['engine: {kind: zero, stage: 3}']
+        """
+        return [
+            f"{section}: {{{', '.join(f'{key}: {_yaml(value)}' for key, value in values.items())}}}"
+            for section, values in self.values.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    change: Change
+    plan: Plan
+
+
+def alternatives(
+    config: Settings, world_size: int, memory: int, shape: ModelShape | None = None, limit: int = 8
+) -> list[Alternative]:
+    """Changes after which the run fits into `memory` bytes on every device, the smallest changes first.
+
+    A change that does not suffice alone is tried again with gradient checkpointing, and then with one row per forward.
+    """
+    shape = shape or read_shapes(config.model)
+    found: dict[str, Alternative] = {}
+    for change in _changes(config, world_size, memory, shape):
+        if change.name in found:  # with fewer devices
+            continue
+        for tried in _helped(change, config):
+            plan = _try(config, tried, world_size, shape)
+            if plan is not None and plan.peak <= usable(memory):
+                found[change.name] = Alternative(tried, plan)
+                break
+    unique = {(str(one.change.values), one.plan.world_size): one for one in reversed(found.values())}
+    return list(reversed(unique.values()))[:limit]
+
+
+def _helped(change: Change, config: Settings) -> Iterator[Change]:
+    """The change alone, then with what costs time only, then with one row per forward."""
+    checkpointing = Change("gradient checkpointing", {"model": {"gradient_checkpointing": True}})
+    one_row = Change("one row per forward", {"train": {"micro_batch_size": 1}})
+    tried = [change]
+    if not config.model.gradient_checkpointing and not _holds(change, checkpointing):
+        tried.append(change + checkpointing)
+    yield from tried
+    if config.train.micro_batch_size > 1 and not _holds(change, one_row):
+        yield from (one + one_row for one in tried)
+
+
+def largest_micro_batch(config: Settings, world_size: int, memory: int, shape: ModelShape) -> int | None:
+    """Rows per forward that fit on every device: the largest number that divides the rows of a step on a data rank."""
+    stages = config.engine.num_stages if engine_kind(config, world_size) == "pipeline" else 1
+    rows = max(1, config.train.global_batch_size // (world_size // stages))
+    for size in (size for size in range(rows, 0, -1) if rows % size == 0):
+        plan = _try(config, Change("", {"train": {"micro_batch_size": size}}), world_size, shape)
+        if plan is not None and plan.peak <= usable(memory):
+            return size
+    return None
+
+
+def _changes(config: Settings, world_size: int, memory: int, shape: ModelShape) -> Iterator[Change]:
+    model, train = config.model, config.train
+    size = largest_micro_batch(config, world_size, memory, shape)
+    if size is not None and size < train.micro_batch_size:
+        yield Change("smaller micro-batch", {"train": {"micro_batch_size": size}})
+    if not model.gradient_checkpointing:
+        yield Change("gradient checkpointing", {"model": {"gradient_checkpointing": True}})
+    if train.precision != "bf16":
+        yield Change("frozen weights in bf16", {"train": {"precision": "bf16"}})
+    if "llm" in model.trainable:
+        parts = tuple("llm.lora" if part == "llm" else part for part in model.trainable)
+        adapters = model.lora or _ADAPTERS
+        yield Change("LoRA", {"model": {"trainable": parts, "lora": adapters}})
+    if model.lora is not None and "llm.lora" in model.trainable:
+        for rank in (rank for rank in (64, 32, 16, 8) if rank < model.lora.rank):
+            adapters = model.lora.model_copy(update={"rank": rank, "alpha": model.lora.alpha * rank // model.lora.rank})
+            yield Change("smaller adapters", {"model": {"lora": adapters}})
+    for devices in (world_size,) if world_size > 1 else (1, 2, 4, 8):
+        yield from _other_engines(config, engine_kind(config, world_size), devices)
+
+
+def _other_engines(config: Settings, kind: str, devices: int) -> Iterator[Change]:
+    now = (kind, config.engine.stage if kind == "zero" else None, config.engine.offload if kind == "zero" else ())
+    for name, values in _ENGINES:
+        offload = values.get("offload", ())
+        if (devices > 1 or offload) and (values["kind"], values.get("stage"), offload) != now:
+            written = {key: value for key, value in values.items() if value != () or config.engine.offload}
+            yield Change(name, {"engine": written}, devices)
+    for stages in (2, 4, 8):
+        if devices % stages == 0 and (kind != "pipeline" or stages > config.engine.num_stages):
+            values = {"kind": "pipeline", "num_stages": stages}
+            yield Change(
+                f"pipeline of {stages}", {"engine": values | ({"cuts": None} if config.engine.cuts else {})}, devices
+            )
+
+
+def _holds(change: Change, more: Change) -> bool:
+    return all(
+        change.values.get(section, {}).get(key) is not None for section in more.values for key in more.values[section]
+    )
+
+
+def _try(config: Settings, change: Change, world_size: int, shape: ModelShape) -> Plan | None:
+    """None where the engine cannot be cut that way."""
+    try:
+        return estimate(change.apply(config), change.world_size or world_size, shape=shape)
+    except (VLMError, ValueError):
+        return None
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, LoRAConfig):
+        return f"{{rank: {value.rank}, alpha: {max(1, value.alpha)}}}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,252 @@
+"""A config -> what every device of its launch holds at the worst moment of a step."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from vlm.errors import ConfigError
+from vlm.plan import blocks
+from vlm.plan.blocks import Part
+from vlm.plan.numerics import FLOAT32, Numerics, Settings, Workload, full_rows, read_numerics
+from vlm.plan.shapes import ModelShape, read_shapes
+from vlm.plan.states import States, device_states
+from vlm.plan.timeline import peak
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """One device, or several that hold the same. Bytes; they add up to `total`, the peak of a step."""
+
+    name: str
+    num_devices: int
+    parameters: int
+    gradients: int  # those that exist at the peak
+    optimizer: int
+    activations: int  # at the peak, the micro-batch and logits included
+    buffers: int  # of communication: gathered weights, reduction buckets
+    host: int  # in the machine's memory instead, for each device
+    moment: str  # where in the step the peak is
+    first_layer: int = 0  # of a pipeline, as vlm.models.pipeline counts
+    last_layer: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes. `devices` has one entry per stage of a pipeline, else one that stands for all ranks."""
+
+    kind: str  # local, ddp, zero, fsdp, pipeline
+    world_size: int
+    num_data_ranks: int
+    micro_batch_size: int
+    num_parameters: int
+    num_trained: int
+    devices: tuple[DevicePlan, ...]
+    cuts: tuple[int, ...] = ()
+    shape: ModelShape | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the fullest device."""
+        return max(device.total for device in self.devices)
+
+    @property
+    def activation_gib(self) -> float:
+        """Of the device with most of them, in GiB."""
+        return max(device.activations for device in self.devices) / GIB
+
+
+def estimate(
+    config: Settings,
+    world_size: int = 1,
+    *,
+    workload: Workload | None = None,
+    shape: ModelShape | None = None,
+    has_flash_attention: bool | None = None,
+) -> Plan:
+    """What every device holds at the worst moment of an optimizer step after the first.
+
+    Args:
+        config: a RunConfig.
+        world_size: processes of the launch, one per device.
+        workload: another micro-batch than the largest that the config allows (`full_rows`).
+        shape: `read_shapes(config.model)`, if it was read before; reading takes seconds.
+        has_flash_attention: what `attention: auto` finds on the GPU; None looks for the package here.
+
+    Raises:
+        ConfigError: the engine does not fit the number of processes.
+        CheckpointError: a model's config.json cannot be read.
+    """
+    kind = engine_kind(config, world_size)
+    num_stages = config.engine.num_stages if kind == "pipeline" else 1
+    num_data_ranks = world_size // num_stages
+    shape = shape or read_shapes(config.model)
+    if has_flash_attention is None:
+        has_flash_attention = importlib.util.find_spec("flash_attn") is not None
+    numerics = read_numerics(config, has_flash_attention)
+    work = workload or full_rows(config, shape.tokens_per_image)
+    layers = model_layers(config, shape, work, numerics)
+    parts = [part for layer in layers for part in layer]
+    num_micro = max(1, config.train.global_batch_size // (work.rows * num_data_ranks))  # per step and data rank
+    cuts: tuple[int, ...] = ()
+    if kind == "pipeline":
+        layers[-1] = [_own_copy_of_a_tied_head(layers[-1][0], shape, config, numerics)]
+        cuts = config.engine.cuts or _balance(layers, num_stages, num_micro, num_data_ranks, config)
+        if cuts and cuts[-1] >= len(layers):
+            raise ConfigError(
+                f"engine.cuts {list(cuts)}: the model has {len(layers)} layers, the inputs 0, blocks 1 to "
+                f"{len(layers) - 2}, the output {len(layers) - 1}; leave cuts out to have them balanced"
+            )
+    bounds = list(pairwise([0, *cuts, len(layers)]))
+    devices = []
+    for stage, (first, stop) in enumerate(bounds):
+        own = [part for layer in layers[first:stop] for part in layer]
+        name = f"stage {stage}" if kind == "pipeline" else f"rank 0-{world_size - 1}" if world_size > 1 else "rank 0"
+        in_flight = min(len(bounds) - stage, num_micro)
+        base = blocks.batch_bytes(shape, work, numerics, config.data.cache_features) * in_flight
+        if kind == "pipeline":  # what is received and sent, and their gradients
+            base += 2 * in_flight * work.tokens * shape.llm.width * numerics.residual
+        states = device_states(own, config, kind, num_data_ranks, num_micro > 1)
+        devices.append(
+            _device(name, own, states, base, _bool_mask(work, numerics), num_micro, in_flight, num_data_ranks,
+                    first, stop - 1)
+        )  # fmt: skip
+    return Plan(
+        kind, world_size, num_data_ranks, work.rows, _num_parameters(config, shape),
+        sum(part.trained for part in parts),
+        tuple(devices), cuts, shape,
+    )  # fmt: skip
+
+
+def engine_kind(config: Settings, world_size: int) -> str:
+    """`auto` resolved. Raises ConfigError when the engine does not fit the number of processes."""
+    kind = config.engine.kind
+    if kind == "auto":
+        return "local" if world_size == 1 else "ddp"
+    if kind == "local" and world_size > 1:
+        raise ConfigError(
+            f"engine.kind is local, which is one process, but {world_size} devices were asked for. Set engine.kind to "
+            "auto, ddp, zero, fsdp or pipeline, or ask for one with --gpus 1"
+        )
+    if kind == "pipeline" and world_size % config.engine.num_stages:
+        raise ConfigError(
+            f"engine.num_stages {config.engine.num_stages} does not divide {world_size} devices. Ask for a multiple: "
+            f"--gpus {config.engine.num_stages}"
+        )
+    return kind
+
+
+def model_layers(config: Settings, shape: ModelShape, work: Workload, numerics: Numerics) -> list[list[Part]]:
+    """The parts of each layer, as vlm.models.pipeline counts layers: inputs, blocks, output."""
+    from vlm.models.loss import CHUNK_TOKENS
+
+    trainable, model = config.model.trainable, config.model
+    is_trained = "llm" in trainable
+    inputs: list[Part] = []
+    if shape.vision is not None:
+        trains_vision = "vision" in trainable
+        inputs.append(
+            blocks.vision(shape.vision, work, numerics, is_trained=trains_vision, is_cached=config.data.cache_features)
+        )
+        keeps = trains_vision or "projector" in trainable
+        inputs.append(blocks.projector(shape, work, numerics, "projector" in trainable, keeps))
+    inputs.append(blocks.embedding(shape.llm, work, numerics, is_trained))
+    lora = model.lora if "llm.lora" in trainable else None
+    middle = [
+        blocks.decoder_block(
+            shape.llm, number, work, numerics,
+            is_trained=is_trained, lora=lora, checkpointing=model.gradient_checkpointing,
+        )
+        for number in range(len(shape.llm.blocks))
+    ]  # fmt: skip
+    output = blocks.head(shape.llm, work, numerics, is_trained=is_trained, chunk_tokens=CHUNK_TOKENS)
+    return [inputs, *([block] for block in middle), [output]]
+
+
+def _num_parameters(config: Settings, shape: ModelShape) -> int:
+    """Of the whole model, adapters included."""
+    llm, lora = shape.llm, config.model.lora if "llm.lora" in config.model.trainable else None
+    adapters = shape.llm.lora_numel(lora) * len(llm.blocks) if lora else 0
+    encoder = shape.vision.numel if shape.vision else 0
+    return llm.embedding + llm.head + llm.final_norm + sum(llm.blocks) + adapters + encoder + shape.projector_numel
+
+
+def _device(
+    name: str, parts: Sequence[Part], states: States, base: int, bool_mask: int, num_micro: int, in_flight: int,
+    num_data_ranks: int, first: int, last: int,
+) -> DevicePlan:  # fmt: skip
+    moment = peak(
+        parts,
+        base=base,
+        bool_mask=bool_mask,
+        gradients_stay=num_micro > 1,
+        num_in_flight=in_flight,
+        gradient_share=states.gradient_share,
+        reduced=states.reduced,
+        backward_buffers=states.backward_buffers,
+    )
+    return DevicePlan(
+        name=name,
+        num_devices=num_data_ranks,
+        parameters=states.parameters,
+        gradients=moment.gradients,
+        optimizer=states.optimizer,
+        activations=moment.activations,
+        buffers=states.buffers + moment.buffers,
+        host=states.host,
+        moment=moment.where,
+        first_layer=first,
+        last_layer=last,
+    )
+
+
+def _bool_mask(work: Workload, numerics: Numerics) -> int:
+    return work.rows * work.length**2 if blocks.has_mask(work, numerics) else 0
+
+
+def _own_copy_of_a_tied_head(part: Part, shape: ModelShape, config: Settings, numerics: Numerics) -> Part:
+    """The last stage holds the embedding again when it is the head too."""
+    if shape.llm.head:
+        return part
+    is_trained = "llm" in config.model.trainable
+    weight = FLOAT32 if is_trained else numerics.frozen
+    more = shape.llm.embedding if is_trained else 0
+    return replace(part, weights=part.weights + weight * shape.llm.embedding, trained=part.trained + more)
+
+
+def _balance(
+    layers: Sequence[Sequence[Part]], num_stages: int, num_micro: int, num_data_ranks: int, config: Settings
+) -> tuple[int, ...]:
+    """Cuts that make the fullest stage as small as possible.
+
+    How many micro-batches a layer holds depends on the stage it falls into, so the cuts are made again with the
+    numbers of the cuts before, until nothing changes.
+    """
+    from vlm.models.pipeline_cost import balanced_cuts
+
+    held = [float(num_stages)] * len(layers)
+    best: tuple[int, ...] = ()
+    for _ in range(4):
+        costs = [_cost(layer, held[i], num_data_ranks, config) for i, layer in enumerate(layers)]
+        costs[-1] += layers[-1][0].backward  # logits; the other transients are alike on all stages
+        cuts = tuple(balanced_cuts(costs, num_stages))
+        if cuts == best:
+            break
+        best = cuts
+        for stage, (first, stop) in enumerate(pairwise([0, *cuts, len(layers)])):
+            held[first:stop] = [float(min(num_stages - stage, num_micro))] * (stop - first)
+    return best
+
+
+def _cost(layer: Sequence[Part], held: float, num_data_ranks: int, config: Settings) -> float:
+    states = device_states(layer, config, "pipeline", num_data_ranks)
+    saved = sum(part.saved + part.saved_copies for part in layer)
+    return states.parameters + states.optimizer + sum(part.gradients for part in layer) + held * saved

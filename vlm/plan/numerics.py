@@ -1,0 +1,87 @@
+"""What one forward holds, and in which number formats: rows of a micro-batch, bytes of each kind of tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from vlm.data.config import DataConfig
+from vlm.models.config import ModelConfig
+from vlm.train.config import EngineConfig, TrainConfig
+
+FLOAT32 = 4  # bytes
+ADAM = 8  # bytes per trained parameter: two float32 moments
+
+
+class Settings(Protocol):
+    """The sections that are read here; `vlm.config.RunConfig` has them all."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def engine(self) -> EngineConfig: ...
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A micro-batch."""
+
+    rows: int  # B
+    length: int  # L, tokens per row
+    num_images: int  # N, in all rows
+    supervised: int  # S, positions with a label, in all rows
+    has_restarts: bool = True  # several examples in a row, or padding: attention then needs a mask
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+def full_rows(config: Settings, tokens_per_image: int, rows: int | None = None) -> Workload:
+    """The largest micro-batch of a config: every row full, every token supervised, as many pictures as fit."""
+    rows, length = rows or config.train.micro_batch_size, config.data.max_length
+    images = min(config.data.max_images, length // tokens_per_image) if tokens_per_image else 0
+    return Workload(rows, length, rows * images, rows * length)
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Bytes per number, as `train.precision` sets them (docs/training.md)."""
+
+    frozen: int  # of a weight that does not train; one that does is float32
+    compute: int  # of what linear layers read and write
+    residual: int  # of the hidden states between decoder blocks: the embedding's own format
+    attention: str  # "sdpa", "flash_attention_2" or "eager"
+    on_gpu: bool
+
+    @property
+    def is_autocast(self) -> bool:
+        """Float32 weights are copied to bf16 for the computation."""
+        return self.compute < FLOAT32
+
+    def copied(self, is_trained: bool) -> bool:
+        """Whether autocast makes a bf16 copy of a weight."""
+        return self.is_autocast and (is_trained or self.frozen == FLOAT32)
+
+
+def read_numerics(config: Settings, has_flash_attention: bool) -> Numerics:
+    """
+    Args:
+        has_flash_attention: what `attention: auto` takes on the GPU.
+    """
+    precision, attention = config.train.precision, config.model.llm.attention
+    frozen = 2 if precision == "bf16" else FLOAT32
+    on_gpu = config.engine.device != "cpu"
+    if attention == "auto":
+        attention = "flash_attention_2" if on_gpu and has_flash_attention else "sdpa"
+    return Numerics(
+        frozen=frozen,
+        compute=FLOAT32 if precision == "fp32" else 2,
+        residual=FLOAT32 if "llm" in config.model.trainable else frozen,
+        attention=attention,
+        on_gpu=on_gpu,
+    )

@@ -1,0 +1,173 @@
+"""The shapes of a model, from its config files: built on the meta device, so no weight is read and nothing is computed.
+
+Letters: D LLM width, V vocabulary, C vision width, P patches, T tokens per picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from vlm.models.config import LoRAConfig, ModelConfig, VisionConfig
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer; `name` is the last part of the module's name, e.g. q_proj."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class LLMShape:
+    """A decoder. Numbers of parameters are of the bare model, without adapters."""
+
+    width: int  # D
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int  # V, rows of the embedding
+    is_gated: bool  # gate_proj and up_proj, as Llama has
+    has_head_norms: bool  # a norm of each head's query and key, as Qwen3 has
+    embedding: int  # parameters
+    head: int  # parameters; 0 when it is the embedding
+    final_norm: int
+    blocks: tuple[int, ...]  # parameters of each block
+    linears: tuple[Linear, ...]  # of one block
+
+    def lora_numel(self, lora: LoRAConfig) -> int:
+        """Parameters of the adapters of one block."""
+        return sum(lora.rank * (linear.inputs + linear.outputs) for linear in self.adapted(lora))
+
+    def adapted(self, lora: LoRAConfig | None) -> tuple[Linear, ...]:
+        """The linears that carry an adapter."""
+        if lora is None:
+            return ()
+        return tuple(linear for linear in self.linears if lora.targets == "all-linear" or linear.name in lora.targets)
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """An encoder."""
+
+    numel: int
+    width: int  # C of a patch's feature
+    num_patches: int  # P, what it yields per picture
+    num_tokens: int  # what its blocks compute with: patches, class token, registers
+    num_blocks: int
+    block_width: int
+    intermediate: int
+    activation_copies: int  # tensors of the MLP's width that autograd keeps: 1 behind gelu, 2 behind quick_gelu
+    image_size: int  # pixels per side
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    llm: LLMShape
+    vision: VisionShape | None
+    projector: tuple[Linear, ...]  # its linear layers in order; none for a plain language model
+    tokens_per_image: int  # T
+
+    @property
+    def projector_numel(self) -> int:
+        return sum((linear.inputs + 1) * linear.outputs for linear in self.projector)
+
+
+def read_shapes(config: ModelConfig) -> ModelShape:
+    """Build the parts on the meta device and measure them.
+
+    Raises:
+        CheckpointError: a config.json cannot be read, or is of a model whose class transformers does not have.
+        ConfigError: the encoder is unknown, or an option does not fit it.
+    """
+    llm = _read_llm(config)
+    if config.vision is None:
+        return ModelShape(llm, None, (), 0)
+    vision = _read_vision(config.vision)
+    side = config.projector.unshuffle
+    widths = [
+        vision.width * side**2,
+        *[llm.width] * (1 if config.projector.kind == "linear" else config.projector.depth),
+    ]
+    linears = tuple(Linear(str(i), *pair) for i, pair in enumerate(pairwise(widths)))
+    return ModelShape(llm, vision, linears, vision.num_patches // side**2)
+
+
+def _read_llm(config: ModelConfig) -> LLMShape:
+    import torch
+    from torch import nn
+
+    from vlm.models.llm import llm_from_config, pad_vocabulary
+
+    with torch.device("meta"):
+        model: Any = llm_from_config(config.llm, trust_remote_code=config.trust_remote_code)
+        if config.llm.pad_vocab_to_multiple_of:
+            pad_vocabulary(model, model.config.vocab_size, config.llm.pad_vocab_to_multiple_of)
+    settings, decoder = model.config, model.get_decoder()
+    block = decoder.layers[0]
+    linears = tuple(
+        Linear(name.rpartition(".")[2], module.in_features, module.out_features)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    )
+    names = {linear.name: linear for linear in linears}
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    num_heads = settings.num_attention_heads
+    down = names.get("down_proj") or max(linears, key=lambda linear: linear.inputs)
+    return LLMShape(
+        width=embedding.shape[1],
+        num_heads=num_heads,
+        num_kv_heads=getattr(settings, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(settings, "head_dim", None) or settings.hidden_size // num_heads,
+        intermediate=down.inputs,
+        vocab=embedding.shape[0],
+        is_gated="gate_proj" in names,
+        has_head_norms=any(name.endswith(("q_norm", "k_norm")) for name, _ in block.named_modules()),
+        embedding=embedding.numel(),
+        head=0 if head is embedding else head.numel(),
+        final_norm=sum(p.numel() for p in decoder.norm.parameters()) if hasattr(decoder, "norm") else 0,
+        blocks=tuple(sum(p.numel() for p in layer.parameters()) for layer in decoder.layers),
+        linears=linears,
+    )
+
+
+def _read_vision(config: VisionConfig) -> VisionShape:
+    import torch
+
+    from vlm.models.vision import build_vision
+
+    with torch.device("meta"):
+        encoder = build_vision(config, torch.bfloat16, weights=False)
+    block_width, intermediate, num_blocks = _vision_blocks(encoder, encoder.width)
+    is_quick = any("QuickGELU" in type(module).__name__ for module in encoder.modules())
+    prefix = getattr(encoder.trunk, "num_prefix", getattr(encoder.trunk.model, "num_prefix_tokens", 1))
+    return VisionShape(
+        numel=sum(p.numel() for p in encoder.parameters()),
+        width=encoder.width,
+        num_patches=encoder.num_patches,
+        num_tokens=encoder.num_patches + (0 if config.keep_class_token else prefix),
+        num_blocks=num_blocks,
+        block_width=block_width,
+        intermediate=intermediate,
+        activation_copies=2 if is_quick else 1,
+        image_size=encoder.image_size,
+    )
+
+
+def _vision_blocks(encoder: Any, width: int) -> tuple[int, int, int]:
+    """(width, MLP width, number) of a ViT's blocks. A CNN is taken for one block of four times its last width."""
+    from torch import nn
+
+    groups = [module for module in encoder.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    rows = [group for group in groups if len(group) > 1 and len({type(block) for block in group}) == 1]
+    rows = [group for group in rows if any(isinstance(module, nn.Linear) for module in group[0].modules())]
+    if not rows:
+        return width, 4 * width, 1
+    blocks = max(rows, key=lambda group: sum(p.numel() for p in group.parameters()))
+    linears = [module for module in blocks[0].modules() if isinstance(module, nn.Linear)]
+    block_width = min(module.in_features for module in linears)
+    return block_width, max(module.in_features for module in linears), len(blocks)

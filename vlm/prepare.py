@@ -1,0 +1,193 @@
+"""Config -> all that a run needs before its first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlm.config import RunConfig
+from vlm.data.build import Data, build_data
+from vlm.distributed import main_first, on_main, together
+from vlm.errors import ConfigError
+from vlm.export.load import load_init
+from vlm.export.load_stage import load_init_stage
+from vlm.logs import log
+from vlm.models.build import Assembled, build_model, build_on_meta
+from vlm.models.pipeline_build import Stage, build_stage
+from vlm.models.pipeline_cost import MicroBatchShape, balanced_cuts, describe_cuts, layer_costs, memory_costs
+from vlm.objectives.lm import LanguageModeling, Objective
+from vlm.train.engines.base import Engine
+from vlm.train.engines.build import Layout, build_engine, layout
+from vlm.train.features import fill_store, open_store
+from vlm.train.optim import describe_sizes
+
+CALIBRATION_STEPS = 8  # optimizer steps whose pictures set the projector's channel statistics
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has not begun."""
+
+    built: Assembled
+    data: Data
+    engine: Engine
+    objective: Objective
+    max_steps: int
+
+
+def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) -> Prepared:
+    """Build model, data and engine. Every rank of the launch calls this, inside its process group.
+
+    Args:
+        calibrate: set the projector's statistics from data; a checkpoint brings its own.
+    """
+    plan = layout(config.engine)
+    stage = _build_stage(config, plan, device) if plan.kind == "pipeline" else None
+    built = _build_whole(config, device) if stage is None else stage.built
+    data = _build_data(config, built, device, plan)
+    max_steps = config.train.max_steps or data.train.steps_in(config.train.epochs or 1)
+    if calibrate:
+        _calibrate_projector(config, built, data, device)
+    if stage is None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in built.model.named_parameters()}
+        trained = {name for name, parameter in built.model.named_parameters() if parameter.requires_grad}
+    else:
+        shapes, trained = dict(stage.shapes), set(stage.trained)
+    log(f"model: {describe_sizes(shapes, trained, config.train)}, on {device.type}")
+    log(f"engine: {plan.describe()}")
+    _describe_data(config, data, max_steps)
+    objective = LanguageModeling()
+    engine = build_engine(
+        config.engine,
+        config.train,
+        built.model if stage is None else stage,
+        objective,
+        plan,
+        device=device,
+        autocast_dtype=autocast_dtype(config.train.precision),
+        accumulation_steps=data.train.microbatches_per_step,
+    )
+    return Prepared(built, data, engine, objective, max_steps)
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    return None if precision == "fp32" else torch.bfloat16
+
+
+def _build_whole(config: RunConfig, device: torch.device) -> Assembled:
+    built = build_model(config.model, precision=config.train.precision, device=str(device), seed=config.seed)
+    if config.init_from is not None:
+        for line in load_init(built.model, Path(config.init_from)):
+            log(f"init_from: {line}")
+    return built
+
+
+def _build_stage(config: RunConfig, plan: Layout, device: torch.device) -> Stage:
+    """This rank's part of the model, with nothing of the others' in memory."""
+    cuts = config.engine.cuts
+    costs = layer_costs(
+        build_on_meta(config.model),
+        MicroBatchShape(config.train.micro_batch_size, config.data.max_length),
+        precision=config.train.precision,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        num_data_ranks=plan.num_data_ranks,
+    )
+    if cuts is None:
+        cuts = balanced_cuts(memory_costs(costs, plan.num_stages), plan.num_stages)
+    log(describe_cuts(costs, cuts))
+
+    def build() -> Stage:
+        return build_stage(
+            config.model, cuts, plan.stage, precision=config.train.precision, device=str(device), seed=config.seed
+        )
+
+    stage = together(build)
+    if config.init_from is not None:
+        for line in load_init_stage(stage, config.model, config.init_from):
+            log(f"init_from: {line}")
+    return stage
+
+
+def _build_data(config: RunConfig, built: Assembled, device: torch.device, plan: Layout) -> Data:
+    """The streams; with `data.cache_features`, every picture is encoded first. Rank 0 fills the caches on disk."""
+    vision, spec, dtype = built.model.vision, built.image_spec, autocast_dtype(config.train.precision)
+    store = None
+    if config.data.cache_features and spec is not None:  # rank 0 has the encoder under every engine
+        store = on_main(lambda: open_store(config.data.cache, vision, spec, dtype))  # type: ignore[arg-type]
+    with main_first():
+        data = build_data(
+            config.data,
+            built.tokenizer,
+            spec,
+            built.image_token_id,
+            seed=config.seed,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            data_rank=plan.data_rank,
+            num_data_ranks=plan.num_data_ranks,
+            features=store,
+        )
+        if store is not None and vision is not None and spec is not None:
+            fill_store(
+                store,
+                data.scans,
+                vision,
+                spec,
+                max_pixels=config.data.max_pixels,
+                device=device,
+                autocast_dtype=dtype,
+            )
+    return data
+
+
+def _calibrate_projector(config: RunConfig, built: Assembled, data: Data, device: torch.device) -> None:
+    """Set the projector's channel statistics from the first training pictures, unless init_from brought them.
+
+    Rank 0 takes them from the rows of all ranks, so that they do not depend on how many there are.
+    """
+    if config.model.vision is None or not config.model.projector.normalize:
+        return
+    projector = built.model.projector  # None on later stages of a pipeline
+
+    def measure() -> dict[str, Tensor]:
+        assert projector is not None
+        if not projector.feature_mean.any():
+            features = _first_features(config, built, data, device)
+            projector.calibrate(features)
+            log(f"projector: channel statistics from {len(features)} pictures")
+        return {name: buffer.cpu() for name, buffer in projector.named_buffers()}
+
+    statistics = on_main(measure)
+    if projector is not None:
+        with torch.no_grad():
+            for name, values in statistics.items():
+                projector.get_buffer(name).copy_(values)
+
+
+def _first_features(config: RunConfig, built: Assembled, data: Data, device: torch.device) -> Tensor:
+    """[N, P, C] of the pictures in the first steps."""
+    found = []
+    vision = built.model.vision
+    assert vision is not None
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision != "fp32"):
+        for _, batches in zip(range(CALIBRATION_STEPS), data.train.for_rank(0, 1).iterate(0), strict=False):
+            for batch in (batch.to(device) for batch in batches if batch.num_images):
+                cached = batch.image_features
+                found.append(vision(batch.pixel_values) if cached is None else cached)
+    if not found:
+        raise ConfigError(
+            "model.projector.normalize needs pictures to take statistics from, and the first "
+            f"{CALIBRATION_STEPS} steps have none. Set it to false, or check data.sources"
+        )
+    return torch.cat(found)
+
+
+def _describe_data(config: RunConfig, data: Data, max_steps: int) -> None:
+    log(
+        f"data: {data.num_records:,} records, {len(data.skips)} skipped, rows of {config.data.max_length} tokens "
+        f"{data.train.fill:.0%} full"
+    )
+    log(f"steps: {max_steps} ({data.train.epoch_at(max_steps):.2f} epochs), {config.train.global_batch_size} rows each")

@@ -1,0 +1,134 @@
+"""EngineConfig -> which process does what, and the engine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from vlm.distributed import local_rank
+from vlm.errors import ConfigError
+from vlm.models.pipeline_build import Stage
+from vlm.models.vlm import VisionLanguageModel
+from vlm.objectives.lm import Objective
+from vlm.train.config import EngineConfig, TrainConfig
+from vlm.train.engines.base import LossModule
+from vlm.train.engines.local import LocalEngine
+from vlm.train.optim import build_optimizer
+
+if TYPE_CHECKING:
+    from vlm.train.engines.base import Engine
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What this process is in the launch."""
+
+    kind: str  # local, ddp, zero, fsdp, pipeline
+    data_rank: int = 0  # which share of the data it takes
+    num_data_ranks: int = 1
+    stage: int = 0  # which part of the model it holds
+    num_stages: int = 1
+    zero_stage: int = 0
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether the engine wants a process group even for one process."""
+        return self.kind in ("zero", "fsdp", "pipeline")
+
+    def describe(self) -> str:
+        kind = f"zero stage {self.zero_stage}" if self.kind == "zero" else self.kind
+        stages = f", {self.num_stages} stages" if self.num_stages > 1 else ""
+        return f"{kind}, {self.num_data_ranks * self.num_stages} processes{stages}"
+
+
+def layout(config: EngineConfig) -> Layout:
+    """What this process is, from the launcher's environment variables; asks no other process.
+
+    Raises:
+        ConfigError: the engine does not fit the number of processes.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    kind = config.kind
+    if kind == "auto":
+        kind = "local" if size == 1 else "ddp"
+    if kind == "local" and size > 1:
+        raise ConfigError(
+            f"engine.kind is local, which is one process, but WORLD_SIZE is {size}. Set engine.kind to auto, ddp, "
+            "zero, fsdp or pipeline, or start one process"
+        )
+    if kind != "pipeline":
+        return Layout(kind, rank, size, zero_stage=config.stage if kind == "zero" else 0)
+    if size % config.num_stages:
+        raise ConfigError(
+            f"engine.num_stages {config.num_stages} does not divide the {size} processes of this launch. Start a "
+            f"multiple of it: torchrun --nproc_per_node={config.num_stages} train_pipeline.py ..."
+        )
+    num_data_ranks = size // config.num_stages
+    return Layout(kind, rank % num_data_ranks, num_data_ranks, rank // num_data_ranks, config.num_stages)
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: this process's GPU if there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "engine.device is cuda, but torch sees no GPU here. Set engine.device to auto or cpu, "
+            "or install a CUDA build of torch; `vlm doctor` shows what is installed"
+        )
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local_rank()} of this machine has no GPU of its own: there are {torch.cuda.device_count()}. "
+            "Start as many processes as GPUs, or set engine.device to cpu"
+        )
+    torch.cuda.set_device(local_rank())
+    return torch.device("cuda", local_rank())
+
+
+def build_engine(
+    config: EngineConfig,
+    train: TrainConfig,
+    model: VisionLanguageModel | Stage,
+    objective: Objective,
+    plan: Layout,
+    *,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    accumulation_steps: int,
+) -> Engine:
+    """The engine that `plan` says, over a model that is built, frozen and has its starting weights.
+
+    Args:
+        model: whole, or this rank's stage for a pipeline.
+        accumulation_steps: micro-batches per optimizer step on this data rank.
+    """
+    if isinstance(model, Stage):
+        from vlm.train.engines.deepspeed_settings import deepspeed_settings
+        from vlm.train.engines.pipeline import PipelineEngine
+
+        settings = deepspeed_settings(
+            config, train, accumulation_steps=accumulation_steps, num_data_ranks=plan.num_data_ranks, stage=1
+        )
+        return PipelineEngine(
+            model, objective, train, settings,
+            num_data_ranks=plan.num_data_ranks, device=device, autocast_dtype=autocast_dtype,
+        )  # fmt: skip
+    module = LossModule(model, objective, autocast_dtype)
+    if plan.kind == "zero" and config.stage > 0:
+        from vlm.train.engines.deepspeed_settings import deepspeed_settings
+        from vlm.train.engines.zero import ZeroEngine
+
+        settings = deepspeed_settings(
+            config, train, accumulation_steps=accumulation_steps, num_data_ranks=plan.num_data_ranks
+        )
+        return ZeroEngine(module, build_optimizer(model, train), settings, device=device)
+    engine_class = LocalEngine
+    if plan.kind == "fsdp":
+        from vlm.train.engines.fsdp import FullyShardedEngine, shard
+
+        shard(module)
+        engine_class = FullyShardedEngine
+    return engine_class(module, build_optimizer(model, train), device=device, max_grad_norm=train.max_grad_norm)

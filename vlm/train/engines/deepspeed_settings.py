@@ -1,0 +1,113 @@
+"""DeepSpeed's config from ours, and a user's own DeepSpeed JSON beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vlm.errors import ConfigError
+from vlm.train.config import EngineConfig, TrainConfig
+
+_AUTO = "auto"
+# parts of a DeepSpeed config that say what ours says already
+_OURS = ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "amp")
+
+
+def deepspeed_settings(
+    config: EngineConfig, train: TrainConfig, *, accumulation_steps: int, num_data_ranks: int, stage: int | None = None
+) -> dict[str, Any]:
+    """What deepspeed.initialize gets.
+
+    Args:
+        accumulation_steps: micro-batches per optimizer step on each data rank.
+        stage: ZeRO stage, where it is not the config's (a pipeline's is 1).
+
+    Raises:
+        ConfigError: engine.deepspeed is no readable JSON, or it contradicts the config; names every pair of values.
+    """
+    zero: dict[str, Any] = {"stage": config.stage if stage is None else stage}
+    if "optimizer" in config.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if "parameters" in config.offload:
+        zero["offload_param"] = {"device": "cpu"}
+    settings: dict[str, Any] = {
+        "train_batch_size": train.micro_batch_size * accumulation_steps * num_data_ranks,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": train.max_grad_norm or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam is compiled at first use; torch's gives the same
+        "steps_per_print": 1 << 60,
+    }
+    if config.deepspeed is not None:
+        own = read_json(config.deepspeed)
+        _refuse_contradictions(config, train, settings, own)
+        _merge(settings, {key: value for key, value in own.items() if key not in _OURS})
+    return settings
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Raises ConfigError naming the file."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"engine.deepspeed: {path} cannot be read as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"engine.deepspeed: {path} holds a {type(values).__name__}, not an object of settings")
+    return values
+
+
+def _refuse_contradictions(
+    config: EngineConfig, train: TrainConfig, settings: dict[str, Any], own: dict[str, Any]
+) -> None:
+    bf16 = train.precision != "fp32"
+    pairs: list[tuple[str, Any, str]] = [
+        ("train_batch_size", settings["train_batch_size"], "train.global_batch_size"),
+        ("train_micro_batch_size_per_gpu", train.micro_batch_size, "train.micro_batch_size"),
+        (
+            "gradient_accumulation_steps",
+            settings["gradient_accumulation_steps"],
+            "train.global_batch_size / (train.micro_batch_size x data ranks), which is",
+        ),
+        ("gradient_clipping", settings["gradient_clipping"], "train.max_grad_norm"),
+        ("zero_optimization.stage", settings["zero_optimization"]["stage"], "engine.stage"),
+        ("zero_optimization.offload_optimizer.device", _device("optimizer", config), "engine.offload, which gives"),
+        ("zero_optimization.offload_param.device", _device("parameters", config), "engine.offload, which gives"),
+        ("optimizer.type", "AdamW", "the optimizer here,"),
+        ("optimizer.params.lr", train.learning_rate, "train.learning_rate"),
+        ("optimizer.params.weight_decay", train.weight_decay, "train.weight_decay"),
+        ("optimizer.params.betas", list(train.betas), "train.betas"),
+        ("bf16.enabled", bf16, f"train.precision {train.precision}, so"),
+        ("fp16.enabled", False, f"train.precision {train.precision}, so"),
+    ]
+    problems = []
+    for path, ours, name in pairs:
+        theirs = _look_up(own, path)
+        if theirs is not None and theirs != _AUTO and theirs != ours:
+            problems.append(f"  {path} {theirs!r}, but {name} {ours!r}")
+    if problems:
+        raise ConfigError(
+            f"engine.deepspeed: {config.deepspeed} contradicts the config:\n" + "\n".join(problems) + "\nMake them "
+            'agree, remove the setting from the JSON, or write "auto" there'
+        )
+
+
+def _device(what: str, config: EngineConfig) -> str:
+    return "cpu" if what in config.offload else "none"
+
+
+def _look_up(values: Any, path: str) -> Any:
+    for key in path.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _merge(settings: dict[str, Any], own: dict[str, Any]) -> None:
+    """Add what the user's JSON says and ours does not."""
+    for key, value in own.items():
+        if isinstance(value, dict) and isinstance(settings.get(key), dict):
+            _merge(settings[key], value)
+        elif value != _AUTO:
+            settings[key] = value

@@ -1,0 +1,69 @@
+"""Parameters, gradients and optimizer state spread over the ranks by torch's own `fully_shard` (FSDP2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from vlm.distributed import rank, world_size
+from vlm.models.trainable import trained_weights
+from vlm.train.engines.base import FragmentState, LossModule, adam_state
+from vlm.train.engines.local import LocalEngine
+from vlm.train.fragments import Fragment
+
+
+def shard(module: LossModule) -> None:
+    """Spread each decoder block by itself, and all the rest as one. Call before the optimizer is made.
+
+    Every rank gathers the rest once per forward and then block after block, whatever its batch holds, so a rank
+    without a picture, or with fewer supervised tokens, keeps nobody waiting.
+    """
+    for block in module.model.llm.get_decoder().layers:
+        fully_shard(block)
+    fully_shard(module)
+
+
+class FullyShardedEngine(LocalEngine):
+    """See `Engine`. Its module has been through `shard`."""
+
+    def weight_fragments(self) -> Iterator[Fragment]:
+        self._wrapped.reshard()  # an evaluation leaves the outermost parameters gathered
+        for name, tensor in trained_weights(self.model).items():
+            yield from _own_part(name, tensor)
+
+    def optimizer_fragments(self) -> Iterator[Fragment]:
+        for name, parameter in self.parameters:
+            for key, value in adam_state(self.optimizer, parameter).items():
+                yield from _own_part(f"{name}/{key}", value)
+
+    def save(self, folder: Path) -> None:
+        FragmentState.save(self, folder)
+
+    def _wrap(self, module: LossModule) -> Any:
+        return module
+
+    def _reduction(self, is_last: bool) -> Any:
+        self._wrapped.set_requires_gradient_sync(is_last)
+        return super()._reduction(True)
+
+    def _grad_norm(self) -> float:
+        norm = torch.nn.utils.get_total_norm(self._gradients())
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def _own_part(name: str, tensor: Tensor) -> Iterator[Fragment]:
+    """This rank's elements of a tensor that is cut along its first dimension; all of one that every rank holds."""
+    if not isinstance(tensor, DTensor):
+        yield Fragment.whole(name, tensor)
+        return
+    local = tensor.to_local().detach()
+    if local.numel():
+        rows = -(-tensor.shape[0] // world_size())  # as torch.chunk cuts
+        yield Fragment(name, tuple(tensor.shape), rank() * rows * math.prod(tensor.shape[1:]), local.view(-1))

@@ -1,0 +1,138 @@
+"""The model cut into stages, one per process, over DeepSpeed's pipeline engine.
+
+Always with ZeRO-1 over the data ranks of a stage: DeepSpeed's own norm is right with it only. As in every engine
+trained weights are float32, frozen ones keep their dtype and our autocast rules the computation, so DeepSpeed works in
+its float32 mode; hidden states travel in the dtype that the token embedding gives them, as within one process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm.batch import Batch
+from vlm.distributed import gather_objects, sum_over_ranks
+from vlm.models.pipeline_build import Stage, load_stage_weights
+from vlm.objectives.lm import Objective
+from vlm.train.config import TrainConfig
+from vlm.train.engines.base import FragmentState, StepOutput, T, trained_names
+from vlm.train.engines.pipeline_module import StageRun, pipeline_module, stage_groups
+from vlm.train.engines.zero import import_deepspeed, initialize_deepspeed, zero_fragments
+from vlm.train.fragments import Fragment, FragmentReader, state_files
+from vlm.train.optim import set_learning_rate
+
+
+class PipelineEngine(FragmentState):
+    """See `Engine`. Process r holds stage r // num_data_ranks and takes share r % num_data_ranks of the data.
+
+    Args:
+        stage: what this process holds, with its starting weights.
+        objective: counts the weight of a batch; the loss itself is language modelling's, in the output layer.
+        settings: DeepSpeed's config, of ZeRO stage 1; see `vlm.train.engines.deepspeed_settings`.
+        num_data_ranks: processes per stage.
+
+    Raises:
+        MissingPackageError: DeepSpeed is not installed.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        objective: Objective,
+        train: TrainConfig,
+        settings: dict[str, Any],
+        *,
+        num_data_ranks: int,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        assert settings["zero_optimization"]["stage"] == 1
+        self.stage = stage
+        self.model = stage.built.model
+        self.objective = objective
+        self.device = device
+        self.num_data_ranks = num_data_ranks
+        self.parameters = list(trained_names(self.model))
+        self._run = StageRun(stage, device, autocast_dtype)
+        groups = stage_groups(stage, train)
+        start_deepspeed(device)
+        module = pipeline_module(stage, self._run, groups, num_data_ranks)
+        self.optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
+        self._engine = initialize_deepspeed(module, self.optimizer, settings, device)
+        self._zero: Any = self._engine.optimizer  # DeepSpeed's, around ours
+        self.data_rank = self._engine.grid.get_data_parallel_rank()
+
+    def train_step(self, microbatches: list[Batch], weight: float, learning_rate: float) -> StepOutput:
+        count = len(microbatches)
+        if self._engine.micro_batches != count:
+            self._engine.set_train_batch_size(self._engine.micro_batch_size * count * self.num_data_ranks)
+        self.model.train()
+        set_learning_rate(self.optimizer, learning_rate)
+        self._run.start(microbatches, count * self.num_data_ranks / weight)  # DeepSpeed divides by both again
+        self._engine.train_batch(_nothing())
+        applied = bool(self._engine.was_step_applied())
+        grad_norm = float(self._engine.get_global_grad_norm()) if applied else math.inf
+        (summed,) = sum_over_ranks([sum(self._run.losses)])  # only last stages have some
+        return StepOutput(summed / weight, grad_norm, applied)
+
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        self.model.eval()
+        self._run.start([batch])
+        self._engine.eval_batch(
+            _nothing(), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=1
+        )
+        weight = self.objective.weight(batch) if self.stage.is_last else 0
+        summed, total = sum_over_ranks([sum(self._run.losses), float(weight)])
+        return summed, int(total)
+
+    def sum_over_data_ranks(self, values: list[float]) -> list[float]:
+        return sum_over_ranks(values, self._engine.grid.get_data_parallel_group())
+
+    def gather_from_data_ranks(self, value: T) -> list[T]:
+        return gather_objects(value)[: self.num_data_ranks]  # ranks of the first stage; the others give the same
+
+    def weight_fragments(self) -> Iterator[Fragment]:
+        yield from self._rename(zero_fragments(self.parameters, self._zero))
+        if self.data_rank == 0:
+            names = dict(self.parameters)
+            for name, tensor in self.stage.trained_weights().items():
+                if name not in names:  # statistics, which every data rank holds whole
+                    yield Fragment.whole(name, tensor)
+
+    def optimizer_fragments(self) -> Iterator[Fragment]:
+        yield from self._rename(zero_fragments(self.parameters, self._zero, states=True))
+
+    _is_loading = False
+
+    def load(self, folder: Path) -> None:
+        self._is_loading = True
+        super().load(folder)
+        self._is_loading = False
+        reader = FragmentReader(state_files(folder, "weights"))  # each rank holds its stage whole beside its part of it
+        load_stage_weights(self.stage, reader.shapes, reader.whole, str(folder))
+
+    def _rename(self, fragments: Iterator[Fragment]) -> Iterator[Fragment]:
+        """A tied head reads what the embedding wrote that it is a copy of, and writes nothing."""
+        tied = self.stage.tied_name
+        for part in fragments:
+            if tied is None or not part.name.startswith(self.stage.tied_head):
+                yield part
+            elif self._is_loading:
+                yield replace(part, name=tied + part.name.removeprefix(self.stage.tied_head))
+
+
+def start_deepspeed(device: torch.device) -> None:
+    """DeepSpeed's communication over the process group that exists. Raises MissingPackageError."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    import_deepspeed(device).init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _nothing() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What DeepSpeed takes for data; `StageRun` has the micro-batches."""
+    return itertools.repeat((torch.zeros(1), torch.zeros(1)))

@@ -1,0 +1,181 @@
+"""DeepSpeed's ZeRO: optimizer state (stage 1), gradients (2) and parameters (3) spread over the ranks.
+
+Trained weights are float32 here as in every engine, frozen ones keep their dtype, and the computation runs under our
+own autocast, so DeepSpeed works in its float32 mode and the numbers are those of one process. Stage 0 spreads nothing
+and is `LocalEngine`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vlm.batch import Batch
+from vlm.distributed import gather_objects, rank, sum_over_ranks, world_size
+from vlm.errors import MissingPackageError
+from vlm.models.trainable import load_weights, trained_weights
+from vlm.train.engines.base import FragmentState, LossModule, StepOutput, T, adam_state, trained_names
+from vlm.train.fragments import Fragment, read_weights
+from vlm.train.optim import set_learning_rate
+
+
+class ZeroEngine(FragmentState):
+    """See `Engine`. `settings` is DeepSpeed's config, see `vlm.train.engines.deepspeed_settings`.
+
+    Raises:
+        MissingPackageError: DeepSpeed is not installed.
+    """
+
+    def __init__(
+        self,
+        module: LossModule,
+        optimizer: torch.optim.Optimizer,
+        settings: dict[str, Any],
+        *,
+        device: torch.device,
+    ) -> None:
+        self.loss_module = module
+        self.model = module.model
+        self.objective = module.objective
+        self.optimizer = optimizer
+        self.device = device
+        self.stage = settings["zero_optimization"]["stage"]
+        self.data_rank = rank()
+        self.num_data_ranks = world_size()
+        self.parameters = list(trained_names(self.model))
+        if self.stage == 3:  # a rank that calls other modules than the rest waits for them forever
+            self.model.always_encode = True
+        self._engine = initialize_deepspeed(module, optimizer, settings, device)
+        self._zero: Any = self._engine.optimizer  # DeepSpeed's, around ours
+
+    def train_step(self, microbatches: list[Batch], weight: float, learning_rate: float) -> StepOutput:
+        self._engine.train()
+        set_learning_rate(self.optimizer, learning_rate)
+        summed = 0.0
+        for batch, num_chunks in zip(microbatches, self._agree_on_chunks(microbatches), strict=True):
+            loss = self._engine(batch.to(self.device), num_chunks)
+            summed += loss.item()
+            if not math.isfinite(summed):
+                loss = loss * math.nan  # every gradient, on every rank: DeepSpeed then leaves the weights as they are
+            self._engine.backward(loss * (self.num_data_ranks / weight), scale_wrt_gas=False)
+            self._engine.step()  # updates after the last micro-batch only
+        applied = bool(self._engine.was_step_applied())
+        grad_norm = float(self._engine.get_global_grad_norm()) if applied else math.inf
+        return StepOutput(self.sum_over_data_ranks([summed])[0] / weight, grad_norm, applied)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        self._engine.eval()
+        (num_chunks,) = self._agree_on_chunks([batch])
+        loss = self._engine(batch.to(self.device), num_chunks).item()
+        summed, weight = self.sum_over_data_ranks([loss, float(self.objective.weight(batch))])
+        return summed, int(weight)
+
+    def sum_over_data_ranks(self, values: list[float]) -> list[float]:
+        return sum_over_ranks(values)
+
+    def gather_from_data_ranks(self, value: T) -> list[T]:
+        return gather_objects(value)
+
+    def weight_fragments(self) -> Iterator[Fragment]:
+        yield from zero_fragments(self.parameters, self._zero)
+        names = dict(self.parameters)
+        for name, tensor in trained_weights(self.model).items():
+            if name not in names:  # statistics, which every rank holds whole
+                yield Fragment.whole(name, tensor)
+
+    def optimizer_fragments(self) -> Iterator[Fragment]:
+        yield from zero_fragments(self.parameters, self._zero, states=True)
+
+    def load(self, folder: Path) -> None:
+        super().load(folder)
+        if self.stage == 3:
+            _refresh_partitions(self._zero)
+        else:  # every rank holds all weights whole, beside its part of DeepSpeed's copy
+            load_weights(self.model, read_weights(folder), str(folder))
+
+    def _agree_on_chunks(self, batches: list[Batch]) -> list[int]:
+        """At stage 3 each chunk of the loss gathers the head's weight, on all ranks or on none."""
+        own = torch.tensor([self.objective.num_chunks(batch) for batch in batches])
+        if self.stage == 3 and self.num_data_ranks > 1:
+            dist.all_reduce(own, dist.ReduceOp.MAX)
+        return own.tolist()
+
+
+def initialize_deepspeed(module: Any, optimizer: Any, settings: dict[str, Any], device: torch.device) -> Any:
+    """DeepSpeed's engine over the process group that exists."""
+    deepspeed = import_deepspeed(device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The package, told not to log on every rank. Raises MissingPackageError."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    try:
+        import deepspeed
+    except ImportError:
+        raise MissingPackageError("deepspeed", "engine.kind zero or pipeline", "deepspeed") from None
+    return deepspeed
+
+
+def zero_fragments(
+    parameters: list[tuple[str, torch.nn.Parameter]], zero: Any, states: bool = False
+) -> Iterator[Fragment]:
+    """The elements that this rank updates: of the float32 weights, or of every optimizer state.
+
+    Args:
+        zero: DeepSpeed's optimizer, of stage 1, 2 or 3.
+    """
+    for name, parameter in parameters:
+        place = _place_at_stage_3(parameter, zero) if hasattr(parameter, "ds_id") else _place(parameter, zero)
+        if place is None:
+            continue
+        flat, offset, start, numel, shape = place
+        if not states:
+            yield Fragment(name, shape, start, flat.detach()[offset : offset + numel])
+            continue
+        for key, value in adam_state(zero.optimizer, flat).items():
+            if value.ndim == 0:
+                yield Fragment.whole(f"{name}/{key}", value)
+            else:
+                yield Fragment(f"{name}/{key}", shape, start, value[offset : offset + numel])
+
+
+def _place(parameter: Any, zero: Any) -> tuple[Tensor, int, int, int, tuple[int, ...]] | None:
+    """(flat float32 partition, offset in it, first element of the parameter, number, shape) at stages 1 and 2."""
+    mapping = parameter._hp_mapping
+    if mapping is None:  # another rank's
+        return None
+    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+    of_weight, in_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return flat, in_flat.start, of_weight.start, in_flat.numel, tuple(parameter.shape)
+
+
+def _place_at_stage_3(parameter: Any, zero: Any) -> tuple[Tensor, int, int, int, tuple[int, ...]] | None:
+    """Each parameter is cut into as many equal pieces as there are ranks, the last one padded."""
+    group, offset, piece = zero.grad_position[zero.get_param_id(parameter)]
+    start = rank() * piece
+    numel = min(piece, parameter.ds_numel - start)
+    if numel <= 0:
+        return None
+    return zero.fp32_partitioned_groups_flat[group], offset, start, numel, tuple(parameter.ds_shape)
+
+
+def _refresh_partitions(zero: Any) -> None:
+    """Stage 3: bring the pieces that forward passes gather up to date with the float32 ones."""
+    zero._partition_all_parameters()
+    for group in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(group)
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)

@@ -1,0 +1,143 @@
+"""Tensors of a checkpoint as the parts that each rank holds, under canonical names.
+
+Each rank writes one safetensors file per folder. A tensor that a rank holds whole is stored under its name; a part of
+one, as ZeRO and fully_shard hold it, as a flat piece under `<name>@<first element>`, with the shape of the whole in the
+file's metadata. So a checkpoint does not depend on the engine, the ZeRO stage or the number of ranks that wrote it,
+and whoever reads takes the elements it needs, from whichever files have them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlm.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + len(values)) of a flattened tensor."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole tensor
+    start: int
+    values: Tensor  # [numel of this part]
+
+    @classmethod
+    def whole(cls, name: str, tensor: Tensor) -> Fragment:
+        return cls(name, tuple(tensor.shape), 0, tensor.detach().reshape(-1))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    file: Path
+    key: str
+    start: int
+    stop: int
+
+
+def write_fragments(fragments: Iterable[Fragment], folder: Path, rank: int) -> None:
+    """Write one rank's parts as `folder/rank-00000.safetensors`. Raises OSError when the disk refuses."""
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in fragments:
+        values = part.values.detach().to("cpu", copy=True).contiguous()
+        if part.start == 0 and values.numel() == math.prod(part.shape):
+            tensors[part.name] = values.reshape(part.shape)
+        else:
+            tensors[f"{part.name}@{part.start}"] = values
+            shapes[part.name] = part.shape
+    save_tensors(tensors, folder / f"rank-{rank:05d}.safetensors", {"shapes": json.dumps(shapes)})
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors. Raises OSError when the disk refuses, which safetensors reports by an error of its own."""
+    path.parent.mkdir(exist_ok=True)
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+
+
+class FragmentReader:
+    """Reads tensors, or elements of them, from the files of all ranks."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
+        for file in files:
+            self._index(file)
+
+    def read(self, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of the flattened tensor, 1-D.
+
+        Raises:
+            CheckpointError: no rank wrote some of them.
+        """
+        pieces = sorted(self._pieces.get(name, ()), key=lambda piece: piece.start)
+        parts, position, stop = [], start, start + numel
+        for piece in pieces:
+            if piece.start <= position < piece.stop and position < stop:
+                end = min(stop, piece.stop)
+                parts.append(_elements(piece, position - piece.start, end - piece.start))
+                position = end
+        if position < stop:
+            raise CheckpointError(
+                f"elements {position} to {stop} of {name} are in none of {sorted({str(p.file) for p in pieces})}. "
+                "Usually a rank's file is missing: a copy that was cut short, or machines that share no output_dir"
+            )
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def whole(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        return self.read(name, 0, math.prod(shape)).reshape(shape)
+
+    def _index(self, file: Path) -> None:
+        with safe_open(file, framework="pt") as opened:
+            shapes = json.loads((opened.metadata() or {}).get("shapes", "{}"))
+            for key in opened.keys():  # noqa: SIM118 - not a dict
+                name, _, start = key.rpartition("@")
+                if not name:
+                    name, start = key, "0"
+                    self.shapes[name] = tuple(opened.get_slice(key).get_shape())
+                    stop = math.prod(self.shapes[name])
+                else:
+                    self.shapes[name] = tuple(shapes[name])
+                    stop = int(start) + opened.get_slice(key).get_shape()[0]
+                self._pieces.setdefault(name, []).append(_Piece(file, key, int(start), stop))
+
+
+def state_files(checkpoint: Path, part: str) -> list[Path]:
+    """The files of all ranks that hold the "weights" or the "optimizer" of a checkpoint.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    files = sorted((checkpoint / part).glob("rank-*.safetensors"))
+    if not files:  # format version 1: one rank, every tensor whole
+        old = checkpoint / {"weights": "weights.safetensors", "optimizer": "engine/optimizer.safetensors"}[part]
+        files = [old] if old.is_file() else []
+    if not files:
+        raise CheckpointError(f"{checkpoint}: no {part} in it. Usually it is no checkpoint of this program")
+    return files
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Canonical name -> tensor of all that trained."""
+    reader = FragmentReader(state_files(checkpoint, "weights"))
+    return {name: reader.whole(name) for name in reader.shapes}
+
+
+def _elements(piece: _Piece, start: int, stop: int) -> Tensor:
+    with safe_open(piece.file, framework="pt") as opened:
+        if "@" in piece.key:  # flat: only these elements are read
+            return opened.get_slice(piece.key)[start:stop]
+        return opened.get_tensor(piece.key).reshape(-1)[start:stop]
