@@ -40,6 +40,11 @@ class Case:
         return int(self.engine.partition("*")[2] or 1)
 
     @property
+    def launch(self) -> str:
+        """Cases of one launch. DeepSpeed keeps a pipeline's groups for the life of a process."""
+        return self.engine if self.engine.startswith("pipeline") else f"{self.processes}"
+
+    @property
     def overrides(self) -> list[str]:
         found = re.fullmatch(r"(local|ddp|zero|fsdp|pipeline)(\d?)", self.engine.partition("*")[0])
         if found is None:
@@ -57,12 +62,13 @@ class Outcome:
 
 
 def run_cases(config: str, cases: Sequence[Case], steps: int, folder: Path) -> dict[Case, Outcome]:
-    """Train each case for `steps` steps. Cases of equally many processes share one launch."""
+    """Train each case for `steps` steps. Cases of one kind and as many processes share a launch."""
     outcomes: dict[Case, Outcome] = {}
-    for processes in sorted({case.processes for case in cases}):
-        group = [case for case in cases if case.processes == processes]
-        job = folder / f"job-{processes}.json"
-        folders = [str(folder / f"{processes}-{number}") for number in range(len(group))]
+    for name in dict.fromkeys(case.launch for case in cases):
+        group = [case for case in cases if case.launch == name]
+        processes = group[0].processes
+        job = folder / f"job-{name}.json"
+        folders = [str(folder / f"{name}-{number}") for number in range(len(group))]
         entries = [{"overrides": case.overrides, "out": out} for case, out in zip(group, folders, strict=True)]
         job.write_text(json.dumps({"config": config, "steps": steps, "cases": entries}))
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

@@ -100,11 +100,7 @@ def estimate(
     if kind == "pipeline":
         layers[-1] = [_own_copy_of_a_tied_head(layers[-1][0], shape, config, numerics)]
         cuts = config.engine.cuts or _balance(layers, num_stages, num_micro, num_data_ranks, config)
-        if cuts and cuts[-1] >= len(layers):
-            raise ConfigError(
-                f"engine.cuts {list(cuts)}: the model has {len(layers)} layers, the inputs 0, blocks 1 to "
-                f"{len(layers) - 2}, the output {len(layers) - 1}; leave cuts out to have them balanced"
-            )
+        _check_cuts(cuts, len(layers))
     bounds = list(pairwise([0, *cuts, len(layers)]))
     devices = []
     for stage, (first, stop) in enumerate(bounds):
@@ -206,6 +202,15 @@ def _device(
         first_layer=first,
         last_layer=last,
     )
+
+
+def _check_cuts(cuts: Sequence[int], num_layers: int) -> None:
+    """Raises ConfigError when a stage would get no layer."""
+    if cuts and cuts[-1] >= num_layers:
+        raise ConfigError(
+            f"engine.cuts {list(cuts)}: the model has {num_layers} layers, the inputs 0, blocks 1 to {num_layers - 2}, "
+            f"the output {num_layers - 1}; leave cuts out to have them balanced"
+        )
 
 
 def _bool_mask(work: Workload, numerics: Numerics) -> int:
