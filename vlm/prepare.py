@@ -10,15 +10,17 @@ from torch import Tensor
 
 from vlm.config import RunConfig
 from vlm.data.build import Data, build_data
-from vlm.distributed import main_first, on_main, together
-from vlm.errors import ConfigError
+from vlm.distributed import is_main, main_first, on_main, together
+from vlm.errors import ConfigError, VLMError
 from vlm.export.load import load_init
 from vlm.export.load_stage import load_init_stage
-from vlm.logs import log
-from vlm.models.build import Assembled, build_model, build_on_meta
+from vlm.logs import log, warn
+from vlm.models.build import Assembled, build_model
 from vlm.models.pipeline_build import Stage, build_stage
-from vlm.models.pipeline_cost import MicroBatchShape, balanced_cuts, describe_cuts, layer_costs, memory_costs
 from vlm.objectives.lm import LanguageModeling, Objective
+from vlm.plan.estimate import estimate
+from vlm.plan.memory import device_memory
+from vlm.plan.report import describe_plan
 from vlm.train.engines.base import Engine
 from vlm.train.engines.build import Layout, build_engine, layout
 from vlm.train.features import fill_store, open_store
@@ -45,6 +47,8 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
         calibrate: set the projector's statistics from data; a checkpoint brings its own.
     """
     plan = layout(config.engine)
+    if is_main():
+        _tell_plan(config, plan)
     stage = _build_stage(config, plan, device) if plan.kind == "pipeline" else None
     built = _build_whole(config, device) if stage is None else stage.built
     data = _build_data(config, built, device, plan)
@@ -73,6 +77,17 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
     return Prepared(built, data, engine, objective, max_steps)
 
 
+def _tell_plan(config: RunConfig, plan: Layout) -> None:
+    """What each device will hold, before anything is loaded. An estimate: it warns and does not refuse."""
+    world_size = plan.num_stages * plan.num_data_ranks
+    try:
+        memory, _ = device_memory(config.engine.device, world_size)
+        for line in describe_plan(config, world_size, memory):
+            (warn if line.startswith("DOES NOT FIT") else log)(line)
+    except VLMError as error:  # loading the model will say it with more context, if it matters
+        log(f"no memory plan: {error}")
+
+
 def autocast_dtype(precision: str) -> torch.dtype | None:
     return None if precision == "fp32" else torch.bfloat16
 
@@ -87,17 +102,7 @@ def _build_whole(config: RunConfig, device: torch.device) -> Assembled:
 
 def _build_stage(config: RunConfig, plan: Layout, device: torch.device) -> Stage:
     """This rank's part of the model, with nothing of the others' in memory."""
-    cuts = config.engine.cuts
-    costs = layer_costs(
-        build_on_meta(config.model),
-        MicroBatchShape(config.train.micro_batch_size, config.data.max_length),
-        precision=config.train.precision,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        num_data_ranks=plan.num_data_ranks,
-    )
-    if cuts is None:
-        cuts = balanced_cuts(memory_costs(costs, plan.num_stages), plan.num_stages)
-    log(describe_cuts(costs, cuts))
+    cuts = estimate(config, plan.num_stages * plan.num_data_ranks).cuts
 
     def build() -> Stage:
         return build_stage(

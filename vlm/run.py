@@ -12,11 +12,12 @@ import torch
 from vlm.config import RunConfig
 from vlm.data.build import Data
 from vlm.data.skips import SkipLog
-from vlm.distributed import gather_objects, is_main, on_main, process_group, rank
+from vlm.distributed import gather_objects, is_main, on_main, process_group, rank, world_size
 from vlm.errors import DataError, VLMError
 from vlm.logs import log, warn
 from vlm.models.build import Assembled
 from vlm.objectives.lm import LanguageModeling
+from vlm.plan.estimate import estimate
 from vlm.prepare import autocast_dtype, prepare
 from vlm.train.checkpoint import newest_verified
 from vlm.train.engines.build import choose_device, layout
@@ -157,26 +158,12 @@ def _explain_out_of_memory(config: RunConfig) -> Iterator[None]:
         rows, length = config.train.micro_batch_size, config.data.max_length
         checkpointing = config.model.gradient_checkpointing
         try:
-            estimate = f"{activation_gib(config.model.llm.path, rows * length, checkpointing):.1f} GiB"
-        except (OSError, ValueError, AttributeError):  # a config of another form; the advice holds without a number
-            estimate = "an unknown amount"
+            needed = f"{estimate(config, world_size()).activation_gib:.1f} GiB"
+        except VLMError:  # a model of another form; the advice holds without a number
+            needed = "an unknown amount"
         raise VLMError(
-            f"out of memory with {rows} x {length} tokens per forward, whose activations take about {estimate} "
+            f"out of memory with {rows} x {length} tokens per forward, whose activations take about {needed} "
             f"beside the weights ({error}). Change one of: train.micro_batch_size (now {rows}), "
             f"model.gradient_checkpointing (now {str(checkpointing).lower()}), data.max_length (now {length}; "
             "this one needs another output_dir)"
         ) from None
-
-
-def activation_gib(llm_path: str, num_tokens: int, checkpointing: bool) -> float:
-    """Memory of a language model's activations for one forward with gradients, in GiB.
-
-    34 bytes per token, block and unit of width in 16 bit, attention's own matrices left out as fused kernels do
-    (Korthikanti et al. 2022, arXiv:2205.05198, equation 2); with checkpointing, 2 bytes each and one block in full.
-    """
-    from transformers import AutoConfig
-
-    settings = AutoConfig.from_pretrained(llm_path)
-    per_block = num_tokens * settings.hidden_size
-    blocks = settings.num_hidden_layers
-    return per_block * (2 * blocks + 34 if checkpointing else 34 * blocks) / 2**30

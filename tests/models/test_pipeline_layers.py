@@ -19,7 +19,6 @@ from vlm.models.llm_parts import LLM_PARTS
 from vlm.models.loss import chunked_cross_entropy
 from vlm.models.pipeline import pipeline_layers, run_layers
 from vlm.models.pipeline_build import build_stage, check_cuts, load_stage_weights
-from vlm.models.pipeline_cost import MicroBatchShape, balanced_cuts, describe_cuts, layer_costs, memory_costs
 from vlm.models.trainable import load_weights, trained_weights
 from vlm.models.weight_files import WeightFiles
 
@@ -122,7 +121,8 @@ def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(config
 
 
 def test_a_family_that_is_not_known_is_named_with_what_to_do():
-    model = build_on_meta(ModelConfig.model_validate({"llm": {"path": fixture("Qwen3-8B")}, "trainable": ["llm"]}))
+    path = Path(__file__).parents[1] / "fixtures/configs/Qwen3-8B"
+    model = build_on_meta(ModelConfig.model_validate({"llm": {"path": str(path)}, "trainable": ["llm"]}))
     model.llm.config.model_type = "bloom"
     with pytest.raises(ConfigError, match=r"pipeline: model type bloom .* add it to LLM_PARTS"):
         pipeline_layers(model)
@@ -240,57 +240,8 @@ def test_a_stage_takes_its_own_share_of_other_weights(config: ModelConfig, tmp_p
             load_stage_weights(stage, shapes | {"projector.layers.0.bias": (5,)}, other.__getitem__, "other")
 
 
-# where to cut
-
-
-def test_cuts_minimise_the_dearest_stage():
-    """Against all ways to cut."""
-    generator = torch.Generator().manual_seed(0)
-    for layers in range(1, 9):
-        costs = torch.randint(1, 10, (layers,), generator=generator).tolist()
-        for stages in range(1, layers + 1):
-            dearest = [
-                max(sum(costs[a:b]) for a, b in itertools.pairwise([0, *cuts, layers]))
-                for cuts in itertools.combinations(range(1, layers), stages - 1)
-            ]
-            found = balanced_cuts(costs, stages)
-            assert max(sum(costs[a:b]) for a, b in itertools.pairwise([0, *found, layers])) == min(dearest)
-
-
 def test_cuts_that_leave_a_stage_empty_are_refused():
     check_cuts((1, 3), 4)
     for cuts in ((0,), (4,), (2, 2), (3, 1)):
         with pytest.raises(ConfigError, match="the model has 4 layers, 0 the inputs, 1 to 2 the blocks, 3 the output"):
             check_cuts(cuts, 4)
-
-
-def fixture(name: str) -> str:
-    return str(Path(__file__).parents[1] / "fixtures" / "configs" / name)
-
-
-def test_costs_of_a_real_model_and_the_table(config: ModelConfig):
-    values = {"llm": {"path": fixture("Qwen3-8B")}, "lora": {"rank": 64}, "trainable": ["projector", "llm.lora"]}
-    vision = {"backend": "hf", "path": fixture("clip-vit-large-patch14-336"), "layer": -2}
-    model = build_on_meta(ModelConfig.model_validate(values | {"vision": vision}))
-    costs = layer_costs(model, MicroBatchShape(1, 4096, 4), num_data_ranks=2)
-    assert len(costs) == 38
-    assert sum(cost.parameters for cost in costs) == sum(p.numel() for p in model.parameters())
-    assert sum(cost.trained for cost in costs) == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    block = costs[1]
-    frozen = block.parameters - block.trained
-    assert block.state_bytes == 2 * frozen + 16 * block.trained  # two data ranks: 8 + 16 / 2
-    assert block.activation_bytes == 34 * 4096 * 4096
-    # 6 times parameters and tokens is a whole step's work; frozen weights need no gradient of their own, a third of it
-    assert block.flops / (4 * frozen * 4096) == pytest.approx(1.15, abs=0.05)
-    cuts = balanced_cuts(memory_costs(costs, 2), 2)
-    table = describe_cuts(costs, cuts).splitlines()
-    assert cuts == (19,)
-    assert table[1].split() == ["0", "0-18", "inputs,", "blocks", "1-18", "4,477,769,216", "91,492,352", "28.80", "47%"]
-    assert table[2].split()[:4] == ["1", "19-37", "blocks", "19-36,"]
-
-
-def test_a_tied_head_costs_its_stage_memory_too(config: ModelConfig, tmp_path: Path):
-    llm = write_llm(tmp_path / "other", tie_word_embeddings=True)
-    model = build_on_meta(changed(config, llm={"path": str(llm)}, vision=None, trainable=["llm"]))
-    costs = layer_costs(model, MicroBatchShape(1, 8))
-    assert (costs[0].parameters, costs[-1].parameters) == (28 * 32, 28 * 32 + 32)

@@ -247,14 +247,6 @@ def test_a_replaced_picture_is_encoded_again(tmp_path):
     assert FeatureStore(tmp_path / "vision", "another").get(str(picture)) is None
 
 
-def test_activations_of_a_language_model_are_estimated_from_its_config(tiny):
-    from vlm.run import activation_gib
-
-    # 2 blocks of width 64: 1024 * 64 * 34 * 2 bytes, or with checkpointing 1024 * 64 * (2 * 2 + 34)
-    assert activation_gib(str(tiny / "llm"), 1024, False) * 2**30 == 4_456_448
-    assert activation_gib(str(tiny / "llm"), 1024, True) * 2**30 == 2_490_368
-
-
 def test_records_that_cannot_be_used_are_listed_once_and_not_again_at_resume(config_file, tiny, tmp_path):
     lines = (tiny / "data/finetune.jsonl").read_text().splitlines()
     (tmp_path / "some_bad.jsonl").write_text("\n".join([*lines, '{"image": "gone.png", "caption": "A."}', "{"]))

@@ -10,6 +10,7 @@ from itertools import pairwise
 from vlm.errors import ConfigError
 from vlm.plan import blocks
 from vlm.plan.blocks import Part
+from vlm.plan.cuts import balanced_cuts
 from vlm.plan.numerics import FLOAT32, Numerics, Settings, Workload, full_rows, read_numerics
 from vlm.plan.shapes import ModelShape, read_shapes
 from vlm.plan.states import States, device_states
@@ -235,8 +236,6 @@ def _balance(
     How many micro-batches a layer holds depends on the stage it falls into, so the cuts are made again with the
     numbers of the cuts before, until nothing changes.
     """
-    from vlm.models.pipeline_cost import balanced_cuts
-
     held = [float(num_stages)] * len(layers)
     best: tuple[int, ...] = ()
     for _ in range(4):

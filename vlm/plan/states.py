@@ -26,7 +26,7 @@ from typing import Any
 from vlm.plan.blocks import Part
 from vlm.plan.numerics import ADAM, FLOAT32, Settings
 
-REDUCE_BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, elements; one float32 buffer of that size exists
+REDUCE_BUCKET = 500_000_000  # elements; at most this, and no more than what trains: one float32 buffer exists
 MAX_LIVE = 1_000_000_000  # its default stage3_max_live_parameters: gathered weights that it keeps at most
 
 
@@ -59,7 +59,7 @@ def device_states(
     share = 1 / num_data_ranks
     if kind == "fsdp":
         return _fsdp(parts, weights, trained, 1.0 if accumulates else share, share)
-    bucket = FLOAT32 * _setting(config, "reduce_bucket_size", REDUCE_BUCKET)
+    bucket = FLOAT32 * _setting(config, "reduce_bucket_size", min(REDUCE_BUCKET, trained))
     if kind == "pipeline" or (kind == "zero" and config.engine.stage == 1):
         on_host = kind == "zero" and "optimizer" in config.engine.offload
         optimizer, reduced = int(_MASTER * trained * share), int(FLOAT32 * trained * share)
@@ -70,7 +70,7 @@ def device_states(
         return _zero(parts, config, weights, trained, share, bucket)
     if num_data_ranks == 1:
         return States(weights, ADAM * trained)
-    return States(weights, ADAM * trained, FLOAT32 * trained, gradient_share=1.0 if accumulates else 0.0)
+    return States(weights, ADAM * trained, FLOAT32 * trained, gradient_share=0.0)  # they lie in the buckets
 
 
 def _zero(parts: Sequence[Part], config: Settings, weights: int, trained: int, share: float, bucket: int) -> States:

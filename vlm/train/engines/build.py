@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -110,8 +111,9 @@ def build_engine(
         from vlm.train.engines.pipeline import PipelineEngine
 
         settings = deepspeed_settings(
-            config, train, accumulation_steps=accumulation_steps, num_data_ranks=plan.num_data_ranks, stage=1
-        )
+            config, train, accumulation_steps=accumulation_steps, num_data_ranks=plan.num_data_ranks, stage=1,
+            num_trained=sum(math.prod(model.shapes[name]) for name in model.trained),
+        )  # fmt: skip
         return PipelineEngine(
             model, objective, train, settings,
             num_data_ranks=plan.num_data_ranks, device=device, autocast_dtype=autocast_dtype,
@@ -122,8 +124,9 @@ def build_engine(
         from vlm.train.engines.zero import ZeroEngine
 
         settings = deepspeed_settings(
-            config, train, accumulation_steps=accumulation_steps, num_data_ranks=plan.num_data_ranks
-        )
+            config, train, accumulation_steps=accumulation_steps, num_data_ranks=plan.num_data_ranks,
+            num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        )  # fmt: skip
         return ZeroEngine(module, build_optimizer(model, train), settings, device=device)
     engine_class = LocalEngine
     if plan.kind == "fsdp":

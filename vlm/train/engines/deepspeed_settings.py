@@ -15,12 +15,19 @@ _OURS = ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "amp")
 
 
 def deepspeed_settings(
-    config: EngineConfig, train: TrainConfig, *, accumulation_steps: int, num_data_ranks: int, stage: int | None = None
+    config: EngineConfig,
+    train: TrainConfig,
+    *,
+    accumulation_steps: int,
+    num_data_ranks: int,
+    num_trained: int = 0,
+    stage: int | None = None,
 ) -> dict[str, Any]:
     """What deepspeed.initialize gets.
 
     Args:
         accumulation_steps: micro-batches per optimizer step on each data rank.
+        num_trained: elements of all that trains, which bounds the buffer that gradients are reduced in.
         stage: ZeRO stage, where it is not the config's (a pipeline's is 1).
 
     Raises:
@@ -41,6 +48,8 @@ def deepspeed_settings(
         "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam is compiled at first use; torch's gives the same
         "steps_per_print": 1 << 60,
     }
+    if num_trained:  # DeepSpeed's buffer is of 5e8 elements whatever trains
+        zero["reduce_bucket_size"] = min(500_000_000, num_trained)
     if config.deepspeed is not None:
         own = read_json(config.deepspeed)
         _refuse_contradictions(config, train, settings, own)

@@ -58,7 +58,8 @@ class LocalEngine(FragmentState):
                 self._scale_gradients(min(1.0, self.max_grad_norm / (grad_norm + 1e-6)))
             set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # DistributedDataParallel's gradients are views of its buckets; dropping them would cost a second copy
+        self.optimizer.zero_grad(set_to_none=self._wrapped is self.loss_module)
         return StepOutput(loss=summed / weight, grad_norm=grad_norm, applied=finite)
 
     @torch.no_grad()
