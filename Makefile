@@ -23,3 +23,4 @@ lint:
 .PHONY: .venv-test
 .venv-test:
 	scripts/setup_venv.sh test
+	scripts/setup_browser.sh

@@ -32,7 +32,7 @@ core = [
 ]
 extras = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
-    "serve": ["gradio>=6,<7", "fastapi>=0.115", "uvicorn>=0.34"],
+    "serve": ["gradio>=6,<7", "fastapi>=0.115", "uvicorn>=0.34", "prometheus_client>=0.21", "httpx>=0.27"],
     "track": ["tensorboard>=2.18"],
     "quant": ["bitsandbytes>=0.49"],
     "demo": ["resvg-py==0.5.0", "emoji==2.16.0", "gguf>=0.17", "accelerate>=1.10"],
@@ -41,12 +41,16 @@ extras["test"] = [
     *extras["demo"],
     *extras["track"],
     *extras["deepspeed"],
+    *extras["serve"],
     "pytest>=9",
     "pytest-timeout>=2.4",
     "pytest-xdist>=3.8",
     "hypothesis>=6.150",
     "pexpect>=4.9",
     "scikit-image>=0.25",
+    "openai>=2",
+    "playwright>=1.50",
+    "schemathesis>=4",
 ]
 extras["dev"] = [*extras["test"], "ruff>=0.14", "mypy>=1.18", "pre-commit>=4"]
 
