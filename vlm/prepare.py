@@ -16,13 +16,14 @@ from vlm.export.load import load_init
 from vlm.export.load_stage import load_init_stage
 from vlm.logs import log, warn
 from vlm.models.build import Assembled, build_model
+from vlm.models.llm_parts import has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
 from vlm.objectives.lm import LanguageModeling, Objective
 from vlm.plan.estimate import estimate
 from vlm.plan.memory import device_memory
 from vlm.plan.report import describe_plan
 from vlm.train.engines.base import Engine
-from vlm.train.engines.build import Layout, build_engine, layout
+from vlm.train.engines.build import Layout, block_spreader, build_engine, layout
 from vlm.train.features import fill_store, open_store
 from vlm.train.optim import describe_sizes
 
@@ -49,7 +50,7 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
     plan = layout(config.engine)
     if is_main():
         _tell_plan(config, plan)
-    stage = _build_stage(config, plan, device) if plan.kind == "pipeline" else None
+    stage = _build_stage(config, plan, device)
     built = _build_whole(config, device) if stage is None else stage.built
     data = _build_data(config, built, device, plan)
     max_steps = config.train.max_steps or data.train.steps_in(config.train.epochs or 1)
@@ -67,7 +68,7 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
     engine = build_engine(
         config.engine,
         config.train,
-        built.model if stage is None else stage,
+        stage if stage is not None and plan.kind == "pipeline" else built.model,
         objective,
         plan,
         device=device,
@@ -100,14 +101,23 @@ def _build_whole(config: RunConfig, device: torch.device) -> Assembled:
     return built
 
 
-def _build_stage(config: RunConfig, plan: Layout, device: torch.device) -> Stage:
-    """This rank's part of the model, with nothing of the others' in memory."""
-    cuts = estimate(config, plan.num_stages * plan.num_data_ranks).cuts
+def _build_stage(config: RunConfig, plan: Layout, device: torch.device) -> Stage | None:
+    """This rank's part of the model, without the others' in memory: a pipeline's stage, or pieces of all blocks.
+
+    None where a rank holds the whole model: most engines, and decoders whose parts are not known.
+    """
+    spread = block_spreader(config.engine, config.train, plan, device)
+    cuts: tuple[int, ...] = ()
+    if plan.kind == "pipeline":
+        cuts = estimate(config, plan.num_stages * plan.num_data_ranks).cuts
+    elif spread is None or not has_llm_parts(config.model.llm.path):
+        return None
 
     def build() -> Stage:
         return build_stage(
-            config.model, cuts, plan.stage, precision=config.train.precision, device=str(device), seed=config.seed
-        )
+            config.model, cuts, plan.stage,
+            precision=config.train.precision, device=str(device), seed=config.seed, spread=spread,
+        )  # fmt: skip
 
     stage = together(build)
     if config.init_from is not None:

@@ -180,6 +180,34 @@ def test_a_stage_reads_its_own_tensors_only(config: ModelConfig, monkeypatch):
     ] == []
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("trains", [ADAPTERS, EVERYTHING], ids=["adapters", "everything"])
+def test_block_after_block_is_read_and_handed_on(config: ModelConfig, tmp_path: Path, trains, precision, tied):
+    llm = write_llm(tmp_path / "other", tie_word_embeddings=tied)
+    settings = changed(config, llm={"path": str(llm), "pad_vocab_to_multiple_of": 64}, **trains)
+    expected = dict(build_model(settings, seed=1, precision=precision).model.named_parameters())
+    held: list[int] = []  # bytes of the block that is handed over
+    elsewhere: list[tuple[Any, torch.Tensor]] = []
+
+    def spread(block: Any) -> None:
+        held.append(sum(p.untyped_storage().nbytes() for p in block.parameters()))
+        for parameter in block.parameters():
+            elsewhere.append((parameter, parameter.data))
+            parameter.data = torch.empty(0)
+
+    stage = build_stage(settings, (), 0, seed=1, precision=precision, spread=spread)
+    blocks = [p for name, p in expected.items() if ".layers." in name and name.startswith("llm.")]
+    assert held == [sum(p.numel() * p.element_size() for p in blocks) / 2] * 2
+    for parameter, data in elsewhere:
+        parameter.data = data
+    own = dict(stage.built.model.named_parameters())
+    assert own.keys() == expected.keys()
+    for name, parameter in own.items():
+        assert torch.equal(parameter, expected[name]), name
+        assert (parameter.dtype, parameter.requires_grad) == (expected[name].dtype, expected[name].requires_grad)
+
+
 def test_weights_in_several_files_are_found_by_their_index(config: ModelConfig, tmp_path: Path):
     import transformers
 

@@ -32,7 +32,7 @@ from vlm.export.parts import read_parts
 from vlm.export.streaming import TextStream
 from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.generate import GenerationSettings, generate
-from vlm.models.trainable import add_lora, has_lora, load_weights, merge_lora, part_of, part_weights
+from vlm.models.trainable import has_lora, load_weights, merge_adapter, part_of, part_weights
 from vlm.models.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "fp32", "bf16"]
 _SETTINGS = {field.name for field in fields(GenerationSettings)}
 _END = object()
+MERGED = "llm.lora: {} tensors merged into the language model, as this config trains no adapter"
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,9 @@ def load_init(model: VisionLanguageModel, path: str | Path) -> list[str]:
     if other_base:
         report.append("the language model is another one than the projector was trained beside")
     if lora and not has_lora(model):
-        report.append(_merge_into_base(model, manifest, lora, where))
+        assert manifest.model.lora is not None
+        merge_adapter(model, lora, manifest.model.lora)
+        report.append(MERGED.format(len(lora)))
         tensors = {name: tensor for name, tensor in tensors.items() if name not in lora}
     elif lora:
         _refuse_other_scale(model, manifest.model.lora, where)
@@ -299,18 +302,6 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
     return torch.bfloat16 if native else torch.float32
-
-
-def _merge_into_base(model: VisionLanguageModel, manifest: Manifest, lora: dict[str, Tensor], where: str) -> str:
-    """Fold an adapter that the new config does not train into the language model."""
-    assert manifest.model.lora is not None
-    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    add_lora(model, manifest.model.lora)
-    load_weights(model, lora, where, partial=True)
-    merge_lora(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains[name])  # adding an adapter freezes everything else
-    return f"llm.lora: {len(lora)} tensors merged into the language model, as this config trains no adapter"
 
 
 def _refuse_other_scale(model: VisionLanguageModel, lora: LoRAConfig | None, where: str) -> None:

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from vlm.errors import CheckpointError
 from vlm.export.fingerprint import fingerprint_files
-from vlm.export.load import _merge_into_base
+from vlm.export.load import MERGED
 from vlm.export.manifest import Manifest, read_manifest
 from vlm.export.parts import LLM, read_parts
 from vlm.models.config import ModelConfig
-from vlm.models.pipeline import BlockLayer
 from vlm.models.pipeline_build import Stage, load_stage_weights
-from vlm.models.trainable import part_of
+from vlm.models.trainable import merge_adapter, part_of
 from vlm.models.weight_files import WeightFiles
 
 
@@ -42,8 +41,9 @@ def load_init_stage(stage: Stage, config: ModelConfig, path: str | Path) -> list
     has_lora = any(part_of(name) == "llm.lora" for name in stage.shapes)
     lora = {name: tensor for name, tensor in small.items() if part_of(name) == "llm.lora"}
     if lora and not has_lora:
-        _merge_own(stage, manifest, lora, where)
-        report.append(f"llm.lora: {len(lora)} tensors merged into the language model, as this config trains no adapter")
+        assert manifest.model.lora is not None
+        merge_adapter(stage.built.model, lora, manifest.model.lora)
+        report.append(MERGED.format(len(lora)))
         small = {name: tensor for name, tensor in small.items() if name not in lora}
     elif lora:
         _refuse_other_alpha(manifest, config, where)
@@ -74,12 +74,6 @@ def _check_base(manifest: Manifest, config: ModelConfig, has_adapter: bool, wher
             + "\nSet model.llm.path to the model that the export names, or start from an export without adapter"
         )
     return ["the language model is another one than the projector was trained beside"] if other else []
-
-
-def _merge_own(stage: Stage, manifest: Manifest, lora: Mapping[str, Tensor], where: str) -> None:
-    if any(isinstance(layer, BlockLayer) for layer in stage.layers):
-        own = {name: tensor for name, tensor in lora.items() if stage.own_name(name) is not None}
-        _merge_into_base(stage.built.model, manifest, own, where)
 
 
 def _refuse_other_alpha(manifest: Manifest, config: ModelConfig, where: str) -> None:

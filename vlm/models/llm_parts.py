@@ -51,6 +51,16 @@ def llm_parts(config: Any) -> LLMParts:
     return parts
 
 
+def has_llm_parts(path: str) -> bool:
+    """Whether the parts of the language model in this folder, or of this name, are known."""
+    from transformers import PretrainedConfig
+
+    try:
+        return PretrainedConfig.get_config_dict(path)[0].get("model_type") in LLM_PARTS
+    except (OSError, ValueError):  # building it will say what is wrong
+        return False
+
+
 @dataclass(frozen=True)
 class BlockInputs:
     """What every block of a stage needs beside the hidden states."""

@@ -1,4 +1,7 @@
-"""One stage of a pipeline: the model on the meta device, with only this stage's weights read from the files."""
+"""A part of a model at a time: one stage of a pipeline, or block after block for an engine that spreads each one.
+
+The model is made on the meta device, and only what is wanted is read from the files.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from vlm.models.config import ModelConfig
 from vlm.models.llm import choose_attention, llm_from_config, load_tokenizer, pad_vocabulary
 from vlm.models.llm_parts import llm_parts
 from vlm.models.pipeline import PipelineLayer, num_layers, pipeline_layers
-from vlm.models.trainable import PARTS, load_weights, part_weights, trained_weights
+from vlm.models.trainable import PARTS, load_weights, part_of, part_weights, trained_weights
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.weight_files import WeightFiles
 
@@ -103,6 +106,7 @@ def build_stage(
     device: str = "cpu",
     seed: int = 0,
     tokenizer_path: str | None = None,
+    spread: Callable[[nn.Module], object] | None = None,
 ) -> Stage:
     """Build stage `number` as `build_model` with the same arguments would build it among all others.
 
@@ -111,6 +115,8 @@ def build_stage(
 
     Args:
         cuts: index of the first layer of each stage but the first; see `vlm.models.pipeline` for the layers.
+        spread: called with each decoder block on `device`, complete and with its adapters; after it the block is held
+            in pieces. The next block is read then, so that no process ever holds the whole model.
 
     Raises:
         ConfigError: the family cannot be cut, or the cuts do not fit it.
@@ -129,24 +135,21 @@ def build_stage(
     if config.llm.pad_vocab_to_multiple_of:
         pad_vocabulary(llm, num_real, config.llm.pad_vocab_to_multiple_of)
     own = _own_modules(llm, first, stop)
-    _read_own_weights(llm, own, files, dtype, num_real)
+    later = [] if spread is None else [name for name in _block_names(llm) if name in own]
+    _read_own_weights(llm, own - set(later), files, dtype, num_real)
+    _stand_in(llm, later, torch.float32 if "llm" in config.trainable else dtype)
     vision = _build_vision(config, dtype, is_own=number == 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
-    everything = {name: tensor for part in PARTS for name, tensor in part_weights(model, part).items()}
-    if is_tied:  # on a stage with one of the two they are no longer one tensor
-        everything.pop(f"llm.{llm_parts(llm.config).head}.weight", None)
-    trained = frozenset(name for name, tensor in everything.items() if tensor.requires_grad)
+    shapes, trained = _describe(model, is_tied)
     _remove_other_stages(model, own, keep_vision=number == 0)
-    stage = Stage(
-        Assembled(model.to(device), tokenizer, spec, image_token_id),
-        number,
-        tuple(cuts),
-        {name: tuple(tensor.shape) for name, tensor in everything.items()},
-        trained,
-        is_tied,
-    )
+    for name in later:
+        assert spread is not None
+        _read_own_weights(llm, [name], files, dtype, num_real)
+        spread(llm.get_submodule(name).to(device))
+    built = Assembled(model.to(device), tokenizer, spec, image_token_id)
+    stage = Stage(built, number, tuple(cuts), shapes, trained, is_tied)
     stage.layers.extend(pipeline_layers(model, first, stop))
     return stage
 
@@ -213,6 +216,28 @@ def _tie_as_the_files_do(llm: Any, files: WeightFiles) -> bool:
     return True
 
 
+def _describe(model: Any, is_tied: bool) -> tuple[Shapes, frozenset[str]]:
+    """Shapes of all weights of the whole model by canonical name, and which of them train."""
+    everything = {name: tensor for part in PARTS for name, tensor in part_weights(model, part).items()}
+    if is_tied:  # on a stage with one of the two they are no longer one tensor
+        everything.pop(f"llm.{llm_parts(model.llm.config).head}.weight", None)
+    trained = frozenset(name for name, tensor in everything.items() if tensor.requires_grad)
+    return {name: tuple(tensor.shape) for name, tensor in everything.items()}, trained
+
+
+def _block_names(llm: Any) -> list[str]:
+    blocks = llm_parts(llm.config).blocks
+    return [f"{blocks}.{index}" for index in range(len(llm.get_submodule(blocks)))]
+
+
+def _stand_in(llm: Any, names: Sequence[str], dtype: torch.dtype) -> None:
+    """Give modules weights that take no memory: one element, seen in the right shape. Adapters fit beside them."""
+    for module_name in names:
+        module = llm.get_submodule(module_name)
+        for name, parameter in list(module.named_parameters(module_name)):
+            _set_parameter(llm, name, nn.Parameter(torch.zeros(1, dtype=dtype).expand(parameter.shape)))
+
+
 def _own_modules(llm: Any, first: int, stop: int) -> set[str]:
     """Names of the language model's modules that a stage of these layers holds."""
     parts = llm_parts(llm.config)
@@ -234,16 +259,21 @@ def _read_own_weights(llm: Any, own: Collection[str], files: WeightFiles, dtype:
             llm.set_submodule(module_name, type(module)(llm.config))
             continue
         for name, parameter in list(module.named_parameters(module_name)):
-            source = embed if name == head and is_tied and head not in files.shapes else name
-            source = head if name == embed and is_tied and embed not in files.shapes else source
+            if part_of(f"llm.{name}") == "llm.lora":
+                continue
+            source = name.replace(".base_layer.", ".")
+            source = embed if source == head and is_tied and head not in files.shapes else source
+            source = head if source == embed and is_tied and embed not in files.shapes else source
             if source not in files.shapes:
-                missing.append(name)
+                missing.append(source)
                 continue
             tensor = _grow(files.read(source).to(dtype, copy=True), parameter.shape[0], num_real)
             if tensor.shape != parameter.shape:
-                missing.append(f"{name} of shape {list(parameter.shape)} (there it is {list(tensor.shape)})")
+                missing.append(f"{source} of shape {list(parameter.shape)} (there it is {list(tensor.shape)})")
                 continue
-            _set_parameter(llm, name, nn.Parameter(tensor))
+            if not parameter.is_meta:  # a stand-in, of the dtype that is wanted
+                tensor = tensor.to(parameter.dtype)
+            _set_parameter(llm, name, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
     if missing:
         raise CheckpointError(
             f"model.llm.path {files.path}: its weights lack {len(missing)} tensors of {type(llm).__name__}, "
@@ -273,7 +303,7 @@ def _remove_other_stages(model: Any, own: Collection[str], keep_vision: bool) ->
         model.vision = None
         model.projector = None
     parts = llm_parts(model.llm.config)
-    blocks = [f"{parts.blocks}.{i}" for i in range(len(model.llm.get_submodule(parts.blocks)))]
+    blocks = _block_names(model.llm)
     for name in (parts.embed, *blocks, parts.norm, parts.head, parts.rotary):
         if name not in own:
             model.llm.set_submodule(name, Absent())

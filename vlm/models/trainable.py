@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.config import LoRAConfig
+from vlm.models.partition import add, full_shape, write
 from vlm.models.vlm import VisionLanguageModel
 
 PARTS = ("projector", "llm", "llm.lora", "vision")
@@ -101,6 +102,23 @@ def merge_lora(model: VisionLanguageModel) -> None:
         del model.llm.peft_config
 
 
+def merge_adapter(model: VisionLanguageModel, tensors: Mapping[str, Tensor], config: LoRAConfig) -> None:
+    """Add an adapter that the model does not have to the layers it belongs to; they may be spread over ranks.
+
+    Args:
+        tensors: canonical name -> tensor; layers that the model does not hold are left out.
+    """
+    own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    for name, down in tensors.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        stem = name.removesuffix(".lora_A.weight")
+        layer = own.get(f"llm.{stem.removeprefix('llm.lora.')}.weight")
+        if layer is not None:
+            up = tensors[f"{stem}.lora_B.weight"]
+            add(layer, up.float() @ down.float() * (config.alpha / config.rank))
+
+
 def trained_weights(model: VisionLanguageModel) -> dict[str, Tensor]:
     """Canonical name -> tensor of all that trains, with the statistics (buffers) of each part that trains."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -131,9 +149,9 @@ def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], wher
     own = {canonical_name(name): tensor for name, tensor in _stored_tensors(model).items()}
     problems = [f"  {name}: not in the model" for name in tensors if name not in own]
     problems += [
-        f"  {name}: {list(tensors[name].shape)} -> {list(own[name].shape)}"
+        f"  {name}: {list(tensors[name].shape)} -> {list(full_shape(own[name]))}"
         for name in tensors
-        if name in own and tensors[name].shape != own[name].shape
+        if name in own and tensors[name].shape != full_shape(own[name])
     ]
     if not partial:
         problems += [f"  {name}: missing" for name in trained_weights(model) if name not in tensors]
@@ -144,7 +162,7 @@ def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], wher
             "model.llm or model.lora differ from what it was trained with: restore them, or leave this file out"
         )
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        write(own[name], tensor)
 
 
 def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:

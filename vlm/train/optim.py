@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm.models.partition import full_shape
 from vlm.models.trainable import part_of
 from vlm.train.config import TrainConfig
 
@@ -64,7 +65,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((part_of(name), parameter.ndim >= 2), []).append(parameter)
+            groups.setdefault((part_of(name), len(full_shape(parameter)) >= 2), []).append(parameter)
     return [
         {
             "params": parameters,

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from vlm.distributed import local_rank
 from vlm.errors import ConfigError
+from vlm.models.partition import full_shape
 from vlm.models.pipeline_build import Stage
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.lm import Objective
 from vlm.train.config import EngineConfig, TrainConfig
 from vlm.train.engines.base import LossModule
+from vlm.train.engines.deepspeed_settings import deepspeed_settings
 from vlm.train.engines.local import LocalEngine
 from vlm.train.optim import build_optimizer
 
@@ -89,6 +93,23 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank())
 
 
+def block_spreader(
+    config: EngineConfig, train: TrainConfig, plan: Layout, device: torch.device
+) -> Callable[[nn.Module], object] | None:
+    """What spreads a decoder block over the ranks while the model is loaded. None: every rank holds whole blocks."""
+    if plan.kind == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        return fully_shard
+    if plan.kind == "zero" and config.stage == 3:
+        from vlm.train.engines.zero import Partitioner
+
+        steps = train.global_batch_size // (train.micro_batch_size * plan.num_data_ranks)
+        settings = deepspeed_settings(config, train, accumulation_steps=steps, num_data_ranks=plan.num_data_ranks)
+        return Partitioner(settings, device)
+    return None
+
+
 def build_engine(
     config: EngineConfig,
     train: TrainConfig,
@@ -107,7 +128,6 @@ def build_engine(
         accumulation_steps: micro-batches per optimizer step on this data rank.
     """
     if isinstance(model, Stage):
-        from vlm.train.engines.deepspeed_settings import deepspeed_settings
         from vlm.train.engines.pipeline import PipelineEngine
 
         settings = deepspeed_settings(
@@ -120,12 +140,11 @@ def build_engine(
         )  # fmt: skip
     module = LossModule(model, objective, autocast_dtype)
     if plan.kind == "zero" and config.stage > 0:
-        from vlm.train.engines.deepspeed_settings import deepspeed_settings
         from vlm.train.engines.zero import ZeroEngine
 
         settings = deepspeed_settings(
             config, train, accumulation_steps=accumulation_steps, num_data_ranks=plan.num_data_ranks,
-            num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            num_trained=sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
         )  # fmt: skip
         return ZeroEngine(module, build_optimizer(model, train), settings, device=device)
     engine_class = LocalEngine

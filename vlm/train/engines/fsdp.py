@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from vlm.distributed import rank, world_size
@@ -20,13 +20,14 @@ from vlm.train.fragments import Fragment
 
 
 def shard(module: LossModule) -> None:
-    """Spread each decoder block by itself, and all the rest as one. Call before the optimizer is made.
+    """Spread each decoder block by itself unless that was done, and all the rest as one, before the optimizer is made.
 
     Every rank gathers the rest once per forward and then block after block, whatever its batch holds, so a rank
     without a picture, or with fewer supervised tokens, keeps nobody waiting.
     """
     for block in module.model.llm.get_decoder().layers:
-        fully_shard(block)
+        if not isinstance(block, FSDPModule):
+            fully_shard(block)
     fully_shard(module)
 
 

@@ -23,7 +23,7 @@ from vlm.objectives.lm import Objective
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import FragmentState, StepOutput, T, trained_names
 from vlm.train.engines.pipeline_module import StageRun, pipeline_module, stage_groups
-from vlm.train.engines.zero import import_deepspeed, initialize_deepspeed, zero_fragments
+from vlm.train.engines.zero import initialize_deepspeed, start_deepspeed, zero_fragments
 from vlm.train.fragments import Fragment, FragmentReader, state_files
 from vlm.train.optim import set_learning_rate
 
@@ -125,12 +125,6 @@ class PipelineEngine(FragmentState):
                 yield part
             elif self._is_loading:
                 yield replace(part, name=tied + part.name.removeprefix(self.stage.tied_head))
-
-
-def start_deepspeed(device: torch.device) -> None:
-    """DeepSpeed's communication over the process group that exists. Raises MissingPackageError."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    import_deepspeed(device).init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def _nothing() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -111,11 +111,45 @@ class ZeroEngine(FragmentState):
 
 def initialize_deepspeed(module: Any, optimizer: Any, settings: dict[str, Any], device: torch.device) -> Any:
     """DeepSpeed's engine over the process group that exists."""
-    deepspeed = import_deepspeed(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
-    )
+    deepspeed = start_deepspeed(device)
     return deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+
+
+def start_deepspeed(device: torch.device) -> Any:
+    """The package, its communication over the process group that exists. Raises MissingPackageError."""
+    deepspeed = import_deepspeed(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+class Partitioner:
+    """Stage 3: replaces each weight of a module by this rank's piece of it, as rank 0 has it. Every rank calls it.
+
+    Args:
+        settings: DeepSpeed's config.
+    """
+
+    def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
+        self._deepspeed = start_deepspeed(device)
+        self._settings = settings
+        self._convert: Any = None
+
+    def __call__(self, module: torch.nn.Module) -> None:
+        if self._convert is None:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed fails without it; a launcher sets it
+            offload = self._settings["zero_optimization"].get("offload_param") or {}
+            self._deepspeed.zero.Init(
+                module=module,
+                config_dict_or_path=self._settings,
+                dtype=torch.float32,
+                remote_device=offload.get("device"),
+                pin_memory=offload.get("pin_memory", False),
+            )
+            first: Any = next(module.parameters())
+            self._convert = first.convert_to_zero_parameters
+        else:
+            self._convert(param_list=list(module.parameters()))
 
 
 def import_deepspeed(device: torch.device) -> Any:
