@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
 from vlm.config import RunConfig
 from vlm.data.build import Data, build_data
-from vlm.distributed import is_main, main_first, on_main, together
+from vlm.distributed import is_main, main_first, on_main, together, world_size
 from vlm.errors import ConfigError, VLMError
 from vlm.export.load import load_init
 from vlm.export.load_stage import load_init_stage
@@ -18,6 +19,8 @@ from vlm.logs import log, warn
 from vlm.models.build import Assembled, build_model
 from vlm.models.llm_parts import has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
+from vlm.models.trainable import load_weights
+from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.lm import LanguageModeling, Objective
 from vlm.plan.estimate import estimate
 from vlm.plan.memory import device_memory
@@ -25,6 +28,7 @@ from vlm.plan.report import describe_plan
 from vlm.train.engines.base import Engine
 from vlm.train.engines.build import Layout, block_spreader, build_engine, layout
 from vlm.train.features import fill_store, open_store
+from vlm.train.fragments import read_weights
 from vlm.train.optim import describe_sizes
 
 CALIBRATION_STEPS = 8  # optimizer steps whose pictures set the projector's channel statistics
@@ -124,6 +128,21 @@ def _build_stage(config: RunConfig, plan: Layout, device: torch.device) -> Stage
         for line in load_init_stage(stage, config.model, config.init_from):
             log(f"init_from: {line}")
     return stage
+
+
+def assemble_checkpoint(config: RunConfig, checkpoint: Path, device: torch.device) -> VisionLanguageModel | None:
+    """The whole model with a checkpoint's weights, beside what the process holds already. None if it does not fit.
+
+    torch's random state is left as it was.
+    """
+    needed = 1.1 * sum(device.parameters for device in estimate(config, world_size()).devices)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config.model, precision=config.train.precision, device=str(device), seed=config.seed).model
+        load_weights(model, read_weights(checkpoint), str(checkpoint))
+    return model
 
 
 def _build_data(config: RunConfig, built: Assembled, device: torch.device, plan: Layout) -> Data:

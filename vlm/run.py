@@ -18,7 +18,7 @@ from vlm.logs import log, warn
 from vlm.models.build import Assembled
 from vlm.objectives.lm import LanguageModeling
 from vlm.plan.estimate import estimate
-from vlm.prepare import autocast_dtype, prepare
+from vlm.prepare import assemble_checkpoint, autocast_dtype, prepare
 from vlm.train.checkpoint import newest_verified
 from vlm.train.engines.build import choose_device, layout
 from vlm.train.events import RunEvents
@@ -118,11 +118,8 @@ def _build_loop(
         state=state,
         reporter=Reporter(run, settings, schedule, data.train.epoch_at, start_step=start_step, max_steps=max_steps),
         skips=skips,
-        sampler=None
-        if layout(config.engine).num_stages > 1
-        else Sampler(
-            built.model, data.conversation_tokenizer, built.image_spec, device, dtype, settings.max_new_tokens
-        ),
+        sampler=Sampler(data.conversation_tokenizer, built.image_spec, device, dtype, settings.max_new_tokens),
+        assemble=lambda checkpoint: assemble_checkpoint(config, checkpoint, device),
         held_out=data.held_out,
     )
     loop = TrainLoop(

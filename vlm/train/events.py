@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from vlm.batch import Batch, Skip
 from vlm.data.skips import SkipLog
-from vlm.distributed import note
+from vlm.distributed import note, on_main
 from vlm.errors import CheckpointError, DataError, RecordError
 from vlm.logs import log, warn
+from vlm.models.vlm import VisionLanguageModel
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import StepOutput
 from vlm.train.evaluate import held_out_loss
@@ -29,8 +31,10 @@ class RunEvents:
     state: RunState
     reporter: Reporter
     skips: SkipLog
-    sampler: Sampler | None  # None where no rank holds the whole model
+    sampler: Sampler
+    assemble: Callable[[Path], VisionLanguageModel | None]  # checkpoint -> whole model; None if there is no room
     held_out: Iterable[Batch] | None
+    _samples_wait: bool = False  # for the next checkpoint
 
     def periodic(self) -> list[Every]:
         return [Every(self.settings.eval_every, self.evaluate), Every(self.settings.sample_every, self.sample)]
@@ -57,14 +61,17 @@ class RunEvents:
             log(f"step {step}: held-out loss {loss:.4f} over {tokens:,} tokens")
 
     def sample(self, step: int) -> None:
-        """Answer the configured questions, into samples.jsonl and the log."""
-        if self.sampler is None:
-            log(f"step {step}: no samples, as no process holds the whole model; ask an export of this run instead")
-            return
+        """Answer the configured questions, into samples.jsonl and the log. Where no process can, at the next save."""
         note(f"step {step}: samples")
+        with self.state.engine.whole_model() as model:
+            if model is not None:
+                self._answer(step, model)
+            self._samples_wait = model is None and bool(self.settings.samples)
+
+    def _answer(self, step: int, model: VisionLanguageModel) -> None:
         for question in self.settings.samples:
             try:
-                answer = self.sampler.answer(question)
+                answer = self.sampler.answer(model, question)
             except RecordError as error:
                 warn(f"train.samples: {error}")
                 continue
@@ -74,7 +81,7 @@ class RunEvents:
     def save(self, step: int, required: bool) -> None:
         """Write a checkpoint. A full disk costs the checkpoint; the run, if `required` or the config says so."""
         try:
-            self.state.save(step, self.settings.keep_last)
+            checkpoint = self.state.save(step, self.settings.keep_last)
         except OSError as error:
             message = (
                 f"checkpoint of step {step} could not be written to {self.run.path} ({error}); older ones are "
@@ -85,3 +92,15 @@ class RunEvents:
                 failure.everywhere = True
                 raise failure from None
             warn(f"{message}. Training goes on without it")
+            return
+        if self._samples_wait:
+            self._samples_wait = False
+            note(f"step {step}: samples from the checkpoint")
+            on_main(lambda: self._answer_from(checkpoint, step))
+
+    def _answer_from(self, checkpoint: Path, step: int) -> None:
+        model = self.assemble(checkpoint)
+        if model is None:
+            log(f"step {step}: no samples, as the whole model does not fit here; ask an export of this run instead")
+        else:
+            self._answer(step, model)

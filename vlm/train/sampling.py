@@ -17,17 +17,16 @@ from vlm.train.config import SampleConfig
 
 @dataclass(frozen=True)
 class Sampler:
-    """Asks the model; leaves its mode and the random state of training as they were."""
+    """Asks a model; leaves its mode and the random state of training as they were."""
 
-    model: VisionLanguageModel
     tokenizer: ConversationTokenizer
     image_spec: ImageSpec | None
     device: torch.device
     autocast_dtype: torch.dtype | None
     max_new_tokens: int
 
-    def answer(self, sample: SampleConfig) -> str:
-        """Greedy answer to one question.
+    def answer(self, model: VisionLanguageModel, sample: SampleConfig) -> str:
+        """Greedy answer to one question. Every rank that holds a piece of the model makes the same call.
 
         Raises:
             RecordError: the picture is missing or cannot be read.
@@ -37,7 +36,7 @@ class Sampler:
         with torch.autocast(
             self.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=self.autocast_dtype is not None
         ):
-            new_ids = generate(self.model, input_ids, self._pixels(sample), self.tokenizer.stop_ids, settings)
+            new_ids = generate(model, input_ids, self._pixels(sample), self.tokenizer.stop_ids, settings)
         return self.tokenizer.decode(new_ids)
 
     def _pixels(self, sample: SampleConfig) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -46,6 +47,9 @@ class Engine(Protocol):
 
     def gather_from_data_ranks(self, value: T) -> list[T]:
         """What each data rank gave, in order, on every rank."""
+
+    def whole_model(self) -> AbstractContextManager[VisionLanguageModel | None]:
+        """The model to generate with; every rank makes the same calls. None where no rank has access to all of it."""
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of weights/ and optimizer/ below `folder`. Communicates nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from vlm.distributed import rank, world_size
 from vlm.models.trainable import trained_weights
+from vlm.models.vlm import VisionLanguageModel
 from vlm.train.engines.base import FragmentState, LossModule, adam_state
 from vlm.train.engines.local import LocalEngine
 from vlm.train.fragments import Fragment
@@ -33,6 +35,12 @@ def shard(module: LossModule) -> None:
 
 class FullyShardedEngine(LocalEngine):
     """See `Engine`. Its module has been through `shard`."""
+
+    @contextmanager
+    def whole_model(self) -> Iterator[VisionLanguageModel | None]:
+        self._wrapped.unshard()  # all but the blocks, which gather themselves when they are called
+        yield self.model
+        self._wrapped.reshard()
 
     def weight_fragments(self) -> Iterator[Fragment]:
         self._wrapped.reshard()  # an evaluation leaves the outermost parameters gathered

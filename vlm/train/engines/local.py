@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlm.batch import Batch
 from vlm.distributed import gather_objects, is_main, rank, sum_over_ranks, world_size
 from vlm.models.trainable import trained_weights
+from vlm.models.vlm import VisionLanguageModel
 from vlm.train.engines.base import FragmentState, LossModule, StepOutput, T, adam_state, trained_names
 from vlm.train.fragments import Fragment
 from vlm.train.optim import set_learning_rate
@@ -74,6 +75,9 @@ class LocalEngine(FragmentState):
 
     def gather_from_data_ranks(self, value: T) -> list[T]:
         return gather_objects(value)
+
+    def whole_model(self) -> AbstractContextManager[VisionLanguageModel | None]:
+        return nullcontext(self.model)
 
     def weight_fragments(self) -> Iterator[Fragment]:
         """Every rank holds everything, so rank 0 alone writes it; all read it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from vlm.batch import Batch
 from vlm.distributed import gather_objects, sum_over_ranks
 from vlm.models.pipeline_build import Stage, load_stage_weights
+from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.lm import Objective
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import FragmentState, StepOutput, T, trained_names
@@ -96,6 +98,9 @@ class PipelineEngine(FragmentState):
 
     def gather_from_data_ranks(self, value: T) -> list[T]:
         return gather_objects(value)[: self.num_data_ranks]  # ranks of the first stage; the others give the same
+
+    def whole_model(self) -> AbstractContextManager[VisionLanguageModel | None]:
+        return nullcontext()
 
     def weight_fragments(self) -> Iterator[Fragment]:
         yield from self._rename(zero_fragments(self.parameters, self._zero))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vlm.batch import Batch
 from vlm.distributed import gather_objects, rank, sum_over_ranks, world_size
 from vlm.errors import MissingPackageError
 from vlm.models.trainable import load_weights, trained_weights
+from vlm.models.vlm import VisionLanguageModel
 from vlm.train.engines.base import FragmentState, LossModule, StepOutput, T, adam_state, trained_names
 from vlm.train.fragments import Fragment, read_weights
 from vlm.train.optim import set_learning_rate
@@ -83,6 +85,9 @@ class ZeroEngine(FragmentState):
 
     def gather_from_data_ranks(self, value: T) -> list[T]:
         return gather_objects(value)
+
+    def whole_model(self) -> AbstractContextManager[VisionLanguageModel | None]:
+        return nullcontext(self.model)  # at stage 3 each module gathers its weights when it is called
 
     def weight_fragments(self) -> Iterator[Fragment]:
         yield from zero_fragments(self.parameters, self._zero)
