@@ -417,6 +417,12 @@ def test_the_schema_knows_base_requires_nothing_and_allows_interpolation():
     assert schema["$defs"]["VisionConfig"]["properties"]["layer"]["description"].startswith("Which block's output")
 
 
+def test_a_tilde_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config("tiny/pretrain", ["model.llm.path=~/llm", "output_dir=~/run", "init_from=a/~b"])
+    assert (config.model.llm.path, config.output_dir, config.init_from) == ("/home/me/llm", "/home/me/run", "a/~b")
+
+
 def test_reading_a_config_imports_no_heavy_package():
     code = (
         "import sys; from vlm.config import load_config; load_config('tiny/pretrain');"

@@ -23,7 +23,7 @@ from vlm.errors import ConfigError
 from vlm.evaluation.config import EvaluationConfig
 from vlm.layered_yaml import Key, Source, dotted, leaves, read_layers
 from vlm.models.config import ModelConfig
-from vlm.schema import Section
+from vlm.schema import PathText, Section
 from vlm.train.config import EngineConfig, TrainConfig
 
 BASE = "base"  # the folder of projects/ whose files are no runs by themselves
@@ -34,11 +34,11 @@ class RunConfig(Section):
 
     name: str | None = None
     """Of the project; written as ${name} in paths, so that a copy under another name gets folders of its own."""
-    output_dir: str
+    output_dir: PathText
     """The run's folder; checkpoints, logs and export go there."""
     seed: NonNegativeInt = 0
     """Of new weights, dropout and the order of the data."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """An export whose trained parts this run starts from."""
     model: ModelConfig
     data: DataConfig

@@ -7,6 +7,8 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without them this is a world of one proce
 from __future__ import annotations
 
 import os
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -63,14 +65,41 @@ def process_group(device: torch.device, timeout_seconds: float, *, always: bool 
     else:
         _store, own, size = next(dist.rendezvous("env://", timeout=timeout))
     _store.set_timeout(timeout)
+    _store = dist.PrefixStore(_agree_on_prefix(_store, own, size, timeout_seconds), _store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("vlm", _store), rank=own, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, store=_store, rank=own, world_size=size, timeout=timeout)
     try:
         with _name_the_lost():
             yield
     finally:
         _store = None
         dist.destroy_process_group()
+
+
+def _agree_on_prefix(store: Any, own: int, size: int, timeout_seconds: float) -> str:
+    """A name that the processes alive now share, and no earlier ones did.
+
+    torchrun keeps its store over restarts, so what the processes before wrote there (where to connect to) still
+    stands, and their number of restarts differs between machines. Rank 0 makes the name and answers each rank's own
+    question with it, until that rank has confirmed.
+    """
+    mine = uuid.uuid4().hex
+    if own > 0:
+        store.set(f"question/{own}", mine)
+        name = store.get(f"answer/{mine}").decode()
+        store.set(f"{name}/joined/{own}", "")
+        return name
+    waiting, end = set(range(1, size)), time.monotonic() + timeout_seconds
+    while waiting:
+        if time.monotonic() > end:
+            raise DistributedError(f"rank {min(waiting)} did not join within {timeout_seconds:g} s; was it started?")
+        for other in sorted(waiting):
+            if store.check([f"question/{other}"]):
+                store.set(f"answer/{store.get(f'question/{other}').decode()}", mine)
+            if store.check([f"{mine}/joined/{other}"]):
+                waiting.remove(other)
+        time.sleep(0.01)
+    return mine
 
 
 def note(phase: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,7 @@ from torch import Tensor
 from vlm.config import RunConfig
 from vlm.data.build import Data, build_data
 from vlm.distributed import is_main, main_first, on_main, together, world_size
-from vlm.errors import ConfigError, VLMError
+from vlm.errors import ConfigError, MissingPackageError, VLMError
 from vlm.export.load import load_init
 from vlm.export.load_stage import load_init_stage
 from vlm.logs import log, warn
@@ -43,6 +44,15 @@ class Prepared:
     engine: Engine
     objective: Objective
     max_steps: int
+
+
+def require_packages(config: RunConfig) -> None:
+    """Raises MissingPackageError for an optional package that the config needs, before anything is loaded."""
+    if config.train.tensorboard and find_spec("tensorboard") is None:
+        raise MissingPackageError("tensorboard", "train.tensorboard", "track")
+    needs_deepspeed = config.engine.kind == "pipeline" or (config.engine.kind == "zero" and config.engine.stage > 0)
+    if needs_deepspeed and find_spec("deepspeed") is None:
+        raise MissingPackageError("deepspeed", f"engine.kind {config.engine.kind}", "deepspeed")
 
 
 def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) -> Prepared:

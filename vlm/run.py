@@ -18,7 +18,7 @@ from vlm.logs import log, warn
 from vlm.models.build import Assembled
 from vlm.objectives.lm import LanguageModeling
 from vlm.plan.estimate import estimate
-from vlm.prepare import assemble_checkpoint, autocast_dtype, prepare
+from vlm.prepare import assemble_checkpoint, autocast_dtype, prepare, require_packages
 from vlm.train.checkpoint import newest_verified
 from vlm.train.engines.build import choose_device, layout
 from vlm.train.events import RunEvents
@@ -44,6 +44,7 @@ def train(config: RunConfig, config_text: str) -> Path:
     Raises:
         VLMError: see `vlm.errors` for the exit code of each.
     """
+    require_packages(config)
     device = choose_device(config.engine.device)
     identity = run_identity(config)
     with (

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vlm.config import load_config
-from vlm.errors import CheckpointError, Preempted, TrainingDiverged, VLMError
+from vlm.errors import CheckpointError, MissingPackageError, Preempted, TrainingDiverged, VLMError
 from vlm.run import train
 from vlm.train.checkpoint import list_checkpoints, newest_verified
 from vlm.train.fragments import read_weights
@@ -307,3 +307,19 @@ def test_a_damaged_feature_file_is_made_again(config_file, tmp_path):
     victim.write_bytes(victim.read_bytes()[:50])
     run_here(config_file("b.yaml", data__cache_features=True, train__max_steps=1, output_dir=str(tmp_path / "b")))
     assert victim.stat().st_size > 50
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("train.tensorboard=true", r"train\.tensorboard needs tensorboard.*\[track\]"),
+        ("engine.kind=zero", r"engine\.kind zero needs deepspeed.*\[deepspeed\]"),
+        ("engine.kind=pipeline", r"engine\.kind pipeline needs deepspeed"),
+    ],
+)
+def test_a_missing_package_is_named_before_anything_is_loaded(config_file, monkeypatch, tmp_path, option, message):
+    monkeypatch.setattr("vlm.prepare.find_spec", lambda name: None)
+    config = load_config(config_file(model__llm={"path": "nowhere"}), [option])
+    with pytest.raises(MissingPackageError, match=message):
+        train(config, "")
+    assert not (tmp_path / "run").exists()

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from vlm.schema import Section
+from vlm.schema import PathText, Section
 
 
 class SourceConfig(Section):
-    path: str
+    path: PathText
     """JSON, JSONL (.gz too), CSV, TSV, or a folder of pictures with .txt files beside them."""
-    images: str | None = None
+    images: PathText | None = None
     """Folder that every picture must lie in; null means the folder of `path`."""
     format: Literal["auto", "conversation", "caption", "text"] = "auto"
     weight: PositiveFloat = 1.0
@@ -49,7 +49,7 @@ class DataConfig(Section):
     """More skipped records than this share stops the run with exit code 3."""
     max_skipped_in_a_row: PositiveInt = 100
     """So many skipped records without a good one between them stop it too."""
-    cache: str = "cache/features"
+    cache: PathText = "cache/features"
     """Where record indexes, length tables and encoder features are kept."""
     cache_features: bool = False
     """Encode every picture once, before training, and keep the frozen encoder's features on disk."""

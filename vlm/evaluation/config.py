@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from vlm.schema import Section
+from vlm.schema import PathText, Section
 
 
 class TaskConfig(Section):
@@ -22,9 +22,9 @@ class TaskConfig(Section):
     """Heads its row of the table."""
     kind: Literal["choice", "ranking", "loss"]
     """What is measured; see above."""
-    path: str
+    path: PathText
     """A data file."""
-    images: str | None = None
+    images: PathText | None = None
     """Folder that every picture must lie in; null means the folder of `path`."""
     num_candidates: Annotated[int, Field(ge=2)] = 20
     """ranking: answers among which the true one must be the likeliest."""

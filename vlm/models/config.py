@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from vlm.schema import Section
+from vlm.schema import PathText, Section
 
 TrainablePart = Literal["projector", "llm", "llm.lora", "vision"]
 
@@ -14,7 +14,7 @@ TrainablePart = Literal["projector", "llm", "llm.lora", "vision"]
 class VisionConfig(Section):
     backend: Literal["hf", "open_clip", "timm"]
     """The library whose network it is; hf is transformers."""
-    path: str
+    path: PathText
     """A local folder or file, or a name that the backend resolves (and caches) itself."""
     pretrained: str | None = None
     """open_clip: weight tag or file. timm: weight file (.safetensors) for an architecture named by `path`."""
@@ -42,7 +42,7 @@ class ProjectorConfig(Section):
 
 
 class LLMConfig(Section):
-    path: str
+    path: PathText
     """A local folder, or a name that transformers resolves."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     """auto: FlashAttention 2 on a GPU where it is installed, else SDPA."""

@@ -51,29 +51,12 @@ def generate(
     Returns:
         the new tokens, without the stop token.
     """
-    from transformers import GenerationConfig, StoppingCriteriaList
+    from transformers import StoppingCriteriaList
 
     ids = torch.tensor([input_ids], device=model.llm.device)
     has_beams = settings.num_beams > 1
     follower = _Follower(set(stop_ids), None if has_beams else on_token)
-    sampling: dict[str, Any] = {
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 50,
-    }  # transformers' defaults, not the model's
-    if settings.do_sample:
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-    config = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        do_sample=settings.do_sample,
-        num_beams=settings.num_beams,
-        repetition_penalty=settings.repetition_penalty,
-        # a token that does not exist, as None would take the model's own
-        eos_token_id=sorted(stop_ids) or [model.llm.get_output_embeddings().weight.shape[0]],
-        pad_token_id=min(stop_ids, default=0),
-        use_cache=True,
-        **sampling,
-    )
+    config = _generation_config(model, stop_ids, settings)
     with _undisturbed(model, settings.seed):
         features = None if pixel_values is None else model.encode_images(pixel_values.to(ids.device))
         embeddings = model.embed(ids, features)
@@ -91,6 +74,26 @@ def generate(
             if not on_token(token):
                 return new_ids[: kept + 1]
     return new_ids[:end]
+
+
+def _generation_config(model: VisionLanguageModel, stop_ids: Collection[int], settings: GenerationSettings) -> Any:
+    """Every value that transformers would else take from the model's own generation_config.json."""
+    from transformers import GenerationConfig
+
+    sampling: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' defaults
+    if settings.do_sample:
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    return GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=settings.do_sample,
+        num_beams=settings.num_beams,
+        repetition_penalty=settings.repetition_penalty,
+        # a token that does not exist, as None would take the model's own
+        eos_token_id=sorted(stop_ids) or [model.llm.config.vocab_size],
+        pad_token_id=min(stop_ids, default=0),
+        use_cache=True,
+        **sampling,
+    )
 
 
 class _Follower:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from vlm.schema import Section
+from vlm.schema import PathText, Section
 
 
 class SampleConfig(Section):
@@ -14,7 +14,7 @@ class SampleConfig(Section):
 
     prompt: str
     """The question."""
-    image: str | None = None
+    image: PathText | None = None
     """A picture file; null asks about none."""
 
 
@@ -93,7 +93,7 @@ class EngineConfig(Section):
     """zero: what is spread over the ranks. 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
     offload: tuple[Literal["optimizer", "parameters"], ...] = ()
     """zero: what waits in host memory; parameters need stage 3."""
-    deepspeed: str | None = None
+    deepspeed: PathText | None = None
     """zero: a DeepSpeed JSON file whose settings are added; what it contradicts in this config is an error."""
     num_stages: PositiveInt = 2
     """pipeline: parts that the model is cut into; the other ranks repeat them for more data."""

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from vlm.distributed import is_main
-from vlm.errors import DataError, MissingPackageError
+from vlm.errors import DataError
 from vlm.logs import live, log
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import StepOutput
@@ -201,8 +201,6 @@ def _memory_gib() -> float:
 
 
 def _open_tensorboard(run: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingPackageError("tensorboard", "train.tensorboard", "track") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(run / "tensorboard"))

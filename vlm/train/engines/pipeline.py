@@ -38,9 +38,6 @@ class PipelineEngine(FragmentState):
         objective: counts the weight of a batch; the loss itself is language modelling's, in the output layer.
         settings: DeepSpeed's config, of ZeRO stage 1; see `vlm.train.engines.deepspeed_settings`.
         num_data_ranks: processes per stage.
-
-    Raises:
-        MissingPackageError: DeepSpeed is not installed.
     """
 
     def __init__(

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from vlm.batch import Batch
 from vlm.distributed import gather_objects, rank, sum_over_ranks, world_size
-from vlm.errors import MissingPackageError
 from vlm.models.trainable import load_weights, trained_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.train.engines.base import FragmentState, LossModule, StepOutput, T, adam_state, trained_names
@@ -29,11 +28,7 @@ from vlm.train.optim import set_learning_rate
 
 
 class ZeroEngine(FragmentState):
-    """See `Engine`. `settings` is DeepSpeed's config, see `vlm.train.engines.deepspeed_settings`.
-
-    Raises:
-        MissingPackageError: DeepSpeed is not installed.
-    """
+    """See `Engine`. `settings` is DeepSpeed's config, see `vlm.train.engines.deepspeed_settings`."""
 
     def __init__(
         self,
@@ -121,7 +116,7 @@ def initialize_deepspeed(module: Any, optimizer: Any, settings: dict[str, Any], 
 
 
 def start_deepspeed(device: torch.device) -> Any:
-    """The package, its communication over the process group that exists. Raises MissingPackageError."""
+    """The package, its communication over the process group that exists."""
     deepspeed = import_deepspeed(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
@@ -158,13 +153,11 @@ class Partitioner:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The package, told not to log on every rank. Raises MissingPackageError."""
+    """The package, told not to log on every rank."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    try:
-        import deepspeed
-    except ImportError:
-        raise MissingPackageError("deepspeed", "engine.kind zero or pipeline", "deepspeed") from None
+    import deepspeed
+
     return deepspeed
 
 
