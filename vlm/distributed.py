@@ -22,6 +22,7 @@ from vlm.errors import DistributedError, VLMError
 
 T = TypeVar("T")
 _store: Any = None  # the key-value store of the launch; says where each rank was when one of them is lost
+_turns = 0  # how often the others waited for rank 0
 
 
 def rank() -> int:
@@ -137,7 +138,12 @@ def gather_objects(value: T) -> list[T]:
 
 def on_main(compute: Callable[[], T]) -> T:
     """The result of `compute` on rank 0, on every rank. An error there is raised everywhere."""
-    return gather_objects(together(lambda: compute() if is_main() else None))[0]  # type: ignore[return-value]
+
+    def own() -> T | None:
+        with _turn_of_main():
+            return compute() if is_main() else None
+
+    return gather_objects(together(own))[0]  # type: ignore[return-value]
 
 
 def together(compute: Callable[[], T]) -> T:
@@ -166,16 +172,43 @@ def main_first() -> Iterator[None]:
         yield
         return
     failure: tuple[type, str] | None = None
-    if is_main():
-        try:
-            yield
-        except VLMError as error:
-            failure = (type(error), str(error))
+    with _turn_of_main():
+        if is_main():
+            try:
+                yield
+            except VLMError as error:
+                failure = (type(error), str(error))
     outcome = gather_objects(failure)[0]
     if outcome is not None:
         raise _rebuild(*outcome)
     if not is_main():
         yield
+
+
+@contextmanager
+def _turn_of_main() -> Iterator[None]:
+    """Rank 0 goes through the block, however long it takes; the others wait for that before they enter it.
+
+    They wait outside of a collective, whose timeout is for ranks that hang: encoding all pictures of a run, or adding
+    up the hashes of a large checkpoint, takes longer. If rank 0 is lost, the launcher ends them.
+    """
+    global _turns
+    if world_size() == 1 or _store is None:
+        yield
+        return
+    _turns += 1
+    key = f"turn/{_turns}"
+    if is_main():
+        try:
+            yield
+        finally:
+            _store.set(key, "")
+        return
+    pause = 0.001
+    while not _store.check([key]):
+        time.sleep(pause)
+        pause = min(0.5, 2 * pause)
+    yield
 
 
 def _rebuild(kind: type[Exception], message: str) -> Exception:

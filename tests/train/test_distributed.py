@@ -1,0 +1,46 @@
+"""Decisions that all processes of a launch take together, with processes of their own."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+WORKER = """
+import sys, time
+import torch
+from vlm import distributed
+from vlm.distributed import gather_objects, main_first, note, on_main, process_group, rank
+from vlm.errors import DataError
+
+with process_group(torch.device("cpu"), 3):
+    def slow():
+        time.sleep(5)  # longer than a collective may take
+        return "from " + str(rank())
+    print(rank(), on_main(slow), flush=True)
+    order = []
+    with main_first():
+        if rank() == 0:
+            time.sleep(4)
+        order = time.monotonic()
+    times = gather_objects(order)
+    assert times[0] < times[1]
+    try:
+        on_main(lambda: (_ for _ in ()).throw(DataError("no such file")))
+    except DataError as error:
+        print(rank(), "caught", error, error.everywhere, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_others_wait_for_rank_0_longer_than_for_a_rank_that_hangs(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    started = time.monotonic()
+    done = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert time.monotonic() - started > 9
+    said = sorted(done.stdout.splitlines())
+    assert said == [
+        "0 caught no such file True", "0 from 0", "1 caught no such file True", "1 from 0",
+    ]  # fmt: skip
