@@ -85,14 +85,16 @@ def work(job: Path) -> None:
     """One rank of a launch: go through its cases."""
     from vlm.config import load_config
     from vlm.distributed import process_group
-    from vlm.train.engines.build import choose_device
+    from vlm.train.engines.build import check_available, choose_device
 
     task = json.loads(job.read_text())
     first = load_config(task["config"], task["cases"][0]["overrides"])
     device = choose_device(first.engine.device)
     with process_group(device, first.engine.timeout_seconds, always=True):
         for case in task["cases"]:
-            train_case(load_config(task["config"], case["overrides"]), task["steps"], Path(case["out"]), device)
+            config = load_config(task["config"], case["overrides"])
+            check_available(config.train, device)
+            train_case(config, task["steps"], Path(case["out"]), device)
 
 
 def train_case(config: Any, steps: int, out: Path, device: Any) -> None:

@@ -50,6 +50,16 @@ class RunConfig(Section):
     def _parts_agree(self) -> RunConfig:
         if self.data.cache_features and "vision" in self.model.trainable:
             raise ValueError("data.cache_features needs a frozen encoder, but model.trainable names vision; drop one")
+        if self.train.optimizer != "adamw" and self.engine.kind == "fsdp":
+            raise ValueError(
+                f"train.optimizer {self.train.optimizer} does not work with engine.kind fsdp, as bitsandbytes knows no "
+                "sharded tensors; set engine.kind to zero, ddp or pipeline, or train.optimizer to adamw"
+            )
+        if self.train.is_paged and "optimizer" in self.engine.offload:
+            raise ValueError(
+                f"train.optimizer {self.train.optimizer} pages GPU memory, but engine.offload keeps the optimizer in "
+                f"the host's; drop one of them, or set train.optimizer to {self.train.optimizer.removeprefix('paged_')}"
+            )
         return self
 
 

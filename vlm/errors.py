@@ -26,6 +26,8 @@ class ConfigError(VLMError):
 class MissingPackageError(ConfigError):
     """An optional package is not installed. Names the pip command that installs it."""
 
+    everywhere = True  # the processes of a launch are alike
+
     def __init__(self, package: str, purpose: str, extra: str) -> None:
         super().__init__(f"{purpose} needs {package}, which is not installed: pip install -e '.[{extra}]'")
 

@@ -26,11 +26,13 @@ from vlm.objectives.lm import LanguageModeling, Objective
 from vlm.plan.estimate import estimate
 from vlm.plan.memory import device_memory
 from vlm.plan.report import describe_plan
+from vlm.train.bitsandbytes_adamw import check_installed
 from vlm.train.engines.base import Engine
 from vlm.train.engines.build import Layout, block_spreader, build_engine, layout
 from vlm.train.features import fill_store, open_store
 from vlm.train.fragments import read_weights
 from vlm.train.optim import describe_sizes
+from vlm.train.scaling import loss_scale_for
 
 CALIBRATION_STEPS = 8  # optimizer steps whose pictures set the projector's channel statistics
 
@@ -46,8 +48,19 @@ class Prepared:
     max_steps: int
 
 
-def require_packages(config: RunConfig) -> None:
-    """Raises MissingPackageError for an optional package that the config needs, before anything is loaded."""
+def check_available(config: RunConfig, device: torch.device) -> None:
+    """Whether this machine has what the config asks for, before anything is loaded.
+
+    Raises:
+        MissingPackageError: an optional package is not installed.
+        ConfigError: float16 without a GPU.
+    """
+    check_installed(config.train)
+    if config.train.precision == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "train.precision fp16 needs a GPU, and this run is on the CPU, where float16 is a hundred times slower: "
+            "set train.precision to bf16 or fp32"
+        )
     if config.train.tensorboard and find_spec("tensorboard") is None:
         raise MissingPackageError("tensorboard", "train.tensorboard", "track")
     needs_deepspeed = config.engine.kind == "pipeline" or (config.engine.kind == "zero" and config.engine.stage > 0)
@@ -88,6 +101,7 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
         device=device,
         autocast_dtype=autocast_dtype(config.train.precision),
         accumulation_steps=data.train.microbatches_per_step,
+        loss_scale=loss_scale_for(config.train.precision),
     )
     return Prepared(built, data, engine, objective, max_steps)
 
@@ -104,7 +118,7 @@ def _tell_plan(config: RunConfig, plan: Layout) -> None:
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    return None if precision == "fp32" else torch.bfloat16
+    return {"fp32": None, "fp16": torch.float16}.get(precision, torch.bfloat16)
 
 
 def _build_whole(config: RunConfig, device: torch.device) -> Assembled:
@@ -216,7 +230,8 @@ def _first_features(config: RunConfig, built: Assembled, data: Data, device: tor
     found = []
     vision = built.model.vision
     assert vision is not None
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision != "fp32"):
+    dtype = autocast_dtype(config.train.precision)
+    with torch.no_grad(), torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         for _, batches in zip(range(CALIBRATION_STEPS), data.train.for_rank(0, 1).iterate(0), strict=False):
             for batch in (batch.to(device) for batch in batches if batch.num_images):
                 cached = batch.image_features

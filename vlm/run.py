@@ -18,7 +18,7 @@ from vlm.logs import log, warn
 from vlm.models.build import Assembled
 from vlm.objectives.lm import LanguageModeling
 from vlm.plan.estimate import estimate
-from vlm.prepare import assemble_checkpoint, autocast_dtype, prepare, require_packages
+from vlm.prepare import assemble_checkpoint, autocast_dtype, check_available, prepare
 from vlm.train.checkpoint import newest_verified
 from vlm.train.engines.build import choose_device, layout
 from vlm.train.events import RunEvents
@@ -26,7 +26,7 @@ from vlm.train.interrupt import StopRequest
 from vlm.train.loop import TrainLoop
 from vlm.train.metrics import Reporter, plot_loss
 from vlm.train.optim import build_schedule
-from vlm.train.resume import RunState, flatten, read_progress, refuse_other_run
+from vlm.train.resume import OPTIMIZER_STATE, RunState, flatten, read_progress, refuse_other_run
 from vlm.train.runfolder import RunFolder
 from vlm.train.sampling import Sampler
 
@@ -44,8 +44,8 @@ def train(config: RunConfig, config_text: str) -> Path:
     Raises:
         VLMError: see `vlm.errors` for the exit code of each.
     """
-    require_packages(config)
     device = choose_device(config.engine.device)
+    check_available(config, device)
     identity = run_identity(config)
     with (
         process_group(device, config.engine.timeout_seconds, always=layout(config.engine).needs_group),
@@ -95,6 +95,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         "init_from": config.init_from,
         "train.global_batch_size": config.train.global_batch_size,
         "train.precision": config.train.precision,
+        "train.optimizer": OPTIMIZER_STATE[config.train.has_8bit_state],
     }
 
 

@@ -45,11 +45,11 @@ def build_model(
     """Load encoder and language model, make the projector, freeze what does not train.
 
     Args:
-        precision: "bf16" keeps frozen weights in bfloat16; trained ones are float32 always.
+        precision: "bf16" keeps frozen weights in bfloat16, "fp16" in float16; trained ones are float32 always.
         seed: of the new weights (projector, adapters). torch's own random state is left as it was.
         tokenizer_path: where the tokenizer is, if not beside the language model.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = frozen_dtype(precision)
     tokenizer = load_tokenizer(tokenizer_path or config.llm.path, config.trust_remote_code)
     llm = load_llm(config.llm, dtype, device=device, trust_remote_code=config.trust_remote_code)
     if config.llm.pad_vocab_to_multiple_of:
@@ -60,6 +60,11 @@ def build_model(
         torch.manual_seed(seed)
         model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
     return Assembled(model.to(device), tokenizer, spec, image_token_id)
+
+
+def frozen_dtype(precision: str) -> torch.dtype:
+    """Of weights that do not train."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def build_on_meta(config: ModelConfig) -> VisionLanguageModel:

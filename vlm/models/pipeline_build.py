@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
-from vlm.models.build import Assembled, assemble
+from vlm.models.build import Assembled, assemble, frozen_dtype
 from vlm.models.config import ModelConfig
 from vlm.models.llm import choose_attention, llm_from_config, load_tokenizer, pad_vocabulary
 from vlm.models.llm_parts import llm_parts
@@ -123,7 +123,7 @@ def build_stage(
         CheckpointError: tensors are missing in the files, or of another shape.
     """
     prepare()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = frozen_dtype(precision)
     tokenizer = load_tokenizer(tokenizer_path or config.llm.path, config.trust_remote_code)
     files = WeightFiles(config.llm.path)
     llm = _llm_on_meta(config, dtype, device)

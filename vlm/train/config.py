@@ -41,12 +41,15 @@ class TrainConfig(Section):
     """The schedule's floor, as a share of the peak."""
     weight_decay: NonNegativeFloat = 0.0
     """Of matrices; norms, biases and other vectors are not decayed."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """adamw: torch's. The others are bitsandbytes': state in 8 bits, in pages that may leave the GPU, or both."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this norm; null never."""
-    precision: Literal["fp32", "bf16", "bf16_autocast"] = "bf16"
-    """bf16: frozen weights bf16, trained ones fp32, computed in bf16. bf16_autocast: all weights fp32."""
+    precision: Literal["fp32", "bf16", "bf16_autocast", "fp16"] = "bf16"
+    """bf16: frozen weights bf16, trained ones fp32, computed in bf16. bf16_autocast: all weights fp32. fp16: as bf16
+    in float16, the loss scaled; needs a GPU."""
     log_every: PositiveInt = 1
     """Steps per line of metrics.jsonl."""
     save_every: PositiveInt = 500
@@ -80,6 +83,14 @@ class TrainConfig(Section):
                 f"micro_batch_size {self.micro_batch_size}"
             )
         return self
+
+    @property
+    def has_8bit_state(self) -> bool:
+        return self.optimizer.endswith("8bit")
+
+    @property
+    def is_paged(self) -> bool:
+        return self.optimizer.startswith("paged")
 
 
 class EngineConfig(Section):

@@ -55,7 +55,8 @@ class Every:
 class TrainLoop:
     """All that decides what a step is; `run` makes them.
 
-    `max_bad_steps` steps whose loss or gradient is not finite may pass without an update before the run stops.
+    `max_bad_steps` steps whose loss or gradient is not finite may pass without an update before the run stops. A step
+    whose scaled gradients overflowed in float16 passes without an update too, and is not one of them.
     """
 
     engine: Engine
@@ -89,7 +90,7 @@ class TrainLoop:
             note(f"step {step + 1}: computing")
             counts = self._count(microbatches)
             output = self.engine.train_step(microbatches, max(1.0, counts.weight), self.learning_rate(step))
-            if not output.applied:
+            if not output.applied and not output.overflowed:
                 bad_steps += 1
                 self._refuse(step + 1, output, microbatches, bad_steps)
             self.report(step + 1, microbatches, output, counts, data_seconds)
@@ -121,9 +122,11 @@ class TrainLoop:
         if bad_steps > self.max_bad_steps:
             own = [where for batch in batches for where in batch.where]
             records = [where for each in self.engine.gather_from_data_ranks(own) for where in each]
+            reason = "the learning rate is too high: lower train.learning_rate or lengthen the warm-up"
+            if output.loss_scale is not None:
+                reason += ", or the model's numbers are too large for float16: set train.precision to bf16 or fp32"
             raise TrainingDiverged(
                 f"step {step}: loss {output.loss}, gradient norm {output.grad_norm}; the weights were not updated. "
-                f"Records of the step: {', '.join(records[:8])}{' ...' if len(records) > 8 else ''}. Usually the "
-                "learning rate is too high: lower train.learning_rate or lengthen the warm-up; "
-                "train.max_bad_steps lets a few such steps pass"
+                f"Records of the step: {', '.join(records[:8])}{' ...' if len(records) > 8 else ''}. Usually "
+                f"{reason}; train.max_bad_steps lets a few such steps pass"
             )

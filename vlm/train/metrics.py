@@ -34,10 +34,12 @@ class Window:
     images: float = 0.0
     slots: float = 0.0  # tokens and padding
     bad_steps: int = 0
+    overflowed_steps: int = 0
     data_seconds: float = 0.0
 
     def add(self, output: StepOutput, counts: StepCounts, data_seconds: float) -> None:
-        self.bad_steps += not output.applied
+        self.overflowed_steps += output.overflowed
+        self.bad_steps += not output.applied and not output.overflowed
         if output.applied:
             self.weighted_loss += output.loss * counts.weight
             self.weight += counts.weight
@@ -69,7 +71,7 @@ class Reporter:
     def record(self, step: int, output: StepOutput, counts: StepCounts, data_seconds: float) -> None:
         """Add a finished step. Every `log_every` steps, a line: means over the steps since the last one.
 
-        A step that was not applied counts in `bad_steps` and not in the loss.
+        A step that was not applied counts in `bad_steps` or `overflowed_steps` and not in the loss.
         """
         window = self._window
         self.skipped += int(counts.skipped)
@@ -93,6 +95,8 @@ class Reporter:
             "memory_gib": round(_memory_gib(), 2),
             "seconds": round(time.monotonic() - self._started, 2),
         }
+        if output.loss_scale is not None:
+            line |= {"loss_scale": output.loss_scale, "overflowed_steps": window.overflowed_steps}
         self.write(line)
         self._show(line)
         self._window = Window()

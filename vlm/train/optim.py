@@ -12,6 +12,7 @@ from torch import nn
 
 from vlm.models.partition import full_shape
 from vlm.models.trainable import part_of
+from vlm.train.bitsandbytes_adamw import bitsandbytes_adamw
 from vlm.train.config import TrainConfig
 
 
@@ -77,9 +78,21 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     ]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, betas=config.betas, fused=True)
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, groups: list[dict[str, Any]] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW of torch, or of bitsandbytes as `train.optimizer` says.
+
+    Args:
+        groups: None takes `parameter_groups`.
+
+    Raises:
+        MissingPackageError: bitsandbytes is not installed.
+    """
+    groups = parameter_groups(model, config) if groups is None else groups
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return bitsandbytes_adamw(groups, config)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

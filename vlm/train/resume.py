@@ -21,6 +21,8 @@ from vlm.train.checkpoint import read_info, save_checkpoint
 from vlm.train.engines.base import Engine
 from vlm.train.fragments import save_tensors
 
+OPTIMIZER_STATE = ("any with float32 state", "any with 8-bit state")  # optimizers of one kind read each other's
+
 
 @dataclass
 class RunState:
@@ -88,7 +90,7 @@ def refuse_other_run(checkpoint: Path, identity: dict[str, Any]) -> None:
     Raises:
         CheckpointError: lists every key that differs, checkpoint -> now.
     """
-    old = read_info(checkpoint)["identity"]
+    old = {"train.optimizer": OPTIMIZER_STATE[0]} | read_info(checkpoint)["identity"]  # there was no other before
     differences = [
         f"  {key}: {old.get(key)!r} -> {identity.get(key)!r}"
         for key in sorted(old.keys() | identity.keys())

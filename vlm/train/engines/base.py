@@ -17,7 +17,9 @@ from vlm.errors import CheckpointError
 from vlm.faults import fault
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.lm import Objective
+from vlm.train.bitsandbytes_adamw import QUANTIZED
 from vlm.train.fragments import Fragment, FragmentReader, state_files, write_fragments
+from vlm.train.scaling import LossScale
 
 T = TypeVar("T")
 
@@ -29,6 +31,8 @@ class StepOutput:
     loss: float  # mean over the step's weight and all data ranks: nats per supervised token
     grad_norm: float  # before clipping, over all trained weights
     applied: bool  # false when loss or gradient norm was not finite: the weights are as before
+    loss_scale: float | None = None  # float16: the factor that this step's loss was multiplied by
+    overflowed: bool = False  # float16: not applied because the factor was too large; the next one is smaller
 
 
 class Engine(Protocol):
@@ -79,7 +83,16 @@ class LossModule(nn.Module):
         device = batch.input_ids.device.type
         with torch.autocast(device, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
             loss = self.objective.loss(self.model, batch, num_chunks)
-        return loss * float("nan") if fault("loss") == "nan" else loss
+        return spoil(loss)
+
+
+def spoil(loss: Tensor) -> Tensor:
+    """What VLM_FAULT asks for: a loss that is not finite, or one that is with gradients that are not."""
+    if fault("loss") == "nan":
+        return loss * float("nan")
+    if loss.requires_grad and fault("gradient") == "nan":
+        loss.register_hook(lambda gradient: gradient * float("nan"))
+    return loss
 
 
 class FragmentState:
@@ -87,6 +100,9 @@ class FragmentState:
 
     Both methods yield live views: writing into `values` changes the engine's state.
     """
+
+    loss_scale: LossScale | None = None
+    _used_factor: float | None = None
 
     def weight_fragments(self) -> Iterable[Fragment]:
         """Everything that trains, in float32, with the statistics that belong to it."""
@@ -96,36 +112,67 @@ class FragmentState:
         """`<canonical name>/<state>` of every optimizer state, made with zeros where no step was done yet."""
         raise NotImplementedError
 
+    def start_step(self) -> float:
+        """The factor of this step's loss: 1 where nothing is scaled."""
+        self._used_factor = None if self.loss_scale is None else self.loss_scale.factor
+        return self._used_factor or 1.0
+
+    def step_output(self, loss: float, grad_norm: float, applied: bool) -> StepOutput:
+        """What `train_step` returns. Every rank calls it with the same numbers."""
+        overflowed = self.loss_scale is not None and self.loss_scale.settle(loss, grad_norm)
+        return StepOutput(loss, grad_norm, applied, self._used_factor, overflowed)
+
     def after_load(self) -> None:
         """Bring everything derived from the loaded weights up to date."""
 
     def save(self, folder: Path) -> None:
         write_fragments(self.weight_fragments(), folder / "weights", rank())
         fault("save:shard")
-        write_fragments(self.optimizer_fragments(), folder / "optimizer", rank())
+        write_fragments(self._all_optimizer_fragments(), folder / "optimizer", rank())
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        for part, own in (("weights", self.weight_fragments()), ("optimizer", self.optimizer_fragments())):
+        for part, own in (("weights", self.weight_fragments()), ("optimizer", self._all_optimizer_fragments())):
             reader = FragmentReader(state_files(folder, part))
-            problems = []
+            problems, is_quantized = [], False
             for fragment in own:
                 found = reader.shapes.get(fragment.name)
                 if found != fragment.shape:
                     problems.append(f"  {fragment.name}: {_shape(found)} -> {_shape(fragment.shape)}")
+                    is_quantized |= fragment.name.rpartition("/")[2] in QUANTIZED
                 elif not problems:
                     fragment.values.copy_(reader.read(fragment.name, fragment.start, fragment.values.numel()))
             if problems:
                 raise CheckpointError(
-                    f"{folder / part} does not fit this model (file -> model):\n" + "\n".join(problems[:20]) + "\n"
-                    "Usually the config's trainable parts changed since the checkpoint: restore them, or start in "
-                    "another output_dir with init_from"
+                    f"{folder / part} does not fit this {'launch' if is_quantized else 'model'} (file -> now):\n"
+                    + "\n".join(problems[:20])
+                    + ("\n" + (_OTHER_BLOCKS if is_quantized else _OTHER_PARTS))
                 )
         self.after_load()
 
+    def _all_optimizer_fragments(self) -> Iterator[Fragment]:
+        yield from self.optimizer_fragments()
+        if self.loss_scale is not None:
+            yield Fragment.whole("loss_scale", self.loss_scale.state)
+
+
+_OTHER_PARTS = (
+    "Usually the config's trainable parts changed since the checkpoint: restore them, or start in another output_dir "
+    "with init_from"
+)
+_OTHER_BLOCKS = (
+    "The blocks of 8-bit optimizer state belong to the engine and the number of processes that made them: resume with "
+    "those, or export this run and start in another output_dir with init_from"
+)
+
 
 def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """The optimizer's state of one parameter, made with zeros as AdamW's first step would if there is none yet."""
+    """The optimizer's state of one parameter, made with zeros as AdamW's first step would if there is none yet.
+
+    Tensors of the parameter's shape and scalars; 8-bit state has scales of blocks too, `absmax1` and `absmax2`.
+    """
+    if hasattr(optimizer, "saved_state"):  # vlm.train.bitsandbytes_adamw
+        return optimizer.saved_state(parameter)
     state = optimizer.state[parameter]
     if not state:
         on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
@@ -133,6 +180,13 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state
+
+
+def shared_adam_state(optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:
+    """What 8-bit state of all parameters has in common. Ask after `adam_state`."""
+    if hasattr(optimizer, "shared_state"):
+        for key, value in optimizer.shared_state().items():
+            yield Fragment.whole(f"all/{key}", value)
 
 
 def trained_names(model: VisionLanguageModel) -> Iterator[tuple[str, nn.Parameter]]:

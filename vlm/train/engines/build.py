@@ -22,6 +22,7 @@ from vlm.train.engines.base import LossModule
 from vlm.train.engines.deepspeed_settings import deepspeed_settings
 from vlm.train.engines.local import LocalEngine
 from vlm.train.optim import build_optimizer
+from vlm.train.scaling import LossScale
 
 if TYPE_CHECKING:
     from vlm.train.engines.base import Engine
@@ -120,12 +121,14 @@ def build_engine(
     device: torch.device,
     autocast_dtype: torch.dtype | None,
     accumulation_steps: int,
+    loss_scale: LossScale | None = None,
 ) -> Engine:
     """The engine that `plan` says, over a model that is built, frozen and has its starting weights.
 
     Args:
         model: whole, or this rank's stage for a pipeline.
         accumulation_steps: micro-batches per optimizer step on this data rank.
+        loss_scale: for float16; None scales nothing.
     """
     if isinstance(model, Stage):
         from vlm.train.engines.pipeline import PipelineEngine
@@ -136,7 +139,7 @@ def build_engine(
         )  # fmt: skip
         return PipelineEngine(
             model, objective, train, settings,
-            num_data_ranks=plan.num_data_ranks, device=device, autocast_dtype=autocast_dtype,
+            num_data_ranks=plan.num_data_ranks, device=device, autocast_dtype=autocast_dtype, loss_scale=loss_scale,
         )  # fmt: skip
     module = LossModule(model, objective, autocast_dtype)
     if plan.kind == "zero" and config.stage > 0:
@@ -146,11 +149,17 @@ def build_engine(
             config, train, accumulation_steps=accumulation_steps, num_data_ranks=plan.num_data_ranks,
             num_trained=sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
         )  # fmt: skip
-        return ZeroEngine(module, build_optimizer(model, train), settings, device=device)
+        return ZeroEngine(module, build_optimizer(model, train), settings, device=device, loss_scale=loss_scale)
     engine_class = LocalEngine
     if plan.kind == "fsdp":
         from vlm.train.engines.fsdp import FullyShardedEngine, shard
 
         shard(module)
         engine_class = FullyShardedEngine
-    return engine_class(module, build_optimizer(model, train), device=device, max_grad_norm=train.max_grad_norm)
+    return engine_class(
+        module,
+        build_optimizer(model, train),
+        device=device,
+        max_grad_norm=train.max_grad_norm,
+        loss_scale=loss_scale,
+    )

@@ -71,7 +71,7 @@ def read_json(path: str) -> dict[str, Any]:
 def _refuse_contradictions(
     config: EngineConfig, train: TrainConfig, settings: dict[str, Any], own: dict[str, Any]
 ) -> None:
-    bf16 = train.precision != "fp32"
+    bf16, fp16 = train.precision.startswith("bf16"), train.precision == "fp16"
     pairs: list[tuple[str, Any, str]] = [
         ("train_batch_size", settings["train_batch_size"], "train.global_batch_size"),
         ("train_micro_batch_size_per_gpu", train.micro_batch_size, "train.micro_batch_size"),
@@ -89,7 +89,7 @@ def _refuse_contradictions(
         ("optimizer.params.weight_decay", train.weight_decay, "train.weight_decay"),
         ("optimizer.params.betas", list(train.betas), "train.betas"),
         ("bf16.enabled", bf16, f"train.precision {train.precision}, so"),
-        ("fp16.enabled", False, f"train.precision {train.precision}, so"),
+        ("fp16.enabled", fp16, f"train.precision {train.precision}, so"),
     ]
     problems = []
     for path, ours, name in pairs:

@@ -16,9 +16,18 @@ from vlm.batch import Batch
 from vlm.distributed import gather_objects, is_main, rank, sum_over_ranks, world_size
 from vlm.models.trainable import trained_weights
 from vlm.models.vlm import VisionLanguageModel
-from vlm.train.engines.base import FragmentState, LossModule, StepOutput, T, adam_state, trained_names
+from vlm.train.engines.base import (
+    FragmentState,
+    LossModule,
+    StepOutput,
+    T,
+    adam_state,
+    shared_adam_state,
+    trained_names,
+)
 from vlm.train.fragments import Fragment
 from vlm.train.optim import set_learning_rate
+from vlm.train.scaling import LossScale
 
 
 class LocalEngine(FragmentState):
@@ -31,6 +40,7 @@ class LocalEngine(FragmentState):
         *,
         device: torch.device,
         max_grad_norm: float | None = 1.0,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.loss_module = module
         self.model = module.model
@@ -38,6 +48,7 @@ class LocalEngine(FragmentState):
         self.optimizer = optimizer
         self.device = device
         self.max_grad_norm = max_grad_norm
+        self.loss_scale = loss_scale
         self.data_rank = rank()
         self.num_data_ranks = world_size()
         self._wrapped: Any = self._wrap(module)
@@ -45,23 +56,24 @@ class LocalEngine(FragmentState):
 
     def train_step(self, microbatches: list[Batch], weight: float, learning_rate: float) -> StepOutput:
         self.model.train()
+        factor = self.start_step()
         summed = 0.0
         for number, batch in enumerate(microbatches):
             with self._reduction(number == len(microbatches) - 1):
                 loss = self._wrapped(batch.to(self.device))
-                (loss * (self.num_data_ranks / weight)).backward()
+                (loss * (factor * self.num_data_ranks / weight)).backward()
             summed += loss.item()
         summed = self.sum_over_data_ranks([summed])[0]
-        grad_norm = self._grad_norm()
+        grad_norm = self._grad_norm() / factor
         finite = math.isfinite(summed) and math.isfinite(grad_norm)
         if finite:
-            if self.max_grad_norm is not None:
-                self._scale_gradients(min(1.0, self.max_grad_norm / (grad_norm + 1e-6)))
+            clip = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (grad_norm + 1e-6))
+            self._scale_gradients(clip / factor)
             set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
         # DistributedDataParallel's gradients are views of its buckets; dropping them would cost a second copy
         self.optimizer.zero_grad(set_to_none=self._wrapped is self.loss_module)
-        return StepOutput(loss=summed / weight, grad_norm=grad_norm, applied=finite)
+        return self.step_output(summed / weight, grad_norm, finite)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
@@ -88,6 +100,7 @@ class LocalEngine(FragmentState):
         for name, parameter in self.parameters:
             for key, value in adam_state(self.optimizer, parameter).items():
                 yield Fragment.whole(f"{name}/{key}", value)
+        yield from shared_adam_state(self.optimizer)
 
     def save(self, folder: Any) -> None:
         if is_main():

@@ -19,15 +19,17 @@ import torch
 
 from vlm.batch import Batch
 from vlm.distributed import gather_objects, sum_over_ranks
+from vlm.errors import ConfigError
 from vlm.models.pipeline_build import Stage, load_stage_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.lm import Objective
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import FragmentState, StepOutput, T, trained_names
 from vlm.train.engines.pipeline_module import StageRun, pipeline_module, stage_groups
-from vlm.train.engines.zero import initialize_deepspeed, start_deepspeed, zero_fragments
+from vlm.train.engines.zero import initialize_deepspeed, scale_deepspeed, start_deepspeed, zero_fragments
 from vlm.train.fragments import Fragment, FragmentReader, state_files
-from vlm.train.optim import set_learning_rate
+from vlm.train.optim import build_optimizer, set_learning_rate
+from vlm.train.scaling import LossScale
 
 
 class PipelineEngine(FragmentState):
@@ -38,6 +40,9 @@ class PipelineEngine(FragmentState):
         objective: counts the weight of a batch; the loss itself is language modelling's, in the output layer.
         settings: DeepSpeed's config, of ZeRO stage 1; see `vlm.train.engines.deepspeed_settings`.
         num_data_ranks: processes per stage.
+
+    Raises:
+        ConfigError: 8-bit optimizer state for a trained embedding that is the output layer too.
     """
 
     def __init__(
@@ -50,19 +55,27 @@ class PipelineEngine(FragmentState):
         num_data_ranks: int,
         device: torch.device,
         autocast_dtype: torch.dtype | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         assert settings["zero_optimization"]["stage"] == 1
+        if train.has_8bit_state and stage.tied_name in stage.trained:
+            raise ConfigError(
+                f"train.optimizer {train.optimizer} does not work with engine.kind pipeline for this model: its output "
+                f"layer is its embedding ({stage.tied_name}), and the copies on the first and the last stage would be "
+                "rounded differently and drift apart. Set train.optimizer to adamw, or engine.kind to zero"
+            )
         self.stage = stage
         self.model = stage.built.model
         self.objective = objective
         self.device = device
         self.num_data_ranks = num_data_ranks
+        self.loss_scale = loss_scale
         self.parameters = list(trained_names(self.model))
         self._run = StageRun(stage, device, autocast_dtype)
         groups = stage_groups(stage, train)
         start_deepspeed(device)
         module = pipeline_module(stage, self._run, groups, num_data_ranks)
-        self.optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
+        self.optimizer = build_optimizer(self.model, train, groups)
         self._engine = initialize_deepspeed(module, self.optimizer, settings, device)
         self._zero: Any = self._engine.optimizer  # DeepSpeed's, around ours
         self.data_rank = self._engine.grid.get_data_parallel_rank()
@@ -73,12 +86,13 @@ class PipelineEngine(FragmentState):
             self._engine.set_train_batch_size(self._engine.micro_batch_size * count * self.num_data_ranks)
         self.model.train()
         set_learning_rate(self.optimizer, learning_rate)
+        scale_deepspeed(self._zero, self.start_step())
         self._run.start(microbatches, count * self.num_data_ranks / weight)  # DeepSpeed divides by both again
         self._engine.train_batch(_nothing())
         applied = bool(self._engine.was_step_applied())
         grad_norm = float(self._engine.get_global_grad_norm()) if applied else math.inf
         (summed,) = sum_over_ranks([sum(self._run.losses)])  # only last stages have some
-        return StepOutput(summed / weight, grad_norm, applied)
+        return self.step_output(summed / weight, grad_norm, applied)
 
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         self.model.eval()

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vlm.batch import Batch
-from vlm.faults import fault
 from vlm.models.pipeline import InputsLayer, OutputLayer, num_layers, run_layers
 from vlm.models.pipeline_build import Stage
 from vlm.models.trainable import part_of
 from vlm.train.config import TrainConfig
+from vlm.train.engines.base import spoil
 from vlm.train.optim import parameter_groups
 
 
@@ -58,8 +58,7 @@ class StageRun:
         return output
 
     def _keep_loss(self, loss: Tensor) -> Tensor:
-        if fault("loss") == "nan":
-            loss = loss * math.nan
+        loss = spoil(loss)
         self.losses.append(loss.item())
         if not math.isfinite(self.losses[-1]):
             loss = loss * math.nan  # every gradient on every stage: DeepSpeed then leaves the weights as they are

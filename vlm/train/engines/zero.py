@@ -7,6 +7,8 @@ and is `LocalEngine`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -22,9 +24,18 @@ from vlm.batch import Batch
 from vlm.distributed import gather_objects, rank, sum_over_ranks, world_size
 from vlm.models.trainable import load_weights, trained_weights
 from vlm.models.vlm import VisionLanguageModel
-from vlm.train.engines.base import FragmentState, LossModule, StepOutput, T, adam_state, trained_names
+from vlm.train.engines.base import (
+    FragmentState,
+    LossModule,
+    StepOutput,
+    T,
+    adam_state,
+    shared_adam_state,
+    trained_names,
+)
 from vlm.train.fragments import Fragment, read_weights
 from vlm.train.optim import set_learning_rate
+from vlm.train.scaling import LossScale
 
 
 class ZeroEngine(FragmentState):
@@ -37,12 +48,14 @@ class ZeroEngine(FragmentState):
         settings: dict[str, Any],
         *,
         device: torch.device,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.loss_module = module
         self.model = module.model
         self.objective = module.objective
         self.optimizer = optimizer
         self.device = device
+        self.loss_scale = loss_scale
         self.stage = settings["zero_optimization"]["stage"]
         self.data_rank = rank()
         self.num_data_ranks = world_size()
@@ -55,6 +68,7 @@ class ZeroEngine(FragmentState):
     def train_step(self, microbatches: list[Batch], weight: float, learning_rate: float) -> StepOutput:
         self._engine.train()
         set_learning_rate(self.optimizer, learning_rate)
+        scale_deepspeed(self._zero, self.start_step())
         summed = 0.0
         for batch, num_chunks in zip(microbatches, self._agree_on_chunks(microbatches), strict=True):
             loss = self._engine(batch.to(self.device), num_chunks)
@@ -65,7 +79,7 @@ class ZeroEngine(FragmentState):
             self._engine.step()  # updates after the last micro-batch only
         applied = bool(self._engine.was_step_applied())
         grad_norm = float(self._engine.get_global_grad_norm()) if applied else math.inf
-        return StepOutput(self.sum_over_data_ranks([summed])[0] / weight, grad_norm, applied)
+        return self.step_output(self.sum_over_data_ranks([summed])[0] / weight, grad_norm, applied)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
@@ -107,6 +121,12 @@ class ZeroEngine(FragmentState):
         if self.stage == 3 and self.num_data_ranks > 1:
             dist.all_reduce(own, dist.ReduceOp.MAX)
         return own.tolist()
+
+
+def scale_deepspeed(zero: Any, factor: float) -> None:
+    """Have DeepSpeed's optimizer multiply the loss, and divide the gradients before it clips them."""
+    if factor != zero.loss_scale:  # 1 where nobody set it
+        zero.override_loss_scale(factor)
 
 
 def initialize_deepspeed(module: Any, optimizer: Any, settings: dict[str, Any], device: torch.device) -> Any:
@@ -166,9 +186,13 @@ def zero_fragments(
 ) -> Iterator[Fragment]:
     """The elements that this rank updates: of the float32 weights, or of every optimizer state.
 
+    The scales of 8-bit state are of blocks of a whole partition. They are stored under a name made from what lies
+    where in it, so that nothing but the same partition finds them.
+
     Args:
         zero: DeepSpeed's optimizer, of stage 1, 2 or 3.
     """
+    partitions: dict[int, tuple[Tensor, list[Any]]] = {}
     for name, parameter in parameters:
         place = _place_at_stage_3(parameter, zero) if hasattr(parameter, "ds_id") else _place(parameter, zero)
         if place is None:
@@ -177,11 +201,19 @@ def zero_fragments(
         if not states:
             yield Fragment(name, shape, start, flat.detach()[offset : offset + numel])
             continue
+        partitions.setdefault(id(flat), (flat, []))[1].append((name, offset, start, numel))
         for key, value in adam_state(zero.optimizer, flat).items():
             if value.ndim == 0:
                 yield Fragment.whole(f"{name}/{key}", value)
-            else:
+            elif value.shape == flat.shape:
                 yield Fragment(f"{name}/{key}", shape, start, value[offset : offset + numel])
+    for flat, contents in partitions.values():
+        digest = hashlib.sha256(json.dumps([flat.numel(), contents]).encode()).hexdigest()[:16]
+        for key, value in adam_state(zero.optimizer, flat).items():
+            if value.ndim and value.shape != flat.shape:
+                yield Fragment.whole(f"partition-{digest}/{key}", value)
+    if states:
+        yield from shared_adam_state(zero.optimizer)
 
 
 def _place(parameter: Any, zero: Any) -> tuple[Tensor, int, int, int, tuple[int, ...]] | None:
