@@ -9,6 +9,7 @@ torchvision's Python code to import.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ def prepare() -> None:
     if _is_prepared:
         return
     _is_prepared = True
+    # on a CPU it warns of kernels for 4-bit weights whenever transformers or peft find it installed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None or os.name == "nt":  # Windows wheels have kernels that fit
         return

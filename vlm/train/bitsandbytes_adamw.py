@@ -7,7 +7,6 @@ and two tables of 256 numbers that the bytes index. Tensors of fewer than 4,096 
 from __future__ import annotations
 
 import importlib.util
-import logging
 import warnings
 from typing import Any
 
@@ -32,7 +31,6 @@ def check_installed(train: TrainConfig) -> None:
 def bitsandbytes_adamw(groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer that `train.optimizer` names. Raises MissingPackageError."""
     check_installed(train)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for 4-bit weights
     # on the CPU there is nothing to page out to, and the state is held as without pages; docs/training.md says so
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     from bitsandbytes import optim
