@@ -93,3 +93,26 @@ def test_a_stage_holds_the_activations_of_every_micro_batch_in_flight():
 def test_recomputed_activations_live_in_one_block_at_a_time():
     blocks = tuple(Part(f"block {i}", saved=1, recomputed=50) for i in range(4))
     assert peak(blocks, gradients_stay=False) == Moment("backward, block 3", 54, 0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "on_device", "on_host"),
+    [  # of 100 trained parameters; 2.03 bytes a moment pair in 8 bits, DeepSpeed's copy of the weights beside it
+        ("adamw_8bit", {"kind": "ddp"}, 203, 0),
+        ("paged_adamw", {"kind": "ddp"}, 0, 800),
+        ("paged_adamw_8bit", {"kind": "ddp"}, 0, 203),
+        ("adamw_8bit", {"kind": "zero", "stage": 2}, 150, 0),
+        ("paged_adamw", {"kind": "zero", "stage": 2}, 100, 200),
+        ("adamw_8bit", {"kind": "zero", "stage": 2, "offload": ("optimizer",)}, 0, 150 + 100),
+        ("paged_adamw_8bit", {"kind": "zero", "stage": 0}, 0, 203),
+    ],
+)
+def test_8bit_and_paged_optimizer_state(optimizer, kind, on_device, on_host, config):
+    ours = changed(config, engine={"device": "auto"} | kind, train={"optimizer": optimizer})
+    found = device_states(PARTS, ours, kind["kind"], 4)
+    assert (found.optimizer, found.host) == (on_device, on_host)
+
+
+def test_there_are_no_pages_on_the_cpu(config):
+    ours = changed(config, engine={"kind": "ddp", "device": "cpu"}, train={"optimizer": "paged_adamw"})
+    assert device_states(PARTS, ours, "ddp", 1).optimizer == 800

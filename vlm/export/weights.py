@@ -103,7 +103,7 @@ def _write_trained(folder: Path, trained: Trained, max_shard_size: str) -> Manif
 def _write_full(
     folder: Path, trained: Trained, template: ChatTemplate, max_shard_size: str, dtype: DType
 ) -> tuple[Manifest, list[str]]:
-    built = _build_merged(trained, dtype)
+    built = build_merged(trained, dtype)
     reason = why_not_llava(trained.model, built)
     if reason is None:
         tokens = ConversationTokenizer(built.tokenizer, template)
@@ -126,7 +126,7 @@ def _write_full(
     return manifest, [f"Not in transformers' LLaVA layout: {reason}."]
 
 
-def _build_merged(trained: Trained, dtype: DType) -> Assembled:
+def build_merged(trained: Trained, dtype: DType) -> Assembled:
     """The whole model with adapters folded in, in the dtype of the export. Summed in float32 first."""
     adapters = ("llm.lora",) if trained.part("llm.lora") else ()
     built = build_model(trained.model.model_copy(update={"trainable": adapters}), precision="fp32")

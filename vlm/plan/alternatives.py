@@ -124,8 +124,10 @@ def _changes(config: Settings, world_size: int, memory: int, shape: ModelShape) 
         yield Change("smaller micro-batch", {"train": {"micro_batch_size": size}})
     if not model.gradient_checkpointing:
         yield Change("gradient checkpointing", {"model": {"gradient_checkpointing": True}})
-    if train.precision != "bf16":
+    if train.precision not in ("bf16", "fp16"):
         yield Change("frozen weights in bf16", {"train": {"precision": "bf16"}})
+    if train.optimizer in ("adamw", "paged_adamw") and config.engine.kind != "fsdp":
+        yield Change("8-bit optimizer state", {"train": {"optimizer": f"{train.optimizer}_8bit"}})
     if "llm" in model.trainable:
         parts = tuple("llm.lora" if part == "llm" else part for part in model.trainable)
         adapters = model.lora or _ADAPTERS
@@ -142,6 +144,8 @@ def _other_engines(config: Settings, kind: str, devices: int) -> Iterator[Change
     now = (kind, config.engine.stage if kind == "zero" else None, config.engine.offload if kind == "zero" else ())
     for name, values in _ENGINES:
         offload = values.get("offload", ())
+        if (values["kind"] == "fsdp" and config.train.optimizer != "adamw") or (offload and config.train.is_paged):
+            continue  # vlm.config refuses these
         if (devices > 1 or offload) and (values["kind"], values.get("stage"), offload) != now:
             written = {key: value for key, value in values.items() if value != () or config.engine.offload}
             yield Change(name, {"engine": written}, devices)

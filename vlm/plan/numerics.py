@@ -11,6 +11,7 @@ from vlm.train.config import EngineConfig, TrainConfig
 
 FLOAT32 = 4  # bytes
 ADAM = 8  # bytes per trained parameter: two float32 moments
+ADAM_8BIT = 2 + 2 * FLOAT32 / 256  # two bytes, and two scales per block; tensors under 4,096 elements have ADAM
 
 
 class Settings(Protocol):
@@ -60,12 +61,17 @@ class Numerics:
 
     @property
     def is_autocast(self) -> bool:
-        """Float32 weights are copied to bf16 for the computation."""
+        """Float32 weights are copied to 16 bits for the computation."""
         return self.compute < FLOAT32
 
     def copied(self, is_trained: bool) -> bool:
-        """Whether autocast makes a bf16 copy of a weight."""
+        """Whether autocast makes a 16-bit copy of a weight."""
         return self.is_autocast and (is_trained or self.frozen == FLOAT32)
+
+
+def adam_bytes(train: TrainConfig) -> float:
+    """Bytes of AdamW's moments per trained parameter."""
+    return ADAM_8BIT if train.has_8bit_state else ADAM
 
 
 def read_numerics(config: Settings, has_flash_attention: bool) -> Numerics:
@@ -74,7 +80,7 @@ def read_numerics(config: Settings, has_flash_attention: bool) -> Numerics:
         has_flash_attention: what `attention: auto` takes on the GPU.
     """
     precision, attention = config.train.precision, config.model.llm.attention
-    frozen = 2 if precision == "bf16" else FLOAT32
+    frozen = 2 if precision in ("bf16", "fp16") else FLOAT32
     on_gpu = config.engine.device != "cpu"
     if attention == "auto":
         attention = "flash_attention_2" if on_gpu and has_flash_attention else "sdpa"

@@ -11,26 +11,24 @@
 | pipeline (ZeRO-1 on each stage) | the stage's | the stage's | the stage's 1/N |
 
 DeepSpeed updates a float32 copy of its part of the weights, so its optimizer state has 12 bytes a trained parameter
-instead of AdamW's 8. Its reduction bucket exists from the first backward of a step on (stage 1), during each backward
-(stage 2), or always (stage 3).
+instead of AdamW's 8. 8-bit moments have about 2 instead of these 8 (`train.optimizer`); paged ones are counted in the
+host's memory, where a full GPU keeps them. DeepSpeed's reduction bucket exists from the first backward of a step on
+(stage 1), during each backward (stage 2), or always (stage 3).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlm.plan.blocks import Part
-from vlm.plan.numerics import ADAM, FLOAT32, Settings
+from vlm.plan.numerics import ADAM, FLOAT32, Settings, adam_bytes
 
 REDUCE_BUCKET = 500_000_000  # elements; at most this, and no more than what trains: one float32 buffer exists
 MAX_LIVE = 1_000_000_000  # its default stage3_max_live_parameters: gathered weights that it keeps at most
-
-
-_MASTER = ADAM + FLOAT32  # DeepSpeed's: moments and its own copy of the weights
 
 
 @dataclass(frozen=True)
@@ -55,29 +53,43 @@ def device_states(
         kind: the engine, `auto` resolved.
         accumulates: a step has several micro-batches.
     """
+    found = _all_on_the_device(parts, config, kind, num_data_ranks, accumulates)
+    if not config.train.is_paged or config.engine.device == "cpu":
+        return found
+    is_whole = kind not in ("zero", "pipeline") or (kind == "zero" and config.engine.stage == 0)
+    trained = sum(part.trained for part in parts)
+    paged = int(adam_bytes(config.train) * trained / (1 if is_whole else num_data_ranks))
+    return replace(found, optimizer=found.optimizer - paged, host=found.host + paged)
+
+
+def _all_on_the_device(
+    parts: Sequence[Part], config: Settings, kind: str, num_data_ranks: int, accumulates: bool
+) -> States:
+    """As if the state of the optimizer had no pages that may leave it."""
     weights, trained = sum(part.weights for part in parts), sum(part.trained for part in parts)
     share = 1 / num_data_ranks
+    moments = adam_bytes(config.train)
     if kind == "fsdp":
         return _fsdp(parts, weights, trained, 1.0 if accumulates else share, share)
     bucket = FLOAT32 * _setting(config, "reduce_bucket_size", min(REDUCE_BUCKET, trained))
     if kind == "pipeline" or (kind == "zero" and config.engine.stage == 1):
         on_host = kind == "zero" and "optimizer" in config.engine.offload
-        optimizer, reduced = int(_MASTER * trained * share), int(FLOAT32 * trained * share)
+        optimizer, reduced = int((moments + FLOAT32) * trained * share), int(FLOAT32 * trained * share)
         if on_host:
             return States(weights, 0, bucket, host=optimizer + reduced)
         return States(weights, optimizer, bucket, reduced=reduced)
     if kind == "zero" and config.engine.stage > 1:
         return _zero(parts, config, weights, trained, share, bucket)
     if num_data_ranks == 1:
-        return States(weights, ADAM * trained)
-    return States(weights, ADAM * trained, FLOAT32 * trained, gradient_share=0.0)  # they lie in the buckets
+        return States(weights, int(moments * trained))
+    return States(weights, int(moments * trained), FLOAT32 * trained, gradient_share=0.0)  # they lie in the buckets
 
 
 def _zero(parts: Sequence[Part], config: Settings, weights: int, trained: int, share: float, bucket: int) -> States:
     """Stages 2 and 3."""
     offload = config.engine.offload
     on_host = "optimizer" in offload
-    optimizer, kept = int(_MASTER * trained * share), 0.0 if on_host else share
+    optimizer, kept = int((adam_bytes(config.train) + FLOAT32) * trained * share), 0.0 if on_host else share
     host = optimizer + int(FLOAT32 * trained * share) if on_host else 0
     optimizer = 0 if on_host else optimizer
     if config.engine.stage == 2:

@@ -101,18 +101,26 @@ class FragmentReader:
         return self.read(name, 0, math.prod(shape)).reshape(shape)
 
     def _index(self, file: Path) -> None:
-        with safe_open(file, framework="pt") as opened:
-            shapes = json.loads((opened.metadata() or {}).get("shapes", "{}"))
-            for key in opened.keys():  # noqa: SIM118 - not a dict
-                name, _, start = key.rpartition("@")
-                if not name:
-                    name, start = key, "0"
-                    self.shapes[name] = tuple(opened.get_slice(key).get_shape())
-                    stop = math.prod(self.shapes[name])
-                else:
-                    self.shapes[name] = tuple(shapes[name])
-                    stop = int(start) + opened.get_slice(key).get_shape()[0]
-                self._pieces.setdefault(name, []).append(_Piece(file, key, int(start), stop))
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shapes = json.loads((opened.metadata() or {}).get("shapes", "{}"))
+                for key in opened.keys():  # noqa: SIM118 - not a dict
+                    self._add(file, key, tuple(opened.get_slice(key).get_shape()), shapes)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{file} is no safetensors file ({error}), and nothing else is read. Restore it, or remove its "
+                "checkpoint to go on from the one before"
+            ) from None
+
+    def _add(self, file: Path, key: str, held: tuple[int, ...], shapes: dict[str, list[int]]) -> None:
+        name, _, start = key.rpartition("@")
+        if not name:
+            name, start = key, "0"
+            self.shapes[name] = held
+        else:
+            self.shapes[name] = tuple(shapes[name])
+        stop = int(start) + math.prod(held)
+        self._pieces.setdefault(name, []).append(_Piece(file, key, int(start), stop))
 
 
 def state_files(checkpoint: Path, part: str) -> list[Path]:

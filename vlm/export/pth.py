@@ -1,0 +1,72 @@
+"""A run's weights in one file for tools that want a `.pth`. It is a pickle; nothing here ever reads one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlm.compat import prepare
+from vlm.errors import ConfigError
+from vlm.export.parts import read_run
+from vlm.export.weights import DType, build_merged
+from vlm.faults import fault
+from vlm.logs import log
+from vlm.models.trainable import PARTS, part_weights
+
+
+def export_pth(run: str | Path, out: str | Path | None = None, full: bool = False, dtype: DType = "auto") -> Path:
+    """Write a plain dict, canonical name -> tensor on the CPU, with torch.save.
+
+    The file appears complete or not at all; an older one at the same place is replaced at the very end.
+
+    Args:
+        run: the output_dir of a run. Its newest intact checkpoint is taken.
+        out: the file to write; None is `<run>/export.pth`, or `<run>/export-full.pth` with `full`.
+        full: everything, adapters merged into the language model, instead of what trained.
+        dtype: of a full export's encoder and language model; "auto" is that of the base language model.
+
+    Returns:
+        the file.
+
+    Raises:
+        CheckpointError: no intact checkpoint, or the base models do not fit it.
+        ConfigError: `out` is no name of a .pth file, or cannot be written.
+    """
+    prepare()
+    run = Path(run)
+    final = Path(out) if out is not None else run / ("export-full.pth" if full else "export.pth")
+    if final.suffix != ".pth" or final.is_dir():
+        raise ConfigError(f"{final}: --format pth writes one file, whose name ends in .pth")
+    trained = read_run(run)
+    tensors = trained.tensors
+    if full:
+        model = build_merged(trained, dtype).model
+        tensors = {name: tensor for part in PARTS for name, tensor in part_weights(model, part).items()}
+    _save_atomically({name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, final)
+    log(f"{final}: {len(tensors)} tensors, {final.stat().st_size / 1e6:,.1f} MB; torch.load(..., weights_only=True)")
+    return final
+
+
+def _save_atomically(tensors: dict[str, Tensor], final: Path) -> None:
+    temporary = final.with_name(f".tmp-{final.name}-{secrets.token_hex(4)}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for left in final.parent.glob(f".tmp-{final.name}-????????"):
+            left.unlink()
+        with temporary.open("wb") as file:
+            torch.save(tensors, file)
+            file.flush()
+            os.fsync(file.fileno())
+        fault("export:rename")
+        temporary.replace(final)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {final} ({error.strerror}). Usually the disk is full, or the folder belongs to another "
+            "user. Name another file"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
