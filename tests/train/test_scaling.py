@@ -94,7 +94,7 @@ def test_a_scaled_step_equals_one_that_is_not(engines):
 
 
 def test_an_overflow_leaves_the_weights_and_is_told_from_a_bad_step(engines, monkeypatch):
-    scaled, plain, batches = engines
+    scaled, _, batches = engines
     before = {name: tensor.clone() for name, tensor in trained_weights(scaled.model).items()}
     for fault, overflowed, factor in (("gradient=nan", True, 32768), ("loss=nan", False, 32768)):
         monkeypatch.setenv("VLM_FAULT", fault)
