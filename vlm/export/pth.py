@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -56,9 +59,9 @@ def _save_atomically(tensors: dict[str, Tensor], final: Path) -> None:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for left in final.parent.glob(f".tmp-{final.name}-????????"):
-            left.unlink()
+            left.unlink()  # of an export that was killed
         with temporary.open("wb") as file:
-            torch.save(tensors, file)
+            _save(tensors, file)
             file.flush()
             os.fsync(file.fileno())
         fault("export:rename")
@@ -69,4 +72,12 @@ def _save_atomically(tensors: dict[str, Tensor], final: Path) -> None:
             "user. Name another file"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may be what is missing
+            temporary.unlink(missing_ok=True)
+
+
+def _save(tensors: dict[str, Tensor], file: BinaryIO) -> None:
+    try:
+        torch.save(tensors, file)
+    except RuntimeError as error:  # torch's writer hides the operating system's error in one of its own
+        raise OSError(errno.EIO, str(error).splitlines()[0][:120]) from None
