@@ -4,12 +4,15 @@ import torch
 from tokenizers_for_tests import byte_level_bpe
 from torch import nn
 
-from vlm.batch import IGNORE_INDEX
+from vlm.batch import IGNORE_INDEX, Batch
 from vlm.data import records
 from vlm.data.config import SourceConfig
 from vlm.data.conversation import IMAGE, Conversation, Turn
 from vlm.data.template import EOS, ChatTemplate, RoleFormat
 from vlm.data.tokenize import ConversationTokenizer
+from vlm.models.llm_parts import LLM_PARTS, LLMParts
+from vlm.models.loss import chunked_cross_entropy
+from vlm.models.pipeline import pipeline_layers, run_layers
 from vlm.models.projector import Projector
 from vlm.models.vision import VisionEncoder
 from vlm.models.vlm import VisionLanguageModel
@@ -104,3 +107,20 @@ def test_a_new_data_format_is_one_function(monkeypatch):
     conversation = records.parse_record(record, SourceConfig(path="x"))
     assert conversation.turns == (Turn("user", (IMAGE, "What?")), Turn("assistant", ("A dog.",)))
     assert conversation.images == ("a.png",)
+
+
+def test_a_new_family_for_the_pipeline_is_a_line_in_its_table(monkeypatch):
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    assert "olmo2" not in LLM_PARTS
+    monkeypatch.setitem(LLM_PARTS, "olmo2", LLMParts())
+    shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+    llm = Olmo2ForCausalLM(Olmo2Config(**shape, num_attention_heads=2, pad_token_id=None))
+    model = VisionLanguageModel(llm, None, None, image_token_id=None)
+    ids = torch.arange(12).reshape(2, 6)
+    batch = Batch(input_ids=ids, labels=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]))
+    whole = chunked_cross_entropy(model(ids, batch.position_ids), batch.labels, model.logits)
+    inputs, *blocks, output = pipeline_layers(model)
+    assert len(blocks) == 3
+    hidden_states = run_layers(model, [inputs, *blocks[:1]], batch)  # stage 0
+    assert run_layers(model, [*blocks[1:], output], batch, hidden_states).item() == whole.item()

@@ -107,10 +107,7 @@ def main_train() -> None:
     from vlm.cli.main import run
 
     def command() -> None:
-        parser = argparse.ArgumentParser(prog="train.py", description="Train a model from a YAML config.")
-        parser.add_argument("--use-deepspeed", action="store_true", help="engine.kind zero, as engine.stage says")
-        parser.add_argument("--deepspeed", metavar="NAME", help="zero0, zero1, zero2, zero3, or a DeepSpeed JSON")
-        arguments = _parse(parser)
+        arguments = train_parser().parse_args(_arguments())
         options = [*arguments.options, *(["engine.kind=zero"] if arguments.use_deepspeed else [])]
         start_training(arguments.cfg_path, [*options, *deepspeed_options(arguments.deepspeed)])
 
@@ -122,15 +119,28 @@ def main_train_pipeline() -> None:
     from vlm.cli.main import run
 
     def command() -> None:
-        parser = argparse.ArgumentParser(prog="train_pipeline.py", description="Train a model cut into stages.")
-        parser.add_argument("--num-stages", type=int, help="parts of the model; default: engine.num_stages")
-        arguments = _parse(parser)
+        arguments = train_pipeline_parser().parse_args(_arguments())
         options = [*arguments.options, "engine.kind=pipeline"]
         if arguments.num_stages is not None:
             options.append(f"engine.num_stages={arguments.num_stages}")
         start_training(arguments.cfg_path, options)
 
     sys.exit(run(command))
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The flags of train.py."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a model from a YAML config.")
+    parser.add_argument("--use-deepspeed", action="store_true", help="engine.kind zero, as engine.stage says")
+    parser.add_argument("--deepspeed", metavar="NAME", help="zero0, zero1, zero2, zero3, or a DeepSpeed JSON")
+    return _with_config(parser)
+
+
+def train_pipeline_parser() -> argparse.ArgumentParser:
+    """The flags of train_pipeline.py."""
+    parser = argparse.ArgumentParser(prog="train_pipeline.py", description="Train a model cut into stages.")
+    parser.add_argument("--num-stages", type=int, help="parts of the model; default: engine.num_stages")
+    return _with_config(parser)
 
 
 def _config_and_export(name: str) -> tuple[str, Path | None]:
@@ -147,9 +157,7 @@ def _config_and_export(name: str) -> tuple[str, Path | None]:
     return (str(folder / "config.yaml") if (folder / "config.yaml").is_file() else name), None
 
 
-def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    from vlm.cli.main import with_hyphens
-
+def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cfg-path", required=True, help="a YAML file, or a shipped project such as quickstart/pretrain"
     )
@@ -157,4 +165,10 @@ def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         "--options", "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys"
     )
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # old launchers pass it
-    return parser.parse_args(with_hyphens(sys.argv[1:]))
+    return parser
+
+
+def _arguments() -> list[str]:
+    from vlm.cli.main import with_hyphens
+
+    return with_hyphens(sys.argv[1:])
