@@ -120,7 +120,7 @@ def train_case(config: Any, steps: int, out: Path, device: Any) -> None:
         learning_rate=lambda step: config.train.learning_rate,
         max_steps=steps,
         report=report,
-        save=lambda step, required: None,
+        save=lambda step, required: True,
     ).run()
     if is_main():
         out.mkdir(parents=True)

@@ -55,7 +55,7 @@ def advance(run: Any, start: int, stop: int) -> list[Any]:
         learning_rate=lambda step: 1e-3,
         max_steps=stop,
         report=lambda step, batches, output, counts, seconds: outputs.append(output),
-        save=lambda step, required: None,
+        save=lambda step, required: True,
     ).run(start)
     return outputs
 

@@ -56,7 +56,7 @@ def process_group(device: torch.device, timeout_seconds: float, *, always: bool 
     if dist.is_initialized() or (size == 1 and not always):
         yield
         return
-    if int(os.environ.get("LOCAL_WORLD_SIZE", str(size))) == size:
+    if (os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")) == str(size):  # torchrun's, DeepSpeed's
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on its loopback
     # torch's own FSDP and DeepSpeed call functions that torch renamed: nothing that a user could act on
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vlm.config import RunConfig
 from vlm.data.build import Data, build_data
-from vlm.distributed import is_main, main_first, on_main, together, world_size
-from vlm.errors import ConfigError, MissingPackageError, VLMError
+from vlm.distributed import gather_objects, is_main, main_first, on_main, together, world_size
+from vlm.errors import ConfigError, DataError, MissingPackageError, VLMError
 from vlm.export.load import load_init
 from vlm.export.load_stage import load_init_stage
 from vlm.logs import log, warn
-from vlm.models.build import Assembled, build_model
+from vlm.models.build import Assembled, build_model, forked_random_state
 from vlm.models.llm_parts import has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
 from vlm.models.trainable import load_weights
@@ -90,6 +90,7 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
         shapes, trained = dict(stage.shapes), set(stage.trained)
     log(f"model: {describe_sizes(shapes, trained, config.train)}, on {device.type}")
     log(f"engine: {plan.describe()}")
+    _refuse_different_data(data, max_steps)
     _describe_data(config, data, max_steps)
     objective = LanguageModeling()
     engine = build_engine(
@@ -104,6 +105,20 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
         loss_scale=loss_scale_for(config.train.precision),
     )
     return Prepared(built, data, engine, objective, max_steps)
+
+
+def _refuse_different_data(data: Data, max_steps: int) -> None:
+    """Each rank has scanned the data by itself, and would train on rows of its own. Raises DataError on all."""
+    found = gather_objects((data.train.fingerprint, max_steps))
+    if len(set(found)) > 1:
+        error = DataError(
+            "the ranks see different data:\n"
+            + "\n".join(f"  rank {number}: {steps} steps, {digest}" for number, (digest, steps) in enumerate(found))
+            + "\nUsually a machine lacks some pictures or data files, or has another version of them: compare "
+            "`vlm data check` on each"
+        )
+        error.everywhere = True
+        raise error
 
 
 def _tell_plan(config: RunConfig, plan: Layout) -> None:
@@ -147,7 +162,8 @@ def _build_stage(config: RunConfig, plan: Layout, device: torch.device) -> Stage
             precision=config.train.precision, device=str(device), seed=config.seed, spread=spread,
         )  # fmt: skip
 
-    stage = together(build)
+    # an error while blocks are spread cannot be agreed on: the others wait in DeepSpeed's collectives
+    stage = together(build) if spread is None else build()
     if config.init_from is not None:
         for line in load_init_stage(stage, config.model, config.init_from):
             log(f"init_from: {line}")
@@ -163,7 +179,7 @@ def assemble_checkpoint(config: RunConfig, checkpoint: Path, device: torch.devic
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         return None
-    with torch.random.fork_rng(devices=[]):
+    with forked_random_state():
         model = build_model(config.model, precision=config.train.precision, device=str(device), seed=config.seed).model
         load_weights(model, read_weights(checkpoint), str(checkpoint))
     return model
@@ -187,6 +203,7 @@ def _build_data(config: RunConfig, built: Assembled, device: torch.device, plan:
             data_rank=plan.data_rank,
             num_data_ranks=plan.num_data_ranks,
             features=store,
+            reads_pictures=plan.stage == 0,
         )
         if store is not None and vision is not None and spec is not None:
             fill_store(

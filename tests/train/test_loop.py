@@ -25,6 +25,9 @@ class Engine:
     def __init__(self, bad=()):
         self.calls, self.bad = [], bad
 
+    def share(self, batches):
+        return batches
+
     def train_step(self, microbatches, weight, learning_rate):
         self.calls.append((len(microbatches), weight, learning_rate))
         if len(self.calls) in self.bad:
@@ -54,7 +57,7 @@ def loop(engine, **kwargs):
         "learning_rate": lambda step: 0.1 * step,
         "max_steps": 5,
         "report": lambda step, *rest: events.append(("report", step)),
-        "save": lambda step, required: events.append(("save", step)),
+        "save": lambda step, required: events.append(("save", step)) is None,
         "save_every": 2,
     }
     return TrainLoop(**defaults | kwargs), events
@@ -100,6 +103,21 @@ def test_as_many_bad_steps_pass_as_the_config_allows():
         train_loop.run()
 
 
+def test_a_save_that_failed_is_made_again_before_a_stop_is_called_saved():
+    stops, saves = [], []
+
+    def save(step, required):
+        saves.append((step, required))
+        stops.append("SIGTERM")  # it arrives while the disk is full
+        return required
+
+    train_loop, _ = loop(Engine(), save=save, save_every=2)
+    train_loop.stop_requested = lambda: stops[-1] if stops else None
+    with pytest.raises(Preempted):
+        train_loop.run()
+    assert saves == [(2, False), (2, True)]
+
+
 def test_a_signal_lets_the_step_finish_saves_once_and_ends_with_143():
     with StopRequest() as stop:
 
@@ -114,6 +132,7 @@ def test_a_signal_lets_the_step_finish_saves_once_and_ends_with_143():
             os.kill(os.getpid(), signal.SIGTERM)  # a second one, while saving
             os.kill(os.getpid(), signal.SIGINT)
             saved.append(step)
+            return True
 
         train_loop, _ = loop(Engine(), report=report, save=save, save_every=100)
         train_loop.stop_requested = lambda: stop.signal_name

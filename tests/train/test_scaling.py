@@ -19,7 +19,6 @@ from vlm.run import train
 from vlm.train.checkpoint import newest_verified
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import LossModule
-from vlm.train.engines.build import check_available
 from vlm.train.engines.local import LocalEngine
 from vlm.train.fragments import FragmentReader, read_weights, state_files
 from vlm.train.optim import build_optimizer
@@ -46,15 +45,13 @@ def test_a_loss_that_is_not_finite_is_no_overflow_and_neither_are_gradients_at_a
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_float16_is_refused_on_the_cpu_in_one_line_and_not_on_a_gpu(device):
-    settings = TrainConfig(max_steps=1, precision="fp16")
+def test_float16_is_refused_on_the_cpu_in_one_line_and_not_on_a_gpu(device, config_file):
+    settings = load_config(config_file(train__precision="fp16"))
     if device == "cuda":
-        check_available(settings, torch.device(device))
+        prepare.check_available(settings, torch.device(device))
         return
-    with pytest.raises(
-        ConfigError, match=r"^train.precision fp16 needs a GPU, .* precision to bf16 or fp32$"
-    ):
-        check_available(settings, torch.device(device))
+    with pytest.raises(ConfigError, match=r"^train.precision fp16 needs a GPU, .* precision to bf16 or fp32$"):
+        prepare.check_available(settings, torch.device(device))
 
 
 def test_a_config_with_float16_ends_on_the_cpu_before_a_run_folder_is_made(config_file, tmp_path):

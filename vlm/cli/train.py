@@ -96,7 +96,7 @@ def deepspeed_options(name: str | None) -> list[str]:
     offload = [
         what
         for what, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param"))
-        if zero.get(key, {}).get("device", "none") != "none"
+        if (zero.get(key) or {}).get("device", "none") != "none"
     ]
     chosen = ["engine.kind=zero", f"engine.deepspeed={name}", f"engine.stage={zero.get('stage', 0)}"]
     return [*chosen, f"engine.offload=[{','.join(offload)}]"]

@@ -83,8 +83,12 @@ def build_data(
     data_rank: int = 0,
     num_data_ranks: int = 1,
     features: FeatureStore | None = None,
+    reads_pictures: bool = True,
 ) -> Data:
     """Scan all sources, hold out what the config says, and plan the training rows.
+
+    Args:
+        reads_pictures: false where another process has the encoder; batches are then without pixels and features.
 
     Raises:
         DataError: a source cannot be read, nothing is supervised, or more records are skipped than allowed.
@@ -96,7 +100,9 @@ def build_data(
     refuse_too_many(scan, config.max_skipped_share)
     members, held_out = split_held_out(scan, config.held_out, seed)
     pad_to = config.max_length if config.packing else None
-    collator = Collator(image_spec, conversation_tokenizer.pad_token_id, config.max_pixels, pad_to, features)
+    collator = Collator(
+        image_spec if reads_pictures else None, conversation_tokenizer.pad_token_id, config.max_pixels, pad_to, features
+    )
     plan = build_plan(config, scan, members, seed)
     stream = BatchStream(
         plan,

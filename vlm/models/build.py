@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def build_model(
         num_real = len(tokenizer) - 1  # the placeholder has no row of its own
         pad_vocabulary(llm, num_real, config.llm.pad_vocab_to_multiple_of)
     vision = None if config.vision is None else build_vision(config.vision, dtype)
-    with torch.random.fork_rng(devices=[]):
+    with forked_random_state():
         torch.manual_seed(seed)
         model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
     return Assembled(model.to(device), tokenizer, spec, image_token_id)
@@ -65,6 +66,11 @@ def build_model(
 def frozen_dtype(precision: str) -> torch.dtype:
     """Of weights that do not train."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def forked_random_state() -> AbstractContextManager[None]:
+    """torch's random state, of this process's GPU too, is afterwards what it was: `manual_seed` sets both."""
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
 def build_on_meta(config: ModelConfig) -> VisionLanguageModel:

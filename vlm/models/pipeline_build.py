@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
-from vlm.models.build import Assembled, assemble, frozen_dtype
+from vlm.models.build import Assembled, assemble, forked_random_state, frozen_dtype
 from vlm.models.config import ModelConfig
 from vlm.models.llm import choose_attention, llm_from_config, load_tokenizer, pad_vocabulary
 from vlm.models.llm_parts import llm_parts
@@ -139,7 +139,7 @@ def build_stage(
     _read_own_weights(llm, own - set(later), files, dtype, num_real)
     _stand_in(llm, later, torch.float32 if "llm" in config.trainable else dtype)
     vision = _build_vision(config, dtype, is_own=number == 0)
-    with torch.random.fork_rng(devices=[]):
+    with forked_random_state():
         torch.manual_seed(seed)
         model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
     shapes, trained = _describe(model, is_tied)

@@ -113,6 +113,8 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:
+        if self.offload and self.kind == "zero" and self.stage == 0:
+            raise ValueError("offload: stage 0 spreads nothing and offloads nothing; set stage to 1, 2 or 3")
         if "parameters" in self.offload and self.stage < 3:
             raise ValueError(f"offload: parameters can be offloaded at stage 3 only, stage is {self.stage}")
         if self.cuts is not None and (

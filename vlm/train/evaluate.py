@@ -13,7 +13,8 @@ def held_out_loss(engine: Engine, batches: Iterable[Batch]) -> tuple[float, int,
     that could not be read, of all data ranks."""
     total, weight = 0.0, 0
     own: list[Skip] = []
-    for batch in batches:
+    for read in batches:
+        (batch,) = engine.share([read])
         summed, count = engine.evaluate(batch)
         total += summed
         weight += count

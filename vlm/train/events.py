@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from vlm.batch import Batch, Skip
 from vlm.data.skips import SkipLog
-from vlm.distributed import note, on_main
+from vlm.distributed import note, on_main, together
 from vlm.errors import CheckpointError, DataError, RecordError
 from vlm.logs import log, warn
 from vlm.models.vlm import VisionLanguageModel
@@ -20,6 +23,8 @@ from vlm.train.metrics import Reporter
 from vlm.train.resume import RunState
 from vlm.train.runfolder import RunFolder
 from vlm.train.sampling import Sampler
+
+Pixels = torch.Tensor | None
 
 
 @dataclass
@@ -65,21 +70,27 @@ class RunEvents:
         note(f"step {step}: samples")
         with self.state.engine.whole_model() as model:
             if model is not None:
-                self._answer(step, model)
+                self._answer(step, model, together)
             self._samples_wait = model is None and bool(self.settings.samples)
 
-    def _answer(self, step: int, model: VisionLanguageModel) -> None:
+    def _answer(self, step: int, model: VisionLanguageModel, agree: Callable[[Callable[[], Pixels]], Pixels]) -> None:
+        """`agree` runs what may fail: on all ranks that generate, so that they leave a question out together."""
         for question in self.settings.samples:
             try:
-                answer = self.sampler.answer(model, question)
+                pixel_values = agree(partial(self.sampler.pixels, question))
+                answer = self.sampler.answer(model, question, pixel_values)
             except RecordError as error:
                 warn(f"train.samples: {error}")
                 continue
             self.run.append("samples.jsonl", {"step": step, **question.model_dump(), "answer": answer})
             log(f"step {step}: {question.image or ''} {question.prompt!r} -> {answer!r}")
 
-    def save(self, step: int, required: bool) -> None:
-        """Write a checkpoint. A full disk costs the checkpoint; the run, if `required` or the config says so."""
+    def save(self, step: int, required: bool) -> bool:
+        """Write a checkpoint. A full disk costs the checkpoint; the run, if `required` or the config says so.
+
+        Returns:
+            whether it was written.
+        """
         try:
             checkpoint = self.state.save(step, self.settings.keep_last)
         except OSError as error:
@@ -92,15 +103,19 @@ class RunEvents:
                 failure.everywhere = True
                 raise failure from None
             warn(f"{message}. Training goes on without it")
-            return
+            return False
         if self._samples_wait:
             self._samples_wait = False
             note(f"step {step}: samples from the checkpoint")
             on_main(lambda: self._answer_from(checkpoint, step))
+        return True
 
     def _answer_from(self, checkpoint: Path, step: int) -> None:
-        model = self.assemble(checkpoint)
-        if model is None:
-            log(f"step {step}: no samples, as the whole model does not fit here; ask an export of this run instead")
-        else:
-            self._answer(step, model)
+        try:
+            model = self.assemble(checkpoint)
+            if model is not None:
+                self._answer(step, model, lambda compute: compute())
+                return
+        except torch.OutOfMemoryError:  # the weights fitted, what generating takes did not
+            torch.cuda.empty_cache()
+        log(f"step {step}: no samples, as the whole model does not fit here; ask an export of this run instead")

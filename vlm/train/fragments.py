@@ -33,7 +33,7 @@ class Fragment:
 
     @classmethod
     def whole(cls, name: str, tensor: Tensor) -> Fragment:
-        return cls(name, tuple(tensor.shape), 0, tensor.detach().reshape(-1))
+        return cls(name, tuple(tensor.shape), 0, tensor.detach().view(-1))  # a copy would not take what is loaded
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ class TrainLoop:
     learning_rate: Callable[[int], float]  # by optimizer step, from 0
     max_steps: int
     report: Report
-    save: Callable[[int, bool], None]  # finished steps, and whether the run ends with it, so that it must succeed
+    # finished steps, and whether the run ends with it, so that it must succeed -> whether it did
+    save: Callable[[int, bool], bool]
     stop_requested: Callable[[], str | None] = lambda: None  # the signal that asks to stop, agreed on by all ranks
     events: list[Every] = field(default_factory=list)  # run in order after a step
     save_every: int = 500
@@ -88,6 +89,7 @@ class TrainLoop:
             microbatches = next(batches)
             data_seconds = time.monotonic() - started
             note(f"step {step + 1}: computing")
+            microbatches = self.engine.share(microbatches)
             counts = self._count(microbatches)
             output = self.engine.train_step(microbatches, max(1.0, counts.weight), self.learning_rate(step))
             if not output.applied and not output.overflowed:
@@ -100,9 +102,11 @@ class TrainLoop:
             stopping = self.stop_requested() is not None
             if finished or stopping or (step + 1) % self.save_every == 0:
                 note(f"step {step + 1}: saving")
-                self.save(step + 1, finished or stopping)
+                saved = self.save(step + 1, finished or stopping)
                 stopped = self.stop_requested()  # a signal may have arrived during the save
                 if stopped and not finished:
+                    if not saved:
+                        self.save(step + 1, True)
                     raise Preempted(
                         f"{stopped}: stopped after step {step + 1} and saved; the same command resumes there"
                     )

@@ -25,21 +25,22 @@ class Sampler:
     autocast_dtype: torch.dtype | None
     max_new_tokens: int
 
-    def answer(self, model: VisionLanguageModel, sample: SampleConfig) -> str:
+    def answer(self, model: VisionLanguageModel, sample: SampleConfig, pixel_values: torch.Tensor | None) -> str:
         """Greedy answer to one question. Every rank that holds a piece of the model makes the same call.
 
-        Raises:
-            RecordError: the picture is missing or cannot be read.
+        Args:
+            pixel_values: what `pixels` gave.
         """
         input_ids = self.tokenizer.prompt(sample_conversation(sample))
         settings = GenerationSettings(max_new_tokens=self.max_new_tokens)
         with torch.autocast(
             self.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=self.autocast_dtype is not None
         ):
-            new_ids = generate(model, input_ids, self._pixels(sample), self.tokenizer.stop_ids, settings)
+            new_ids = generate(model, input_ids, pixel_values, self.tokenizer.stop_ids, settings)
         return self.tokenizer.decode(new_ids)
 
-    def _pixels(self, sample: SampleConfig) -> torch.Tensor | None:
+    def pixels(self, sample: SampleConfig) -> torch.Tensor | None:
+        """[1, 3, S, S] of a question's picture; None without one. Raises RecordError: it is missing or unreadable."""
         if sample.image is None or self.image_spec is None:
             return None
         picture = load_image(sample.image, background=self.image_spec.background)

@@ -41,6 +41,9 @@ class Engine(Protocol):
     data_rank: int  # which share of the stream this process takes; equal for all stages of one pipeline
     num_data_ranks: int
 
+    def share(self, batches: list[Batch]) -> list[Batch]:
+        """The batches that all processes of one share of the data work on; each has read them by itself."""
+
     def train_step(self, microbatches: list[Batch], weight: float, learning_rate: float) -> StepOutput:
         """Forward and backward over the micro-batches, clip, update. `weight` divides the summed loss."""
 
@@ -100,6 +103,9 @@ class FragmentState:
 
     Both methods yield live views: writing into `values` changes the engine's state.
     """
+
+    def share(self, batches: list[Batch]) -> list[Batch]:
+        return batches
 
     loss_scale: LossScale | None = None
     _used_factor: float | None = None

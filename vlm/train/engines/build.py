@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -99,9 +100,9 @@ def block_spreader(
 ) -> Callable[[nn.Module], object] | None:
     """What spreads a decoder block over the ranks while the model is loaded. None: every rank holds whole blocks."""
     if plan.kind == "fsdp":
-        from torch.distributed.fsdp import fully_shard
+        from vlm.train.engines.fsdp import shard_block
 
-        return fully_shard
+        return partial(shard_block, device=device)
     if plan.kind == "zero" and config.stage == 3:
         from vlm.train.engines.zero import Partitioner
 
@@ -142,6 +143,8 @@ def build_engine(
             num_data_ranks=plan.num_data_ranks, device=device, autocast_dtype=autocast_dtype, loss_scale=loss_scale,
         )  # fmt: skip
     module = LossModule(model, objective, autocast_dtype)
+    if plan.kind == "zero" and config.stage == 0:  # for what a user's JSON contradicts; DeepSpeed itself has no part
+        deepspeed_settings(config, train, accumulation_steps=accumulation_steps, num_data_ranks=plan.num_data_ranks)
     if plan.kind == "zero" and config.stage > 0:
         from vlm.train.engines.zero import ZeroEngine
 
@@ -154,7 +157,7 @@ def build_engine(
     if plan.kind == "fsdp":
         from vlm.train.engines.fsdp import FullyShardedEngine, shard
 
-        shard(module)
+        shard(module, device)
         engine_class = FullyShardedEngine
     return engine_class(
         module,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -21,7 +22,12 @@ from vlm.train.engines.local import LocalEngine
 from vlm.train.fragments import Fragment
 
 
-def shard(module: LossModule) -> None:
+def shard_block(block: nn.Module, device: torch.device) -> None:
+    """Spread one decoder block over all ranks."""
+    fully_shard(block, mesh=_mesh(device))
+
+
+def shard(module: LossModule, device: torch.device) -> None:
     """Spread each decoder block by itself unless that was done, and all the rest as one, before the optimizer is made.
 
     Every rank gathers the rest once per forward and then block after block, whatever its batch holds, so a rank
@@ -29,8 +35,8 @@ def shard(module: LossModule) -> None:
     """
     for block in module.model.llm.get_decoder().layers:
         if not isinstance(block, FSDPModule):
-            fully_shard(block)
-    fully_shard(module)
+            shard_block(block, device)
+    fully_shard(module, mesh=_mesh(device))
 
 
 class FullyShardedEngine(LocalEngine):
@@ -65,6 +71,11 @@ class FullyShardedEngine(LocalEngine):
     def _grad_norm(self) -> float:
         norm = torch.nn.utils.get_total_norm(self._gradients())
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    """All ranks. Without it torch takes the GPU wherever there is one, whatever the config says."""
+    return init_device_mesh(device.type, (world_size(),))
 
 
 def _own_part(name: str, tensor: Tensor) -> Iterator[Fragment]:

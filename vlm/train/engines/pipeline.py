@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from vlm.batch import Batch
 from vlm.distributed import gather_objects, sum_over_ranks
@@ -93,6 +94,13 @@ class PipelineEngine(FragmentState):
         grad_norm = float(self._engine.get_global_grad_norm()) if applied else math.inf
         (summed,) = sum_over_ranks([sum(self._run.losses)])  # only last stages have some
         return self.step_output(summed / weight, grad_norm, applied)
+
+    def share(self, batches: list[Batch]) -> list[Batch]:
+        """What the first stage has read. A picture that only one stage can read would set their rows apart."""
+        group = self._engine.grid.get_pipe_parallel_group()
+        texts = [replace(batch, pixel_values=None, image_features=None) for batch in batches]
+        dist.broadcast_object_list(texts, src=self.data_rank, group=group)  # the first stage's rank is its data rank
+        return batches if self.stage.is_first else texts
 
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         self.model.eval()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vlm.batch import Batch
 from vlm.distributed import gather_objects, rank, sum_over_ranks, world_size
-from vlm.models.trainable import load_weights, trained_weights
+from vlm.models.trainable import trained_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.train.engines.base import (
     FragmentState,
@@ -33,7 +33,7 @@ from vlm.train.engines.base import (
     shared_adam_state,
     trained_names,
 )
-from vlm.train.fragments import Fragment, read_weights
+from vlm.train.fragments import Fragment, FragmentReader, state_files
 from vlm.train.optim import set_learning_rate
 from vlm.train.scaling import LossScale
 
@@ -108,12 +108,15 @@ class ZeroEngine(FragmentState):
     def optimizer_fragments(self) -> Iterator[Fragment]:
         yield from zero_fragments(self.parameters, self._zero, states=True)
 
+    @torch.no_grad()
     def load(self, folder: Path) -> None:
         super().load(folder)
         if self.stage == 3:
             _refresh_partitions(self._zero)
         else:  # every rank holds all weights whole, beside its part of DeepSpeed's copy
-            load_weights(self.model, read_weights(folder), str(folder))
+            reader = FragmentReader(state_files(folder, "weights"))
+            for name, tensor in trained_weights(self.model).items():  # one at a time
+                tensor.copy_(reader.whole(name))
 
     def _agree_on_chunks(self, batches: list[Batch]) -> list[int]:
         """At stage 3 each chunk of the loss gathers the head's weight, on all ranks or on none."""
