@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,51 @@ def test_another_picture_starts_another_conversation_unless_it_cannot_be_read(se
     session.set_image(root / "dog.png")
     assert session.history == []
     assert session.images == [str(root / "dog.png")]
+
+
+def test_several_pictures_are_added_together_or_not_at_all(session: ChatSession, root: Path):
+    session.add_images([root / "cat.png", root / "dog.png"])
+    assert session.conversation("Compare").turns[0].num_images == 2
+    with pytest.raises(RecordError):
+        session.add_images([root / "cat.png", root / "missing.png"])
+    with pytest.raises(RecordError, match="nothing is fetched"):
+        session.set_images(["https://a.example/cat.png"])
+    assert session.images == [str(root / "cat.png"), str(root / "dog.png")]
+
+
+def test_a_retry_that_fails_keeps_the_old_reply(session: ChatSession, root: Path, monkeypatch: pytest.MonkeyPatch):
+    session.add_image(root / "cat.png")
+    ask(session, "What is this?")
+    before = session.exchanges
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm.export.load.generate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            "".join(session.retry(SHORT))
+        patch.setattr("vlm.export.load.load_image", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.retry(SHORT)
+    session.retry(SHORT)  # nobody reads it
+    assert session.exchanges == before
+
+
+def test_a_picture_added_since_joins_the_question_that_is_asked_again(session: ChatSession, root: Path):
+    session.add_image(root / "cat.png")
+    ask(session, "What is this?")
+    session.add_image(root / "dog.png")
+    "".join(session.retry(SHORT))
+    assert session.exchanges[0].images == (str(root / "cat.png"), str(root / "dog.png"))
+    assert session.conversation("Next").turns[-1].num_images == 0
+
+
+def test_a_beam_search_can_be_stopped_too(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loaded.model.llm.config, "max_position_embeddings", 100_000)
+    session = ChatSession(loaded)
+    threading.Timer(0.5, session.stop).start()
+    assert "".join(session.ask("Hello", GenerationSettings(max_new_tokens=50_000, num_beams=2))) == ""
+    assert session.history == [("Hello", "")]
+
+
+def test_the_system_prompt_in_use_is_the_sessions_else_the_exports(loaded: LoadedModel):
+    assert ChatSession(loaded).system_in_use is None
+    assert ChatSession(replace(loaded, system="From the export.")).system_in_use == "From the export."
+    assert ChatSession(replace(loaded, system="From the export."), "Mine.").system_in_use == "Mine."

@@ -439,7 +439,7 @@ def test_cropping_the_middle_of_a_giant_is_near_to_resizing_all_of_it(monkeypatc
     exact = np.asarray(fit_square(photo(37, 91), spec), dtype=int)
     monkeypatch.setattr(images_module, "_MAX_BETWEEN", 0)
     boxed = np.asarray(fit_square(photo(37, 91), spec), dtype=int)
-    assert 0 < np.abs(boxed - exact).max() <= 4  # of 255; measured 3, on average 0.24
+    assert np.abs(boxed - exact).max() <= 4  # of 255; measured 0 or 3, by Pillow's version, on average 0.24
     assert np.abs(boxed - exact).mean() < 0.4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,14 @@ class ChatSession:
         return [(exchange.question, exchange.reply) for exchange in self.exchanges]
 
     @property
+    def system_in_use(self) -> str | None:
+        """What the model reads as system prompt: this session's, else the export's, else the template's; or none."""
+        for text in (self.system, self.loaded.system):
+            if text is not None:
+                return text
+        return self.loaded.template.default_system
+
+    @property
     def images(self) -> list[Image]:
         """All pictures of the conversation, in order, with those that wait for the next question."""
         return [image for exchange in self.exchanges for image in exchange.images] + self._waiting
@@ -57,11 +66,11 @@ class ChatSession:
         Raises:
             RecordError: it is missing or cannot be read, or the model reads no pictures.
         """
-        if self.loaded.image_spec is None:
-            raise RecordError("image_without_encoder", "this model reads no pictures: it has no vision encoder")
-        image = image if isinstance(image, bytes) else str(image)
-        load_image(image)  # found out now, not in the middle of an answer
-        self._waiting.append(image)
+        self.add_images([image])
+
+    def add_images(self, images: Sequence[str | Path | bytes]) -> None:
+        """Show pictures with the next question: all of them, or on an error none. Raises as `add_image`."""
+        self._waiting = self._waiting + self._checked(images)
 
     def set_image(self, image: str | Path | bytes | None) -> None:
         """Start a new conversation about another picture, or about none.
@@ -69,14 +78,11 @@ class ChatSession:
         Raises:
             RecordError: as `add_image`; then nothing changes.
         """
-        before = self._waiting
-        self._waiting = []
-        try:
-            if image is not None:
-                self.add_image(image)
-        except RecordError:
-            self._waiting = before
-            raise
+        self.set_images([] if image is None else [image])
+
+    def set_images(self, images: Sequence[str | Path | bytes]) -> None:
+        """Start a new conversation about these pictures. Raises as `add_image`; then nothing changes."""
+        self._waiting = self._checked(images)
         self.exchanges = []
 
     def clear(self, keep_images: bool = False) -> None:
@@ -93,11 +99,17 @@ class ChatSession:
         return last.question
 
     def retry(self, settings: GenerationSettings | None = None, stop: Sequence[str] = ()) -> Generator[str, None, None]:
-        """Ask the last question again. With sampling and no seed, the reply differs."""
-        question = self.undo()
-        if question is None:
+        """Ask the last question again, with pictures added since. With sampling and no seed, the reply differs.
+
+        The old reply stays until the new one ends.
+
+        Raises:
+            ConfigError: nothing was asked yet; and as `ask`.
+        """
+        if not self.exchanges:
             raise ConfigError("there is no question to ask again")
-        return self.ask(question, settings, stop)
+        *before, last = self.exchanges
+        return self._ask(before, last.question, last.images, settings, stop)
 
     def ask(
         self, question: str, settings: GenerationSettings | None = None, stop: Sequence[str] = ()
@@ -107,15 +119,14 @@ class ChatSession:
         The exchange is remembered when the reply ends, by itself or by `stop`; a reply that fails with an error, or
         whose iterator is thrown away before its first piece, leaves the conversation as it was.
 
+        Args:
+            stop: texts that end the reply; they are not part of it.
+
         Raises:
             ConfigError: the conversation has grown longer than the model can read; at once.
             RecordError: a picture has become unreadable; at once.
         """
-        self._stop.clear()
-        images = tuple(self._waiting)
-        conversation = self.conversation(question)
-        pieces = self.loaded.stream(conversation, settings, stop, should_stop=self._stop.is_set)
-        return self._remember(question, images, pieces)
+        return self._ask(self.exchanges, question, (), settings, stop)
 
     def stop(self) -> None:
         """End the reply that is being written after its next token. What was written stays."""
@@ -123,14 +134,53 @@ class ChatSession:
 
     def conversation(self, question: str) -> Conversation:
         """All turns up to `question`, as the model will read them."""
+        return self._conversation(self.exchanges, question, self._waiting)
+
+    def _checked(self, images: Sequence[str | Path | bytes]) -> list[Image]:
+        if images and self.loaded.image_spec is None:
+            raise RecordError("image_without_encoder", "this model reads no pictures: it has no vision encoder")
+        checked = [image if isinstance(image, bytes) else str(image) for image in images]
+        for image in checked:
+            if isinstance(image, str) and re.match(r"\w{2,}:/", image):
+                raise RecordError("remote_image", f"{image[:80]!r}: pictures are read from disk, nothing is fetched")
+            load_image(image)  # found out now, not in the middle of an answer
+        return checked
+
+    def _ask(
+        self,
+        before: Sequence[Exchange],
+        question: str,
+        images: Sequence[Image],
+        settings: GenerationSettings | None,
+        stop: Sequence[str],
+    ) -> Generator[str, None, None]:
+        """Answer `question` after the exchanges `before`, with `images` and those that wait."""
+        self._stop.clear()
+        taken = len(self._waiting)
+        shown = (*images, *self._waiting)
+        conversation = self._conversation(before, question, shown)
+        pieces = self.loaded.stream(conversation, settings, stop, should_stop=self._stop.is_set)
+        return self._remember([*before], question, shown, taken, pieces)
+
+    def _conversation(self, before: Sequence[Exchange], question: str, images: Sequence[Image]) -> Conversation:
         turns = [] if self.system is None else [Turn("system", (self.system,))]
-        for exchange in self.exchanges:
+        shown: list[Image] = []
+        for exchange in before:
             turns.append(show_pictures(Turn("user", (exchange.question,)), len(exchange.images)))
             turns.append(Turn("assistant", (exchange.reply,)))
-        turns.append(show_pictures(Turn("user", (question,) if question else ()), len(self._waiting)))
-        return Conversation(tuple(turns), tuple(self.images), "chat")
+            shown += exchange.images
+        turns.append(show_pictures(Turn("user", (question,) if question else ()), len(images)))
+        return Conversation(tuple(turns), (*shown, *images), "chat")
 
-    def _remember(self, question: str, images: tuple[Image, ...], pieces: Generator[str, None, None]) -> Generator[str]:
+    def _remember(
+        self,
+        before: list[Exchange],
+        question: str,
+        images: tuple[Image, ...],
+        taken: int,
+        pieces: Generator[str, None, None],
+    ) -> Generator[str]:
+        """Hands the pieces on; at the end, the exchange follows `before` and the `taken` pictures wait no more."""
         written = ""
         failed = False
         try:
@@ -147,5 +197,5 @@ class ChatSession:
         finally:
             pieces.close()
             if not failed:
-                self.exchanges.append(Exchange(question, images, written.strip()))
-                self._waiting = self._waiting[len(images) :]
+                self.exchanges = [*before, Exchange(question, images, written.strip())]
+                self._waiting = self._waiting[taken:]

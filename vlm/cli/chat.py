@@ -4,43 +4,128 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vlm.errors import CheckpointError, ConfigError
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def register(app: typer.Typer) -> None:
     app.command()(chat)
 
 
+def _option(*names: str, help: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help, **settings)
+
+
 def chat(
-    export: Annotated[Path, typer.Argument(help="An export folder.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture. Repeatable.")] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer, and end.")] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 256,
-    do_sample: Annotated[bool, typer.Option("--do-sample", help="Sample instead of taking the likeliest.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.01, help="With --do-sample.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="With --do-sample.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="With --do-sample; 0 is all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(min=0.1)] = 1.0,
-    num_beams: Annotated[int, typer.Option(min=1)] = 1,
-    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    export: Annotated[Path, typer.Argument(help="An export folder. 导出的模型文件夹。")],
+    image: Annotated[
+        list[Path] | None, _option("--image", "-i", help="A picture. Repeatable. 图片，可多次给出。")
+    ] = None,
+    prompt: Annotated[
+        str | None, _option("--prompt", "-p", help="Ask this, print the answer, and end. 只问这一句，回答后退出。")
+    ] = None,
+    system: Annotated[str | None, _option("--system", help="System prompt. 系统提示。")] = None,
+    prompt_template: Annotated[
+        str | None,
+        _option("--prompt-template", help="Chat template instead of the export's. 替换导出时的对话模板。"),
+    ] = None,
+    bot_name: Annotated[
+        str,
+        _option("--bot-name", help="Stands before answers, and for {bot_name} in --system. 回答前显示的名字。"),
+    ] = "model",
+    max_new_tokens: Annotated[
+        int, _option("--max-new-tokens", min=1, help="Length of an answer. 回答的最大长度。")
+    ] = 256,
+    do_sample: Annotated[
+        bool, _option("--do-sample", help="Sample instead of taking the likeliest. 按概率采样。")
+    ] = False,
+    temperature: Annotated[float, _option("--temperature", min=0.01, help="With --do-sample. 采样温度。")] = 1.0,
+    top_p: Annotated[float, _option("--top-p", min=0.01, max=1, help="With --do-sample. 只在累计概率内采样。")] = 1.0,
+    top_k: Annotated[
+        int, _option("--top-k", min=0, help="With --do-sample; 0 is all. 只在前 k 个词中采样，0 为不限。")
+    ] = 0,
+    num_beams: Annotated[int, _option("--num-beams", min=1, help="Beam search. 集束搜索的宽度。")] = 1,
+    repetition_penalty: Annotated[
+        float, _option("--repetition-penalty", min=0.1, help="Over 1 repeats less. 大于 1 时减少重复。")
+    ] = 1.0,
+    seed: Annotated[int | None, _option("--seed", help="Of sampling. 随机种子。")] = None,
+    stop_word: Annotated[
+        list[str] | None,
+        _option("--stop-word", "--stop-words", help="Ends an answer. Repeatable. 遇到此文字即停止，可多次给出。"),
+    ] = None,
+    no_stream: Annotated[
+        bool, _option("--no-stream", help="Show answers when they are finished. 回答完成后一次显示。")
+    ] = False,
+    adapter: Annotated[
+        Path | None,
+        _option("--adapter", help="Add the LoRA of another export before merging. 合并前加上另一个导出的 LoRA。"),
+    ] = None,
+    cpu_only: Annotated[bool, _option("--cpu-only", help="Do not use a GPU. 不使用 GPU。")] = False,
+    device: Annotated[str, _option("--device", help="auto, cpu, cuda, cuda:1. 设备。")] = "auto",
+    device_map: Annotated[
+        str | None,
+        _option("--device-map", help="auto: over all GPUs, memory, --offload-folder. 自动分配到各 GPU、内存和磁盘。"),
+    ] = None,
+    offload_folder: Annotated[
+        Path | None, _option("--offload-folder", help="For weights that fit in no memory. 放不下的权重存到此文件夹。")
+    ] = None,
+    bits: Annotated[
+        int | None, _option("--bits", help="8 or 4: less memory, by bitsandbytes. 8 或 4 位量化，节省内存。")
+    ] = None,
+    dtype: Annotated[str, _option("--dtype", help="auto, fp32, bf16, fp16. 计算精度。")] = "auto",
 ) -> None:
-    """Talk to an export: one answer with --prompt, a conversation without."""
+    """Talk to an export: one answer with --prompt, a conversation without. 与导出的模型对话。"""
     if not export.is_dir():
         raise CheckpointError(f"{export} is no folder. Name an export; `vlm export RUN` writes RUN/export")
+    if cpu_only and device not in ("auto", "cpu"):
+        raise ConfigError(f"--cpu-only and --device {device} contradict each other. Leave one out")
     from vlm.chat.terminal import run_terminal
-    from vlm.models.generate import GenerationSettings
+    from vlm.chat.terminal_settings import without_effect
+    from vlm.export.load import load, make_settings
+    from vlm.logs import warn
 
-    settings = GenerationSettings(
-        max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty, num_beams, seed
+    settings = make_settings(
+        {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "num_beams": num_beams,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
     )
-    run_terminal(export, image or (), prompt, system, settings, device)
+    if idle := without_effect(settings):
+        warn(f"without --do-sample, {', '.join(idle)} changes nothing. 没有 --do-sample，{', '.join(idle)} 不生效。")
+    model = partial(
+        load,
+        export,
+        device="cpu" if cpu_only else device,
+        precision=_DTYPES.get(dtype, dtype),  # type: ignore[arg-type]  # `load` checks it
+        adapter=adapter,
+        template=prompt_template,
+        bits=bits,
+        device_map=device_map,
+        offload_folder=offload_folder,
+    )
+    run_terminal(
+        model,
+        image or (),
+        prompt,
+        system,
+        settings,
+        stop_words=stop_word or (),
+        streams=not no_stream,
+        bot_name=bot_name,
+    )
 
 
 def main_cli_demo() -> None:
@@ -49,13 +134,20 @@ def main_cli_demo() -> None:
 
     def command() -> object:
         parser = argparse.ArgumentParser(
-            prog="cli_demo.py", description="Chat in the terminal; `vlm chat -h` lists the other flags."
+            prog="cli_demo.py",
+            description="Chat in the terminal. 在终端里对话。",
+            add_help=False,
+            allow_abbrev=False,
         )
-        parser.add_argument("-c", "--checkpoint-path", required=True, help="an export folder")
-        parser.add_argument("--cpu-only", action="store_true", help="do not use a GPU")
-        known, rest = parser.parse_known_args(with_hyphens(sys.argv[1:]))
-        device = ["--device", "cpu"] if known.cpu_only else []
-        return app(["chat", known.checkpoint_path, *device, *rest], standalone_mode=False)
+        parser.add_argument(
+            "-c", "--checkpoint-path", required=True, metavar="EXPORT", help="an export folder 导出的模型文件夹"
+        )
+        given = with_hyphens(sys.argv[1:])
+        if {"-h", "--help"} & set(given):
+            print(parser.format_help() + "\nAnd all options of vlm chat. 以及 vlm chat 的所有选项：\n")
+            return app(["chat", "--help"], prog_name="vlm", standalone_mode=False)
+        known, rest = parser.parse_known_args(given)
+        return app(["chat", known.checkpoint_path, *rest], prog_name="cli_demo.py", standalone_mode=False)
 
     sys.exit(run(command))
 

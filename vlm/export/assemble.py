@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,21 +12,36 @@ import torch
 from torch import nn
 
 from vlm.errors import CheckpointError
+from vlm.export.adapter import Adapter, check_loaded_base, fold_adapter
 from vlm.export.fingerprint import fingerprint_files, refuse_other_base
 from vlm.export.manifest import Manifest, inside
 from vlm.export.parts import ADAPTER_CONFIG, read_parts
 from vlm.models.build import Assembled, assemble
 from vlm.models.config import ModelConfig
 from vlm.models.llm import choose_attention, load_llm, load_tokenizer, pad_vocabulary
-from vlm.models.trainable import load_weights, merge_lora, part_weights
+from vlm.models.trainable import load_weights, part_of, part_weights
 from vlm.models.vision import build_vision
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 
-def assemble_export(folder: Path, manifest: Manifest, dtype: torch.dtype, device: torch.device) -> Assembled:
-    """Everything frozen, in evaluation mode, adapters merged, on `device`.
+OnProgress = Callable[[float], None]  # hears the share that is done, 0..1
+
+
+def assemble_export(
+    folder: Path,
+    manifest: Manifest,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter: Adapter | None = None,
+    on_progress: OnProgress = lambda fraction: None,
+) -> Assembled:
+    """Everything frozen, in evaluation mode, adapters merged; on the CPU still.
+
+    Args:
+        device: where it will compute, which decides about the attention kernel.
+        on_progress: the language model counts for most.
 
     Raises:
         CheckpointError: see `vlm.export.load.load`.
@@ -33,35 +49,52 @@ def assemble_export(folder: Path, manifest: Manifest, dtype: torch.dtype, device
     if manifest.layout == "llava":
         built = _from_llava(folder, manifest, dtype, device)
     elif manifest.layout == "vlm":
-        built = _from_parts(folder, manifest, dtype, device)
+        has_own = "llm.lora" in manifest.included and not (adapter is not None and adapter.replaces_own)
+        built = _from_parts(folder, manifest, dtype, device, has_own, on_progress)
     else:
         raise CheckpointError(f"{folder}: layout {manifest.layout!r} is not known here. Install a newer vlm")
     model = built.model
+    if adapter is not None:
+        if "llm" in manifest.included:
+            check_loaded_base(model, adapter, folder)
+        fold_adapter(model, adapter.lora, adapter.tensors, f"--adapter {adapter.folder}")
     model.llm.to(dtype)
     if model.vision is not None:
         model.vision.to(dtype)
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
+    on_progress(0.9)
     return replace(built, image_spec=manifest.image_spec)
 
 
-def _from_parts(folder: Path, manifest: Manifest, dtype: torch.dtype, device: torch.device) -> Assembled:
+def _from_parts(
+    folder: Path,
+    manifest: Manifest,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_adapter: bool,
+    on_progress: OnProgress,
+) -> Assembled:
     config = inside(folder, manifest.model, manifest.included)
     _check_base_models(folder, manifest, config)
-    has_adapter = "llm.lora" in manifest.included
+    tensors = read_parts(folder, manifest)
     if has_adapter:
         _check_adapter(folder, config)
-    tensors = read_parts(folder, manifest)
+    lora = {name: tensor for name, tensor in tensors.items() if part_of(name) == "llm.lora"}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in lora}
     tokenizer = load_tokenizer(str(folder))
+    on_progress(0.1)
     llm = load_llm(config.llm, dtype, device=str(device), trust_remote_code=config.trust_remote_code)
     if config.llm.pad_vocab_to_multiple_of:
         pad_vocabulary(llm, len(tokenizer) - 1, config.llm.pad_vocab_to_multiple_of)
+    on_progress(0.6)
     vision = None
     if config.vision is not None:
         vision = build_vision(config.vision, dtype, weights="vision" not in manifest.included)
-    config = config.model_copy(update={"trainable": ("llm.lora",) if has_adapter else ()})
+    on_progress(0.75)
+    config = config.model_copy(update={"trainable": ()})
     model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
     if "llm" in manifest.included:  # these came with load_llm
-        tensors = {n: t for n, t in tensors.items() if not n.startswith("llm.") or n.startswith("llm.lora.")}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("llm.")}
     load_weights(model, tensors, where=str(folder))
     missing = sorted(part_weights(model, "projector").keys() - tensors.keys())
     if missing:
@@ -69,7 +102,9 @@ def _from_parts(folder: Path, manifest: Manifest, dtype: torch.dtype, device: to
             f"{folder} lacks {', '.join(missing)}. vlm.json or projector.safetensors was edited or replaced: export "
             "the run again"
         )
-    merge_lora(model)
+    if has_adapter:
+        assert config.lora is not None
+        fold_adapter(model, config.lora, lora, str(folder))
     return Assembled(model, tokenizer, spec, image_token_id)
 
 

@@ -5,6 +5,8 @@ Nothing but safetensors and JSON is read, and no code of an export is ever run.
 
 from __future__ import annotations
 
+import difflib
+import math
 import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -21,14 +23,17 @@ from vlm.compat import prepare
 from vlm.data.build import build_template
 from vlm.data.conversation import Conversation
 from vlm.data.images import load_image, to_pixels
-from vlm.data.template import ChatTemplate
+from vlm.data.template import TEMPLATES, ChatTemplate
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import CheckpointError, ConfigError, RecordError
-from vlm.export.assemble import assemble_export
+from vlm.export.adapter import read_adapter
+from vlm.export.assemble import OnProgress, assemble_export
 from vlm.export.fingerprint import differences
 from vlm.export.manifest import Manifest, read_manifest
 from vlm.export.messages import Messages, Picture, to_conversation
 from vlm.export.parts import read_parts
+from vlm.export.placement import check_device_map, spread
+from vlm.export.quantize import check_bits, quantize_linears
 from vlm.export.streaming import TextStream
 from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.generate import GenerationSettings, generate
@@ -38,7 +43,8 @@ from vlm.models.vlm import VisionLanguageModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SETTINGS = {field.name for field in fields(GenerationSettings)}
 _END = object()
 MERGED = "llm.lora: {} tensors merged into the language model, as this config trains no adapter"
@@ -69,8 +75,8 @@ class LoadedModel:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What every forward runs under."""
-        enabled = self.compute_dtype == torch.bfloat16
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
 
     def chat(
         self, messages: Messages, images: Sequence[Picture] = (), stop: str | Sequence[str] = (), **settings: Any
@@ -147,13 +153,16 @@ class LoadedModel:
             nonlocal seen
             seen += 1
             pieces.put(text.push(token))
-            return not (text.stopped or closed.is_set() or should_stop())
+            return not text.stopped
+
+        def is_over() -> bool:
+            return closed.is_set() or should_stop()
 
         def work() -> None:
             try:
                 with self.autocast():  # autocast is a setting of the thread
                     stop_ids = self.conversation_tokenizer.stop_ids
-                    ids = generate(self.model, input_ids, pixel_values, stop_ids, settings, on_token)
+                    ids = generate(self.model, input_ids, pixel_values, stop_ids, settings, on_token, is_over)
                 for token in ids[seen:]:  # beams give all tokens at the end
                     pieces.put(text.push(token))
                 pieces.put(text.finish())
@@ -174,17 +183,37 @@ class LoadedModel:
             worker.join()
 
 
-def load(path: str | Path, device: str = "auto", precision: Precision = "auto") -> LoadedModel:
+def load(
+    path: str | Path,
+    device: str = "auto",
+    precision: Precision = "auto",
+    *,
+    adapter: str | Path | None = None,
+    template: str | None = None,
+    bits: int | None = None,
+    device_map: str | None = None,
+    offload_folder: str | Path | None = None,
+    on_progress: OnProgress = lambda fraction: None,
+) -> LoadedModel:
     """Load an export: what a run trained beside its base models, or a full one by itself.
 
     Args:
         path: the folder that `vlm export` wrote.
         device: "cpu", "cuda", "cuda:1"; "auto" takes the GPU if there is one.
         precision: "auto" computes in bfloat16 where the hardware does so natively, else in float32.
+        adapter: another export, whose LoRA adapter is added to this one's before both are merged. If it went on
+            training this one's adapter (init_from), it replaces that.
+        template: chat template, by name, instead of the export's.
+        bits: 8 or 4 keeps the language model's linear layers in so many bits, by bitsandbytes.
+        device_map: "auto" spreads the language model over all GPUs, then main memory, then `offload_folder`. The
+            weights pass through main memory.
+        offload_folder: with `device_map`, for layers that fit in no memory.
+        on_progress: called with the share that is done, 0..1, after each part.
 
     Raises:
         CheckpointError: no export; damaged; of another format version; a base model is missing or holds other weights;
             a tensor does not fit (each is listed).
+        ConfigError: options that contradict each other, or that this machine cannot do.
 
     >>> import vlm
     >>> model = vlm.load(export)
@@ -196,20 +225,31 @@ def load(path: str | Path, device: str = "auto", precision: Precision = "auto") 
     >>> reply == model.chat([{"role": "user", "content": [picture, question]}], max_new_tokens=8)
     True
     """
+    target = torch.device(choose_device(device))
+    dtype = choose_dtype(precision, target)
+    check_bits(bits, target)
+    check_device_map(device_map, offload_folder, device)
     prepare()
     folder = Path(path)
     manifest = read_manifest(folder)
-    target = torch.device(choose_device(device))
-    dtype = choose_dtype(precision, target)
-    built = assemble_export(folder, manifest, dtype, target)
+    name = _known_template(template or manifest.template)
+    other = None if adapter is None else read_adapter(adapter, folder, manifest)
+    built = assemble_export(folder, manifest, dtype, target, other, on_progress)
+    if bits is not None:
+        quantize_linears(built.model.llm, bits, dtype, torch.device("cpu") if device_map else target)
+    if device_map is not None:
+        target = spread(built.model, offload_folder, only_cpu=target.type == "cpu")
+    else:
+        built.model.to(target)
     spec = manifest.image_spec
     tokens = ConversationTokenizer(
         built.tokenizer,
-        build_template(manifest.template, built.tokenizer),
+        build_template(name, built.tokenizer),
         image_token_id=built.image_token_id,
         tokens_per_image=0 if spec is None else spec.num_tokens,
         system=manifest.system,
     )
+    on_progress(1.0)
     return LoadedModel(
         model=built.model,
         tokenizer=built.tokenizer,
@@ -279,7 +319,13 @@ def make_settings(values: dict[str, Any]) -> GenerationSettings:
     settings = GenerationSettings(**values)
     if settings.max_new_tokens < 1 or settings.num_beams < 1:
         raise ConfigError("max_new_tokens and num_beams must be at least 1")
-    if settings.do_sample and not (settings.temperature > 0 and 0 < settings.top_p <= 1 and settings.top_k >= 0):
+    if not 0 < settings.repetition_penalty < math.inf:
+        raise ConfigError(f"repetition_penalty {settings.repetition_penalty:g}: expected a number over 0; 1 is none")
+    if settings.seed is not None and not 0 <= settings.seed < 1 << 63:
+        raise ConfigError(f"seed {settings.seed}: expected 0 or more, below 2^63")
+    if settings.do_sample and not (
+        0 < settings.temperature < math.inf and 0 < settings.top_p <= 1 and settings.top_k >= 0
+    ):
         raise ConfigError("sampling needs temperature > 0, 0 < top_p <= 1 and top_k >= 0")
     return settings
 
@@ -293,8 +339,13 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Raises ConfigError for an unknown name, and for float16 on a CPU."""
     if precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        if precision not in _DTYPES:
+            raise ConfigError(f"dtype {precision!r} is not known; there are auto, {', '.join(_DTYPES)}")
+        if precision == "fp16" and device.type == "cpu":
+            raise ConfigError("fp16 on a CPU takes about 100 times as long as fp32. Use bf16, fp32 or auto")
+        return _DTYPES[precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     # without these instructions bfloat16 is computed in software, slower than float32
@@ -302,6 +353,15 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
     return torch.bfloat16 if native else torch.float32
+
+
+def _known_template(name: str) -> str:
+    if name != "tokenizer" and name not in TEMPLATES:
+        known = [*TEMPLATES, "tokenizer"]
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"chat template {name!r} is not known; {hint}There are {', '.join(known)}")
+    return name
 
 
 def _refuse_other_scale(model: VisionLanguageModel, lora: LoRAConfig | None, where: str) -> None:

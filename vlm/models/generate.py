@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ def generate(
     stop_ids: Collection[int],
     settings: GenerationSettings,
     on_token: OnToken | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[int]:
     """Continue a prompt.
 
@@ -47,15 +49,18 @@ def generate(
         pixel_values: [N, 3, S, S] of its pictures; None without pictures.
         stop_ids: tokens that end the reply; with none, only `max_new_tokens` does.
         on_token: sees each new token at once; with beams, which settle only at the end, all of them then.
+        should_stop: asked before every further token, with beams too.
 
     Returns:
         the new tokens, without the stop token.
     """
     from transformers import StoppingCriteriaList
 
+    # that the penalty counts for the reply's words only is said in docs/chat.md, not in the middle of an answer
+    warnings.filterwarnings("ignore", message="Passing `repetition_penalty`")
     ids = torch.tensor([input_ids], device=model.llm.device)
     has_beams = settings.num_beams > 1
-    follower = _Follower(set(stop_ids), None if has_beams else on_token)
+    follower = _Follower(set(stop_ids), None if has_beams else on_token, should_stop)
     config = _generation_config(model, stop_ids, settings)
     with _undisturbed(model, settings.seed):
         features = None if pixel_values is None else model.encode_images(pixel_values.to(ids.device))
@@ -99,13 +104,15 @@ def _generation_config(model: VisionLanguageModel, stop_ids: Collection[int], se
 class _Follower:
     """A stopping criterion of transformers that hands each new token on, and stops when it is told to."""
 
-    def __init__(self, stop_ids: set[int], on_token: OnToken | None) -> None:
+    def __init__(self, stop_ids: set[int], on_token: OnToken | None, should_stop: Callable[[], bool]) -> None:
         self.stop_ids = stop_ids
         self.on_token = on_token
+        self.should_stop = should_stop
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         token = int(input_ids[0, -1])
         stops = self.on_token is not None and token not in self.stop_ids and not self.on_token(token)
+        stops = stops or self.should_stop()
         return torch.full((input_ids.shape[0],), stops, dtype=torch.bool, device=input_ids.device)
 
 

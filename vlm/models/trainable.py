@@ -72,7 +72,7 @@ def add_lora(model: VisionLanguageModel, config: LoRAConfig) -> None:
     prepare()
     from peft import LoraConfig, inject_adapter_in_model
 
-    linears = _block_linears(model)
+    linears = block_linears(model)
     targets = sorted(linears) if config.targets == "all-linear" else list(config.targets)
     unknown = [target for target in targets if target not in linears]
     if unknown:
@@ -156,13 +156,18 @@ def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], wher
     if not partial:
         problems += [f"  {name}: missing" for name in trained_weights(model) if name not in tensors]
     if problems:
-        shown = "\n".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise CheckpointError(
-            f"{where} does not fit this model (file -> model):\n{shown}\nUsually model.vision, model.projector, "
-            "model.llm or model.lora differ from what it was trained with: restore them, or leave this file out"
-        )
+        raise CheckpointError(misfit(where, problems))
     for name, tensor in tensors.items():
         write(own[name], tensor)
+
+
+def misfit(where: str, problems: list[str]) -> str:
+    """The message about tensors that do not fit, a line each."""
+    shown = "\n".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
+    return (
+        f"{where} does not fit this model (file -> model):\n{shown}\nUsually model.vision, model.projector, "
+        "model.llm or model.lora differ from what it was trained with: restore them, or leave this file out"
+    )
 
 
 def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -172,7 +177,7 @@ def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | buffers
 
 
-def _block_linears(model: VisionLanguageModel) -> set[str]:
+def block_linears(model: VisionLanguageModel) -> set[str]:
     """Last names of the linear layers inside the decoder blocks; the head is none of them."""
     head = model.llm.get_output_embeddings()
     return {
