@@ -1,4 +1,4 @@
-"""`vlm chat`, and the mains of cli_demo.py and webui_demo.py."""
+"""`vlm chat`, and the main of cli_demo.py."""
 
 from __future__ import annotations
 
@@ -148,15 +148,5 @@ def main_cli_demo() -> None:
             return app(["chat", "--help"], prog_name="vlm", standalone_mode=False)
         known, rest = parser.parse_known_args(given)
         return app(["chat", known.checkpoint_path, *rest], prog_name="cli_demo.py", standalone_mode=False)
-
-    sys.exit(run(command))
-
-
-def main_webui_demo() -> None:
-    """Not built yet, and says so."""
-    from vlm.cli.main import run
-
-    def command() -> None:
-        raise ConfigError("the browser chat is not built yet; use python cli_demo.py -c EXPORT, or vlm chat EXPORT")
 
     sys.exit(run(command))

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from vlm import __version__
-from vlm.cli import chat, ckpt, configs, data, doctor, export, plan, train
+from vlm.cli import chat, ckpt, configs, data, doctor, export, plan, train, webui
 from vlm.errors import Preempted, VLMError
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (configs, plan, train, export, chat):
+for module in (configs, plan, train, export, chat, webui):
     module.register(app)
 app.add_typer(data.app, name="data", help="Look at training data without a model.")
 app.add_typer(ckpt.app, name="ckpt", help="List and verify the checkpoints of a run.")

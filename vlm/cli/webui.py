@@ -1,0 +1,107 @@
+"""`vlm webui`, and the main of webui_demo.py."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vlm.errors import CheckpointError, ConfigError
+
+DEFAULT_RUNS = Path("cache/runs")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(webui)
+
+
+def webui(
+    export: Annotated[Path | None, typer.Argument(help="An export folder; without one, all below --runs.")] = None,
+    runs: Annotated[Path, typer.Option(help="Offer all exports below this folder too.")] = DEFAULT_RUNS,
+    host: Annotated[str, typer.Option(help="Other than loopback needs --auth.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    auth: Annotated[
+        str | None, typer.Option(envvar="VLM_WEBUI_AUTH", help="user:password that the page asks for.")
+    ] = None,
+    allow_anyone: Annotated[bool, typer.Option("--allow-anyone", help="Serve a network without --auth.")] = False,
+    share: Annotated[bool, typer.Option("--share", help="A public address through gradio.live. Needs --auth.")] = False,
+    max_file_size: Annotated[int, typer.Option(min=1, max=1000, help="MB of one picture.")] = 20,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Questions that wait; more are refused.")] = 16,
+    max_loaded: Annotated[int, typer.Option(min=1, help="Models in memory at once.")] = 1,
+    examples: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to click, each with a .txt of the question if any.")
+    ] = None,
+    language: Annotated[Literal["auto", "en", "zh"], typer.Option(help="auto is the browser's. 界面语言")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="First value in the panel.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Chat in the browser. 在浏览器中与模型对话。"""
+    if export is not None and not export.is_dir():
+        raise CheckpointError(f"{export} is no folder. Name an export; `vlm export RUN` writes RUN/export")
+    login = _login(host, auth, allow_anyone, share)
+    from vlm.chat.web_address import choose_port
+
+    choose_port(host, port)  # before anything heavy
+    from vlm.chat.web import WebOptions, find_examples, run_web
+    from vlm.chat.web_models import ModelStore, find_exports
+    from vlm.export.manifest import read_manifest
+    from vlm.models.generate import GenerationSettings
+
+    if export is not None:
+        read_manifest(export)
+    found = find_exports(export, runs)
+    if not found:
+        raise CheckpointError(
+            f"no export below {runs}. `vlm export RUN` writes one; or name a folder: vlm webui EXPORT"
+        )
+    options = WebOptions(
+        host=host,
+        port=port,
+        auth=login,
+        share=share,
+        max_file_mb=max_file_size,
+        max_waiting=max_waiting,
+        language=None if language == "auto" else language,
+        settings=GenerationSettings(max_new_tokens=max_new_tokens),
+        examples=tuple(find_examples(examples)) if examples is not None else (),
+    )
+    run_web(ModelStore(found, device, max_loaded), options)
+
+
+def main_webui_demo() -> None:
+    """`python webui_demo.py -c EXPORT [flags of vlm webui]`."""
+    from vlm.cli.main import app, run, with_hyphens
+
+    def command() -> object:
+        parser = argparse.ArgumentParser(
+            prog="webui_demo.py", description="Chat in the browser; `vlm webui -h` lists the other flags."
+        )
+        parser.add_argument("-c", "--checkpoint-path", help="an export folder; without it, all below cache/runs")
+        parser.add_argument("--cpu-only", action="store_true", help="do not use a GPU")
+        known, rest = parser.parse_known_args(with_hyphens(sys.argv[1:]))
+        device = ["--device", "cpu"] if known.cpu_only else []
+        export = [known.checkpoint_path] if known.checkpoint_path else []
+        return app(["webui", *export, *device, *rest], standalone_mode=False)
+
+    sys.exit(run(command))
+
+
+def _login(host: str, auth: str | None, allow_anyone: bool, share: bool) -> tuple[str, str] | None:
+    """User and password. Raises ConfigError when the page would be open to a network without one."""
+    from vlm.chat.web_address import is_loopback
+
+    if auth is not None:
+        user, colon, password = auth.partition(":")
+        if not (user and colon and password):
+            raise ConfigError("--auth takes user:password, neither of them empty")
+        return user, password
+    if share:
+        raise ConfigError("--share makes a public address: it needs --auth user:password")
+    if not is_loopback(host) and not allow_anyone:
+        raise ConfigError(
+            f"--host {host} opens the page to the network: it needs --auth user:password, or --allow-anyone"
+        )
+    return None
