@@ -6,6 +6,8 @@ A message says where (file, record, key), what was got, what was expected, the u
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class VLMError(Exception):
     """Base class. `exit_code` is what a command returns when this error ends it.
@@ -15,6 +17,11 @@ class VLMError(Exception):
 
     exit_code = 1
     everywhere = False
+
+    def on_every_rank(self) -> Self:
+        """The same error, marked: every process of the launch finds it by itself."""
+        self.everywhere = True
+        return self
 
 
 class ConfigError(VLMError):

@@ -123,6 +123,16 @@ def test_an_engine_that_does_not_fit_the_launch_is_refused(monkeypatch, vlm, env
     assert (code, message in err) == (2, True)
 
 
+def test_ranks_that_find_the_same_error_let_rank_0_say_it_before_the_launcher_ends_all(monkeypatch, vlm):
+    """A launcher ends every process when one has ended: the message was lost if rank 0 was the slower one."""
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for rank, seconds in (("0", []), ("1", [3.0])):
+        monkeypatch.setenv("RANK", rank)
+        code, _, err = vlm("train", "tiny/pretrain", "--options", "train.max_stepz=3")
+        assert (code, "max_stepz" in err, waited) == (2, rank == "0", seconds)
+
+
 def test_a_deepspeed_json_gives_its_stage_and_offload(tmp_path):
     from vlm.cli.train import deepspeed_options
 

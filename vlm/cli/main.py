@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -27,6 +28,8 @@ app.add_typer(data.app, name="data", help="Look at training data without a model
 app.add_typer(ckpt.app, name="ckpt", help="List and verify the checkpoints of a run.")
 doctor.register(app)
 
+# A launcher ends all processes as soon as one has ended: the others give rank 0 this long to say what happened
+_SECONDS_FOR_RANK_0 = 3.0
 _OPTION_FLAGS = ("--options", "--cfg-options", "-o")
 
 
@@ -55,6 +58,8 @@ def run(command: Callable[[], object]) -> int:
         if rank == "0" or not error.everywhere:  # else rank 0 says it
             kind = "" if isinstance(error, Preempted) else "error: "  # that was asked for
             print(f"{f'[rank {rank}] ' if rank != '0' else ''}{kind}{error}", file=sys.stderr)
+        else:
+            time.sleep(_SECONDS_FOR_RANK_0)
         return error.exit_code
     except typer.Exit as end:
         return end.exit_code

@@ -70,8 +70,7 @@ def start_training(config: str, options: Sequence[str]) -> None:
     try:
         checked = load_config(config, options)
     except ConfigError as error:
-        error.everywhere = True
-        raise
+        raise error.on_every_rank() from None
     text = resolve_for_log(config, options)
     from vlm.run import train as train_run
 

@@ -53,8 +53,7 @@ class RunEvents:
         try:
             self.skips.add(skips, int(counts.seen), step)
         except DataError as error:
-            error.everywhere = True
-            raise
+            raise error.on_every_rank() from None
 
     def evaluate(self, step: int) -> None:
         """Held-out loss per supervised token, into metrics.jsonl and the log."""
@@ -99,9 +98,7 @@ class RunEvents:
                 "intact. Usually the disk is full: free space, or move output_dir"
             )
             if required or self.settings.on_save_failure == "stop":
-                failure = CheckpointError(message)
-                failure.everywhere = True
-                raise failure from None
+                raise CheckpointError(message).on_every_rank() from None
             warn(f"{message}. Training goes on without it")
             return False
         if self._samples_wait:

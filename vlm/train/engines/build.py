@@ -65,14 +65,14 @@ def layout(config: EngineConfig) -> Layout:
         raise ConfigError(
             f"engine.kind is local, which is one process, but WORLD_SIZE is {size}. Set engine.kind to auto, ddp, "
             "zero, fsdp or pipeline, or start one process"
-        )
+        ).on_every_rank()
     if kind != "pipeline":
         return Layout(kind, rank, size, zero_stage=config.stage if kind == "zero" else 0)
     if size % config.num_stages:
         raise ConfigError(
             f"engine.num_stages {config.num_stages} does not divide the {size} processes of this launch. Start a "
             f"multiple of it: torchrun --nproc_per_node={config.num_stages} train_pipeline.py ..."
-        )
+        ).on_every_rank()
     num_data_ranks = size // config.num_stages
     return Layout(kind, rank % num_data_ranks, num_data_ranks, rank // num_data_ranks, config.num_stages)
 

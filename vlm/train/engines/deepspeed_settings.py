@@ -100,7 +100,7 @@ def _refuse_contradictions(
         raise ConfigError(
             f"engine.deepspeed: {config.deepspeed} contradicts the config:\n" + "\n".join(problems) + "\nMake them "
             'agree, remove the setting from the JSON, or write "auto" there'
-        )
+        ).on_every_rank()
 
 
 def _device(what: str, config: EngineConfig) -> str:
