@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -42,7 +43,19 @@ def version() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `vlm`. Ends the process with the exit code of `vlm.errors`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(lambda: app(repeat_options(with_hyphens(given)), standalone_mode=False)))
+    end(run(lambda: app(repeat_options(with_hyphens(given)), standalone_mode=False)))
+
+
+def end(code: int) -> NoReturn:
+    """End the process. One of several ends at once, without winding the interpreter down.
+
+    Threads of the communication library that were still running then have aborted ranks whose work was done.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(command: Callable[[], object]) -> int:

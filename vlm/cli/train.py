@@ -103,19 +103,19 @@ def deepspeed_options(name: str | None) -> list[str]:
 
 def main_train() -> None:
     """`python train.py --cfg-path x.yaml [--options a=b c=d]`, also under torchrun, deepspeed and accelerate."""
-    from vlm.cli.main import run
+    from vlm.cli.main import end, run
 
     def command() -> None:
         arguments = train_parser().parse_args(_arguments())
         options = [*arguments.options, *(["engine.kind=zero"] if arguments.use_deepspeed else [])]
         start_training(arguments.cfg_path, [*options, *deepspeed_options(arguments.deepspeed)])
 
-    sys.exit(run(command))
+    end(run(command))
 
 
 def main_train_pipeline() -> None:
     """`torchrun --nproc_per_node=4 train_pipeline.py --cfg-path x.yaml --num-stages 2`."""
-    from vlm.cli.main import run
+    from vlm.cli.main import end, run
 
     def command() -> None:
         arguments = train_pipeline_parser().parse_args(_arguments())
@@ -124,7 +124,7 @@ def main_train_pipeline() -> None:
             options.append(f"engine.num_stages={arguments.num_stages}")
         start_training(arguments.cfg_path, options)
 
-    sys.exit(run(command))
+    end(run(command))
 
 
 def train_parser() -> argparse.ArgumentParser:
