@@ -22,6 +22,7 @@ from vlm.errors import DistributedError, VLMError
 
 T = TypeVar("T")
 _store: Any = None  # the key-value store of the launch; says where each rank was when one of them is lost
+has_met_others = False  # whether this process was ever one of several
 _turns = 0  # how often the others waited for rank 0
 
 
@@ -51,7 +52,7 @@ def process_group(device: torch.device, timeout_seconds: float, *, always: bool 
         timeout_seconds: a collective that waits longer fails on every rank.
         always: make a group even in a world of one, as DeepSpeed and fully_shard demand.
     """
-    global _store
+    global _store, has_met_others
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized() or (size == 1 and not always):
         yield
@@ -65,6 +66,7 @@ def process_group(device: torch.device, timeout_seconds: float, *, always: bool 
         _store, own = dist.HashStore(), 0
     else:
         _store, own, size = next(dist.rendezvous("env://", timeout=timeout))
+    has_met_others = size > 1
     _store.set_timeout(timeout)
     _store = dist.PrefixStore(_agree_on_prefix(_store, own, size, timeout_seconds), _store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -47,11 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def end(code: int) -> NoReturn:
-    """End the process. One of several ends at once, without winding the interpreter down.
+    """End the process. One that has talked with others ends at once, without winding the interpreter down.
 
     Threads of the communication library that were still running then have aborted ranks whose work was done.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    distributed: Any = sys.modules.get("vlm.distributed")
+    if distributed is not None and distributed.has_met_others:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
