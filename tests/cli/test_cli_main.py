@@ -95,7 +95,7 @@ def test_a_reader_that_has_enough_is_no_error():
         ("train.py", ["--cfg_path", "nowhere.yaml", "--local_rank", "0"], "config nowhere.yaml does not exist"),
         ("train.py", ["--cfg-path", "tiny/pretrain", "--options", "sed=1", "a=2"], "did you mean seed?"),
         ("train_pipeline.py", ["--cfg-path", "a.yaml", "--num-stages", "2"], "config a.yaml does not exist"),
-        ("webui_demo.py", ["-c", "x"], "x is no folder"),
+        ("webui_demo.py", ["-c", "nowhere"], "nowhere is no folder"),
         ("cli_demo.py", ["-c", "nowhere"], "nowhere is no folder"),
         ("cli_demo.py", [], "-c/--checkpoint-path"),
     ],
