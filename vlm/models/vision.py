@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -261,6 +262,7 @@ def _build_open_clip(config: VisionConfig, dtype: torch.dtype, weights: bool) ->
                 name,
                 pretrained=config.pretrained if weights else None,
                 load_weights=weights,
+                require_pretrained=weights,  # it would go on with random ones
                 pretrained_text=False,
                 device="cpu" if weights else torch.get_default_device(),
                 force_image_size=config.image_size,
@@ -375,7 +377,7 @@ def _check_name(name: str, known: Sequence[str], backend: str) -> None:
 def _load(load: Any, config: VisionConfig) -> Any:
     try:
         return load()
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
         raise CheckpointError(
             f"model.vision: {config.backend} cannot load {config.path} ({type(error).__name__}: {str(error)[:300]}). "
             "Usually the path is misspelt, the weights are of another network or not safetensors, or the model hub "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -59,7 +60,7 @@ class RunState:
         Raises:
             CheckpointError: the data is not the data of the checkpoint, or a tensor does not fit.
         """
-        stream = json.loads((checkpoint / "stream.json").read_text(encoding="utf-8"))
+        stream = _read_json(checkpoint / "stream.json")
         if stream["fingerprint"] != self.stream_fingerprint:
             raise CheckpointError(
                 f"{checkpoint}: the training data, its order or its tokenization changed since this checkpoint. "
@@ -75,13 +76,16 @@ class RunState:
             )
         own = _random_file(checkpoint, rank())
         if own.is_file():
-            _restore_random_state(load_file(own))
+            try:
+                _restore_random_state(load_file(own))
+            except SafetensorError as error:
+                raise CheckpointError(f"{own} is no safetensors file ({error}), and nothing else is read") from None
         return int(stream["step"])
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """What the run had counted when the checkpoint was written."""
-    return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+    return _read_json(checkpoint / "progress.json")
 
 
 def refuse_other_run(checkpoint: Path, identity: dict[str, Any]) -> None:
@@ -111,6 +115,13 @@ def flatten(value: Any, prefix: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
     return {name: leaf for key, child in value.items() for name, leaf in flatten(child, f"{prefix}.{key}").items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Remove its checkpoint to use the one before") from None
 
 
 def _random_file(checkpoint: Path, number: int) -> Path:
