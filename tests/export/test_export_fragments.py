@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launched import launch
 from safetensors import safe_open
 from tiny_export import model_config, write_picture
 
+from vlm.config import load_config, resolve_for_log
 from vlm.export.load import load
 from vlm.export.pth import export_pth
+from vlm.export.weights import export_run
+from vlm.run import train
 from vlm.train.checkpoint import newest_verified
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ENGINES = {  # options and processes
-    "local": (["engine.kind=local"], 1),
-    "ddp": (["engine.kind=ddp"], 2),
-    "zero2": (["engine.kind=zero", "engine.stage=2"], 2),
-    "zero3": (["engine.kind=zero", "engine.stage=3"], 2),
-    "fsdp": (["engine.kind=fsdp"], 2),
-    "pipeline": (["engine.kind=pipeline", "engine.num_stages=2"], 2),
+TWO_PROCESSES = {
+    "ddp": ["engine.kind=ddp"],
+    "zero2": ["engine.kind=zero", "engine.stage=2"],
+    "zero3": ["engine.kind=zero", "engine.stage=3"],
+    "fsdp": ["engine.kind=fsdp"],
 }
+PIPELINE = {"pipeline": ["engine.kind=pipeline", "engine.num_stages=2"]}  # a launch of its own
 VARIANTS = {
     "adapters": {"lora": {"rank": 4, "alpha": 8}, "trainable": ["projector", "llm.lora"]},
     "everything": {"lora": None, "trainable": ["projector", "llm", "vision"]},
 }
-# The largest difference of a weight after one step of rate 0.1; worst seen 0 for adapters, 3e-8 for everything.
-TOLERANCE = 1e-6
+RATE = 1e-3
+# Of any weight after one step of that rate. Not for the bias of keys: attention does not depend on it, so its gradient
+# is zero but for rounding, which AdamW's first update enlarges up to the rate. Worst seen 6.8e-6, under ZeRO-3 with
+# everything trained, else 3.0e-8.
+TOLERANCE = 3e-5
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def write_config(folder: Path, data: Path, changes: dict) -> Path:
-    """SGD-like: with its large epsilon in the way of nothing, AdamW's first update would hide small differences."""
+    """One step of four rows, two on each of two processes."""
     model = model_config(folder, **changes)
     values = {
         "output_dir": "???",
@@ -59,7 +62,7 @@ def write_config(folder: Path, data: Path, changes: dict) -> Path:
             "sources": [{"path": str(data / "records.json"), "images": str(data)}],
         },
         "train": {
-            "max_steps": 1, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-3, "precision": "fp32",
+            "max_steps": 1, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": RATE, "precision": "fp32",
         },
     }  # fmt: skip
     path = folder / "config.yaml"
@@ -67,11 +70,11 @@ def write_config(folder: Path, data: Path, changes: dict) -> Path:
     return path
 
 
-def vlm(*arguments: object) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vlm.cli.main", *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def train_all(task: dict) -> None:
+    """On each process of a launch: a run of one step with each engine."""
+    for name, options in task["engines"].items():
+        chosen = [*options, f"output_dir={task['folder']}/{name}"]
+        train(load_config(task["path"], chosen), resolve_for_log(task["path"], chosen))
 
 
 def tensors(export: Path) -> dict[str, torch.Tensor]:
@@ -87,13 +90,14 @@ def tensors(export: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exports_of_all_engines_after_one_step_are_equal(variant, data, tmp_path):
     path = write_config(tmp_path, data, VARIANTS[variant])
+    task = {"path": str(path), "folder": str(tmp_path)}
+    train_all(task | {"engines": {"local": ["engine.kind=local"]}})
+    for engines in (TWO_PROCESSES, PIPELINE):
+        launch(train_all, task | {"engines": engines})
     exports, files = {}, {}
-    for name, (options, nproc) in ENGINES.items():
+    for name in ("local", *TWO_PROCESSES, *PIPELINE):
         run = tmp_path / name
-        chosen = [part for option in (*options, f"output_dir={run}") for part in ("--options", option)]
-        vlm("train", path, "--nproc", nproc, *chosen)
-        vlm("export", run)
-        exports[name] = tensors(run / "export")
+        exports[name] = tensors(export_run(run))
         files[name] = torch.load(export_pth(run), weights_only=True)
         shards = list((newest_verified(run) / "weights").iterdir())
         assert len(shards) == (1 if name in ("local", "ddp") else 2)
@@ -101,9 +105,14 @@ def test_exports_of_all_engines_after_one_step_are_equal(variant, data, tmp_path
     assert len(expected) >= 16
     for name, found in exports.items():
         assert found.keys() == expected.keys(), name
+        apart = {"": 0.0, "k_proj.bias": 0.0}
         for key, tensor in found.items():
             assert (tensor.shape, tensor.dtype) == (expected[key].shape, expected[key].dtype), (name, key)
-            assert (tensor - expected[key]).abs().max() <= TOLERANCE, (name, key)
+            kind = "k_proj.bias" if key.endswith("k_proj.bias") else ""
+            apart[kind] = max(apart[kind], (tensor - expected[key]).abs().max().item())
+        print(f"{name}: {apart}")
+        assert apart[""] <= TOLERANCE, name
+        assert apart["k_proj.bias"] <= RATE, name
         assert files[name].keys() == files["local"].keys(), name
     sizes = {sum(tensor.nbytes for tensor in found.values()) for found in exports.values()}
     assert len(sizes) == 1

@@ -104,7 +104,9 @@ OTHERS = (
 
 
 def run_for(config_file, steps):
-    path = config_file(train__max_steps=steps, train__save_every=2, model__lora={"rank": 4, "alpha": 8})
+    path = config_file(
+        train__max_steps=steps, train__save_every=2, train__schedule="constant", model__lora={"rank": 4, "alpha": 8}
+    )
     return train(load_config(path), path.read_text())
 
 
