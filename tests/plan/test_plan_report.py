@@ -107,6 +107,24 @@ def test_alternatives_are_tried_before_they_are_offered(config):
     assert all(one.plan.peak <= usable(memory) for one in found.values())
 
 
+def test_8bit_state_is_offered_and_no_engine_that_refuses_it(config):
+    full = changed(config, model={"trainable": ("projector", "llm")})
+    memory = memory_for(estimate(full).peak - 1000)
+    found = {one.change.name: one.change.yaml_lines()[0] for one in alternatives(full, 1, memory, limit=99)}
+    assert found["8-bit optimizer state"] == "train: {optimizer: adamw_8bit}"
+    assert {"fsdp", "zero stage 2, optimizer on the host"} <= found.keys()
+    paged = changed(full, train={"optimizer": "paged_adamw"}, engine={"device": "auto"})
+    names = {one.change.name for one in alternatives(paged, 1, memory_for(estimate(paged).peak - 1000), limit=99)}
+    assert "zero stage 2" in {name.partition(",")[0] for name in names}
+    assert not any("fsdp" in name or "on the host" in name for name in names)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_frozen_weights_in_float16_are_as_large_as_in_bfloat16(precision, config):
+    adapters = changed(config, train={"precision": precision})
+    assert estimate(adapters) == estimate(changed(config, train={"precision": "bf16"}))
+
+
 def test_changes_add_up():
     both = Change("a", {"model": {"x": 1}}) + Change("b", {"model": {"y": True}, "train": {"z": "w"}})
     assert (both.name, both.yaml_lines()) == ("a, b", ["model: {x: 1, y: true}", "train: {z: w}"])

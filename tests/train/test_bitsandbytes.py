@@ -123,10 +123,8 @@ def test_optimizers_with_float32_state_go_on_from_each_other_and_8bit_does_not(c
     assert "start from its weights with init_from" in str(caught.value)
 
 
-ENGINES = {
+ENGINES = {  # zero0 is the engine of ddp
     "ddp": ["engine.kind=ddp"],
-    "zero0": ["engine.kind=zero", "engine.stage=0"],
-    "zero1": ["engine.kind=zero", "engine.stage=1"],
     "zero2": ["engine.kind=zero", "engine.stage=2"],
     "zero2-offload": ["engine.kind=zero", "engine.stage=2", "engine.offload=[optimizer]"],
     "zero3": ["engine.kind=zero", "engine.stage=3"],
@@ -140,7 +138,7 @@ PIPELINE = {
 
 
 def train_in_two_goes(task):
-    """On each process: six steps of every engine, straight and with a stop after three."""
+    """Six steps of every engine, straight and with a stop after three."""
     for name, options in task["engines"].items():
         folder = Path(task["folder"]) / name
         straight = make(task["path"], options)
@@ -157,15 +155,24 @@ def train_in_two_goes(task):
             (folder / "losses.json").write_text(json.dumps(losses))
 
 
-def load_other_partitions(task):
-    """On each process: 8-bit state of stage 1 fits stage 2, which cuts as it does, and not stage 3."""
-    half = Path(task["folder"]) / "zero1/half"
-    make(task["path"], ENGINES["zero2"]).engine.load(half)
+def load_other_partitions(path, half):
+    """8-bit state of stage 2 fits stage 1, which cuts as it does, and neither stage 3 nor ddp."""
+    make(path, ["engine.kind=zero", "engine.stage=1"]).engine.load(half)
     for other in ("zero3", "ddp"):
         with pytest.raises(CheckpointError) as caught:
-            make(task["path"], ENGINES[other]).engine.load(half)
+            make(path, ENGINES[other]).engine.load(half)
         assert "does not fit this launch" in str(caught.value)
         assert "resume with those, or export this run and start in another output_dir" in str(caught.value)
+
+
+def work(task):
+    """On each process of a launch."""
+    if task["engines"] == PIPELINE:  # full training, where the embedding is the output layer too
+        with pytest.raises(ConfigError, match=r"does not work with engine.kind pipeline for this model"):
+            make(task["path"], ["engine.kind=pipeline", "engine.num_stages=2"])
+    train_in_two_goes(task)
+    if task["engines"] == ENGINES:
+        load_other_partitions(task["path"], Path(task["folder"]) / "zero2/half")
 
 
 @pytest.mark.slow
@@ -174,7 +181,7 @@ def test_8bit_state_of_two_processes_resumes_to_the_bit_and_learns(config_file, 
     path = config_file(train__optimizer="adamw_8bit", train__micro_batch_size=1, **FULL)
     task = {"path": str(path), "folder": str(tmp_path)}
     for engines in (ENGINES, PIPELINE):
-        launch(train_in_two_goes, task | {"engines": engines})
+        launch(work, task | {"engines": engines})
         for name in engines:
             straight, resumed = (state(tmp_path / name / which) for which in ("straight", "resumed"))
             assert torch.uint8 in {tensor.dtype for tensor in straight.values()}, name
@@ -182,15 +189,3 @@ def test_8bit_state_of_two_processes_resumes_to_the_bit_and_learns(config_file, 
             assert equal(*(read_weights(tmp_path / name / which) for which in ("straight", "resumed"))), name
             losses = json.loads((tmp_path / name / "losses.json").read_text())
             assert losses[-1] < losses[0], name
-    launch(load_other_partitions, task)
-
-
-def build_a_tied_pipeline(task):
-    with pytest.raises(ConfigError, match=r"does not work with engine.kind pipeline for this model"):
-        make(task["path"], ["engine.kind=pipeline", "engine.num_stages=2"])
-
-
-@pytest.mark.slow
-def test_a_pipeline_refuses_8bit_state_for_an_embedding_on_two_stages(config_file):
-    path = config_file(train__optimizer="adamw_8bit", train__micro_batch_size=1, **FULL)
-    launch(build_a_tied_pipeline, {"path": str(path)})

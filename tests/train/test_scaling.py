@@ -17,8 +17,9 @@ from vlm.models.trainable import trained_weights
 from vlm.objectives.lm import LanguageModeling
 from vlm.run import train
 from vlm.train.checkpoint import newest_verified
-from vlm.train.config import TrainConfig
+from vlm.train.config import EngineConfig, TrainConfig
 from vlm.train.engines.base import LossModule
+from vlm.train.engines.deepspeed_settings import deepspeed_settings
 from vlm.train.engines.local import LocalEngine
 from vlm.train.fragments import FragmentReader, read_weights, state_files
 from vlm.train.optim import build_optimizer
@@ -59,6 +60,22 @@ def test_a_config_with_float16_ends_on_the_cpu_before_a_run_folder_is_made(confi
     with pytest.raises(ConfigError, match="needs a GPU"):
         train(load_config(path), path.read_text())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("precision", "agrees"), [("fp16", True), ("bf16", False), ("fp32", False)])
+def test_the_users_deepspeed_json_may_say_float16_when_the_config_does(precision, agrees, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps({"fp16": {"enabled": True, "loss_scale": 0}}))
+    ours = EngineConfig(kind="zero", stage=2, deepspeed=str(tmp_path / "ds.json"))
+
+    def settings():
+        train = TrainConfig(max_steps=1, precision=precision)
+        return deepspeed_settings(ours, train, accumulation_steps=1, num_data_ranks=1)
+
+    if agrees:
+        assert "fp16" not in settings()  # the scale is ours; DeepSpeed works in float32
+        return
+    with pytest.raises(ConfigError, match=rf"fp16.enabled True, but train.precision {precision}, so False"):
+        settings()
 
 
 @pytest.fixture

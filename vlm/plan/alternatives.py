@@ -126,8 +126,8 @@ def _changes(config: Settings, world_size: int, memory: int, shape: ModelShape) 
         yield Change("gradient checkpointing", {"model": {"gradient_checkpointing": True}})
     if train.precision not in ("bf16", "fp16"):
         yield Change("frozen weights in bf16", {"train": {"precision": "bf16"}})
-    if train.optimizer in ("adamw", "paged_adamw") and config.engine.kind != "fsdp":
-        yield Change("8-bit optimizer state", {"train": {"optimizer": f"{train.optimizer}_8bit"}})
+    if train.optimizer == "adamw" and "optimizer" not in config.engine.offload:
+        yield Change("8-bit optimizer state", {"train": {"optimizer": "adamw_8bit"}})
     if "llm" in model.trainable:
         parts = tuple("llm.lora" if part == "llm" else part for part in model.trainable)
         adapters = model.lora or _ADAPTERS
@@ -144,8 +144,6 @@ def _other_engines(config: Settings, kind: str, devices: int) -> Iterator[Change
     now = (kind, config.engine.stage if kind == "zero" else None, config.engine.offload if kind == "zero" else ())
     for name, values in _ENGINES:
         offload = values.get("offload", ())
-        if (values["kind"] == "fsdp" and config.train.optimizer != "adamw") or (offload and config.train.is_paged):
-            continue  # vlm.config refuses these
         if (devices > 1 or offload) and (values["kind"], values.get("stage"), offload) != now:
             written = {key: value for key, value in values.items() if value != () or config.engine.offload}
             yield Change(name, {"engine": written}, devices)
@@ -164,11 +162,23 @@ def _holds(change: Change, more: Change) -> bool:
 
 
 def _try(config: Settings, change: Change, world_size: int, shape: ModelShape) -> Plan | None:
-    """None where the engine cannot be cut that way."""
+    """None where the engine cannot be cut that way, or not with that optimizer."""
+    changed, size = change.apply(config), change.world_size or world_size
     try:
-        return estimate(change.apply(config), change.world_size or world_size, shape=shape)
+        return estimate(changed, size, shape=shape) if _optimizer_works(changed, size, shape) else None
     except (VLMError, ValueError):
         return None
+
+
+def _optimizer_works(config: Settings, world_size: int, shape: ModelShape) -> bool:
+    """Combinations that vlm.config and the pipeline engine refuse."""
+    train, kind = config.train, engine_kind(config, world_size)
+    if kind == "fsdp":
+        return train.optimizer == "adamw"
+    trains_tied = "llm" in config.model.trainable and not shape.llm.head
+    if kind == "pipeline" and train.has_8bit_state and trains_tied:
+        return False
+    return not (train.is_paged and "optimizer" in config.engine.offload)
 
 
 def _yaml(value: Any) -> str:
