@@ -202,11 +202,21 @@ def test_a_picture_added_since_joins_the_question_that_is_asked_again(session: C
     assert session.conversation("Next").turns[-1].num_images == 0
 
 
-def test_a_beam_search_can_be_stopped_too(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loaded.model.llm.config, "max_position_embeddings", 100_000)
+def test_a_beam_search_can_be_stopped_too(loaded: LoadedModel):
     session = ChatSession(loaded)
-    threading.Timer(0.5, session.stop).start()
-    assert "".join(session.ask("Hello", GenerationSettings(max_new_tokens=50_000, num_beams=2))) == ""
+    steps = []
+
+    def stop_at_the_third_step(*_: object) -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            session.stop()
+
+    hook = loaded.model.llm.register_forward_pre_hook(stop_at_the_third_step)
+    try:
+        assert "".join(session.ask("Hello", GenerationSettings(max_new_tokens=64, num_beams=2))) == ""
+    finally:
+        hook.remove()
+    assert len(steps) == 3
     assert session.history == [("Hello", "")]
 
 
