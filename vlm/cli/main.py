@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 
 from vlm import __version__
 from vlm.cli import chat, ckpt, configs, data, doctor, export, plan, train, webui
-from vlm.errors import Preempted, VLMError
+from vlm.errors import DistributedError, Preempted, VLMError
 
 app = typer.Typer(
     help="Assemble any vision encoder with any language model, train the result, talk to it.",
@@ -29,8 +29,9 @@ app.add_typer(data.app, name="data", help="Look at training data without a model
 app.add_typer(ckpt.app, name="ckpt", help="List and verify the checkpoints of a run.")
 doctor.register(app)
 
-# A launcher ends all processes as soon as one has ended: the others give rank 0 this long to say what happened
-_SECONDS_FOR_RANK_0 = 3.0
+# A launcher ends all processes as soon as one has ended, and reports that one. So rank 0 gets this long to say what
+# happened, and the launcher to notice a rank that was lost before those that miss it end.
+_SECONDS_FOR_THE_OTHERS = 3.0
 _OPTION_FLAGS = ("--options", "--cfg-options", "-o")
 
 
@@ -72,8 +73,8 @@ def run(command: Callable[[], object]) -> int:
         if rank == "0" or not error.everywhere:  # else rank 0 says it
             kind = "" if isinstance(error, Preempted) else "error: "  # that was asked for
             print(f"{f'[rank {rank}] ' if rank != '0' else ''}{kind}{error}", file=sys.stderr)
-        else:
-            time.sleep(_SECONDS_FOR_RANK_0)
+        if isinstance(error, DistributedError) or (rank != "0" and error.everywhere):
+            time.sleep(_SECONDS_FOR_THE_OTHERS)
         return error.exit_code
     except typer.Exit as end:
         return end.exit_code
