@@ -163,8 +163,10 @@ def main() -> None:
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job is not None:
+        from vlm.cli.main import end
+
         work(arguments.job)
-        return
+        end(0)
     if arguments.config is None:
         parser.error("name a config")
     cases = [Case(engine, tuple(arguments.options)) for engine in dict.fromkeys(["local", *arguments.engines])]

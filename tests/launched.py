@@ -73,8 +73,10 @@ def save(run: Any, folder: Path) -> None:
 if __name__ == "__main__":
     import torch
 
+    from vlm.cli.main import end
     from vlm.distributed import process_group
 
     module, name, argument = sys.argv[1:]
     with process_group(torch.device("cpu"), 120.0, always=True):
         getattr(importlib.import_module(module), name)(json.loads(argument))
+    end(0)
