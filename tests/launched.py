@@ -28,8 +28,29 @@ def launch(function: Callable[[Any], None], argument: Any, nproc: int = 2) -> No
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", __file__]
     command += [function.__module__, function.__name__, json.dumps(argument)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_launcher(command, environment)
     assert done.returncode == 0, done.stderr[-6000:]
+
+
+def run_launcher(
+    command: list[str], environment: dict[str, str] | None = None, timeout: float = 200.0
+) -> subprocess.CompletedProcess[str]:
+    """What it printed and its exit status. After `timeout` seconds it is asked to stop, so that its processes end too."""
+    launcher = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+    )
+    try:
+        out, errors = launcher.communicate(timeout=timeout)
+    except BaseException:
+        launcher.terminate()  # a launcher that is killed leaves its processes behind
+        try:
+            out, errors = launcher.communicate(timeout=45)
+        except subprocess.TimeoutExpired:
+            launcher.kill()
+            raise
+        print(out[-3000:], errors[-6000:], file=sys.stderr)
+        raise
+    return subprocess.CompletedProcess(command, launcher.returncode, out, errors)
 
 
 def make(path: str, options: list[str]) -> Any:

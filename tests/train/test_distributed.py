@@ -1,10 +1,10 @@
 """Decisions that all processes of a launch take together, with processes of their own."""
 
-import subprocess
 import sys
 import time
 
 import pytest
+from launched import run_launcher
 
 WORKER = """
 import sys, time
@@ -37,7 +37,7 @@ def test_others_wait_for_rank_0_longer_than_for_a_rank_that_hangs(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     started = time.monotonic()
-    done = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, check=False)
+    done = run_launcher([*command, str(tmp_path / "worker.py")])
     assert done.returncode == 0, done.stderr[-3000:]
     assert time.monotonic() - started > 9
     said = sorted(done.stdout.splitlines())

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from launched import run_launcher
 
 from vlm.train.checkpoint import list_checkpoints, newest_verified
 from vlm.train.fragments import read_weights
@@ -21,7 +22,7 @@ def run(path, *options, nproc=2, fault="", check=None, extra=()):
     environment = {**os.environ, "VLM_FAULT": fault, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "vlm.cli.main", "train", str(path), f"--nproc={nproc}", *extra]
     command += [part for option in options for part in ("--options", option)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_launcher(command, environment)
     if check is not None:
         assert done.returncode == check, done.stderr[-3000:]
     return done.stderr

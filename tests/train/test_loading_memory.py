@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launched import run_launcher
 from safetensors.torch import save_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -75,7 +75,8 @@ def peaks(config: Path, out: Path, nproc: int, *options: str) -> list[int]:
     command = [sys.executable, *launcher, str(worker), str(config), str(out), *options]
     # tensors as small as these would leave holes in the heap; those of real models are given back one by one
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    subprocess.run(command, check=True, env=environment)
+    done = run_launcher(command, environment)
+    assert done.returncode == 0, done.stderr[-3000:]
     return [int((out / str(rank)).read_text()) for rank in range(nproc)]
 
 

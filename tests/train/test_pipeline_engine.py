@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launched import run_launcher
 
 STEPS = 8
 LORA = ("model.lora={rank: 4, alpha: 8}", "model.trainable=[projector, llm.lora]")
@@ -154,7 +154,7 @@ def run(config: Path, cases: list[Case], folder: Path) -> list[Outcome]:
     command = [sys.executable, *(launcher if processes > 1 else []), __file__, str(folder)]
     paths = [str(Path(__file__).parents[2]), *sys.path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_launcher(command, environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return [Outcome(**values) for values in json.loads((folder / "outcomes.json").read_text())]
 

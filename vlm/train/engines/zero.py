@@ -176,11 +176,16 @@ class Partitioner:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The package, told not to log on every rank."""
+    """The package, told not to log on every rank, and not to compile its all-reduce for CPUs.
+
+    Training does not use that operator. Its first build takes half a minute and needs a compiler; a build that is
+    killed leaves a lock behind, for which every later run would wait without end.
+    """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
