@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +15,7 @@ import typer
 
 from vlm.cli.configs import Config, Options
 from vlm.config import load_config, resolve_for_log
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, VLMError
 
 
 def register(app: typer.Typer) -> None:
@@ -74,7 +77,31 @@ def start_training(config: str, options: Sequence[str]) -> None:
     text = resolve_for_log(config, options)
     from vlm.run import train as train_run
 
-    train_run(checked, text)
+    with _ending_once(Path(checked.output_dir)):
+        train_run(checked, text)
+
+
+@contextmanager
+def _ending_once(run: Path) -> Iterator[None]:
+    """torchrun's --max-restarts also starts a launch again that ended on purpose: stopped by a signal, diverged,
+    refused. What is started again then ends as it did, so that the launch comes to its end with that exit code."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    if launch is None:
+        yield
+        return
+    marker, is_main = run / ".ended.json", os.environ.get("RANK", "0") == "0"
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and marker.is_file():
+        ended = json.loads(marker.read_text(encoding="utf-8"))
+        if ended["launch"] == launch:
+            raise typer.Exit(ended["code"])
+    if is_main:
+        marker.unlink(missing_ok=True)
+    try:
+        yield
+    except VLMError as error:
+        if is_main and error.everywhere and run.is_dir():
+            marker.write_text(json.dumps({"launch": launch, "code": error.exit_code}), encoding="utf-8")
+        raise
 
 
 def deepspeed_options(name: str | None) -> list[str]:
