@@ -12,6 +12,8 @@ os.environ.pop("VLM_FAULT", None)
 
 import pytest
 
+pytest.register_assert_rewrite("browser_user")
+
 _connect = socket.socket.connect
 _LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 

@@ -225,10 +225,10 @@ def test_an_upload_is_answered_after_it_was_looked_at(uploads: Uploads):
 
 def test_gradios_own_refusals_are_told_in_our_words(uploads: Uploads):
     length = {"content-length": "10"}
-    too_large = guard_of(uploads, app_that_answers(b"exceeded /tmp/x", status=413))
+    too_large = guard_of(uploads, app_that_answers(b"exceeded /srv/x", status=413))
     status, _, body = ask(too_large, "/gradio_api/upload", method="POST", headers=length)
     assert status == 413
-    assert b"/tmp" not in body
+    assert b"/srv" not in body
     status, _, body = ask(
         guard_of(uploads, app_that_answers(b"at /x", 500)), "/gradio_api/upload", method="POST", headers=length
     )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,6 +111,7 @@ def test_what_gradio_is_started_with(export: Path, monkeypatch: pytest.MonkeyPat
         0,
     )
     assert running.folder.stat().st_mode & 0o077 == 0  # nobody else on the machine reads the pictures
+    running.page.server = SimpleNamespace(config=SimpleNamespace())
     running.close()
     assert not running.folder.exists()
 

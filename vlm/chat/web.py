@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -54,8 +55,12 @@ class RunningPage:
     folder: Path
 
     def close(self) -> None:
-        self.page.close(verbose=False)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self.page.server.config.timeout_graceful_shutdown = 1  # second; every open page holds a connection
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would tell of each that is cut
+            self.page.close(verbose=False)
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def serve(models: ModelStore, options: WebOptions) -> RunningPage:
@@ -90,7 +95,7 @@ def run_web(models: ModelStore, options: WebOptions) -> None:
     try:
         running = serve(models, options)
         try:
-            _greet(running, models, options)
+            _greet(running, models)
             ended.wait()
             print("stopped", flush=True)
         finally:
@@ -188,7 +193,7 @@ def _app_options(uploads: Uploads, local_only: bool, max_file_size: int, max_bod
     return {"middleware": [middleware], "docs_url": None, "redoc_url": None, "openapi_url": None}
 
 
-def _greet(running: RunningPage, models: ModelStore, options: WebOptions) -> None:
-    shown: Sequence[str] = models.labels
+def _greet(running: RunningPage, models: ModelStore) -> None:
+    shown = models.labels
     print(f"Models: {', '.join(shown[:8])}{' ...' if len(shown) > 8 else ''}")
     print(f"Open {running.url}   Ctrl-C ends it.", flush=True)

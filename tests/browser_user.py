@@ -1,0 +1,164 @@
+"""A user of the browser chat: a served page with tiny models, and headless Chromium. Fixtures of the browser tests."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_export import model_config, write_llm, write_picture, write_run
+
+from vlm.chat.web import RunningPage, WebOptions, serve
+from vlm.chat.web_models import ModelStore, find_exports
+from vlm.export.weights import export_run
+from vlm.models.generate import GenerationSettings
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MARKS = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (apt-get install chromium)"),
+]
+WAIT = 60_000  # milliseconds; two busy cores
+LEAK = re.compile(r"0x[0-9a-f]{4}|/(tmp|home|root|srv)/|Traceback|PIL|\.py")
+SENTENCE = "one two three four five six seven eight nine ten"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("web")
+    write_llm(root / "llm", max_positions=100_000)
+    for seed, name in enumerate(("first", "second"), 1):
+        write_run(root / "runs" / name, model_config(root), seed=seed)
+        export_run(root / "runs" / name)
+    for seed, name in enumerate(("cat.png", "dog.png", "example.png"), 1):
+        write_picture(root / name, seed=seed)
+    return root
+
+
+@pytest.fixture(scope="module")
+def running(root: Path) -> Iterator[RunningPage]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+            patch.setenv(name, "")  # what `serve` sets is undone at the end
+        models = ModelStore(find_exports(None, root / "runs"), device="cpu")
+        options = WebOptions(
+            port=0,
+            max_file_mb=20,
+            settings=GenerationSettings(max_new_tokens=12),
+            examples=(("Which animal?", root / "example.png"), ("Hello there", None)),
+        )
+        running = serve(models, options)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Page:
+    """A user in a browser of their own."""
+
+    def __init__(self, chromium: Any, url: str, **context: Any) -> None:
+        self.context = chromium.new_context(**({"locale": "en-US"} | context))
+        self.context.set_default_timeout(WAIT)
+        self.page = self.context.new_page()
+        self.requests: list[str] = []
+        self.problems: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.url = url
+        self.open()
+
+    def open(self) -> None:
+        self.page.goto(self.url)
+        self.page.wait_for_selector("#box textarea:not([placeholder=''])")
+        self.page.wait_for_function("document.documentElement.dataset.started === 'yes'")
+
+    def add(self, *files: Path | dict[str, Any]) -> None:
+        self.page.set_input_files("#box input[type=file]", list(files))
+
+    def attach(self, *files: Path) -> None:
+        """Add pictures and wait until they are there."""
+        self.add(*files)
+        self.page.wait_for_function(f"document.querySelectorAll('#box img').length === {len(files)}")
+
+    def type(self, text: str) -> None:
+        self.page.fill("#box textarea", text)
+        self.page.press("#box textarea", "Enter")
+
+    def ask(self, text: str, *files: Path) -> str:
+        before = len(self.stats())
+        if files:
+            self.attach(*files)
+        self.type(text)
+        self.answered(before + 1)
+        return self.stats()[-1]
+
+    def answered(self, count: int) -> None:
+        """Wait for the n-th answer to be complete and the box to be ready."""
+        self.page.wait_for_function(f"document.querySelectorAll('#chat .stats').length === {count}")
+        self.ready()
+
+    def ready(self) -> None:
+        self.page.wait_for_selector("#box button[data-name=Submit]")
+
+    def click(self, name: str, nth: int = -1) -> None:
+        buttons = self.page.locator(f"#chat button[data-name='{name}']:visible")
+        buttons.nth(nth if nth >= 0 else buttons.count() - 1).click()
+
+    def stats(self) -> list[str]:
+        return self.page.locator("#chat .stats").all_inner_texts()
+
+    def questions(self) -> list[str]:
+        texts = self.page.locator("#chat [data-testid=user] .md, #chat [data-testid=user] .prose").all_inner_texts()
+        return list(dict.fromkeys(text.strip() for text in texts))
+
+    def pictures(self) -> list[str]:
+        return [image.get_attribute("src") for image in self.page.locator("#chat img").all()]
+
+    def toast(self) -> str:
+        self.page.wait_for_selector(".toast-text, .toast-body")
+        return self.page.locator(".toast-body").first.inner_text()
+
+    def notice(self) -> str:
+        """Why the page refused something; waits for it."""
+        self.page.wait_for_selector("#notice [role=alert]")
+        return self.page.inner_text("#notice")
+
+    def set_length(self, tokens: int) -> None:
+        self.page.locator("#set-max_new_tokens input[type=number]").evaluate(
+            "(input, value) => { input.value = value;"
+            " for (const name of ['input', 'change', 'blur']) input.dispatchEvent(new Event(name)); }",
+            tokens,
+        )
+
+    def open_panel(self) -> None:
+        if self.page.locator("#panel.open").count() == 0:
+            self.page.click("#panel .toggle-button")
+            self.page.wait_for_selector("#panel.open")
+
+    def close(self) -> None:
+        self.context.close()
+
+
+@pytest.fixture
+def visit(chromium: Any, running: RunningPage) -> Iterator[Callable[..., Page]]:
+    pages: list[Page] = []
+
+    def visit(**context: Any) -> Page:
+        pages.append(Page(chromium, running.url, **context))
+        return pages[-1]
+
+    yield visit
+    for page in pages:
+        page.close()
