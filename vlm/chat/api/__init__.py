@@ -1,0 +1,1 @@
+"""An export behind an OpenAI-compatible HTTP interface: `serve` in server.py."""

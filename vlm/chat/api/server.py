@@ -1,0 +1,189 @@
+"""An export behind a port, until a signal ends it."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from vlm.chat.api.app import build_app
+from vlm.chat.api.guard import check_access
+from vlm.chat.api.limits import Access, Limits, Media
+from vlm.chat.api.media import MediaLoader
+from vlm.chat.api.metrics import Metrics
+from vlm.chat.api.scheduler import Scheduler
+from vlm.chat.api.service import Service
+from vlm.errors import ConfigError
+from vlm.export.load import LoadedModel
+from vlm.logs import log
+from vlm.models.batched_generate import BatchedGenerator
+from vlm.models.slot_cache import bytes_per_token
+
+_MEMORY_SHARE = 0.25  # of what is free, for keys and values; growing copies them, so for a moment it is twice as much
+_CUT_SECONDS = 3  # for connections to close once replies have ended
+
+
+def serve(
+    load_model: Callable[[], LoadedModel],
+    name: str,
+    host: str,
+    port: int,
+    *,
+    limits: Limits,
+    media: Media,
+    access: Access,
+    access_log: bool = False,
+) -> int:
+    """Load a model and answer requests until SIGTERM or Ctrl-C.
+
+    On the first signal replies that are being written are finished and new requests get 503; on a second, or after
+    `limits.drain_seconds`, the rest is cut off.
+
+    Returns:
+        the exit code: 0 if every reply was finished, else 143 (SIGTERM) or 130 (Ctrl-C).
+
+    Raises:
+        ConfigError: the port cannot be had, or the server would be open to others without a key; before the model is
+            loaded.
+    """
+    check_access(host, access)
+    loader = MediaLoader(media)
+    listener = bind(host, port)
+    with listener:
+        service = build_service(load_model(), name, loader, limits)
+        config = uvicorn.Config(
+            build_app(service, access),
+            log_level="info" if access_log else "warning",
+            access_log=access_log,
+            timeout_graceful_shutdown=_CUT_SECONDS,
+            server_header=False,
+            proxy_headers=False,
+        )
+        server = _Server(config, service, listener)
+        try:
+            server.run(sockets=[listener])
+        finally:
+            service.scheduler.stop()
+    return server.exit_code
+
+
+def build_service(loaded: LoadedModel, name: str, media: MediaLoader, limits: Limits) -> Service:
+    """The parts of a server, put together; nothing runs yet."""
+    generator = BatchedGenerator(
+        loaded.model,
+        max_running=limits.max_running,
+        max_tokens=limits.max_tokens or fitting_tokens(loaded, limits.max_running),
+    )
+    scheduler = Scheduler(generator, loaded.autocast)
+    return Service(loaded, name, scheduler, media, Metrics(scheduler), limits)
+
+
+def fitting_tokens(loaded: LoadedModel, max_running: int) -> int:
+    """Tokens whose keys and values take a quarter of the free memory, and no more than all replies could use.
+
+    Raises:
+        ConfigError: not even a short conversation would fit.
+    """
+    each = bytes_per_token(loaded.model)
+    fitting = int(_free_memory(loaded) * _MEMORY_SHARE) // each
+    if fitting < 64:
+        raise ConfigError(f"a token takes {each:,} bytes of cache and there is no memory for 64; free some")
+    return min(fitting, max_running * (loaded.max_tokens + 63) // 64 * 64)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        ConfigError: in use, not allowed, or no address of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror:
+        raise ConfigError(f"--host {host} is no address of this machine; 127.0.0.1 is for this machine only") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)  # taken now: another program cannot, while the model is loaded
+    except OSError as error:
+        listener.close()
+        raise ConfigError(_why_not(host, port, error)) from None
+    return listener
+
+
+def _why_not(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} of {host} is in use; choose another with --port, or --port 0 for any free one"
+    if error.errno == errno.EACCES:
+        return f"port {port} may not be used by this user; choose one above 1023 with --port"
+    return f"cannot listen at {host}:{port} ({error.strerror}); --host 127.0.0.1 always works"
+
+
+def _free_memory(loaded: LoadedModel) -> int:
+    if loaded.device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(loaded.device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that finishes what is being written before it closes its port."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, listener: socket.socket) -> None:
+        super().__init__(config)
+        self.exit_code = 0
+        self._service = service
+        self._listener = listener
+        self._drain_until = 0.0
+        self._signal = 0  # the last one
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self._listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"serving {self._service.name} at {url}/v1 (documentation: {url}/docs)", flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._signal = sig
+        if not self._service.draining:
+            self._service.draining = True
+            self._drain_until = time.monotonic() + self._service.limits.drain_seconds
+            if self._service.num_open:
+                log(f"finishing {self._service.num_open} requests; another signal cuts them off")
+        else:
+            self._drain_until = 0.0
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._service.draining and not self.should_exit:
+            if self._service.num_open and time.monotonic() > self._drain_until:
+                self.exit_code = 130 if self._signal == signal.SIGINT else 143
+                self._service.cut()
+                self.should_exit = True
+            elif not self._service.num_open:
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def default_name(export: Path) -> str:
+    """PROJECT-RUN for an export in its usual place, else the name of its folder.
+
+    >>> default_name(Path("cache/runs/quickstart/finetune/export"))
+    'quickstart-finetune'
+    """
+    folder = export.resolve()
+    if folder.name != "export":
+        return folder.name
+    run = folder.parent
+    return f"{run.parent.name}-{run.name}" if run.parent.name not in ("", "runs") else run.name

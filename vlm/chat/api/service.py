@@ -1,0 +1,250 @@
+"""What the routes share: the model and its thread, the places for requests, and one generation from start to end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from vlm.chat.api.choice import ChoiceWriter, End, Event, Piece, TokenSpeller
+from vlm.chat.api.errors import ApiError, busy, internal_error
+from vlm.chat.api.limits import Limits
+from vlm.chat.api.media import MediaLoader
+from vlm.chat.api.metrics import Metrics
+from vlm.chat.api.prompt import Prompt, build_prompt, image_urls
+from vlm.chat.api.scheduler import Job, Scheduler
+from vlm.chat.api.schemas import ChatRequest
+from vlm.export.load import LoadedModel
+from vlm.logs import log
+from vlm.models.batched_generate import Reply
+from vlm.models.sampling import SamplingSettings
+
+_PREPARED_AT_ONCE = 2  # requests whose pictures are decoded at the same time; a large one takes 200 MB for a moment
+_T = TypeVar("_T")
+
+
+class Service:
+    """One model behind the routes. Everything but `scheduler` belongs to the event loop."""
+
+    def __init__(
+        self, loaded: LoadedModel, name: str, scheduler: Scheduler, media: MediaLoader, metrics: Metrics, limits: Limits
+    ) -> None:
+        self.loaded = loaded
+        self.name = name
+        self.scheduler = scheduler
+        self.media = media
+        self.metrics = metrics
+        self.limits = limits
+        self.created = int(time.time())
+        self.num_open = 0  # requests that came in and are not answered
+        self.num_held = 0  # bytes of their bodies, until they are read
+        self.draining = False
+        self.generations: set[Generation] = set()
+        self._preparing = asyncio.Semaphore(_PREPARED_AT_ONCE)
+        self._speller = TokenSpeller(loaded.tokenizer, loaded.conversation_tokenizer.decode)
+
+    @property
+    def status(self) -> str:
+        if not self.scheduler.is_alive:
+            return "failed"
+        return "draining" if self.draining else "ok"
+
+    @contextmanager
+    def place(self) -> Iterator[Place]:
+        """A place in the queue, taken before the body is read, so that waiting requests are few and small.
+
+        Raises:
+            ApiError: 503.
+        """
+        if self.draining:
+            raise busy("this server is shutting down", retry_after=10)
+        if not self.scheduler.is_alive:
+            raise busy("the model has failed; the server must be started again", retry_after=60)
+        if self.num_open >= self.limits.max_running + self.limits.max_queued:
+            self.metrics.refused.inc()
+            raise busy("too many requests wait; try again")
+        place = Place(self)
+        try:
+            yield place
+        finally:
+            if not place.kept:
+                place.leave()
+
+    def cut(self) -> None:
+        """End all replies now."""
+        for generation in self.generations:
+            generation.abort(busy("this server is shutting down", retry_after=10))
+
+    async def start(self, request: ChatRequest) -> Generation:
+        """Look at the pictures, and let the replies be written.
+
+        Raises:
+            ApiError: 400 for what the request asks; 502 for a picture from elsewhere.
+        """
+        self._check_tokens(request)
+        pictures = [await self.media.load(url) for url in image_urls(request.messages)]
+        async with self._preparing:
+            longest = self.scheduler.max_tokens
+            prompt = await asyncio.to_thread(build_prompt, self.loaded, request, pictures, longest, self.limits)
+        self.metrics.images.inc(len(pictures))
+        return Generation(self, request, prompt)
+
+    def _check_tokens(self, request: ChatRequest) -> None:
+        if request.model != self.name:
+            raise ApiError(400, f"this server has no such model; it serves {self.name}", "model_not_found", "model")
+        vocabulary = self.loaded.model.llm.get_output_embeddings().weight.shape[0]
+        for token in request.logit_bias or {}:
+            if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocabulary):
+                raise ApiError(400, "logit_bias: a key is no token id of this model", "invalid_request", "logit_bias")
+
+    def writers(self, request: ChatRequest, post: Callable[[Event], None]) -> list[ChoiceWriter]:
+        decode = self.loaded.conversation_tokenizer.decode
+        speller = self._speller if request.logprobs else None
+        return [
+            ChoiceWriter(index, decode, request.stops, speller, post, self.explain) for index in range(request.n or 1)
+        ]
+
+    def explain(self, error: Exception) -> ApiError:
+        """What a client is told; the log gets the rest."""
+        self.metrics.failed.inc()
+        log(f"a reply failed:\n{''.join(traceback.format_exception(error))}".rstrip())
+        return internal_error()
+
+
+class Place:
+    """One of the requests that a server holds at a time."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._left = False
+        self._num_held = 0
+        self.kept = False  # whoever keeps it calls `leave`
+        service.num_open += 1
+
+    def hold(self, num_bytes: int) -> None:
+        """Count bytes of the body. Raises ApiError 503 when all requests together hold too many."""
+        self._num_held += num_bytes
+        self._service.num_held += num_bytes
+        if self._service.num_held > self._service.limits.all_bodies_bytes:
+            raise busy("other requests are too large at this moment; try again")
+
+    def let_go(self) -> None:
+        """The body has become tokens and pixels."""
+        self._service.num_held -= self._num_held
+        self._num_held = 0
+
+    def leave(self) -> None:
+        self.let_go()
+        if not self._left:
+            self._left = True
+            self._service.num_open -= 1
+
+
+class Generation:
+    """The replies to one request, while they are written."""
+
+    def __init__(self, service: Service, request: ChatRequest, prompt: Prompt) -> None:
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self._started = time.monotonic()
+        self.num_prompt_tokens = len(prompt.input_ids)
+        self.num_new_tokens = 0
+        self._service = service
+        self._open = request.n or 1
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        stop_ids = service.loaded.conversation_tokenizer.stop_ids
+        self._job = Job(
+            [
+                Reply(
+                    prompt.input_ids,
+                    prompt.pixel_values,
+                    prompt.max_new_tokens,
+                    stop_ids,
+                    sampling_settings(request, index),
+                    writer.on_token,
+                    writer.on_end,
+                )
+                for index, writer in enumerate(service.writers(request, self._post))
+            ]
+        )
+        service.metrics.prompt_tokens.inc(self.num_prompt_tokens)
+        service.generations.add(self)
+        service.scheduler.submit(self._job)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Pieces and ends as they come.
+
+        Raises:
+            ApiError: a reply could not be written.
+        """
+        is_first = True
+        while self._open:
+            event = await self._events.get()
+            if is_first and isinstance(event, Piece):
+                is_first = False
+                self._service.metrics.first_token.observe(time.monotonic() - self._started)
+            if isinstance(event, End):
+                self._open -= 1
+                self.num_new_tokens += event.num_tokens
+                self._service.metrics.new_tokens.inc(event.num_tokens)
+                if isinstance(event.reason, ApiError):
+                    raise event.reason
+            yield event
+
+    def abort(self, error: ApiError) -> None:
+        """Answer with an error instead of the rest. Called in the event loop."""
+        self._events.put_nowait(End(0, 0, error))
+
+    def close(self) -> None:
+        """Stop what is still being written. Its slots are free after the next token."""
+        self._service.generations.discard(self)
+        if self._open:
+            self._open = 0
+            self._service.scheduler.cancel(self._job)
+
+    def _post(self, event: Event) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop has ended, and nobody listens
+            return
+
+
+def sampling_settings(request: ChatRequest, index: int) -> SamplingSettings:
+    """Of choice `index`: with a seed, each of several choices has its own."""
+    given = {
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "repetition_penalty": request.repetition_penalty,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+    }
+    settings: dict[str, Any] = {"temperature": 1.0} | {key: value for key, value in given.items() if value is not None}
+    return SamplingSettings(
+        **settings,
+        logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
+        seed=None if request.seed is None else (request.seed + index) & ((1 << 63) - 1),
+        num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
+
+
+async def first_of(work: Awaitable[_T], left: Awaitable[Any], deadline: float) -> _T | None:
+    """The result of `work`; None if `left`, the client's leaving, comes first.
+
+    Raises:
+        TimeoutError: at `deadline`, a time of the event loop.
+    """
+    tasks: Sequence[asyncio.Future[Any]] = (asyncio.ensure_future(work), asyncio.ensure_future(left))
+    try:
+        async with asyncio.timeout_at(deadline):
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

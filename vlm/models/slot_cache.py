@@ -1,0 +1,236 @@
+"""Keys and values of many replies at once, and the decoder's forward over them.
+
+Letters: R slots, C cells of a slot, B rows of one forward, Q new tokens of each row, K key heads, E head width, D model
+width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vlm.models.llm_parts import LLM_PARTS
+from vlm.models.vlm import VisionLanguageModel
+
+_CELLS = 64  # slots grow by multiples of this
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # rotations of a row would change with the longest row beside it
+
+
+class Decoder(Protocol):
+    """Runs the decoder on some rows and keeps what their next tokens will look at.
+
+    Slots in use are 0 .. n - 1. Cell p of a slot belongs to the token at position p.
+    """
+
+    rows_at_once: bool  # whether `decode` takes more than one row
+
+    def reserve(self, num_slots: int, num_cells: int) -> None:
+        """Make room; what the slots hold is kept."""
+
+    def prefill(self, embeddings: Tensor, slot: int, start: int) -> Tensor:
+        """[1, Q, D] at positions from `start`; returns the hidden state of the last one, [1, D]."""
+
+    def decode(self, embeddings: Tensor, lengths: list[int], first_slot: int = 0) -> Tensor:
+        """One new token for each of the slots from `first_slot`, [B, 1, D], at positions `lengths`; returns [B, D]."""
+
+    def clear(self, slot: int) -> None:
+        """Forget what a slot holds."""
+
+    def move(self, source: int, target: int) -> None:
+        """Put what one slot holds into another; `source` is empty afterwards."""
+
+    def release(self) -> None:
+        """Free all memory."""
+
+
+def build_decoder(model: VisionLanguageModel) -> Decoder:
+    """One forward for all rows where the model's family allows it, else one forward per row."""
+    config = model.llm.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
+    if config.model_type not in LLM_PARTS or kinds & _LENGTH_DEPENDENT_ROPE:
+        return RowByRowDecoder(model)
+    return BatchedDecoder(model)
+
+
+class SlotCache:
+    """What attention layers write to and read from, in place of a cache of transformers.
+
+    Each layer has keys and values [R, K, C, E]. A forward is told by `aim` which rows and cells it writes.
+    """
+
+    def __init__(self) -> None:
+        self.num_slots = self.num_cells = 0
+        self._layers: list[list[Tensor]] = []  # keys and values of each layer
+        self._rows = slice(0, 0)
+        self._positions = torch.zeros(0, 0, dtype=torch.long)
+        self._end = 0  # cells that are read
+
+    def aim(self, rows: slice, positions: Tensor, end: int) -> None:
+        """Let the next forward write the cells `positions`, int64 [B, Q], of the slots `rows`, and read the first
+        `end` cells."""
+        self._rows, self._positions, self._end = rows, positions, end
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Called by every attention layer: [B, K, Q, E] new, [B, K, `end`, E] of all tokens so far."""
+        while len(self._layers) <= layer_idx:
+            self._layers.append([_cells(new, self.num_slots, self.num_cells) for new in (keys, values)])
+        rows = torch.arange(self._rows.start, self._rows.stop, device=keys.device)[:, None]
+        read = []
+        for kept, new in zip(self._layers[layer_idx], (keys, values), strict=True):
+            kept[rows, :, self._positions] = new.transpose(1, 2).to(kept.dtype)
+            read.append(kept[self._rows, :, : self._end])
+        return read[0], read[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Cells before the ones that the next forward writes; unused where positions and masks are given."""
+        return self._end - self._positions.shape[-1]
+
+    def reserve(self, num_slots: int, num_cells: int) -> None:
+        num_slots, num_cells = max(num_slots, self.num_slots), max(-(-num_cells // _CELLS) * _CELLS, self.num_cells)
+        if (num_slots, num_cells) == (self.num_slots, self.num_cells):
+            return
+        for layer in self._layers:
+            for place, old in enumerate(layer):
+                layer[place] = _cells(old, num_slots, num_cells)
+                layer[place][: self.num_slots, :, : self.num_cells] = old[: self.num_slots, :, : self.num_cells]
+        self.num_slots, self.num_cells = num_slots, num_cells
+
+    def clear(self, slot: int) -> None:
+        # Zeroed and not only masked: 0 * NaN is NaN, so a broken reply would break the next one in its slot.
+        for layer in self._layers:
+            for kept in layer:
+                kept[slot].zero_()
+
+    def move(self, source: int, target: int) -> None:
+        for layer in self._layers:
+            for kept in layer:
+                kept[target].copy_(kept[source])
+                kept[source].zero_()
+
+    def release(self) -> None:
+        self._layers = []
+        self.num_slots = self.num_cells = 0
+
+
+class BatchedDecoder:
+    """All rows in one forward. Rows of unequal length lie side by side, and masks hide what is behind a row's end."""
+
+    rows_at_once = True
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        config = model.llm.config
+        if "flash" in config._attn_implementation:
+            model.llm.set_attn_implementation("sdpa")  # FlashAttention takes no mask of our own
+        self._decoder = model.llm.get_decoder()
+        self._is_eager = config._attn_implementation == "eager"
+        self._window = getattr(config, "sliding_window", None)
+        self._rule = LLM_PARTS[config.model_type].window
+        self.cache = SlotCache()
+
+    def reserve(self, num_slots: int, num_cells: int) -> None:
+        self.cache.reserve(num_slots, num_cells)
+
+    def prefill(self, embeddings: Tensor, slot: int, start: int) -> Tensor:
+        end = start + embeddings.shape[1]
+        positions = torch.arange(start, end, device=embeddings.device)[None]
+        return self._forward(embeddings, positions, slice(slot, slot + 1), end)
+
+    def decode(self, embeddings: Tensor, lengths: list[int], first_slot: int = 0) -> Tensor:
+        positions = torch.tensor(lengths, device=embeddings.device)[:, None]
+        return self._forward(embeddings, positions, slice(first_slot, first_slot + len(lengths)), max(lengths) + 1)
+
+    def clear(self, slot: int) -> None:
+        self.cache.clear(slot)
+
+    def move(self, source: int, target: int) -> None:
+        self.cache.move(source, target)
+
+    def release(self) -> None:
+        self.cache.release()
+
+    def _forward(self, embeddings: Tensor, positions: Tensor, rows: slice, end: int) -> Tensor:
+        self.cache.aim(rows, positions, end)
+        output = self._decoder(
+            inputs_embeds=embeddings,
+            position_ids=positions,
+            attention_mask=self._masks(positions, end, embeddings.dtype),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[:, -1]
+
+    def _masks(self, positions: Tensor, end: int, dtype: torch.dtype) -> Any:
+        """Which cells each new token sees, as this family's forward takes masks ready-made."""
+        cells = torch.arange(end, device=positions.device)
+        full = cells <= positions[..., None]  # [B, Q, end]
+        window = full if self._window is None else full & (cells > positions[..., None] - self._window)
+        masks = {"full_attention": full[:, None], "sliding_attention": window[:, None]}
+        if self._is_eager:  # adds the mask to the scores
+            masks = {
+                kind: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+                    ~mask, torch.finfo(dtype).min
+                )
+                for kind, mask in masks.items()
+            }
+        if self._rule == "layer_types":
+            return masks
+        return masks["sliding_attention" if self._rule == "every block" else "full_attention"]
+
+
+class RowByRowDecoder:
+    """A cache of transformers and a forward for each row: for families that `BatchedDecoder` does not know."""
+
+    rows_at_once = False
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        self._decoder = model.llm.get_decoder()
+        self._config = model.llm.config
+        self._caches: dict[int, Any] = {}
+
+    def reserve(self, num_slots: int, num_cells: int) -> None:
+        """Caches of transformers grow by themselves."""
+
+    def prefill(self, embeddings: Tensor, slot: int, start: int) -> Tensor:
+        from transformers import DynamicCache
+
+        if start == 0:
+            self._caches[slot] = DynamicCache(config=self._config)
+        positions = torch.arange(start, start + embeddings.shape[1], device=embeddings.device)[None]
+        output = self._decoder(
+            inputs_embeds=embeddings, position_ids=positions, past_key_values=self._caches[slot], use_cache=True
+        )
+        return output.last_hidden_state[:, -1]
+
+    def decode(self, embeddings: Tensor, lengths: list[int], first_slot: int = 0) -> Tensor:
+        assert len(lengths) == 1
+        return self.prefill(embeddings, first_slot, lengths[0])
+
+    def clear(self, slot: int) -> None:
+        self._caches.pop(slot, None)
+
+    def move(self, source: int, target: int) -> None:
+        self._caches[target] = self._caches.pop(source)
+
+    def release(self) -> None:
+        self._caches = {}
+
+
+def bytes_per_token(model: VisionLanguageModel) -> int:
+    """Memory of the keys and values of one token, in bytes.
+
+    >>> from types import SimpleNamespace as N
+    >>> shape = N(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, head_dim=64)
+    >>> bytes_per_token(N(llm=N(config=shape, dtype=torch.bfloat16)))
+    23040
+    """
+    config = model.llm.config
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * num_heads * width * model.llm.dtype.itemsize)
+
+
+def _cells(like: Tensor, num_slots: int, num_cells: int) -> Tensor:
+    return like.new_zeros(num_slots, like.shape[1], num_cells, like.shape[3])
