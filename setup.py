@@ -34,7 +34,7 @@ extras = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "serve": ["gradio>=6,<7", "fastapi>=0.115", "uvicorn>=0.34", "prometheus_client>=0.21", "httpx>=0.27"],
     "track": ["tensorboard>=2.18"],
-    "quant": ["bitsandbytes>=0.49"],
+    "quant": ["bitsandbytes>=0.49", "accelerate>=1.10"],
     "demo": ["resvg-py==0.5.0", "emoji==2.16.0", "gguf>=0.17", "accelerate>=1.10"],
 }
 extras["test"] = [
@@ -42,6 +42,7 @@ extras["test"] = [
     *extras["track"],
     *extras["deepspeed"],
     *extras["serve"],
+    *extras["quant"],
     "pytest>=9",
     "pytest-timeout>=2.4",
     "pytest-xdist>=3.8",

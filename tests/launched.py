@@ -35,7 +35,7 @@ def launch(function: Callable[[Any], None], argument: Any, nproc: int = 2) -> No
 def run_launcher(
     command: list[str], environment: dict[str, str] | None = None, timeout: float = 200.0
 ) -> subprocess.CompletedProcess[str]:
-    """What it printed and its exit status. After `timeout` seconds it is asked to stop, so that its processes end too."""
+    """What it printed and its exit status. After `timeout` seconds it is asked to end, with its processes."""
     launcher = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
     )

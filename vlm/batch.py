@@ -8,11 +8,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from vlm.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 IGNORE_INDEX = -100  # label of a token that is not supervised; torch's cross entropy ignores it too
+
+
+def microbatches_per_step(global_batch_size: int, micro_batch_size: int, num_data_ranks: int) -> int:
+    """Forward passes of each data rank for one optimizer step.
+
+    Raises:
+        ConfigError: the rows of a step cannot be shared out evenly.
+    """
+    at_once = micro_batch_size * num_data_ranks
+    if global_batch_size % at_once:
+        raise ConfigError(
+            f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{micro_batch_size} x {num_data_ranks} data ranks = {at_once}. Take a multiple of {at_once}, or a smaller "
+            "micro_batch_size"
+        ).on_every_rank()
+    return global_batch_size // at_once
 
 
 class Skip(NamedTuple):

@@ -10,7 +10,7 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from vlm.errors import DistributedError, VLMError
 
 T = TypeVar("T")
+_timeout: timedelta | None = None  # of collectives
 _store: Any = None  # the key-value store of the launch; says where each rank was when one of them is lost
 has_met_others = False  # whether this process was ever one of several
 _turns = 0  # how often the others waited for rank 0
@@ -38,6 +39,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def new_group(ranks: Sequence[int]) -> Any:
+    """A group of some of the processes, made by all of them. Its collectives wait no longer than those of all."""
+    return dist.new_group(list(ranks), timeout=_timeout)
+
+
 def local_rank() -> int:
     """Number of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
@@ -52,7 +58,7 @@ def process_group(device: torch.device, timeout_seconds: float, *, always: bool 
         timeout_seconds: a collective that waits longer fails on every rank.
         always: make a group even in a world of one, as DeepSpeed and fully_shard demand.
     """
-    global _store, has_met_others
+    global _store, _timeout, has_met_others
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized() or (size == 1 and not always):
         yield
@@ -61,7 +67,7 @@ def process_group(device: torch.device, timeout_seconds: float, *, always: bool 
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on its loopback
     # torch's own FSDP and DeepSpeed call functions that torch renamed: nothing that a user could act on
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    timeout = timedelta(seconds=timeout_seconds)
+    _timeout = timeout = timedelta(seconds=timeout_seconds)
     if size == 1:
         _store, own = dist.HashStore(), 0
     else:
@@ -75,7 +81,7 @@ def process_group(device: torch.device, timeout_seconds: float, *, always: bool 
         with _name_the_lost():
             yield
     finally:
-        _store = None
+        _store = _timeout = None
         dist.destroy_process_group()
 
 

@@ -172,3 +172,10 @@ def test_a_wrong_number_ends_with_2(arguments, config, tmp_path):
     with pytest.raises(SystemExit) as end:
         main(["plan", str(path), *arguments])
     assert end.value.code == 2
+
+
+def test_rows_that_cannot_be_shared_out_are_named_as_training_names_them(config):
+    spoiled = changed(config, train={"global_batch_size": 8, "micro_batch_size": 8})
+    assert estimate(spoiled, 1).world_size == 1
+    with pytest.raises(ConfigError, match=r"8 is not a multiple of .* 8 x 2 data ranks = 16\. Take a multiple of 16"):
+        estimate(spoiled, 2)

@@ -69,6 +69,8 @@ def test_what_a_json_adds_is_taken_and_what_it_repeats_may_be_auto(tmp_path):
         ({"optimizer": {"type": "Lamb"}}, r"optimizer\.type 'Lamb', but the optimizer here, 'AdamW'"),
         ({"optimizer": {"params": {"lr": 1e-3}}}, r"optimizer\.params\.lr 0\.001, but train\.learning_rate 0\.0001"),
         ({"bf16": {"enabled": False}}, r"bf16\.enabled False, but train\.precision bf16, so True"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_hpz_partition_size 8, but checkpoints need .* 1"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm False, but every step's norm .* True"),
     ],
 )
 def test_a_contradiction_names_both_values(tmp_path, own, message):

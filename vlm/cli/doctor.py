@@ -23,6 +23,7 @@ EXTRAS = {
     "gradio": "serve",
     "deepspeed": "deepspeed",
     "bitsandbytes": "quant",
+    "accelerate": "quant",
     "resvg-py": "demo",
     "gguf": "demo",
 }

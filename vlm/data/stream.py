@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vlm.batch import Batch, Example, Skip
+from vlm.batch import Batch, Example, Skip, microbatches_per_step
 from vlm.data.collate import Collator
 from vlm.data.packing import pack_in_windows
 from vlm.data.scan import Scan
-from vlm.errors import ConfigError, RecordError
+from vlm.errors import RecordError
 
 _ORDER, _WEIGHTS = 1, 2  # separate the random numbers of different uses
 
@@ -102,11 +102,7 @@ class BatchStream:
         num_data_ranks: int = 1,
         workers: int = 0,
     ) -> None:
-        if global_batch_size % (micro_batch_size * num_data_ranks):
-            raise ConfigError(
-                f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
-                f"{micro_batch_size} x {num_data_ranks} data ranks"
-            )
+        self.microbatches_per_step = microbatches_per_step(global_batch_size, micro_batch_size, num_data_ranks)
         self.plan = plan
         self.collator = collator
         self.global_batch_size = global_batch_size
@@ -114,7 +110,6 @@ class BatchStream:
         self.data_rank = data_rank
         self.num_data_ranks = num_data_ranks
         self.workers = workers
-        self.microbatches_per_step = global_batch_size // (micro_batch_size * num_data_ranks)
 
     @property
     def fingerprint(self) -> str:

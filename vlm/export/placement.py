@@ -31,7 +31,7 @@ def check_device_map(device_map: str | None, offload_folder: str | Path | None, 
     if device not in ("auto", "cpu"):
         raise ConfigError(f"--device-map auto takes all GPUs, --device {device} one of them. Leave one of the two out")
     if importlib.util.find_spec("accelerate") is None:
-        raise MissingPackageError("accelerate", "--device-map auto", "demo")
+        raise MissingPackageError("accelerate", "--device-map auto", "quant")
 
 
 def spread(model: VisionLanguageModel, offload_folder: str | Path | None, only_cpu: bool) -> torch.device:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from vlm.batch import microbatches_per_step
 from vlm.errors import ConfigError
 from vlm.plan import blocks
 from vlm.plan.blocks import Part
@@ -83,12 +84,14 @@ def estimate(
         has_flash_attention: what `attention: auto` finds on the GPU; None looks for the package here.
 
     Raises:
-        ConfigError: the engine does not fit the number of processes.
+        ConfigError: the engine, or the rows of a step, do not fit the number of processes.
         CheckpointError: a model's config.json cannot be read.
     """
     kind = engine_kind(config, world_size)
     num_stages = config.engine.num_stages if kind == "pipeline" else 1
     num_data_ranks = world_size // num_stages
+    if workload is None:
+        microbatches_per_step(config.train.global_batch_size, config.train.micro_batch_size, num_data_ranks)
     shape = shape or read_shapes(config.model)
     if has_flash_attention is None:
         has_flash_attention = importlib.util.find_spec("flash_attn") is not None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from vlm.batch import microbatches_per_step
 from vlm.distributed import local_rank
 from vlm.errors import ConfigError
 from vlm.models.partition import full_shape
@@ -106,7 +107,7 @@ def block_spreader(
     if plan.kind == "zero" and config.stage == 3:
         from vlm.train.engines.zero import Partitioner
 
-        steps = train.global_batch_size // (train.micro_batch_size * plan.num_data_ranks)
+        steps = microbatches_per_step(train.global_batch_size, train.micro_batch_size, plan.num_data_ranks)
         settings = deepspeed_settings(config, train, accumulation_steps=steps, num_data_ranks=plan.num_data_ranks)
         return Partitioner(settings, device)
     return None

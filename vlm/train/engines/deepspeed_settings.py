@@ -90,6 +90,8 @@ def _refuse_contradictions(
         ("optimizer.params.betas", list(train.betas), "train.betas"),
         ("bf16.enabled", bf16, f"train.precision {train.precision}, so"),
         ("fp16.enabled", fp16, f"train.precision {train.precision}, so"),
+        ("zero_optimization.compute_grad_norm", True, "every step's norm is looked at, so"),
+        ("zero_optimization.zero_hpz_partition_size", 1, "checkpoints need weights split over all ranks, so"),
     ]
     problems = []
     for path, ours, name in pairs:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlm.batch import Batch
-from vlm.distributed import gather_objects, rank, sum_over_ranks, world_size
+from vlm.distributed import gather_objects, new_group, rank, sum_over_ranks, world_size
 from vlm.models.trainable import trained_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.train.engines.base import (
@@ -143,6 +143,7 @@ def start_deepspeed(device: torch.device) -> Any:
     deepspeed = import_deepspeed(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed.comm.comm.cdb.new_group = new_group  # its own would wait for half an hour
     return deepspeed
 
 
