@@ -204,6 +204,23 @@ def test_transparency_shows_the_background_and_never_the_hidden_colour(content, 
     assert [image.getpixel((x, 0)) for x in (0, 1)] == expected
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "F"])
+def test_bands_make_the_picture_that_one_piece_makes(mode, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (10, 7, 4), dtype=np.uint8)
+    rgba = Image.fromarray(noise)
+    image = {
+        "RGBA": rgba,
+        "LA": rgba.convert("LA"),
+        "P": rgba.convert("RGB").quantize(16),
+        "I;16": Image.fromarray(noise[..., 0].astype(np.uint16) * 250),
+        "F": Image.fromarray(noise[..., 0].astype(np.float32) - 100),
+    }[mode]
+    content = encoded(image, "TIFF" if mode == "F" else "PNG", **({"transparency": bytes(16)} if mode == "P" else {}))
+    whole = load_image(content, background=BLUE)
+    monkeypatch.setattr(images_module, "_BAND", 3)
+    assert np.array_equal(np.asarray(load_image(content, background=BLUE)), np.asarray(whole))
+
+
 def tiff(values, dtype) -> bytes:
     return encoded(Image.fromarray(np.array([values], dtype=dtype)), "TIFF")
 

@@ -15,7 +15,7 @@ import typer
 
 from vlm.cli.configs import Config, Options
 from vlm.config import load_config, resolve_for_log
-from vlm.errors import ConfigError, VLMError
+from vlm.errors import ConfigError, RunLocked, VLMError
 
 
 def register(app: typer.Typer) -> None:
@@ -85,10 +85,10 @@ def start_training(config: str, options: Sequence[str]) -> None:
 def _ending_once(run: Path) -> Iterator[None]:
     """torchrun's --max-restarts also starts a launch again that ended on purpose: stopped by a signal, diverged,
     refused. What is started again then ends as it did, so that the launch comes to its end with that exit code."""
-    launch = os.environ.get("TORCHELASTIC_RUN_ID")
-    if launch is None:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
+    launch = os.getppid()  # the launcher's; the names of launches repeat
     marker, is_main = run / ".ended.json", os.environ.get("RANK", "0") == "0"
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and marker.is_file():
         ended = json.loads(marker.read_text(encoding="utf-8"))
@@ -99,7 +99,8 @@ def _ending_once(run: Path) -> Iterator[None]:
     try:
         yield
     except VLMError as error:
-        if is_main and error.everywhere and run.is_dir():
+        is_ours = run.is_dir() and not isinstance(error, RunLocked)
+        if is_main and is_ours and error.everywhere:
             marker.write_text(json.dumps({"launch": launch, "code": error.exit_code}), encoding="utf-8")
         raise
 

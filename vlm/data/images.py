@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ from vlm.logs import warn
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 DEFAULT_MAX_PIXELS = 50_000_000
 _MAX_BETWEEN = 64_000_000  # pixels of a picture on the way to its square; 192 MB
+_BAND = 256  # rows that are converted at a time where that takes memory
 _WHITE = (255, 255, 255)
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURN_BACK = {
@@ -188,11 +190,17 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
             mask = Image.fromarray(np.where(np.asarray(image) == hidden, 255, 0).astype(np.uint8))
             grey.paste(background, (0, 0), mask)
         return grey
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        backdrop = Image.new("RGBA", rgba.size, (*background, 255))
-        return Image.alpha_composite(backdrop, rgba).convert("RGB")
-    return image.convert("RGB")
+    return _flattened(image, background) if image.has_transparency_data else image.convert("RGB")
+
+
+def _flattened(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Over the background; in bands, as whole pictures in between would take three times the memory."""
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, _BAND):
+        band = image.crop((0, top, image.width, min(top + _BAND, image.height))).convert("RGBA")
+        backdrop = Image.new("RGBA", band.size, (*background, 255))
+        rgb.paste(Image.alpha_composite(backdrop, band).convert("RGB"), (0, top))
+    return rgb
 
 
 def _scaled_grey(image: Image.Image) -> Image.Image:
@@ -202,17 +210,20 @@ def _scaled_grey(image: Image.Image) -> Image.Image:
     only), 0..255 (float only), 0..65535 and 0..the highest value that holds all values; with negative values, it is
     from the lowest to the highest.
     """
-    values = np.asarray(image, dtype=np.float32)
-    if not np.isfinite(values).all():
+    values = np.asarray(image)
+    low, high = float(np.float32(values.min())), float(np.float32(values.max()))
+    if not math.isfinite(low) or not math.isfinite(high):  # a NaN is its own minimum
         raise RecordError("image_unreadable", "grey values are not finite")
-    low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16"):
         low, high = 0.0, 65535.0
     elif low >= 0:
         ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
         low, high = 0.0, next((top for top in ranges if high <= top), high)
-    scaled = (values - low) * (255 / max(high - low, 1e-12))
-    return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+    grey = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), _BAND):
+        scaled = (values[top : top + _BAND].astype(np.float32) - low) * (255 / max(high - low, 1e-12))
+        grey[top : top + _BAND] = scaled.round().clip(0, 255)
+    return Image.fromarray(grey)
 
 
 def _reason(error: Exception) -> str:

@@ -14,6 +14,7 @@ import uvicorn
 from openai import OpenAI
 
 from vlm.chat.api.app import build_app
+from vlm.chat.api.connections import Connection
 from vlm.chat.api.limits import Access, Limits, Media
 from vlm.chat.api.media import MediaLoader
 from vlm.chat.api.server import build_service
@@ -48,7 +49,7 @@ def make_service(loaded: LoadedModel, limits: Limits = SMALL, media: Any = None)
 
 @contextmanager
 def on_port(service: Service, access: Access | None = None) -> Iterator[Running]:
-    config = uvicorn.Config(build_app(service, access), host="127.0.0.1", port=0, log_level="critical")
+    config = uvicorn.Config(build_app(service, access), host="127.0.0.1", port=0, http=Connection, log_level="critical")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -232,6 +232,9 @@ def test_an_error_of_our_own_code_is_told_in_general(loaded: LoadedModel, monkey
         assert answer.json()["error"]["code"] == "internal_error"
         assert no_detail(answer.text)
         assert server.service.num_open == 0
+        counted = httpx.get(f"{server.url}/metrics").text
+        assert f'vlm_requests_total{{path="{CHAT}",status="500"}} 1.0' in counted
+        assert "vlm_failed_total 1.0" in counted
 
 
 def test_a_request_that_takes_too_long_is_ended(loaded: LoadedModel):

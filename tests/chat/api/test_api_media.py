@@ -8,16 +8,18 @@ import io
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
-from api_server import ask, user
+from api_server import SMALL, ask, make_service, user, without_port
 from PIL import Image
 
 from vlm.chat.api.errors import ApiError
 from vlm.chat.api.limits import Media
 from vlm.chat.api.media import MediaLoader
+from vlm.export.load import LoadedModel
 
 CHAT = "/v1/chat/completions"
 Call = Callable[..., httpx.Response]
@@ -199,3 +201,16 @@ def test_a_request_shows_a_file_of_the_media_folder(call: Call, root: Path):
     same = call("POST", CHAT, json=ask(messages=user("What is this?", data_url(png()))))
     assert response.status_code == 200
     assert response.json()["choices"] == same.json()["choices"]
+
+
+def test_pictures_from_files_count_as_if_they_had_been_sent(loaded: LoadedModel, root: Path):
+    """Each request names 5 kB four times; 12 kB are allowed at a time."""
+    service = make_service(loaded, replace(SMALL, all_bodies_bytes=12_000), Media(root))
+
+    async def post() -> httpx.Response:
+        async with without_port(service) as client:
+            return await client.post(CHAT, json=ask(messages=user("What is this?", *["big.png"] * 4)))
+
+    response = asyncio.run(post())
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
+    assert service.num_held == service.num_open == 0

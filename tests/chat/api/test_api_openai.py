@@ -160,8 +160,9 @@ def test_the_model_is_listed(server: Running):
     client = server.openai()
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).owned_by == "vlm"
-    with pytest.raises(openai.NotFoundError, match="no such model"):
-        client.models.retrieve("gpt-4")
+    for name in ("gpt-4", "llava-hf/llava"):
+        with pytest.raises(openai.NotFoundError, match="no such model"):
+            client.models.retrieve(name)
 
 
 def test_errors_are_those_that_the_client_knows(server: Running):

@@ -83,7 +83,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
             try:
                 async with asyncio.timeout_at(deadline):
                     asked = parse_request(await read_json(request, service.limits, place.hold), service.limits)
-                    generation = await service.start(asked)
+                    generation = await service.start(asked, place.hold)
             except TimeoutError:
                 raise timed_out(service.limits.request_seconds) from None
             place.let_go()
@@ -98,7 +98,9 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def list_models() -> ModelList:
         return ModelList(data=[card])
 
-    @app.get("/v1/models/{model}", responses={**responses(401, 403), 404: {"model": ErrorBody}}, summary="One model")
+    @app.get(
+        "/v1/models/{model:path}", responses={**responses(401, 403), 404: {"model": ErrorBody}}, summary="One model"
+    )
     async def get_model(model: str) -> ModelCard:
         if model != service.name:
             raise ApiError(404, f"this server has no such model; it serves {service.name}", "model_not_found", "model")

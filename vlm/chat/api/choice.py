@@ -41,8 +41,8 @@ Event = Piece | End
 class ChoiceWriter:
     """Turns the tokens of a reply into events. Called by the thread that generates.
 
-    Log-probabilities go out with the text of their token; those of tokens whose text was held back for good, as part of
-    a stop text, do not.
+    Log-probabilities go out with the text of their token, also where only its beginning is sent because a stop text
+    begins within it. Those of tokens that are nothing but part of a stop text do not.
 
     Args:
         post: takes the events, in order; the last is an `End`.
@@ -97,6 +97,8 @@ class TokenSpeller:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, decode: Callable[[list[int]], str]) -> None:
         self._tokenizer: Any = tokenizer
         self._decode = decode
+        # a word before the token: at the start of a text, tokenizers like SentencePiece drop a blank
+        self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]
 
     def __call__(self, token: NewToken) -> TokenLogprob:
         assert token.logprob is not None
@@ -111,7 +113,9 @@ class TokenSpeller:
         )
 
     def _text(self, token_id: int) -> str:
-        return self._decode([token_id]) or str(self._tokenizer.convert_ids_to_tokens(token_id) or "")
+        before, text = self._decode(self._before), self._decode([*self._before, token_id])
+        text = text[len(before) :] if before and text.startswith(before) else self._decode([token_id])
+        return text or str(self._tokenizer.convert_ids_to_tokens(token_id) or "")
 
     def _bytes(self, token_id: int) -> list[int] | None:
         """None where they cannot be told: a part of a character in a tokenizer that does not spell bytes."""

@@ -69,6 +69,10 @@ class CountRequests:
 
         try:
             await self._app(scope, receive, counted)
+        except Exception:  # of our own code; what answers it stands outside
+            self._metrics.failed.inc()
+            status = "500"
+            raise
         finally:
             path = next((path for path in PATHS if scope["path"].startswith(path)), "other")
             self._metrics.requests.labels(path, status).inc()

@@ -166,13 +166,13 @@ def _too_many(param: str, got: int, limit: int, what: str | None = None) -> ApiE
 
 
 def _explained(error: ValidationError) -> ApiError:
-    """The first problem, in words that hold none of the values."""
+    """The first problem, in few words: some of pydantic's quote what was sent."""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     place = ""
     for step in first["loc"]:
         place += f"[{step}]" if isinstance(step, int) else f".{step}" if place else step
     param = str(first["loc"][0]) if first["loc"] else None
-    message = str(first["msg"]).removeprefix("Value error, ")
+    message = str(first["msg"]).removeprefix("Value error, ")[:200]
     return ApiError(400, f"{place[:120]}: {message}" if place else message, "invalid_request", param)
 
 

@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 
 from vlm.chat.api.app import build_app
+from vlm.chat.api.connections import Connection
 from vlm.chat.api.guard import check_access
 from vlm.chat.api.limits import Access, Limits, Media
 from vlm.chat.api.media import MediaLoader
@@ -59,6 +60,7 @@ def serve(
         service = build_service(load_model(), name, loader, limits)
         config = uvicorn.Config(
             build_app(service, access),
+            http=Connection,
             log_level="info" if access_log else "warning",
             access_log=access_log,
             timeout_graceful_shutdown=_CUT_SECONDS,

@@ -23,7 +23,8 @@ from vlm.logs import log
 from vlm.models.batched_generate import Reply
 from vlm.models.sampling import SamplingSettings
 
-_PREPARED_AT_ONCE = 2  # requests whose pictures are decoded at the same time; a large one takes 200 MB for a moment
+_PREPARED_AT_ONCE = 2  # requests whose pictures are decoded at the same time; a large one takes 400 MB for a moment
+_LOADED_AT_ONCE = 8  # pictures that are read from files or the web at the same time, before they are counted
 _T = TypeVar("_T")
 
 
@@ -41,10 +42,11 @@ class Service:
         self.limits = limits
         self.created = int(time.time())
         self.num_open = 0  # requests that came in and are not answered
-        self.num_held = 0  # bytes of their bodies, until they are read
+        self.num_held = 0  # bytes of their bodies and pictures, until these are pixels
         self.draining = False
         self.generations: set[Generation] = set()
         self._preparing = asyncio.Semaphore(_PREPARED_AT_ONCE)
+        self._loading = asyncio.Semaphore(_LOADED_AT_ONCE)
         self._speller = TokenSpeller(loaded.tokenizer, loaded.conversation_tokenizer.decode)
 
     @property
@@ -79,19 +81,30 @@ class Service:
         for generation in self.generations:
             generation.abort(busy("this server is shutting down", retry_after=10))
 
-    async def start(self, request: ChatRequest) -> Generation:
+    async def start(self, request: ChatRequest, hold: Callable[[int], None]) -> Generation:
         """Look at the pictures, and let the replies be written.
 
+        Args:
+            hold: told of the bytes of pictures that are no part of the body; may raise.
+
         Raises:
-            ApiError: 400 for what the request asks; 502 for a picture from elsewhere.
+            ApiError: 400 for what the request asks; 502 for a picture from elsewhere; 503 too much at a time.
         """
         self._check_tokens(request)
-        pictures = [await self.media.load(url) for url in image_urls(request.messages)]
+        pictures = [await self._load(url, hold) for url in image_urls(request.messages)]
         async with self._preparing:
             longest = self.scheduler.max_tokens
             prompt = await asyncio.to_thread(build_prompt, self.loaded, request, pictures, longest, self.limits)
         self.metrics.images.inc(len(pictures))
         return Generation(self, request, prompt)
+
+    async def _load(self, url: str, hold: Callable[[int], None]) -> bytes:
+        if url.startswith("data:"):  # was counted as it came in
+            return await self.media.load(url)
+        async with self._loading:
+            picture = await self.media.load(url)
+            hold(len(picture))
+        return picture
 
     def _check_tokens(self, request: ChatRequest) -> None:
         if request.model != self.name:
@@ -126,7 +139,7 @@ class Place:
         service.num_open += 1
 
     def hold(self, num_bytes: int) -> None:
-        """Count bytes of the body. Raises ApiError 503 when all requests together hold too many."""
+        """Count bytes of the request. Raises ApiError 503 when all requests together hold too many."""
         self._num_held += num_bytes
         self._service.num_held += num_bytes
         if self._service.num_held > self._service.limits.all_bodies_bytes:
