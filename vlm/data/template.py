@@ -90,7 +90,7 @@ class ChatTemplate:
         """The same template in the form that transformers keeps in chat_template.jinja.
 
         Replies stand between generation markers, so that assistant masks can be made from it. Pictures in a list of
-        content parts become `<image>`.
+        content parts become `<image>`, and the words after one stand on a line of their own, as in training data.
         """
         with_bos = self.bos == "always" or (self.bos == "tokenizer" and tokenizer_adds_bos)
         return _jinja(self, (bos_token or "") if with_bos else "", bos_token or "", eos_token or "")
@@ -269,7 +269,10 @@ def _jinja(template: ChatTemplate, start: str, bos_token: str, eos_token: str) -
         "{%- if content is string -%}{%- if not images_only -%}{{ content }}{%- endif -%}",
         "{%- else -%}{%- for part in content -%}",
         "{%- if part['type'] == 'image' -%}<image>",
-        "{%- elif part['type'] == 'text' and not images_only -%}{{ part['text'] }}{%- endif -%}",
+        "{%- elif part['type'] == 'text' and not images_only -%}",
+        # as `vlm.export.messages` does: servers of other projects hand over picture and question as they came
+        "{%- if loop.previtem is defined and loop.previtem['type'] == 'image' and part['text'][:1] != '\\n' -%}",
+        "{{ '\\n' }}{%- endif -%}{{ part['text'] }}{%- endif -%}",
         "{%- endfor -%}{%- endif -%}{%- endmacro -%}",
         f"{{%- set ns = namespace(system={default}, head='') -%}}",
         "{%- if messages and messages[0]['role'] == 'system' -%}",

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{name}")
 processor = AutoProcessor.from_pretrained("{name}", backend="pil")  # resizes exactly as in training
-messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "\\nWhat is this?"}}]}}]
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
 text = processor.apply_chat_template(messages, add_generation_prompt=True)
 picture = Image.open("picture.png").convert("RGB")
 inputs = processor(images=picture, text=text, add_special_tokens=False, return_tensors="pt")

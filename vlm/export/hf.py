@@ -10,6 +10,8 @@ What that class does not know is folded into weights, exactly:
   linear, into its bias (SigLIP) or into the position embeddings of the patches (CLIP, whose convolution has no bias).
 - The placeholder's id, if it lies beyond the embedding: rows are added, each the mean of the others. Its logit is then
   the mean of all logits, so it is never the greatest.
+
+Names of weights and settings are also those that vLLM and SGLang look for; see docs/serving.md.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ def write_llava(
         notes.append("The projector's channel statistics are folded into its first layer.")
     model = _build_llava(built, config.vision.keep_class_token)
     model.generation_config = _generation_config(built, tokens)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=_checkpoint_names(model))
     _processor(built, model.config, spec, tokens).save_pretrained(folder)
     changes = {
         "vision": config.vision.model_copy(update={"path": ".", "layer": -1, "image_size": None}),
@@ -104,6 +106,7 @@ def _build_llava(built: Assembled, keep_class_token: bool) -> LlavaForConditiona
     trunk: Any = vision.trunk
     tower = trunk.model
     tower.config.num_hidden_layers = len(trunk.blocks)  # those behind the chosen one are cut off
+    _drop_pooling_head(tower)
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=llm.config,
@@ -122,6 +125,25 @@ def _build_llava(built: Assembled, keep_class_token: bool) -> LlavaForConditiona
     model.lm_head = llm.get_output_embeddings()
     _fill_projector(model.model.multi_modal_projector.to_empty(device="cpu").to(llm.dtype), projector)
     return model.eval()
+
+
+def _drop_pooling_head(tower: Any) -> None:
+    """SigLIP's pooling head, which LLaVA does not use and some versions of vLLM put before the projector."""
+    if getattr(tower, "use_head", False):
+        tower.config.vision_use_head = tower.use_head = False
+        del tower.head
+
+
+def _checkpoint_names(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+    """The weights by names with the level `vision_model` that CLIP and SigLIP had in transformers until 5.5.
+
+    transformers reads names with and without it; vLLM reads those with it only, and so do older versions of SGLang.
+    """
+    old, new = "model.vision_tower.", "model.vision_tower.vision_model."
+    weights = model.state_dict()
+    if hasattr(model.model.vision_tower, "vision_model"):
+        return weights
+    return {name.replace(old, new, 1) if name.startswith(old) else name: tensor for name, tensor in weights.items()}
 
 
 @torch.no_grad()

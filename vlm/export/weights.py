@@ -65,6 +65,8 @@ def export_run(
     final = Path(out) if out is not None else run / ("export-full" if full else "export")
     tokenizer = load_tokenizer(trained.model.llm.path, trained.model.trust_remote_code)
     template = build_template(trained.data.template, tokenizer)
+    if trained.data.system is not None:  # other programs know of the template only
+        template = replace(template, default_system=trained.data.system)
     with replace_folder(final) as folder:
         if full:
             manifest, notes = _write_full(folder, trained, template, max_shard_size, dtype)
