@@ -13,7 +13,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "vlm/__init__.py").read_tex
 core = [
     "torch>=2.10,<2.14",
     "torchvision>=0.25,<0.29",
-    "transformers>=5.3,<6",
+    "transformers>=5.6,<6",
     "open_clip_torch>=3.3,<4",
     "timm>=1.0.20,<2",
     "peft>=0.19,<1",
