@@ -241,6 +241,11 @@ def test_values_out_of_range_get_400_and_name_the_field(call: Call, name: str):
     assert len(error["message"]) < 400
 
 
+@pytest.mark.parametrize("name", ["10,000 messages", "1,000 pictures", "17 pictures in 17 turns"])
+def test_numbers_are_bounded_before_anything_is_looked_at(call: Call, name: str):
+    refused(call("POST", CHAT, json=ask(**BAD_REQUESTS[name][0])), 400, "too_many")
+
+
 def test_a_text_that_is_much_too_long_is_not_even_tokenized(call: Call):
     error = refused(call("POST", CHAT, json=ask(messages=user("one " * 300_000))), 400, "context_length_exceeded")
     assert "1,200,000 characters" in error["message"]
