@@ -9,7 +9,8 @@ quickstart-tiny:
 
 test: .venv-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2
-	OMP_NUM_THREADS=2 .venv/bin/python -m pytest -m slow
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 --dist loadfile --ignore=tests/train
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow tests/train
 
 test-fast: .venv-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2
