@@ -194,9 +194,12 @@ def test_no_memory_for_one_more_reply_ends_only_that_one(llama: VisionLanguageMo
 
     cells = slot_cache._cells
     monkeypatch.setattr(slot_cache, "_cells", fail)
-    write(generator, joining, later)
-    assert calls > 2
+    generator.add(joining.reply)
+    generator.step()
     assert isinstance(joining.end, torch.OutOfMemoryError)
+    assert {kept.shape[0] for layer in generator.decoder.cache._layers for kept in layer} == {1}
+    write(generator, later)
+    assert calls > 2
     assert (running.ids, running.end) == (greedy(llama, [2, 3]), "length")
     assert later.ids == greedy(llama, [4, 5, 6])
 
