@@ -71,6 +71,12 @@ def test_beams_hand_over_their_tokens_at_the_end(model: VisionLanguageModel):
     assert 0 < len(reply) <= 5
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-39, 1e-5])
+def test_a_tiny_temperature_takes_the_likeliest_too(model: VisionLanguageModel, temperature: float):
+    settings = GenerationSettings(max_new_tokens=8, do_sample=True, temperature=temperature)
+    assert generate(model, PROMPT, PICTURE, [], settings) == likeliest(model, 8)
+
+
 def test_a_seed_decides_what_is_sampled(model: VisionLanguageModel):
     def sample(seed: int | None) -> list[int]:
         settings = GenerationSettings(max_new_tokens=16, do_sample=True, temperature=3.0, seed=seed)

@@ -35,6 +35,14 @@ def test_temperature_0_takes_the_likeliest():
     assert Sampler(SamplingSettings(temperature=0, seed=3)).choose(LOGITS, []).id == 3
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-39, 1e-6, 1e-5, 1e-3])
+def test_a_tiny_temperature_takes_the_likeliest_too(temperature: float):
+    logits = torch.tensor([1.0, 900.0, 899.0, -3.0])
+    assert Sampler(SamplingSettings(temperature=temperature, seed=3)).choose(logits, []).id == 1
+    huge = torch.tensor([1.0, 3e38, -3e38])
+    assert Sampler(SamplingSettings(temperature=temperature, seed=3, top_p=0.9)).choose(huge, []).id == 1
+
+
 def test_a_seed_gives_the_same_draws_and_none_gives_others():
     def draws(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingSettings(temperature=5.0, seed=seed))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders write for the bytes of an unfinished character
+_HELD = 16  # tokens without a whole character that are held back; more are taken as they are
+_CHARACTER = 4  # bytes of the longest character, so it is at most as many tokens
 
 
 class TextStream:
@@ -36,24 +38,31 @@ class TextStream:
         if self.stopped:
             return ""
         self._ids.append(token_id)
-        text = self._new_text()
+        end = len(self._ids)
+        text = self._new_text(end)
         if not text or text.endswith(_INCOMPLETE):
-            return ""
-        self._prefix, self._given = self._given, len(self._ids)
+            if end - self._given <= _HELD:
+                return ""
+            if not text:  # tokens without text, e.g. marks of pictures, are not kept: each push decodes all that are
+                self._ids.pop()
+                return ""
+            end -= _CHARACTER - 1  # these may be the beginning of a character
+            text = self._new_text(end)
+        self._prefix, self._given = self._given, end
         return self._release(text)
 
     def finish(self) -> str:
         """What is still held back, without the bytes of a character that was cut off by the length limit."""
         if self.stopped:
             return ""
-        text = self._release(self._new_text().rstrip(_INCOMPLETE))
+        text = self._release(self._new_text(len(self._ids)).rstrip(_INCOMPLETE))
         rest, self._held = self._held, ""
         self._prefix = self._given = len(self._ids)
         return text + rest
 
-    def _new_text(self) -> str:
+    def _new_text(self, end: int) -> str:
         before = self._decode(self._ids[self._prefix : self._given])
-        return self._decode(self._ids[self._prefix :])[len(before) :]
+        return self._decode(self._ids[self._prefix : end])[len(before) :]
 
     def _release(self, text: str) -> str:
         text = self._held + text

@@ -11,11 +11,24 @@ import torch
 from torch import Tensor
 
 from vlm.models.sampling import NewToken, Sampler, SamplingSettings
-from vlm.models.slot_cache import Decoder, build_decoder
+from vlm.models.slot_cache import CELLS, Decoder, build_decoder, round_up
 from vlm.models.vlm import VisionLanguageModel
 
 EndReason = Literal["stop", "length", "cancelled"]
-_ROUND = 64  # reservations are multiples of this, as the cache grows
+
+
+@dataclass(eq=False)
+class SharedPrompt:
+    """What replies to the same prompt have in common, so that its pictures and tokens are read once.
+
+    It is filled when the first starts, and emptied when none waits any more.
+    """
+
+    embeddings: Tensor | None = None  # [1, Q, D]
+    logits: Tensor | None = None  # float32 [V], after its last token
+
+    def forget(self) -> None:
+        self.embeddings = self.logits = None
 
 
 @dataclass(eq=False)
@@ -29,6 +42,7 @@ class Reply:
         stop_ids: tokens that end it and are not part of it.
         on_token: sees each token at once; False ends the reply.
         on_end: called once, with the reason, or with what went wrong.
+        shared: the same one for several replies with this prompt.
     """
 
     input_ids: list[int]
@@ -38,6 +52,7 @@ class Reply:
     settings: SamplingSettings
     on_token: Callable[[NewToken], bool]
     on_end: Callable[[EndReason | Exception], None]
+    shared: SharedPrompt = field(default_factory=SharedPrompt)
     new_ids: list[int] = field(default_factory=list, init=False)
     num_cached: int = field(default=0, init=False)  # tokens whose keys and values are in the cache
     sampler: Sampler = field(init=False)
@@ -48,7 +63,7 @@ class Reply:
     @property
     def num_reserved(self) -> int:
         """Tokens that it may come to."""
-        return -(-(len(self.input_ids) + self.max_new_tokens) // _ROUND) * _ROUND
+        return round_up(len(self.input_ids) + self.max_new_tokens)
 
 
 class NotFinite(RuntimeError):
@@ -63,7 +78,7 @@ class BatchedGenerator:
 
     Args:
         max_running: replies written at the same time.
-        max_tokens: budget of the rectangle, in tokens.
+        max_tokens: budget of the rectangle, in tokens; rounded down to a multiple of 64, as slots grow by that.
         prefill_tokens: prompt tokens read between two tokens of the running replies, so that a long prompt does not
             stop them.
     """
@@ -79,7 +94,7 @@ class BatchedGenerator:
     ) -> None:
         self.model = model.eval()
         self.max_running = max_running
-        self.max_tokens = max_tokens
+        self.max_tokens = max_tokens // CELLS * CELLS
         self.prefill_tokens = prefill_tokens
         self.decoder = decoder or build_decoder(model)
         self.waiting: deque[Reply] = deque()
@@ -88,8 +103,8 @@ class BatchedGenerator:
 
     @property
     def num_reserved(self) -> int:
-        """Tokens of the budget in use."""
-        return self._rectangle(self.running)
+        """Tokens of the budget that memory is taken for."""
+        return self.decoder.num_reserved
 
     def fits(self, reply: Reply) -> bool:
         """Whether it could ever start."""
@@ -150,17 +165,38 @@ class BatchedGenerator:
         if not self.waiting or len(self.running) >= self.max_running:
             return False
         reply = self.waiting[0]
-        if self._rectangle([*self.running, reply]) > self.max_tokens:
+        num_slots, num_cells = len(self.running) + 1, max(one.num_reserved for one in (*self.running, reply))
+        if num_slots * num_cells > self.max_tokens:
             return False
         self.waiting.popleft()
-        self.running.append(reply)
+        shared = reply.shared
         try:
-            self.decoder.reserve(len(self.running), max(running.num_reserved for running in self.running))
-            self._prompt = self._embed(reply.input_ids, reply.pixel_values)
-        except Exception as error:
-            self._end(reply, error)
+            self.decoder.reserve(num_slots, num_cells, self.max_tokens)
+            if shared.embeddings is None:
+                shared.embeddings = self._embed(reply.input_ids, reply.pixel_values)
+            is_read = self._copy_prompt(reply)
+        except Exception as error:  # the reply runs only once it has its slot
+            self.decoder.clear(len(self.running))
+            reply.on_end(error)
+        else:
+            self.running.append(reply)
+            if is_read and shared.logits is not None:
+                reply.num_cached = len(reply.input_ids)
+                self._try_to_choose(reply, shared.logits)
+            else:
+                self._prompt = shared.embeddings
         reply.pixel_values = None
+        if not self._is_awaited(shared):
+            shared.forget()
         return True
+
+    def _copy_prompt(self, reply: Reply) -> bool:
+        """Put its prompt into the next slot, if a reply that runs has the same."""
+        source = next((slot for slot, running in enumerate(self.running) if running.shared is reply.shared), None)
+        return source is not None and self.decoder.copy(source, len(self.running), len(reply.input_ids))
+
+    def _is_awaited(self, shared: SharedPrompt) -> bool:
+        return any(waiting.shared is shared for waiting in self.waiting)
 
     def _read_some(self, limit: int) -> int:
         """Feed at most `limit` tokens of the prompt that is being read; returns how many were."""
@@ -173,7 +209,10 @@ class BatchedGenerator:
             reply.num_cached += count
             if reply.num_cached == len(reply.input_ids):
                 self._prompt = None
-                self._choose(reply, self.model.logits(hidden_state)[0].float())
+                logits = self.model.logits(hidden_state)[0].float()
+                if self._is_awaited(reply.shared):
+                    reply.shared.logits = logits
+                self._choose(reply, logits)
         except Exception as error:
             self._end(reply, error)
         return count
@@ -252,6 +291,3 @@ class BatchedGenerator:
         ids = torch.tensor([input_ids], device=self.model.llm.device)
         features = None if pixel_values is None else self.model.encode_images(pixel_values.to(ids.device))
         return self.model.embed(ids, features)
-
-    def _rectangle(self, replies: list[Reply]) -> int:
-        return len(replies) * max((reply.num_reserved for reply in replies), default=0)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm.models.sampling import LEAST_TEMPERATURE
 from vlm.models.vlm import VisionLanguageModel
 
 OnToken = Callable[[int], bool]  # called with each new token; False ends the reply
@@ -18,7 +19,7 @@ OnToken = Callable[[int], bool]  # called with each new token; False ends the re
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How a reply is chosen. The default is greedy: the likeliest token each time."""
+    """How a reply is chosen. The default is greedy: the likeliest token each time; so is a temperature of almost 0."""
 
     max_new_tokens: int = 256
     do_sample: bool = False
@@ -86,11 +87,12 @@ def _generation_config(model: VisionLanguageModel, stop_ids: Collection[int], se
     from transformers import GenerationConfig
 
     sampling: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' defaults
-    if settings.do_sample:
+    do_sample = settings.do_sample and settings.temperature >= LEAST_TEMPERATURE
+    if do_sample:
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
-        do_sample=settings.do_sample,
+        do_sample=do_sample,
         num_beams=settings.num_beams,
         repetition_penalty=settings.repetition_penalty,
         # a token that does not exist, as None would take the model's own

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 _NUCLEUS_TRY = 1024  # likeliest tokens that usually hold all of `top_p`; sorting the whole vocabulary costs much more
+LEAST_TEMPERATURE = 1e-5  # below it the likeliest token is taken: dividing by it might give no numbers
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How the tokens of one reply are chosen. Temperature 0 takes the likeliest each time."""
+    """How the tokens of one reply are chosen. Temperature 0, or almost 0, takes the likeliest each time."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -58,10 +59,10 @@ class Sampler:
             reply: ids of the tokens chosen so far.
         """
         adjusted = adjust(logits, reply, self.settings)
-        if self.settings.temperature == 0:
+        if self.settings.temperature < LEAST_TEMPERATURE:
             token = int(adjusted.argmax())
         else:
-            token = self._draw(adjusted / self.settings.temperature)
+            token = self._draw((adjusted - adjusted.max()) / self.settings.temperature)
         return report(logits, token, self.settings.num_logprobs)
 
     def _draw(self, logits: Tensor) -> int:

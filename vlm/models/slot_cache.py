@@ -14,7 +14,7 @@ from torch import Tensor
 from vlm.models.llm_parts import LLM_PARTS
 from vlm.models.vlm import VisionLanguageModel
 
-_CELLS = 64  # slots grow by multiples of this
+CELLS = 64  # slots grow by multiples of this
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # rotations of a row would change with the longest row beside it
 
 
@@ -26,8 +26,13 @@ class Decoder(Protocol):
 
     rows_at_once: bool  # whether `decode` takes more than one row
 
-    def reserve(self, num_slots: int, num_cells: int) -> None:
-        """Make room; what the slots hold is kept."""
+    @property
+    def num_reserved(self) -> int:
+        """Tokens that memory is taken for."""
+
+    def reserve(self, num_slots: int, num_cells: int, max_tokens: int) -> None:
+        """Make room for `num_slots` times `num_cells` tokens, which are at most `max_tokens`; what these slots hold is
+        kept. An error leaves all as it was."""
 
     def prefill(self, embeddings: Tensor, slot: int, start: int) -> Tensor:
         """[1, Q, D] at positions from `start`; returns the hidden state of the last one, [1, D]."""
@@ -35,8 +40,11 @@ class Decoder(Protocol):
     def decode(self, embeddings: Tensor, lengths: list[int], first_slot: int = 0) -> Tensor:
         """One new token for each of the slots from `first_slot`, [B, 1, D], at positions `lengths`; returns [B, D]."""
 
+    def copy(self, source: int, target: int, num_tokens: int) -> bool:
+        """Give an empty slot the first tokens of another. False if this decoder cannot: nothing is done."""
+
     def clear(self, slot: int) -> None:
-        """Forget what a slot holds."""
+        """Forget what a slot holds, if there is such a slot."""
 
     def move(self, source: int, target: int) -> None:
         """Put what one slot holds into another; `source` is empty afterwards."""
@@ -88,21 +96,36 @@ class SlotCache:
         """Cells before the ones that the next forward writes; unused where positions and masks are given."""
         return self._end - self._positions.shape[-1]
 
-    def reserve(self, num_slots: int, num_cells: int) -> None:
-        num_slots, num_cells = max(num_slots, self.num_slots), max(-(-num_cells // _CELLS) * _CELLS, self.num_cells)
-        if (num_slots, num_cells) == (self.num_slots, self.num_cells):
+    @property
+    def num_reserved(self) -> int:
+        return self.num_slots * self.num_cells
+
+    def reserve(self, num_slots: int, num_cells: int, max_tokens: int) -> None:
+        """Slots and cells that were needed before are kept, as they may be needed again, unless that is too much."""
+        needed = num_slots, round_up(num_cells)
+        shape = max(needed[0], self.num_slots), max(needed[1], self.num_cells)
+        if shape[0] * shape[1] > max_tokens:
+            shape = needed
+        if shape == (self.num_slots, self.num_cells):
             return
+        layers = [[_cells(old, *shape) for old in layer] for layer in self._layers]  # all, before one is given up
+        slots, cells = min(shape[0], self.num_slots), min(shape[1], self.num_cells)
+        for layer, old_layer in zip(layers, self._layers, strict=True):
+            for kept, old in zip(layer, old_layer, strict=True):
+                kept[:slots, :, :cells] = old[:slots, :, :cells]
+        self._layers = layers
+        self.num_slots, self.num_cells = shape
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
         for layer in self._layers:
-            for place, old in enumerate(layer):
-                layer[place] = _cells(old, num_slots, num_cells)
-                layer[place][: self.num_slots, :, : self.num_cells] = old[: self.num_slots, :, : self.num_cells]
-        self.num_slots, self.num_cells = num_slots, num_cells
+            for kept in layer:
+                kept[target, :, :num_tokens] = kept[source, :, :num_tokens]
 
     def clear(self, slot: int) -> None:
         # Zeroed and not only masked: 0 * NaN is NaN, so a broken reply would break the next one in its slot.
         for layer in self._layers:
             for kept in layer:
-                kept[slot].zero_()
+                kept[slot : slot + 1].zero_()
 
     def move(self, source: int, target: int) -> None:
         for layer in self._layers:
@@ -130,8 +153,12 @@ class BatchedDecoder:
         self._rule = LLM_PARTS[config.model_type].window
         self.cache = SlotCache()
 
-    def reserve(self, num_slots: int, num_cells: int) -> None:
-        self.cache.reserve(num_slots, num_cells)
+    @property
+    def num_reserved(self) -> int:
+        return self.cache.num_reserved
+
+    def reserve(self, num_slots: int, num_cells: int, max_tokens: int) -> None:
+        self.cache.reserve(num_slots, num_cells, max_tokens)
 
     def prefill(self, embeddings: Tensor, slot: int, start: int) -> Tensor:
         end = start + embeddings.shape[1]
@@ -141,6 +168,10 @@ class BatchedDecoder:
     def decode(self, embeddings: Tensor, lengths: list[int], first_slot: int = 0) -> Tensor:
         positions = torch.tensor(lengths, device=embeddings.device)[:, None]
         return self._forward(embeddings, positions, slice(first_slot, first_slot + len(lengths)), max(lengths) + 1)
+
+    def copy(self, source: int, target: int, num_tokens: int) -> bool:
+        self.cache.copy(source, target, num_tokens)
+        return True
 
     def clear(self, slot: int) -> None:
         self.cache.clear(slot)
@@ -190,7 +221,11 @@ class RowByRowDecoder:
         self._config = model.llm.config
         self._caches: dict[int, Any] = {}
 
-    def reserve(self, num_slots: int, num_cells: int) -> None:
+    @property
+    def num_reserved(self) -> int:
+        return sum(cache.get_seq_length() for cache in list(self._caches.values()))  # a copy: metrics read it meanwhile
+
+    def reserve(self, num_slots: int, num_cells: int, max_tokens: int) -> None:
         """Caches of transformers grow by themselves."""
 
     def prefill(self, embeddings: Tensor, slot: int, start: int) -> Tensor:
@@ -208,6 +243,9 @@ class RowByRowDecoder:
         assert len(lengths) == 1
         return self.prefill(embeddings, first_slot, lengths[0])
 
+    def copy(self, source: int, target: int, num_tokens: int) -> bool:
+        return False  # not every cache of transformers can be cut back to its first tokens
+
     def clear(self, slot: int) -> None:
         self._caches.pop(slot, None)
 
@@ -216,6 +254,15 @@ class RowByRowDecoder:
 
     def release(self) -> None:
         self._caches = {}
+
+
+def round_up(num_tokens: int) -> int:
+    """Cells of a slot for so many tokens.
+
+    >>> round_up(1), round_up(64), round_up(65)
+    (64, 64, 128)
+    """
+    return -(-num_tokens // CELLS) * CELLS
 
 
 def bytes_per_token(model: VisionLanguageModel) -> int:

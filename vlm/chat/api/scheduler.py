@@ -6,7 +6,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class Scheduler:
         self._generator = generator
         self._around_step = around_step
         self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
+        self._has_ended = False
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
 
     def start(self) -> None:
@@ -65,21 +66,26 @@ class Scheduler:
 
     def submit(self, job: Job) -> None:
         self._commands.put(("submit", job))
+        if self._has_ended:
+            self._refuse()
 
     def cancel(self, job: Job) -> None:
         self._commands.put(("cancel", job))
 
     def _run(self) -> None:
         busy = False
-        while self._obey(wait=not busy):
-            try:
-                with self._around_step():
-                    busy = self._generator.step()
-            except Exception as error:  # errors of one reply end there; this is one of the whole step
-                log(f"generation failed:\n{''.join(traceback.format_exception(error))}")
-                self._generator.fail_all(error)
-                busy = False
-        self._generator.fail_all(RuntimeError("the server ends"))
+        try:
+            while self._obey(wait=not busy):
+                try:
+                    with self._around_step():
+                        busy = self._generator.step()
+                except Exception as error:  # errors of one reply end there; this is one of the whole step
+                    self._fail_all(error)
+                    busy = False
+        finally:  # in whatever way it ends, nobody waits for it
+            self._has_ended = True
+            self._generator.fail_all(RuntimeError("the server ends"))
+            self._refuse()
 
     def _obey(self, wait: bool) -> bool:
         """Take in what was asked since the last step; False to end."""
@@ -93,6 +99,30 @@ class Scheduler:
                 return False
             for reply in job.replies:
                 if command == "submit":
-                    self._generator.add(reply)
+                    self._add(reply)
                 else:
-                    self._generator.cancel(reply)
+                    self._cancel(reply)
+
+    def _add(self, reply: Reply) -> None:
+        try:
+            self._generator.add(reply)
+        except Exception as error:
+            reply.on_end(error)
+
+    def _cancel(self, reply: Reply) -> None:
+        try:
+            self._generator.cancel(reply)
+        except Exception as error:  # its slot may hold anything now
+            self._fail_all(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        log(f"generation failed:\n{''.join(traceback.format_exception(error))}")
+        self._generator.fail_all(error)
+
+    def _refuse(self) -> None:
+        """Tell the jobs that came too late."""
+        with suppress(queue.Empty):
+            while True:
+                command, job = self._commands.get_nowait()
+                for reply in job.replies if job is not None and command == "submit" else ():
+                    reply.on_end(RuntimeError("the server ends"))

@@ -24,7 +24,7 @@ from vlm.errors import ConfigError
 from vlm.export.load import LoadedModel
 from vlm.logs import log
 from vlm.models.batched_generate import BatchedGenerator
-from vlm.models.slot_cache import bytes_per_token
+from vlm.models.slot_cache import CELLS, bytes_per_token, round_up
 
 _MEMORY_SHARE = 0.25  # of what is free, for keys and values; growing copies them, so for a moment it is twice as much
 _CUT_SECONDS = 3  # for connections to close once replies have ended
@@ -50,10 +50,11 @@ def serve(
         the exit code: 0 if every reply was finished, else 143 (SIGTERM) or 130 (Ctrl-C).
 
     Raises:
-        ConfigError: the port cannot be had, or the server would be open to others without a key; before the model is
-            loaded.
+        ConfigError: the port cannot be had, the server would be open to others without a key, or `limits.max_tokens`
+            is too small; before the model is loaded.
     """
     check_access(host, access)
+    check_budget(limits)
     loader = MediaLoader(media)
     listener = bind(host, port)
     with listener:
@@ -86,6 +87,18 @@ def build_service(loaded: LoadedModel, name: str, media: MediaLoader, limits: Li
     return Service(loaded, name, scheduler, media, Metrics(scheduler), limits)
 
 
+def check_budget(limits: Limits) -> None:
+    """
+    Raises:
+        ConfigError: `limits.max_tokens` holds no conversation.
+    """
+    if 0 < limits.max_tokens < CELLS:
+        raise ConfigError(
+            f"--max-tokens {limits.max_tokens}: expected at least {CELLS}, as the cache grows by that many tokens; "
+            "0 fits it to the memory"
+        )
+
+
 def fitting_tokens(loaded: LoadedModel, max_running: int) -> int:
     """Tokens whose keys and values take a quarter of the free memory, and no more than all replies could use.
 
@@ -94,9 +107,9 @@ def fitting_tokens(loaded: LoadedModel, max_running: int) -> int:
     """
     each = bytes_per_token(loaded.model)
     fitting = int(_free_memory(loaded) * _MEMORY_SHARE) // each
-    if fitting < 64:
-        raise ConfigError(f"a token takes {each:,} bytes of cache and there is no memory for 64; free some")
-    return min(fitting, max_running * (loaded.max_tokens + 63) // 64 * 64)
+    if fitting < CELLS:
+        raise ConfigError(f"a token takes {each:,} bytes of cache and there is no memory for {CELLS}; free some")
+    return min(fitting, max_running * round_up(loaded.max_tokens))
 
 
 def bind(host: str, port: int) -> socket.socket:

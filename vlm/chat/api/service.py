@@ -20,7 +20,7 @@ from vlm.chat.api.scheduler import Job, Scheduler
 from vlm.chat.api.schemas import ChatRequest
 from vlm.export.load import LoadedModel
 from vlm.logs import log
-from vlm.models.batched_generate import Reply
+from vlm.models.batched_generate import Reply, SharedPrompt
 from vlm.models.sampling import SamplingSettings
 
 _PREPARED_AT_ONCE = 2  # requests whose pictures are decoded at the same time; a large one takes 400 MB for a moment
@@ -171,6 +171,7 @@ class Generation:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         stop_ids = service.loaded.conversation_tokenizer.stop_ids
+        shared = SharedPrompt()
         self._job = Job(
             [
                 Reply(
@@ -181,6 +182,7 @@ class Generation:
                     sampling_settings(request, index),
                     writer.on_token,
                     writer.on_end,
+                    shared,
                 )
                 for index, writer in enumerate(service.writers(request, self._post))
             ]
