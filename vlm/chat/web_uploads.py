@@ -53,6 +53,8 @@ class Uploads:
     def __fspath__(self) -> str:
         return str(_current.get() or self.folder)
 
+    __str__ = __fspath__  # gradio asks in both ways
+
     @contextmanager
     def receive(self) -> Iterator[Callable[[int], None]]:
         """While one upload is in progress. At its end, all goes that it wrote and that was not accepted.

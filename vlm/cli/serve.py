@@ -59,7 +59,7 @@ def serve(
         int,
         typer.Option(
             min=0,
-            help="Tokens of the cache for all replies; 0: a quarter of the free memory. 缓存词元总数，0 为空闲内存的 1/4。",
+            help="Tokens of the cache for all replies; 0: a quarter of the free memory. 缓存词元总数。",
         ),
     ] = 0,
     default_new_tokens: Annotated[
