@@ -81,7 +81,7 @@ def serve(models: ModelStore, options: WebOptions) -> RunningPage:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    host = "localhost" if options.host == "0.0.0.0" else f"[{options.host}]" if ":" in options.host else options.host
+    host = "localhost" if options.host == "0.0.0.0" else _in_url(options.host)
     return RunningPage(page, f"http://{host}:{port}/", folder)
 
 
@@ -146,7 +146,7 @@ def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) ->
     max_file_size = options.max_file_mb * MEGABYTE
     local_only = is_loopback(options.host) and not options.share
     page.launch(
-        server_name=options.host,
+        server_name=_in_url(options.host),
         server_port=port,
         auth=options.auth,
         share=options.share,
@@ -166,6 +166,10 @@ def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) ->
         theme=theme(),
     )
     return page
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _copied(examples: Sequence[Example], folder: Path, uploads: Uploads) -> list[Example]:
