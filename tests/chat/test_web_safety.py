@@ -143,6 +143,70 @@ def test_60_mb_and_1_gb_past_the_page_are_refused_too(running: RunningPage):
         assert connection.recv(20).startswith(b"HTTP/1.1 413")
 
 
+def files_of(running: RunningPage) -> set[Path]:
+    return {path for path in running.folder.rglob("*") if path.is_file()}
+
+
+def emptied(running: RunningPage, before: set[Path]) -> bool:
+    """Whether the folder becomes again what it was."""
+    end = time.monotonic() + 20
+    while files_of(running) != before and time.monotonic() < end:
+        time.sleep(0.05)
+    return files_of(running) == before
+
+
+def test_parts_of_an_upload_that_are_no_files_of_the_page_leave_nothing(running: RunningPage, root: Path):
+    before = files_of(running)
+    other = [("other", (f"{number}.html", io.BytesIO(b"<html>" + bytes(2**20)))) for number in range(4)]
+    assert httpx.post(f"{running.url}gradio_api/upload", files=other, timeout=60).json() == []
+    assert files_of(running) == before
+    cat = ("files", ("cat.png", io.BytesIO((root / "cat.png").read_bytes())))
+    (path,) = httpx.post(f"{running.url}gradio_api/upload", files=[cat, *other], timeout=60).json()
+    assert files_of(running) - before == {Path(path)}
+    folders = {path for path in running.folder.iterdir() if path.name.startswith("upload-")}
+    assert all(any(file.is_relative_to(folder) for file in files_of(running)) for folder in folders)
+
+
+@pytest.mark.parametrize("field", ["files", "other"])
+def test_an_upload_that_breaks_off_leaves_nothing(running: RunningPage, field: str):
+    before = files_of(running)
+    address = running.url.removeprefix("http://").rstrip("/")
+    host, port = address.split(":")
+    part = f'--x\r\nContent-Disposition: form-data; name="{field}"; filename="a.png"\r\n\r\n'.encode()
+    head = (
+        f"POST /gradio_api/upload HTTP/1.1\r\nHost: {address}\r\nContent-Length: {15 * 2**20}\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + part + bytes(5 * 2**20))
+        end = time.monotonic() + 20
+        while sum(path.stat().st_size for path in files_of(running) - before) < 2**20:
+            assert time.monotonic() < end  # it is being written
+            time.sleep(0.05)
+        # another upload that begins and ends meanwhile removes none of it
+        assert upload(running.url, "x.png", b"no").status_code == 415
+        assert len(files_of(running) - before) == 1
+    assert emptied(running, before)
+
+
+def test_the_page_of_another_site_can_upload_nothing(
+    visit: Callable[..., Page], running: RunningPage, elsewhere: tuple[str, list[str]]
+):
+    """A form of many parts needs no consent of the server: what the browser says of its origin has to be looked at."""
+    before = files_of(running)
+    user = visit()
+    tried = user.context.new_page()
+    tried.goto(elsewhere[0] + "/page")
+    with user.context.expect_event("response", lambda answer: answer.url.endswith("/gradio_api/upload")) as answer:
+        tried.evaluate(
+            "url => { const form = new FormData(); form.append('other', new Blob(['<html>']), 'x.html');"
+            " fetch(url, {method: 'POST', mode: 'no-cors', credentials: 'include', body: form}).catch(() => 0); }",
+            f"{running.url}gradio_api/upload",
+        )
+    assert answer.value.status == 403
+    assert files_of(running) == before
+
+
 def test_an_error_of_the_model_is_told_without_details(
     visit: Callable[..., Page], root: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -244,7 +308,7 @@ def elsewhere() -> Iterator[tuple[str, list[str]]]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
-            self.send_response(204)
+            self.send_response(200)
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:

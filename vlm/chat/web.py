@@ -8,13 +8,14 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from vlm.chat.web_address import choose_port, in_use, is_loopback
+from vlm.chat.address import choose_port, in_use, is_loopback
 from vlm.chat.web_models import ModelStore
 from vlm.chat.web_texts import Language
 from vlm.chat.web_uploads import MEGABYTE, Uploads
@@ -76,11 +77,11 @@ def serve(models: ModelStore, options: WebOptions) -> RunningPage:
         page = _launch(models, options, port, folder)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise ConfigError(in_use(port)) from error
+        raise ConfigError(in_use(options.host, port)) from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    host = "localhost" if options.host == "0.0.0.0" else f"[{options.host}]" if ":" in options.host else options.host
+    host = "localhost" if options.host == "0.0.0.0" else _in_url(options.host)
     return RunningPage(page, f"http://{host}:{port}/", folder)
 
 
@@ -145,7 +146,7 @@ def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) ->
     max_file_size = options.max_file_mb * MEGABYTE
     local_only = is_loopback(options.host) and not options.share
     page.launch(
-        server_name=options.host,
+        server_name=_in_url(options.host),
         server_port=port,
         auth=options.auth,
         share=options.share,
@@ -165,6 +166,10 @@ def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) ->
         theme=theme(),
     )
     return page
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _copied(examples: Sequence[Example], folder: Path, uploads: Uploads) -> list[Example]:
@@ -190,7 +195,14 @@ def _app_options(uploads: Uploads, local_only: bool, max_file_size: int, max_bod
     guard: Any = Guard
     limits = {"max_file_size": max_file_size, "max_body": max_body}
     middleware = Middleware(guard, uploads=uploads, local_only=local_only, head=HEAD, **limits)
-    return {"middleware": [middleware], "docs_url": None, "redoc_url": None, "openapi_url": None}
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        app.uploaded_file_dir = uploads  # gradio asks it at each upload where to write
+        yield
+
+    hidden = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    return {"middleware": [middleware], "lifespan": lifespan, **hidden}
 
 
 def _greet(running: RunningPage, models: ModelStore) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
 import anyio
+from starlette.requests import ClientDisconnect
 
+from vlm.chat.address import host_name, is_loopback
 from vlm.chat.web_texts import tell_both
 from vlm.chat.web_uploads import MEGABYTE, UploadRefused, Uploads
 from vlm.logs import warn
@@ -29,7 +31,8 @@ _PATHS = {
     )),
 }  # fmt: skip
 _FOLDERS = ("/assets/", "/static/", "/svelte/", f"{_API}/run/", f"{_API}/heartbeat/", _FILE)
-_LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+_READING = ("GET", "HEAD", "OPTIONS")
+_STALL_SECONDS = 60.0  # without a byte of an upload that has begun; its files would stay as long as its connection
 _POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -104,9 +107,10 @@ class Guard:
             await self.app(scope, receive, send)
 
     def _refuse(self, scope: Scope, headers: dict[bytes, str]) -> tuple[int, str] | None:
-        host = re.sub(r":\d+$", "", headers.get(b"host", ""))
-        if self.local_only and host not in _LOCAL_NAMES:
+        if self.local_only and not is_loopback(host_name(headers.get(b"host", ""))):
             return 403, "this server answers under its loopback names only"
+        if scope["method"] not in _READING and is_foreign(headers):
+            return 403, "the page of another site sent this"
         path = scope["path"]
         if path != "/" and path.rstrip("/") not in _PATHS and not path.startswith(_FOLDERS):
             return 404, "not found"
@@ -142,26 +146,48 @@ class Guard:
         async def keep(message: MutableMapping[str, Any]) -> None:
             messages.append(message)
 
-        await self.app(scope, receive, keep)
-        status = next((message["status"] for message in messages if message["type"] == "http.response.start"), 500)
-        if status == 413:
-            await _answer(send, 413, tell_both("file_too_large", limit=self.max_file_size // MEGABYTE))
-            return
-        if status == 401:
-            await _answer(send, 401, "log in first")
-            return
-        body = b"".join(message.get("body", b"") for message in messages)
         try:
-            if status != 200:
-                raise UploadRefused(400, tell_both("upload_failed"))
-            paths = [str(path) for path in json.loads(body)]
-            await anyio.to_thread.run_sync(self.uploads.accept, owner, paths, limiter=self._decoders)
+            with self.uploads.receive() as count:
+                await self.app(scope, _counted(receive, count), keep)
+                await self._accept(messages, owner)
         except UploadRefused as error:
             warn(f"webui: upload refused: {error}")
+            messages = []
             await _answer(send, error.status, str(error))
-            return
+        except ClientDisconnect:
+            messages = []  # nobody is there to be answered
         for message in messages:
             await send(message)
+
+    async def _accept(self, messages: list[MutableMapping[str, Any]], owner: str) -> None:
+        """Raises UploadRefused: gradio refused the upload, or it holds more than pictures."""
+        status = next((message["status"] for message in messages if message["type"] == "http.response.start"), 500)
+        if status == 413:
+            raise UploadRefused(413, tell_both("file_too_large", limit=self.max_file_size // MEGABYTE))
+        if status == 401:
+            raise UploadRefused(401, "log in first")
+        if status != 200:
+            raise UploadRefused(400, tell_both("upload_failed"))
+        paths = [str(path) for path in json.loads(b"".join(message.get("body", b"") for message in messages))]
+        await anyio.to_thread.run_sync(self.uploads.accept, owner, paths, limiter=self._decoders)
+
+
+def is_foreign(headers: Mapping[bytes, str]) -> bool:
+    """Whether the page of another site made a browser send a request. A program sends neither header.
+
+    Where the browser itself says so, that counts: a proxy may have replaced the Host header by its own. Browsers say it
+    to HTTPS and to localhost. The scheme is not compared, as it differs behind a proxy with TLS.
+
+    >>> is_foreign({b"host": "box:7860", b"origin": "http://box:7860"})
+    False
+    >>> is_foreign({b"host": "box:7860", b"origin": "null"}), is_foreign({b"sec-fetch-site": "cross-site"})
+    (True, True)
+    """
+    site = headers.get(b"sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")  # none: the user, not a page
+    origin = headers.get(b"origin")
+    return origin is not None and origin.partition("://")[2].lower() != (headers.get(b"host") or "?").lower()
 
 
 def cookie_of(cookies: str | None, name: str) -> str | None:
@@ -201,6 +227,21 @@ def _with_headers(send: Send, policy: str, new_owner: str | None) -> Send:
         await send(message)
 
     return send_with
+
+
+def _counted(receive: Receive, count: Callable[[int], None]) -> Receive:
+    """Tells `count` the size of each piece. Raises UploadRefused when none comes for long, or as `count` does."""
+
+    async def receive_counted() -> MutableMapping[str, Any]:
+        try:
+            with anyio.fail_after(_STALL_SECONDS):
+                message = await receive()
+        except TimeoutError:
+            raise UploadRefused(408, tell_both("upload_failed")) from None
+        count(len(message.get("body", b"")))
+        return message
+
+    return receive_counted
 
 
 async def _answer(send: Send, status: int, text: str) -> None:

@@ -23,6 +23,7 @@ from vlm.errors import RecordError
 from vlm.models.generate import GenerationSettings
 
 MAX_SYSTEM = 4000  # characters
+_FETCH = "async_move_resource_to_block_cache"  # gradio's, for every file that a request or an answer names
 EXAMPLES = ("example_1", "example_2", "example_3")
 # name -> least, greatest; checked on the server as well, since requests need not come from the page
 RANGES = {
@@ -49,6 +50,13 @@ def settings_of(values: dict[str, Any]) -> GenerationSettings:
         checked[name] = int(value) if name in _WHOLE else float(value)
     checked["seed"] = None if checked["seed"] < 0 else checked["seed"]
     return GenerationSettings(**checked)
+
+
+async def _never_fetch(block: Any, path: str | None) -> str | None:
+    """In place of gradio's: where a request names a URL as a file's path, it would download that, of any size."""
+    if path is not None and "://" in path:
+        raise ValueError("the path of a file is a URL")
+    return path
 
 
 @dataclass
@@ -92,6 +100,7 @@ def build_page(
     """
     first = language or "en"
     settings = settings or GenerationSettings()
+    setattr(gr.blocks.Block, _FETCH, _never_fetch)
     with gr.Blocks(title=tell(first, "title"), analytics_enabled=False, fill_height=True, delete_cache=None) as page:
         widgets = _lay_out(WebChat(models, uploads, first), first, settings, examples)
         _connect(page, widgets, language, examples)

@@ -18,7 +18,8 @@ import httpx
 import pytest
 from api_server import user
 
-from vlm.chat.api.server import bind, default_name
+from vlm.chat.address import bind
+from vlm.chat.api.server import default_name
 from vlm.cli.main import main
 from vlm.errors import ConfigError
 

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vlm.chat.address import host_name, is_loopback
 from vlm.chat.api.errors import ApiError
 from vlm.chat.api.limits import Access
 from vlm.errors import ConfigError
 
 OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json")  # say nothing that the documentation does not
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to a server bound to `host`.
-
-    >>> [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "", "192.168.0.2")]
-    [True, True, True, False, False, False, False]
-    """
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def check_access(host: str, access: Access) -> None:
@@ -68,7 +56,7 @@ class Guard:
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         if not self._keys:
-            if is_loopback(_host_name(headers.get("host", ""))):
+            if is_loopback(host_name(headers.get("host", ""))):
                 return None
             return ApiError(403, "this server answers to localhost only; start it with --api-key", "host_not_allowed")
         if path in OPEN_PATHS or self._is_known(headers.get("authorization", "")):
@@ -81,17 +69,6 @@ class Guard:
         # all keys are compared, each in a time that does not depend on where it differs
         matches = [hmac.compare_digest(value, key) for key in self._keys]
         return scheme.lower() == "bearer" and any(matches)
-
-
-def _host_name(host: str) -> str:
-    """Without the port.
-
-    >>> [_host_name(host) for host in ("localhost:8000", "[::1]:8000", "127.0.0.1")]
-    ['localhost', '::1', '127.0.0.1']
-    """
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].lower()
 
 
 def _with_headers(send: Send) -> Send:

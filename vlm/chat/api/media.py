@@ -8,14 +8,11 @@ import stat
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from vlm.chat.api.errors import ApiError
 from vlm.chat.api.limits import Media
-from vlm.chat.api.remote import Fetcher, is_web_url
+from vlm.chat.api.remote import Fetcher, is_web_url, refused
 from vlm.data.images import resolve_image
 from vlm.data.records import decode_data_url
 from vlm.errors import RecordError
-
-PARAM = "messages"
 
 
 class MediaLoader:
@@ -45,10 +42,6 @@ class MediaLoader:
             return _read_regular(resolve_image(self._root, name), self._max_bytes)
         except (RecordError, OSError):  # one answer, so that nobody can feel for files outside
             raise refused("there is no such picture below the server's media folder") from None
-
-
-def refused(message: str) -> ApiError:
-    return ApiError(400, f"image_url: {message}", "image_refused", PARAM)
 
 
 def _decode(url: str) -> bytes:

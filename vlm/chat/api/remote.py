@@ -153,13 +153,13 @@ class Fetcher:
     def check(self, url: str) -> Target:
         """What may be fetched. Raises ApiError 400."""
         if not self._allowed:
-            raise _refused("pictures come as data: URLs; this server fetches nothing (--allow-media-domain)")
+            raise refused("pictures come as data: URLs; this server fetches nothing (--allow-media-domain)")
         target = parse_url(url)
         if target is None:
-            raise _refused("this is no plain http(s) URL with a host name")
+            raise refused("this is no plain http(s) URL with a host name")
         usual = target.port == _PORTS[target.scheme]
         if (target.host, target.port) not in self._allowed and not (usual and (target.host, None) in self._allowed):
-            raise _refused("this host is not among those that the server may ask (--allow-media-domain)")
+            raise refused("this host is not among those that the server may ask (--allow-media-domain)")
         return target
 
     def _fetch(self, target: Target) -> bytes:
@@ -169,7 +169,7 @@ class Fetcher:
         except OSError:
             raise _failed("could not be fetched: its host was not found") from None
         if not addresses or not all(is_public(address) for address in addresses):
-            raise _refused("its host is not on the public internet")
+            raise refused("its host is not on the public internet")
         try:
             with self._open_any(target, addresses, deadline) as connection:
                 return self._read(target, connection, deadline)
@@ -242,7 +242,8 @@ def _cut(connection: socket.socket) -> None:
         return  # it has ended by itself
 
 
-def _refused(reason: str) -> ApiError:
+def refused(reason: str) -> ApiError:
+    """A picture that the server's owner did not allow, or that is none."""
     return ApiError(400, f"image_url: {reason}", "image_refused", "messages")
 
 

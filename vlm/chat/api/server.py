@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import socket
 import time
@@ -12,6 +11,7 @@ from types import FrameType
 
 import uvicorn
 
+from vlm.chat.address import bind
 from vlm.chat.api.app import build_app
 from vlm.chat.api.connections import Connection
 from vlm.chat.api.guard import check_access
@@ -110,37 +110,6 @@ def fitting_tokens(loaded: LoadedModel, max_running: int) -> int:
     if fitting < CELLS:
         raise ConfigError(f"a token takes {each:,} bytes of cache and there is no memory for {CELLS}; free some")
     return min(fitting, max_running * round_up(loaded.max_tokens))
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one.
-
-    Raises:
-        ConfigError: in use, not allowed, or no address of this machine.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror:
-        raise ConfigError(f"--host {host} is no address of this machine; 127.0.0.1 is for this machine only") from None
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)  # taken now: another program cannot, while the model is loaded
-    except OSError as error:
-        listener.close()
-        raise ConfigError(_why_not(host, port, error)) from None
-    return listener
-
-
-def _why_not(host: str, port: int, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"port {port} of {host} is in use; choose another with --port, or --port 0 for any free one"
-    if error.errno == errno.EACCES:
-        return f"port {port} may not be used by this user; choose one above 1023 with --port"
-    return f"cannot listen at {host}:{port} ({error.strerror}); --host 127.0.0.1 always works"
 
 
 def _free_memory(loaded: LoadedModel) -> int:
