@@ -67,6 +67,8 @@ def process_group(device: torch.device, timeout_seconds: float, *, always: bool 
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on its loopback
     # torch's own FSDP and DeepSpeed call functions that torch renamed: nothing that a user could act on
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # of DeepSpeed's pipeline, which brings gradients back by itself
+    warnings.filterwarnings("ignore", message=r"c10d::broadcast_: an autograd kernel was not registered")
     _timeout = timeout = timedelta(seconds=timeout_seconds)
     if size == 1:
         _store, own = dist.HashStore(), 0

@@ -266,4 +266,12 @@ def _describe_data(config: RunConfig, data: Data, max_steps: int) -> None:
         f"data: {data.num_records:,} records, {len(data.skips)} skipped, rows of {config.data.max_length} tokens "
         f"{data.train.fill:.0%} full"
     )
+    rows, at_once = data.train.plan.num_rows(0), config.train.global_batch_size
+    if rows < at_once:
+        warn(
+            f"data: an epoch has {rows} rows, fewer than one step takes (train.global_batch_size {at_once}): the rest "
+            "of each step stays empty. Usually a smaller number trains better on so few records"
+        )
+    if config.data.held_out and data.held_out is None:
+        warn(f"data: data.held_out {config.data.held_out:g} of so few records holds out none: no held-out loss")
     log(f"steps: {max_steps} ({data.train.epoch_at(max_steps):.2f} epochs), {config.train.global_batch_size} rows each")

@@ -30,6 +30,12 @@ from vlm.train.resume import OPTIMIZER_STATE, RunState, flatten, read_progress, 
 from vlm.train.runfolder import RunFolder
 from vlm.train.sampling import Sampler
 
+# keys of data: that decide on rows and their order
+_DATA_SETTINGS = {
+    "template", "system", "sources", "held_out", "max_length", "max_images", "over_long", "packing", "pack_window",
+    "max_pixels", "image_placement",
+}  # fmt: skip
+
 
 def train(config: RunConfig, config_text: str) -> Path:
     """Train as `config` says, resuming from the newest intact checkpoint of its output_dir.
@@ -58,7 +64,8 @@ def train(config: RunConfig, config_text: str) -> Path:
         torch.manual_seed(config.seed + rank())  # dropout differs between ranks, as it does between rows
         parts = prepare(config, device, calibrate=checkpoint is None)
         built, data, engine, max_steps = parts.built, parts.data, parts.engine, parts.max_steps
-        state = RunState(run.path, engine, data.train.fingerprint, identity)
+        data_settings = flatten(config.data.model_dump(mode="json", include=_DATA_SETTINGS), "data")
+        state = RunState(run.path, engine, data.train.fingerprint, identity, data_settings)
         start_step = 0
         if checkpoint is not None:
             start_step = state.load(checkpoint)
@@ -76,7 +83,9 @@ def train(config: RunConfig, config_text: str) -> Path:
                     events.reporter.close()
             if is_main():
                 _plot(run.path)
-        log(f"done: {max_steps} steps in {run.path}; next: vlm export {run.path}")
+        elif start_step > max_steps:
+            log(f"nothing to train: the run is beyond train.max_steps {max_steps} already")
+        log(f"done: {max(start_step, max_steps)} steps in {run.path}; next: vlm export {run.path}")
         return run.path
 
 

@@ -17,6 +17,15 @@ def png(color: str) -> bytes:
     return stream.getvalue()
 
 
+def test_one_picture_needs_no_list(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "cat.png"
+    Image.new("RGB", (2, 2)).save(path)
+    alone = [to_conversation("What is this?", one) for one in (str(path), path, path.read_bytes(), Image.open(path))]
+    assert [len(one.images) for one in alone] == [1] * 4
+
+
 def test_a_plain_question_is_one_user_turn():
     conversation = to_conversation("Hello")
     assert [(turn.role, turn.parts) for turn in conversation.turns] == [("user", ("Hello",))]

@@ -123,6 +123,26 @@ def test_changed_data_is_refused_at_resume(config_file, tiny, tmp_path):
         run_here(config_file(data__sources=[source], train__max_steps=4))
 
 
+def test_a_changed_setting_of_the_data_is_named_at_resume(config_file):
+    run_here(config_file(train__max_steps=2))
+    with pytest.raises(CheckpointError, match=r"data\.system: None -> 'Be brief\.'\nRestore these values") as caught:
+        run_here(config_file(data__system="Be brief.", data__max_length=128, train__max_steps=4))
+    assert "data.max_length: 96 -> 128\n" in str(caught.value)
+
+
+def test_a_run_that_is_further_already_says_so(config_file, capsys):
+    run_here(config_file(train__max_steps=4))
+    run_here(config_file(train__max_steps=2))
+    said = capsys.readouterr().err
+    assert "beyond train.max_steps 2 already" in said
+    assert "done: 4 steps" in said.splitlines()[-1]
+
+
+def test_fewer_records_than_a_step_takes_are_told(config_file, capsys):
+    run_here(config_file(train__max_steps=1, train__global_batch_size=128, data__packing=False))
+    assert "fewer than one step takes (train.global_batch_size 128)" in capsys.readouterr().err
+
+
 def test_a_longer_schedule_may_be_asked_of_a_finished_run(config_file):
     run_here(config_file(train__max_steps=2))
     run = run_here(config_file(train__max_steps=4))

@@ -36,7 +36,7 @@ def check(
 def preview(
     config: Config,
     options: Options = None,
-    number: Annotated[int, typer.Option("-n", help="Records to show.")] = 5,
+    number: Annotated[int, typer.Option("-n", min=1, help="Records to show.")] = 5,
     out: Annotated[Path, typer.Option(help="Contact sheet of what the encoder will see.")] = Path("preview.png"),
 ) -> None:
     """Print records with their supervised tokens coloured, and save their pictures as the encoder will see them."""

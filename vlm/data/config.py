@@ -40,7 +40,7 @@ class DataConfig(Section):
     pack_window: PositiveInt = 512
     """Records among which best-fit packing chooses."""
     workers: NonNegativeInt = 0
-    """Processes that decode pictures; 0 decodes in the training process."""
+    """Processes that decode pictures, at most one per core; 0 decodes in the training process."""
     max_pixels: PositiveInt = 50_000_000
     """A picture with more is skipped; read from its header before decoding. Pillow itself refuses above 179 million."""
     image_placement: Literal["exact", "auto"] = "auto"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import secrets
 import time
 import zipfile
@@ -82,6 +83,11 @@ class Scan:
         for array in (self.lengths, self.num_images, self.num_supervised):
             state.update(np.ascontiguousarray(array).tobytes())
         return state.hexdigest()[:16]
+
+
+def usable_workers(wanted: int) -> int:
+    """No more than the cores that this process may use: more only take memory."""
+    return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) -> Scan:

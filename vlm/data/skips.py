@@ -110,10 +110,11 @@ def too_many_message(by_rule: Counter[str], num_seen: int, skips: Sequence[Skip]
     """What was skipped: counts by rule, the first of `skips`, and what usually helps."""
     examples = "; ".join(f"{skip.where}: {skip.message}" for skip in skips[:_NUM_EXAMPLES])
     listed = f"; all are listed in {path}" if path else ""
+    rule, count = by_rule.most_common(1)[0]
+    cause = _USUAL_CAUSES.get(rule, "") if 2 * count > sum(by_rule.values()) else ""
     return (
         f"{sum(by_rule.values())} of {num_seen} records skipped ({counts_by_rule(by_rule)}), e.g. {examples}{listed}. "
-        f"{_USUAL_CAUSES.get(by_rule.most_common(1)[0][0], '')}"
-        "`vlm data check` lists them; data.max_skipped_share sets the limit"
+        f"{cause}`vlm data check` lists them; data.max_skipped_share sets the limit"
     )
 
 

@@ -79,7 +79,11 @@ class LoadedModel:
         return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
 
     def chat(
-        self, messages: Messages, images: Sequence[Picture] = (), stop: str | Sequence[str] = (), **settings: Any
+        self,
+        messages: Messages,
+        images: Picture | Sequence[Picture] = (),
+        stop: str | Sequence[str] = (),
+        **settings: Any,
     ) -> str:
         """The reply to a question or a list of messages; see `to_conversation` for both forms.
 

@@ -18,7 +18,7 @@ Messages = str | Sequence[dict[str, Any]]
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 
 
-def to_conversation(messages: Messages, images: Sequence[Picture] = ()) -> Conversation:
+def to_conversation(messages: Messages, images: Picture | Sequence[Picture] = ()) -> Conversation:
     """Messages and pictures as turns.
 
     Args:
@@ -26,7 +26,8 @@ def to_conversation(messages: Messages, images: Sequence[Picture] = ()) -> Conve
             `{"type": "text", "text": ..}`, `{"type": "image"}` (shows the next of `images`),
             `{"type": "image", "image": path or PIL picture}`, `{"type": "image_url", "image_url": {"url": ..}}` with a
             path or a `data:` URL.
-        images: paths, encoded bytes or PIL pictures. Those that no part asks for come first in the first user turn.
+        images: paths, encoded bytes or PIL pictures, or one of them. Those that no part asks for come first in the
+            first user turn.
 
     Raises:
         RecordError: rules bad_message, unknown_role, remote_image, and those of `check_conversation`.
@@ -36,6 +37,8 @@ def to_conversation(messages: Messages, images: Sequence[Picture] = ()) -> Conve
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
+    if isinstance(images, (str, Path, bytes, Image.Image)):
+        images = [images]
     waiting = [_encoded(image) for image in images]
     shown: list[str | bytes] = []
     turns: list[Turn] = []

@@ -55,7 +55,7 @@ def plan_table(plan: Plan, config: Settings) -> list[str]:
     if plan.kind == "zero":
         engine += f" stage {config.engine.stage}"
     lines = [
-        f"{plan.num_parameters / 1e6:,.0f} M parameters, {plan.num_trained / 1e6:,.1f} M trained; engine {engine}, "
+        f"{_millions(plan.num_parameters, 0)} parameters, {_millions(plan.num_trained, 1)} trained; engine {engine}, "
         f"{plan.world_size} device{'s' if plan.world_size > 1 else ''}; "
         f"{plan.micro_batch_size} x {config.data.max_length} tokens per forward; {train.precision}",
         f"{'GiB':<24}" + "".join(f"{name:>12}" for name in _COLUMNS) + "  peak",
@@ -100,6 +100,14 @@ def alternatives_table(rows: list[Alternative]) -> list[str]:
         lines.append(f"  {row.change.name:<{width}}  {row.plan.peak / GIB:>7.1f}  {row.plan.world_size:>7}  {first}")
         lines += [" " * (width + 22) + line for line in others]
     return lines
+
+
+def _millions(number: int, digits: int) -> str:
+    """
+    >>> _millions(7_062_902_784, 0), _millions(57_696, 0)
+    ('7,063 M', '57,696')
+    """
+    return f"{number / 1e6:,.{digits}f} M" if number >= 1_000_000 else f"{number:,}"
 
 
 def _whose(config: Settings) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,15 @@ OPTIMIZER_STATE = ("any with float32 state", "any with 8-bit state")  # optimize
 class RunState:
     """Engine, stream position and random state of a run.
 
-    `identity` holds what must not change between a checkpoint and its resumption, as flat keys.
+    `identity` holds what must not change between a checkpoint and its resumption, as flat keys; `data_settings` what
+    decides on rows and their order, to be named where the fingerprint has changed.
     """
 
     run: Path
     engine: Engine
     stream_fingerprint: str
     identity: dict[str, Any]
+    data_settings: dict[str, Any] = field(default_factory=dict)
     counters: Callable[[], dict[str, Any]] = dict  # what else goes into progress.json
 
     def save(self, step: int, keep_last: int) -> Path:
@@ -51,7 +53,10 @@ class RunState:
                 (folder / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
 
         fault("save")
-        info = {"identity": self.identity, "world_size": world_size(), "vlm_version": vlm.__version__}
+        info = {
+            "identity": self.identity, "data": self.data_settings, "world_size": world_size(),
+            "vlm_version": vlm.__version__,
+        }  # fmt: skip
         return save_checkpoint(self.run, step, write, info, keep_last)
 
     def load(self, checkpoint: Path) -> int:
@@ -62,10 +67,13 @@ class RunState:
         """
         stream = _read_json(checkpoint / "stream.json")
         if stream["fingerprint"] != self.stream_fingerprint:
+            changed = _differences(read_info(checkpoint).get("data", {}), self.data_settings)
+            cause = "Usually a data file was edited or replaced. Restore it"
+            if changed:
+                cause = "(Checkpoint -> now):\n" + "\n".join(changed) + "\nRestore these values"
             raise CheckpointError(
                 f"{checkpoint}: the training data, its order or its tokenization changed since this checkpoint. "
-                "Usually a data file was edited or replaced. Restore it to resume exactly, or start another "
-                f"output_dir with init_from: an export of {self.run}"
+                f"{cause} to resume exactly, or start another output_dir with init_from: an export of {self.run}"
             )
         self.engine.load(checkpoint)
         written_by = int(read_info(checkpoint)["world_size"])
@@ -95,16 +103,20 @@ def refuse_other_run(checkpoint: Path, identity: dict[str, Any]) -> None:
         CheckpointError: lists every key that differs, checkpoint -> now.
     """
     old = {"train.optimizer": OPTIMIZER_STATE[0]} | read_info(checkpoint)["identity"]  # there was no other before
-    differences = [
-        f"  {key}: {old.get(key)!r} -> {identity.get(key)!r}"
-        for key in sorted(old.keys() | identity.keys())
-        if old.get(key) != identity.get(key)
-    ]
-    if differences:
+    if differences := _differences(old, identity):
         raise CheckpointError(
             f"{checkpoint} belongs to another config (checkpoint -> now):\n" + "\n".join(differences) + "\nRestore "
             "these values to resume, train in another output_dir, or start from its weights with init_from"
         )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Keys whose values differ. Without old ones, as in checkpoints of earlier versions, there is nothing to tell."""
+    return [
+        f"  {key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old and old.get(key) != new.get(key)
+    ]
 
 
 def flatten(value: Any, prefix: str) -> dict[str, Any]:
