@@ -271,6 +271,20 @@ def test_more_questions_than_may_wait_are_refused_and_can_be_asked_again(
         running.close()
 
 
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1"])
+def test_any_loopback_address_can_be_listened_at(host: str, root: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+    if host == "::1" and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("no IPv6 on this machine")
+    running = serve(ModelStore(find_exports(None, root / "runs"), device="cpu"), WebOptions(host=host, port=0))
+    try:
+        assert httpx.get(f"{running.url}config").status_code == 200
+        assert httpx.get(f"{running.url}config", headers={"Host": "evil.example"}).status_code == 403
+    finally:
+        running.close()
+
+
 def test_with_a_password_nothing_is_there_before_the_login(chromium: Any, root: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
         monkeypatch.setenv(name, "")

@@ -63,6 +63,8 @@ def test_an_address_that_is_not_ours_is_named(capsys: pytest.CaptureFixture[str]
 def test_a_network_needs_a_password_or_a_word(export: Path, served: list[Any], capsys: pytest.CaptureFixture[str]):
     assert webui(str(export), "--host", "0.0.0.0", "--port", "0") == 2
     assert "--auth user:password" in capsys.readouterr().err
+    assert webui(str(export), "--host", "127.lan.example", "--port", "0") == 2  # a name, which may lead anywhere
+    assert "--auth user:password" in capsys.readouterr().err
     assert served == []
     assert webui(str(export), "--host", "0.0.0.0", "--port", "0", "--auth", "me:secret:more") == 0
     assert served[-1][1].auth == ("me", "secret:more")
