@@ -209,7 +209,7 @@ def test_an_error_of_the_whole_batch_ends_it_and_not_the_server(
             raise RuntimeError(SECRET)
 
         running = [in_thread(lambda: httpx.post(f"{server.url}{CHAT}", json=ask())) for _ in range(2)]
-        server.wait_until(lambda service: service.num_open == 2)
+        server.wait_until(lambda service: service.scheduler.num_waiting == 2)
         gate._step = fail
         gate.open.set()
         for answer in running:
