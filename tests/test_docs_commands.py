@@ -16,7 +16,8 @@ from vlm.cli.train import deepspeed_options, train_parser, train_pipeline_parser
 from vlm.config import json_schema
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("projects/*/README.md"))]
+READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
+DOCUMENTS = [*READMES, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("projects/*/README.md"))]
 SCRIPTS = {"train.py": train_parser, "train_pipeline.py": train_pipeline_parser}
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
@@ -106,6 +107,17 @@ def test_every_link_leads_somewhere(document: Path):
             path = document.parent / name if name else document
             assert path.exists(), target
             assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+def test_the_chinese_readme_has_the_blocks_and_documents_of_the_english_one():
+    english, chinese = (path.read_text(encoding="utf-8") for path in READMES)
+    assert list(commands(chinese)) == list(commands(english))
+    other = re.compile(r"^```(?!bash)\w+\n.*?^```", re.MULTILINE | re.DOTALL)
+    assert other.findall(chinese) == other.findall(english)
+    listed = re.compile(r"^\| \[(docs/\w+\.md)\]", re.MULTILINE)
+    assert listed.findall(chinese) == listed.findall(english)
+    assert set(listed.findall(english)) == {f"docs/{path.name}" for path in ROOT.glob("docs/*.md")}
+    assert chinese.count("\n## ") == english.count("\n## ")
 
 
 @pytest.mark.parametrize(

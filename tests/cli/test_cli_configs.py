@@ -62,6 +62,19 @@ def test_cp_gives_the_copy_its_own_name_and_run_folders(vlm):
     assert original.model_copy(update=moved) == copied
 
 
+@pytest.mark.parametrize("name", shipped_projects())
+def test_no_copy_writes_into_the_originals_folder(name, vlm):
+    code, out, _ = vlm("cp", name, "mine")
+    assert (code, "output_dir" in out) == (0, False)
+    assert load_config(f"mine/{name.partition('/')[2]}.yaml").output_dir == f"cache/runs/mine/{name.partition('/')[2]}"
+
+
+def test_cp_leaves_the_readme_whose_commands_and_links_are_the_originals(vlm):
+    out = vlm("cp", "tiny", "mine")[1]
+    assert not Path("mine/README.md").exists()
+    assert out.endswith("tiny/README.md\n")
+
+
 def test_cp_keeps_comments(vlm):
     vlm("cp", "llava_qwen2_5_7b/pretrain", "mine")
     assert Path("mine/pretrain.yaml").read_text().startswith("# CLIP-L/336 + Qwen2.5-7B, stage 1")

@@ -225,7 +225,7 @@ def test_evaluate_prints_a_table_and_writes_what_it_printed(root: Path, capsys: 
 
 
 def test_a_config_without_tasks_says_so(root: Path):
-    with pytest.raises(ConfigError, match=r"no evaluation\.tasks"):
+    with pytest.raises(ConfigError, match=r"no evaluation\.tasks.* docs/evaluation\.md"):
         evaluate_run(run_config(root, []))
 
 

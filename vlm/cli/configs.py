@@ -53,7 +53,7 @@ def cp(
     name: Annotated[str, typer.Argument(help="A shipped project, or one of its files.")],
     folder: Annotated[Path, typer.Argument(help="Where the copy goes.")],
 ) -> None:
-    """Copy a shipped project with the base files it needs. Its `name:` becomes the folder's name."""
+    """Copy a shipped project's YAML files with the base files they need. Its `name:` becomes the folder's name."""
     files = _files_of(name)
     targets = _copy_targets(files, folder)
     taken = [str(target) for target in targets.values() if target.exists()]
@@ -61,18 +61,20 @@ def cp(
         raise ConfigError(f"{taken[0]} exists already; name another folder, or remove it")
     for file, target in targets.items():
         text = file.read_text(encoding="utf-8")
-        if file.suffix == ".yaml":
-            bases = {name: (file.parent / name).resolve() for _, _, name in spans_of(text, "base")}
-            moved = {name: os.path.relpath(targets[base], target.parent) for name, base in bases.items()}
-            text = _replace(text, "base", moved)
-            new_name = json.dumps(folder.resolve().name, ensure_ascii=False)  # quoted: it may look like a number
-            text = _replace(text, "name", {name: new_name for _, _, name in spans_of(text, "name")})
+        bases = {name: (file.parent / name).resolve() for _, _, name in spans_of(text, "base")}
+        moved = {name: os.path.relpath(targets[base], target.parent) for name, base in bases.items()}
+        text = _replace(text, "base", moved)
+        new_name = json.dumps(folder.resolve().name, ensure_ascii=False)  # quoted: it may look like a number
+        text = _replace(text, "name", {name: new_name for _, _, name in spans_of(text, "name")})
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
         print(target)
     for target in targets.values():
-        if target.suffix == ".yaml" and target.parent == folder and read_source(target).get(("name",)) is None:
+        if target.parent == folder and read_source(target).get(("name",)) is None:
             print(f"note: {target} still has the original's output_dir; change it")
+    readme = files[0].parent / "README.md"
+    if readme.is_file():  # not copied: its commands, links and results are the original's
+        print(f"note: data, commands and memory of the original: {readme}")
 
 
 def show(config: Config, options: Options = None) -> None:
@@ -149,11 +151,11 @@ def _paths(config: RunConfig) -> Iterator[tuple[Key, str | None, str]]:
 
 
 def _files_of(name: str) -> list[Path]:
-    """A shipped project's YAML files and README, or one of its files."""
+    """A shipped project's YAML files, or one of them."""
     for folder in project_folders():
         project = folder / name
         if project.is_dir() and project.parent == folder:
-            return [*sorted(project.glob("*.yaml")), *project.glob("README.md")]
+            return sorted(project.glob("*.yaml"))
     if name not in shipped_projects():
         find_config(name)  # raises for a name that is nothing, and names the nearest
     return [find_config(name)]
@@ -172,9 +174,8 @@ def _copy_targets(files: list[Path], folder: Path) -> dict[Path, Path]:
         if target in targets.values():
             raise ConfigError(f"{file}: another base file has the name {file.name}; copy the project by hand")
         targets[file] = target
-        if file.suffix == ".yaml":
-            names = spans_of(file.read_text(encoding="utf-8"), "base")
-            waiting += [(file.parent / name).resolve() for _, _, name in names]
+        names = spans_of(file.read_text(encoding="utf-8"), "base")
+        waiting += [(file.parent / name).resolve() for _, _, name in names]
     return targets
 
 

@@ -21,7 +21,7 @@ class TaskConfig(Section):
     name: str
     """Heads its row of the table."""
     kind: Literal["choice", "ranking", "loss"]
-    """What is measured; see above."""
+    """The likeliest of given choices, the true answer among others, or nats per token; see docs/evaluation.md."""
     path: PathText
     """A data file."""
     images: PathText | None = None
@@ -34,6 +34,6 @@ class TaskConfig(Section):
 
 class EvaluationConfig(Section):
     tasks: tuple[TaskConfig, ...] = ()
-    """What `vlm eval` measures."""
+    """What `vlm eval` measures; see docs/evaluation.md."""
     seed: int = 0
     """Draws the shuffled pictures and the wrong candidates."""

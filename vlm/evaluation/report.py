@@ -72,7 +72,10 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
     """
     tasks = config.evaluation.tasks
     if not tasks:
-        raise ConfigError("the config has no evaluation.tasks; docs/ and projects/quickstart show some")
+        raise ConfigError(
+            "the config has no evaluation.tasks, so there is nothing to measure. Add some as docs/evaluation.md shows, "
+            "with records that were not trained on"
+        )
     folder = Path(config.output_dir) / "export" if export is None else export
     started = time.monotonic()
     loaded = load(folder)
