@@ -88,8 +88,10 @@ def _ending_once(run: Path) -> Iterator[None]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
+    from vlm.train.runfolder import ENDED
+
     launch = os.getppid()  # the launcher's; the names of launches repeat
-    marker, is_main = run / ".ended.json", os.environ.get("RANK", "0") == "0"
+    marker, is_main = run / ENDED, os.environ.get("RANK", "0") == "0"
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and marker.is_file():
         ended = json.loads(marker.read_text(encoding="utf-8"))
         if ended["launch"] == launch:

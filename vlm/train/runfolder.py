@@ -15,6 +15,9 @@ from vlm.errors import ConfigError, RunLocked
 from vlm.logs import warn
 from vlm.train.checkpoint import clean_temporary, write_atomically
 
+ENDED = ".ended.json"  # how a launch ended on purpose; see vlm.cli.train
+_BEFORE_A_RUN = ("run.lock", "run.owner.json", ENDED)  # stand there before config.yaml does
+
 
 class RunFolder:
     """Holds `<output_dir>` for one launch: rank 0 locks it and writes, the other ranks know where it is.
@@ -83,7 +86,7 @@ class RunFolder:
                 f"output_dir: cannot write to {path} ({error.strerror}). Usually the folder belongs to another user or "
                 "the disk is mounted read-only. Name another with --options output_dir=..."
             ) from None
-        others = [p.name for p in path.iterdir() if p.name not in ("run.lock", "run.owner.json")]
+        others = [p.name for p in path.iterdir() if p.name not in _BEFORE_A_RUN]
         if others and not (path / "config.yaml").exists():
             raise ConfigError(
                 f"output_dir: {path} holds {', '.join(sorted(others)[:3])} but no config.yaml, so it is not a run of "
