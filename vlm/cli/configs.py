@@ -27,6 +27,7 @@ from vlm.layered_yaml import Key, dotted, spans_of
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or a shipped project such as quickstart/pretrain.")]
 _SWAPPED = "Usually model.llm.path and model.vision.path are swapped"
+_NO_HUB_NAME = "A name for a model hub has no leading . / ~ or cache/, and at most one /"
 Options = Annotated[
     list[str] | None,
     typer.Option("--options", "--cfg-options", "-o", help="Override keys: train.learning_rate=1e-4 seed=1"),
@@ -131,7 +132,7 @@ def path_problems(config: RunConfig) -> list[tuple[Key, str]]:
             problems.append((key, f"{what} {path} does not exist"))
     for key, path in model_paths(config):
         if is_local(path) and not Path(path).exists():
-            problems.append((key, f"{path} does not exist. A name for a model hub has no leading . / ~ or cache/"))
+            problems.append((key, f"{path} does not exist. {_NO_HUB_NAME}"))
     problems += _model_folder_problems(config)
     if config.init_from is not None and not Path(config.init_from).exists():
         problems.append((("init_from",), f"{config.init_from} does not exist; train and export the stage before first"))
@@ -170,7 +171,8 @@ def _misfit(folder: Path, is_encoder: bool) -> str | None:
     wanted = "a vision encoder" if is_encoder else "a language model"
     file = folder / "config.json"
     if not file.is_file():
-        inside = next((str(found.parent) for found in sorted(folder.glob("*/config.json"))), None)
+        below = [found.parent for found in sorted(folder.glob("*/config.json"))]
+        inside = next((str(child) for child in below if _misfit(child, is_encoder) is None), None)
         hint = (
             f"Did you mean {inside}?" if inside else "Usually another folder was meant, or the download is incomplete"
         )
@@ -203,10 +205,11 @@ def is_encoder_type(model_type: str) -> bool:
 
 def is_local(path: str) -> bool:
     """
-    >>> is_local("cache/ckpt/x"), is_local("./x"), is_local("Qwen/Qwen2.5-7B-Instruct"), is_local("vit_base")
-    (True, True, False, False)
+    >>> is_local("cache/ckpt/x"), is_local("./x"), is_local("models/qwen/7b"), is_local("Qwen/Qwen2.5-7B-Instruct")
+    (True, True, True, False)
     """
-    return path.startswith((".", "/", "~", "cache/"))
+    has_many_parts = path.count("/") > 1 and ":" not in path  # hf-hub:owner/name is for timm and open_clip
+    return has_many_parts or path.startswith((".", "/", "~", "cache/"))
 
 
 def _paths(config: RunConfig) -> Iterator[tuple[Key, str | None, str]]:
