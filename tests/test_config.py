@@ -404,6 +404,25 @@ def test_a_config_that_is_not_there(name, message):
         find_config(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mine", "mine is a folder of configs; name one of them: mine/finetune.yaml, mine/pretrain.yaml"),
+        ("mine/", "mine/ is a folder of configs; name one of them: mine/finetune.yaml, mine/pretrain.yaml"),
+        ("mine/finetune.yml", "config mine/finetune.yml does not exist; did you mean mine/finetune.yaml?"),
+        ("mine/pretrian", "config mine/pretrian does not exist; did you mean mine/pretrain.yaml?"),
+        ("mine/empty", "mine/empty is a folder without configs (*.yaml). `vlm ls` lists the shipped ones"),
+    ],
+)
+def test_a_folder_here_is_as_good_as_a_shipped_one(name, message):
+    write(GOOD, "mine/finetune.yaml")
+    write(GOOD, "mine/pretrain.yaml")
+    Path("mine/empty").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        find_config(name)
+    assert str(caught.value) == message
+
+
 # editors
 
 

@@ -112,6 +112,9 @@ def find_config(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    here = _configs_in(path)
+    if here:
+        raise ConfigError(f"{name} is a folder of configs; name one of them: {', '.join(here)}")
     candidates = [path.with_name(f"{path.name}.yaml")] if path.name else []
     candidates += [folder / f"{path}{suffix}" for folder in project_folders() for suffix in ("", ".yaml")]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
@@ -120,9 +123,20 @@ def find_config(name: str | Path) -> Path:
     inside = [shipped for shipped in shipped_projects() if shipped.startswith(f"{path.name}/")]
     if inside:
         raise ConfigError(f"{name} is a folder of configs; name one of them: {', '.join(inside)}")
+    if path.is_dir():
+        raise ConfigError(f"{name} is a folder without configs (*.yaml). `vlm ls` lists the shipped ones")
+    beside = {str(Path(file).with_suffix("")): file for file in _configs_in(path.parent)}
+    near = difflib.get_close_matches(str(path.with_suffix("")), beside, n=1, cutoff=0.8)
+    if near:
+        raise ConfigError(f"config {name} does not exist; did you mean {beside[near[0]]}?")
     near = difflib.get_close_matches(str(name), shipped_projects(), n=3, cutoff=0.4)
     hint = f" Nearest shipped: {', '.join(near)}." if near else ""
     raise ConfigError(f"config {name} does not exist.{hint} `vlm ls` lists the shipped ones")
+
+
+def _configs_in(folder: Path) -> list[str]:
+    """The YAML files in a folder here, by path. Nothing is opened."""
+    return sorted(str(file) for file in folder.glob("*.yaml") if file.is_file())
 
 
 def project_folders() -> list[Path]:

@@ -75,10 +75,11 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
         calibrate: set the projector's statistics from data; a checkpoint brings its own.
     """
     plan = layout(config.engine)
-    if is_main():
-        _tell_plan(config, plan)
+    no_plan = _tell_plan(config, plan) if is_main() else ""
     stage = _build_stage(config, plan, device)
     built = _build_whole(config, device) if stage is None else stage.built
+    if no_plan:  # what else stopped the plan has stopped the model too, and was said there
+        log(f"no memory plan: {no_plan}")
     data = _build_data(config, built, device, plan)
     max_steps = config.train.max_steps or data.train.steps_in(config.train.epochs or 1)
     if calibrate:
@@ -121,15 +122,21 @@ def _refuse_different_data(data: Data, max_steps: int) -> None:
         raise error
 
 
-def _tell_plan(config: RunConfig, plan: Layout) -> None:
-    """What each device will hold, before anything is loaded. An estimate: it warns and does not refuse."""
+def _tell_plan(config: RunConfig, plan: Layout) -> str:
+    """What each device will hold, before anything is loaded. An estimate: it warns, and neither refuses nor fails.
+
+    Returns:
+        one line that says why there is none, else "".
+    """
     world_size = plan.num_stages * plan.num_data_ranks
     try:
         memory, _ = device_memory(config.engine.device, world_size)
         for line in describe_plan(config, world_size, memory):
             (warn if line.startswith("DOES NOT FIT") else log)(line)
-    except VLMError as error:  # loading the model will say it with more context, if it matters
-        log(f"no memory plan: {error}")
+    except Exception as error:  # whatever it is, the run goes on, and ends by itself where it matters
+        reason = str(error).partition("\n")[0]
+        return reason if isinstance(error, VLMError) else f"{type(error).__name__}: {reason}"
+    return ""
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

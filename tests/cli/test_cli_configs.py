@@ -33,6 +33,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def complete() -> Path:
     """A config all of whose paths exist."""
     Path("models/llm").mkdir(parents=True)
+    Path("models/llm/config.json").write_text('{"model_type": "llama"}')
     Path("pictures").mkdir()
     Path("a.json").write_text("[]")
     Path("a.yaml").write_text(CONFIG)
@@ -141,7 +142,8 @@ def test_validate_lists_every_path_that_is_missing_with_its_line(tmp_path, vlm):
         "a.yaml:7: data.sources[0].images: images folder pictures does not exist",
         "--options: evaluation.tasks[0].path: data file t.json does not exist",
         "--options: train.samples[0].image: picture cat.png does not exist",
-        "a.yaml:3: model.llm.path: ./models/llm does not exist. A name for a model hub has no leading . / ~ or cache/",
+        "a.yaml:3: model.llm.path: ./models/llm does not exist. A name for a model hub has no leading . / ~ or cache/, "
+        "and at most one /",
         "--options: init_from: runs/x/export does not exist; train and export the stage before first",
     ]
 

@@ -116,7 +116,13 @@ def test_root_script_says_what_is_wrong_and_what_to_use_instead(script, argument
         ({"WORLD_SIZE": "3"}, ["engine.kind=pipeline"], "engine.num_stages 2 does not divide the 3 processes"),
     ],
 )
-def test_an_engine_that_does_not_fit_the_launch_is_refused(monkeypatch, vlm, environment, options, message):
+def test_an_engine_that_does_not_fit_the_launch_is_refused(monkeypatch, tmp_path, vlm, environment, options, message):
+    data = tmp_path / "data.jsonl"
+    data.touch()
+    options = [
+        *options, "model.vision=null", "model.trainable=[llm]", "model.llm.path=a/name", "evaluation.tasks=[]",
+        f"data.sources=[{{path: {data}}}]", f"output_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     code, _, err = vlm("train", "tiny/pretrain", "--options", *options)

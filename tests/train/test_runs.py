@@ -343,3 +343,19 @@ def test_a_missing_package_is_named_before_anything_is_loaded(config_file, monke
     with pytest.raises(MissingPackageError, match=message):
         train(config, "")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_that_fails_is_one_line_and_the_run_goes_on(config_file, tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise IndexError("first line\nsecond line")
+
+    monkeypatch.setattr("vlm.prepare.describe_plan", fail)
+    run_here(config_file(train__max_steps=1))
+    assert capsys.readouterr().err.count("no memory plan: IndexError: first line\n") == 1
+
+
+def test_an_error_that_stops_the_run_too_is_not_said_by_the_plan(config_file, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"model.llm.path .*empty: cannot load its"):
+        run_here(config_file(model__llm={"path": str(tmp_path / "empty")}))
+    assert "no memory plan" not in "".join(capsys.readouterr())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +26,8 @@ from vlm.errors import ConfigError
 from vlm.layered_yaml import Key, dotted, spans_of
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or a shipped project such as quickstart/pretrain.")]
+_SWAPPED = "Usually model.llm.path and model.vision.path are swapped"
+_NO_HUB_NAME = "A name for a model hub has no leading . / ~ or cache/, and at most one /"
 Options = Annotated[
     list[str] | None,
     typer.Option("--options", "--cfg-options", "-o", help="Override keys: train.learning_rate=1e-4 seed=1"),
@@ -85,11 +87,7 @@ def show(config: Config, options: Options = None) -> None:
 
 def validate(config: Config, options: Options = None) -> None:
     """Check a config and the existence of every path in it, loading nothing."""
-    checked = load_config(config, options or ())
-    source = read_source(config, options or ())
-    problems = [f"{source.place(key)}: {dotted(key)}: {text}" for key, text in path_problems(checked)]
-    if problems:
-        raise_problems(config, problems, f"Relative paths are looked for in {Path.cwd()}")
+    checked = load_checked(config, options or ())
     for key, path in model_paths(checked):
         if not Path(path).exists():
             print(f"note: {dotted(key)} {path} is taken for a name, found or fetched when the run starts")
@@ -101,15 +99,43 @@ def config_schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
+def load_checked(config: str, options: Sequence[str] = (), sections: Collection[str] = ()) -> RunConfig:
+    """Read a config and see whether its paths exist, as `vlm validate` does, before anything heavy is imported.
+
+    Args:
+        sections: check only paths below these keys, e.g. ("model", "data"), where a command reads no others.
+
+    Raises:
+        ConfigError: names every problem with its file and line.
+    """
+    try:
+        checked = load_config(config, options)
+    except ConfigError as error:
+        raise error.on_every_rank() from None
+    source = read_source(config, options)
+    found = [(key, text) for key, text in path_problems(checked) if not sections or key[0] in sections]
+    problems = [f"{source.place(key)}: {dotted(key)}: {text}" for key, text in found]
+    if problems:
+        try:
+            raise_problems(config, problems, f"Relative paths are looked for in {Path.cwd()}")
+        except ConfigError as error:
+            rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+            if rank == local_rank or local_rank != "0":  # each machine has its own disk: one process there speaks
+                error.on_every_rank()
+            raise
+    return checked
+
+
 def path_problems(config: RunConfig) -> list[tuple[Key, str]]:
-    """Paths that do not exist, as (key, message). Nothing is opened."""
+    """Paths that do not exist or hold no model, as (key, message). Nothing is opened but models' config.json."""
     problems: list[tuple[Key, str]] = []
     for key, path, what in _paths(config):
         if path is not None and not Path(path).exists():
             problems.append((key, f"{what} {path} does not exist"))
     for key, path in model_paths(config):
         if is_local(path) and not Path(path).exists():
-            problems.append((key, f"{path} does not exist. A name for a model hub has no leading . / ~ or cache/"))
+            problems.append((key, f"{path} does not exist. {_NO_HUB_NAME}"))
+    problems += _model_folder_problems(config)
     if config.init_from is not None and not Path(config.init_from).exists():
         problems.append((("init_from",), f"{config.init_from} does not exist; train and export the stage before first"))
     output = Path(config.output_dir)
@@ -130,12 +156,62 @@ def model_paths(config: RunConfig) -> Iterator[tuple[Key, str]]:
             yield ("model", "vision", "pretrained"), config.model.vision.pretrained
 
 
+def _model_folder_problems(config: RunConfig) -> Iterator[tuple[Key, str]]:
+    """Of the folders here that transformers will read."""
+    vision = config.model.vision
+    folders: list[tuple[Key, str, bool]] = [(("model", "llm", "path"), config.model.llm.path, False)]
+    if vision is not None and vision.backend == "hf":
+        folders.append((("model", "vision", "path"), vision.path, True))
+    for key, path, is_encoder in folders:
+        problem = _misfit(Path(path), is_encoder) if Path(path).exists() else None
+        if problem is not None:
+            yield key, problem
+
+
+def _misfit(folder: Path, is_encoder: bool) -> str | None:
+    """Why a folder cannot be the encoder, or the language model, by its config.json alone."""
+    wanted = "a vision encoder" if is_encoder else "a language model"
+    file = folder / "config.json"
+    if not file.is_file():
+        below = [found.parent for found in sorted(folder.glob("*/config.json"))]
+        inside = next((str(child) for child in below if _misfit(child, is_encoder) is None), None)
+        hint = (
+            f"Did you mean {inside}?" if inside else "Usually another folder was meant, or the download is incomplete"
+        )
+        return f"{folder} holds no config.json, so it is not the folder of {wanted}. {hint}"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{file} is not readable ({str(error)[:100]}). Usually the download is incomplete"
+    kind = settings.get("model_type") if isinstance(settings, dict) else None
+    if not isinstance(kind, str):
+        return f"{file} names no model_type, so transformers does not know how to read it"
+    names = settings.get("architectures")
+    decodes = isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
+    sees = is_encoder_type(kind) and not decodes
+    if is_encoder and decodes and "vision_config" not in settings:
+        return f"{folder} holds a language model ({kind}), expected {wanted}. {_SWAPPED}"
+    if sees and not is_encoder:
+        return f"{folder} holds a vision encoder ({kind}), expected {wanted}. {_SWAPPED}"
+    return None
+
+
+def is_encoder_type(model_type: str) -> bool:
+    """Whether it is one of transformers' names for models that see.
+
+    >>> is_encoder_type("siglip_vision_model"), is_encoder_type("dinov2"), is_encoder_type("qwen2")
+    (True, True, False)
+    """
+    return model_type.endswith("_vision_model") or model_type.startswith(("clip", "siglip", "dinov2", "vit"))
+
+
 def is_local(path: str) -> bool:
     """
-    >>> is_local("cache/ckpt/x"), is_local("./x"), is_local("Qwen/Qwen2.5-7B-Instruct"), is_local("vit_base")
-    (True, True, False, False)
+    >>> is_local("cache/ckpt/x"), is_local("./x"), is_local("models/qwen/7b"), is_local("Qwen/Qwen2.5-7B-Instruct")
+    (True, True, True, False)
     """
-    return path.startswith((".", "/", "~", "cache/"))
+    has_many_parts = path.count("/") > 1 and ":" not in path  # hf-hub:owner/name is for timm and open_clip
+    return has_many_parts or path.startswith((".", "/", "~", "cache/"))
 
 
 def _paths(config: RunConfig) -> Iterator[tuple[Key, str | None, str]]:

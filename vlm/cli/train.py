@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from vlm.cli.configs import Config, Options
-from vlm.config import load_config, resolve_for_log
+from vlm.cli.configs import Config, Options, load_checked
+from vlm.config import resolve_for_log
 from vlm.errors import ConfigError, RunLocked, VLMError
 
 
@@ -36,15 +36,18 @@ def train(
     max_restarts: Annotated[int, typer.Option(help="How often to start again when a process is lost.")] = 0,
 ) -> int:
     """Train. The same command resumes from the newest intact checkpoint of its output_dir."""
+    for flag, number, least in (("--nproc", nproc, 1), ("--nnodes", nnodes, 1), ("--max-restarts", max_restarts, 0)):
+        if number is not None and number < least:
+            raise ConfigError(f"{flag} {number}: expected at least {least}")
     chosen = [*(options or ()), *deepspeed_options(deepspeed)]
     if nproc is None and nnodes == 1:
         start_training(config, chosen)
         return 0
     from vlm.cli.launch import Launch, launch
 
-    load_config(config, chosen)  # once, rather than in every process
+    load_checked(config, chosen)  # once, rather than in every process
     arguments = ["train", config, *(part for option in chosen for part in ("--options", option))]
-    return launch(Launch(nproc or 1, nnodes, rdzv_endpoint, max_restarts), arguments)
+    return launch(Launch(1 if nproc is None else nproc, nnodes, rdzv_endpoint, max_restarts), arguments)
 
 
 def evaluate(
@@ -55,7 +58,7 @@ def evaluate(
 ) -> None:
     """Run the evaluation tasks of a config on an export: own pictures, shuffled pictures, baseline."""
     path, found = _config_and_export(config)
-    checked = load_config(path, options or ())
+    checked = load_checked(path, options or (), ("evaluation",))  # the export says which models it needs
     from vlm.evaluation.report import evaluate_run
 
     evaluate_run(checked, export or found, out)
@@ -69,11 +72,8 @@ def plot(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 def start_training(config: str, options: Sequence[str]) -> None:
-    """Validate, then train. Raises ConfigError before torch is imported when the config is wrong."""
-    try:
-        checked = load_config(config, options)
-    except ConfigError as error:
-        raise error.on_every_rank() from None
+    """Validate, then train. Raises ConfigError before torch is imported when the config or a path in it is wrong."""
+    checked = load_checked(config, options)
     text = resolve_for_log(config, options)
     from vlm.run import train as train_run
 

@@ -29,6 +29,7 @@ from vlm.errors import CheckpointError, ConfigError, RecordError
 from vlm.export.adapter import read_adapter
 from vlm.export.assemble import OnProgress, assemble_export
 from vlm.export.fingerprint import differences
+from vlm.export.load_base import with_bases_found, with_start_found
 from vlm.export.manifest import Manifest, read_manifest
 from vlm.export.messages import Messages, Picture, to_conversation
 from vlm.export.parts import read_parts
@@ -202,7 +203,8 @@ def load(
     """Load an export: what a run trained beside its base models, or a full one by itself.
 
     Args:
-        path: the folder that `vlm export` wrote.
+        path: the folder that `vlm export` wrote. Base models that it names by relative paths are looked for below
+            the current folder, then below the folders above the export.
         device: "cpu", "cuda", "cuda:1"; "auto" takes the GPU if there is one.
         precision: "auto" computes in bfloat16 where the hardware does so natively, else in float32.
         adapter: another export, whose LoRA adapter is added to this one's before both are merged. If it went on
@@ -237,8 +239,9 @@ def load(
     folder = Path(path)
     manifest = read_manifest(folder)
     name = _known_template(template or manifest.template)
-    other = None if adapter is None else read_adapter(adapter, folder, manifest)
-    built = assemble_export(folder, manifest, dtype, target, other, on_progress)
+    other = None if adapter is None else with_start_found(read_adapter(adapter, folder, manifest), folder, manifest)
+    found = with_bases_found(manifest, folder)
+    built = assemble_export(folder, found, dtype, target, other, on_progress)
     if bits is not None:
         quantize_linears(built.model.llm, bits, dtype, torch.device("cpu") if device_map else target)
     if device_map is not None:
@@ -260,7 +263,7 @@ def load(
         conversation_tokenizer=tokens,
         image_spec=spec,
         image_token_id=built.image_token_id,
-        config=manifest.model,
+        config=found.model,
         system=manifest.system,
         device=target,
         compute_dtype=dtype,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from vlm.compat import prepare, quiet_progress
 from vlm.errors import CheckpointError, ConfigError
 from vlm.logs import warn
 from vlm.models.config import LLMConfig
+from vlm.models.hub import check_hub
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -40,6 +42,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     prepare()
     from transformers import AutoTokenizer
 
+    check_hub(path, "model.llm.path")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -91,13 +94,20 @@ def load_llm(
 def llm_from_config(
     config: LLMConfig, dtype: torch.dtype = torch.bfloat16, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The decoder's shape with random weights, from config.json alone. For the meta device."""
+    """The decoder's shape with random weights, from config.json alone. For the meta device.
+
+    Raises:
+        CheckpointError: no config.json, a damaged one, or one of something else than a decoder.
+    """
     prepare()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     refuse_foreign_code(config.path, trust_remote_code)
-    settings = AutoConfig.from_pretrained(config.path, trust_remote_code=trust_remote_code)
-    return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        settings = AutoConfig.from_pretrained(config.path, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(config.path, error, "its config.json") from error
 
 
 def refuse_foreign_code(path: str, trust_remote_code: bool) -> None:
@@ -110,6 +120,7 @@ def refuse_foreign_code(path: str, trust_remote_code: bool) -> None:
     """
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
+    check_hub(path, "model.llm.path")
     try:
         settings = PretrainedConfig.get_config_dict(path)[0]
     except (OSError, ValueError) as error:
@@ -183,6 +194,14 @@ def _special(text: str) -> Any:
 
 def _cannot_load(path: str, error: Exception, what: str) -> CheckpointError:
     hint = "Usually the path is misspelt or the model hub cannot be reached"
+    reason = str(error)[:300]
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        reason = "the folder holds no config.json"
+        hint = "Expected a language model as transformers' save_pretrained writes it. Usually another folder was meant"
+    elif "Unrecognized configuration class" in reason:  # and then the names of all classes
+        named = re.search(r"\.(\w+)'>", reason)
+        reason = f"{named[1] if named else 'its config'} is of no language model that transformers has"
+        hint = "Usually it is an encoder, and model.llm.path and model.vision.path are swapped"
     if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")) and what == "its weights":
         hint = (
             "The folder holds no .safetensors. Pickled weights (.bin, .pth) are not loaded, as they can run code: "
@@ -190,4 +209,4 @@ def _cannot_load(path: str, error: Exception, what: str) -> CheckpointError:
         )
     if "attention implementation" in str(error) or "Flash Attention" in str(error):
         hint = "Set model.llm.attention to another one"
-    return CheckpointError(f"model.llm.path {path}: cannot load {what} ({str(error)[:300]}). {hint}")
+    return CheckpointError(f"model.llm.path {path}: cannot load {what} ({reason}). {hint}")

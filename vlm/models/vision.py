@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from vlm.compat import prepare, quiet_progress
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.config import VisionConfig
+from vlm.models.hub import check_hub, quiet_retries
 
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -99,6 +100,7 @@ def build_vision(config: VisionConfig, dtype: torch.dtype = torch.float32, *, we
         CheckpointError: the weights are missing, or not of this network.
     """
     prepare()
+    quiet_retries()
     return _BUILDERS[config.backend](config, dtype, weights).to(dtype)
 
 
@@ -197,6 +199,7 @@ class FeatureMapTower(nn.Module):
 def _build_hf(config: VisionConfig, dtype: torch.dtype, weights: bool) -> VisionEncoder:
     import transformers
 
+    check_hub(config.path, "model.vision.path")
     # trust_remote_code is not offered for encoders: all known here are native
     settings = _load(lambda: transformers.AutoConfig.from_pretrained(config.path, trust_remote_code=False), config)
     settings = getattr(settings, "vision_config", settings)
