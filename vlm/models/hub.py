@@ -38,10 +38,10 @@ def check_hub(path: str, key: str) -> None:
     try:
         cached = try_to_load_from_cache(path, "config.json")
     except ValueError as error:
-        raise CheckpointError(
-            f"{key}: {path} does not exist in {Path.cwd()}, and it is no name for a model hub either, which is NAME or "
-            "OWNER/NAME. Usually the path is misspelt, or the command was meant for another folder"
-        ) from error
+        where = ""
+        if not Path(path).is_absolute():
+            where = f" in {Path.cwd()}, and it is no name for a model hub either, which is NAME or OWNER/NAME"
+        raise CheckpointError(f"{key}: {path} does not exist{where}. Usually the path is misspelt") from error
     if isinstance(cached, str) or constants.HF_HUB_OFFLINE:  # offline: the library refuses at once by itself
         return
     reason = _ask(constants.ENDPOINT)
