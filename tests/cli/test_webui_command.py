@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import typer
 
+import vlm.export.parts  # noqa: F401 - before `read_manifest` is replaced, of which it keeps the one it finds
 from vlm.cli.main import app, run
 
 
