@@ -37,7 +37,7 @@ def _document(app: FastAPI, service: Service, has_key: bool) -> dict[str, Any]:
     body = {"schema": {"$ref": _REFERENCE.format(model="ChatRequest")}}
     chat["requestBody"] = {"required": True, "content": {"application/json": body}}
     answers = chat["responses"]["200"]["content"]
-    answers["text/event-stream"] = {"schema": {"type": "string"}}
+    answers["text/event-stream"] = {"schema": {"description": "Events: the data of each is a Chunk; then [DONE]"}}
     if has_key:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, methods in document["paths"].items():
