@@ -17,7 +17,7 @@ with process_group(torch.device("cpu"), 3):
     def slow():
         time.sleep(5)  # longer than a collective may take
         return "from " + str(rank())
-    print(rank(), on_main(slow), flush=True)
+    sys.stdout.write(f"{rank()} {on_main(slow)}\\n")  # in one piece: both ranks write into one pipe
     order = []
     with main_first():
         if rank() == 0:
@@ -28,7 +28,7 @@ with process_group(torch.device("cpu"), 3):
     try:
         on_main(lambda: (_ for _ in ()).throw(DataError("no such file")))
     except DataError as error:
-        print(rank(), "caught", error, error.everywhere, flush=True)
+        sys.stdout.write(f"{rank()} caught {error} {error.everywhere}\\n")
 """
 
 
