@@ -5,7 +5,7 @@ import pytest
 
 from vlm.data.build import build_conversation_tokenizer, build_reader
 from vlm.data.config import DataConfig, SourceConfig
-from vlm.data.scan import measure, refuse_too_many, scan_records
+from vlm.data.scan import measure, refuse_too_many, scan_records, usable_workers
 from vlm.errors import DataError
 
 
@@ -127,6 +127,18 @@ def test_all_records_broken_names_the_rule_and_what_usually_helps(tmp_path, bpe,
     scan = scan_records(reader(path, bpe, spec), None)
     with pytest.raises(DataError, match=r"5 of 5 .*line 1: .*; .*line 2: .*; .*line 3: [^;]*images: names the wrong"):
         refuse_too_many(scan, 1.0)
+
+
+def test_a_cause_is_named_where_it_is_that_of_most_only(tmp_path, bpe, spec):
+    path = write(tmp_path / "a.jsonl", {"image": "gone.png", **GOOD}, {"conversations": 5})
+    with pytest.raises(DataError, match="2 of 2 records skipped") as caught:
+        refuse_too_many(scan_records(reader(path, bpe, spec), None), 1.0)
+    assert "images: names the wrong" not in str(caught.value)
+
+
+def test_no_more_processes_than_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 5, 7})
+    assert [usable_workers(number) for number in (0, 2, 3, 64)] == [0, 2, 3, 3]
 
 
 def test_a_changed_file_is_scanned_again(tmp_path, bpe, spec):

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from vlm.errors import ConfigError
 from vlm.train.config import EngineConfig, TrainConfig
 from vlm.train.engines.deepspeed_settings import deepspeed_settings
+from vlm.train.engines.zero import import_deepspeed
 
 TRAIN = {"max_steps": 1, "global_batch_size": 16, "micro_batch_size": 2, "learning_rate": 1e-4, "precision": "bf16"}
 
@@ -96,3 +98,11 @@ def test_all_contradictions_are_named_at_once(tmp_path):
 def test_a_file_that_is_no_json_is_named(tmp_path, text, message):
     with pytest.raises(ConfigError, match=rf"engine\.deepspeed: .*own\.json {message}"):
         settings(tmp_path, text)
+
+
+def test_deepspeed_compiles_nothing():
+    """Its all-reduce for CPUs is built at first use; a build that was killed would hang all later ones."""
+    import_deepspeed(torch.device("cpu"))
+    from deepspeed.comm.torch import build_shm_op
+
+    assert build_shm_op() is None

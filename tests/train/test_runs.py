@@ -138,6 +138,11 @@ def test_a_run_that_is_further_already_says_so(config_file, capsys):
     assert "done: 4 steps" in said.splitlines()[-1]
 
 
+def test_a_share_that_holds_out_no_record_is_told(config_file, capsys):
+    run_here(config_file(train__max_steps=1, data__held_out=1e-9))
+    assert "data.held_out 1e-09 of so few records holds out none" in capsys.readouterr().err
+
+
 def test_fewer_records_than_a_step_takes_are_told(config_file, capsys):
     run_here(config_file(train__max_steps=1, train__global_batch_size=128, data__packing=False))
     assert "fewer than one step takes (train.global_batch_size 128)" in capsys.readouterr().err

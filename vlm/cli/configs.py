@@ -24,6 +24,7 @@ from vlm.config import (
 )
 from vlm.errors import ConfigError
 from vlm.layered_yaml import Key, dotted, spans_of
+from vlm.models.hub import is_local
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or a shipped project such as quickstart/pretrain.")]
 _SWAPPED = "Usually model.llm.path and model.vision.path are swapped"
@@ -203,15 +204,6 @@ def is_encoder_type(model_type: str) -> bool:
     (True, True, False)
     """
     return model_type.endswith("_vision_model") or model_type.startswith(("clip", "siglip", "dinov2", "vit"))
-
-
-def is_local(path: str) -> bool:
-    """
-    >>> is_local("cache/ckpt/x"), is_local("./x"), is_local("models/qwen/7b"), is_local("Qwen/Qwen2.5-7B-Instruct")
-    (True, True, True, False)
-    """
-    has_many_parts = path.count("/") > 1 and ":" not in path  # hf-hub:owner/name is for timm and open_clip
-    return has_many_parts or path.startswith((".", "/", "~", "cache/"))
 
 
 def _paths(config: RunConfig) -> Iterator[tuple[Key, str | None, str]]:

@@ -47,7 +47,7 @@ def train(
 
     load_checked(config, chosen)  # once, rather than in every process
     arguments = ["train", config, *(part for option in chosen for part in ("--options", option))]
-    return launch(Launch(1 if nproc is None else nproc, nnodes, rdzv_endpoint, max_restarts), arguments)
+    return launch(Launch(nproc or 1, nnodes, rdzv_endpoint, max_restarts), arguments)
 
 
 def evaluate(

@@ -17,7 +17,7 @@ from vlm.data.config import DataConfig, SourceConfig
 from vlm.data.features import FeatureStore
 from vlm.data.packing import pack_in_windows
 from vlm.data.records import open_source
-from vlm.data.scan import ExampleReader, Scan, refuse_too_many, scan_records, usable_workers
+from vlm.data.scan import ExampleReader, Scan, refuse_too_many, scan_records
 from vlm.data.skips import counts_by_rule
 from vlm.data.stream import BatchStream, EpochPlan, EvalBatches
 from vlm.data.template import TEMPLATES, ChatTemplate, check_template, match_tokenizer_template
@@ -111,7 +111,7 @@ def build_data(
         micro_batch_size=micro_batch_size,
         data_rank=data_rank,
         num_data_ranks=num_data_ranks,
-        workers=usable_workers(config.workers),
+        workers=config.workers,
     )
     scans = [scan]
     if config.eval_sources:

@@ -156,7 +156,7 @@ def in_chunks(
     Raises:
         DataError: a process died.
     """
-    size = chunk or CHUNK
+    size, workers = chunk or CHUNK, usable_workers(workers)
     starts = range(0, len(numbers), size)
     chunks = [numbers[start : start + size] for start in starts]
     if workers == 0 or len(chunks) < 2 * workers:  # a process takes seconds to start

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlm.batch import Batch, Example, Skip, microbatches_per_step
 from vlm.data.collate import Collator
 from vlm.data.packing import pack_in_windows
-from vlm.data.scan import Scan
+from vlm.data.scan import Scan, usable_workers
 from vlm.errors import RecordError
 
 _ORDER, _WEIGHTS = 1, 2  # separate the random numbers of different uses
@@ -109,7 +109,7 @@ class BatchStream:
         self.micro_batch_size = micro_batch_size
         self.data_rank = data_rank
         self.num_data_ranks = num_data_ranks
-        self.workers = workers
+        self.workers = usable_workers(workers)
 
     @property
     def fingerprint(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from vlm.errors import CheckpointError
 from vlm.export.adapter import Adapter
 from vlm.export.manifest import Manifest, read_manifest
+from vlm.models.hub import is_local
 
 
 def with_bases_found(manifest: Manifest, folder: Path) -> Manifest:
@@ -59,7 +60,7 @@ def _find_base(path: str, export: Path) -> str:
         return str(found)
     if Path(path).is_absolute():
         looked = "does not exist"
-    elif path.startswith((".", "cache/")) or (path.count("/") > 1 and ":" not in path):  # a hub's name has one at most
+    elif is_local(path):
         looked = f"is looked for in {Path.cwd()} and above the export"
     else:
         return path

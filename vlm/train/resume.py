@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class RunState:
     engine: Engine
     stream_fingerprint: str
     identity: dict[str, Any]
-    data_settings: dict[str, Any] = field(default_factory=dict)
+    data_settings: dict[str, Any]
     counters: Callable[[], dict[str, Any]] = dict  # what else goes into progress.json
 
     def save(self, step: int, keep_last: int) -> Path:
@@ -67,7 +67,8 @@ class RunState:
         """
         stream = _read_json(checkpoint / "stream.json")
         if stream["fingerprint"] != self.stream_fingerprint:
-            changed = _differences(read_info(checkpoint).get("data", {}), self.data_settings)
+            old = read_info(checkpoint).get("data")  # earlier versions did not write it
+            changed = [] if old is None else _differences(old, self.data_settings)
             cause = "Usually a data file was edited or replaced. Restore it"
             if changed:
                 cause = "(Checkpoint -> now):\n" + "\n".join(changed) + "\nRestore these values"
@@ -111,11 +112,11 @@ def refuse_other_run(checkpoint: Path, identity: dict[str, Any]) -> None:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Keys whose values differ. Without old ones, as in checkpoints of earlier versions, there is nothing to tell."""
+    """Keys whose values differ, a line each."""
     return [
         f"  {key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old and old.get(key) != new.get(key)
+        if old.get(key) != new.get(key)
     ]
 
 
