@@ -1,4 +1,4 @@
-"""Makes a CUDA build of torchvision importable beside a CPU build of torch.
+"""What differs between versions and builds of the libraries: torchvision beside a CPU torch, renamed arguments.
 
 The package index ships torchvision with CUDA kernels only. Beside a CPU torch its extension cannot load, and
 `import torchvision` fails with "operator torchvision::nms does not exist", which takes transformers' model classes,
@@ -9,10 +9,13 @@ torchvision's Python code to import.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vlm.logs import is_logging_rank
 
@@ -51,6 +54,15 @@ def quiet_progress() -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """What a forward, or a maker of masks, of the installed transformers calls its cache of keys and values.
+
+    `past_key_values` became `cache` in transformers 5.24; the old name warns there and is gone in 5.40, where a forward
+    with `**kwargs` would take it in silence and start every token without the ones before.
+    """
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
 
 
 def _loads(package: Path) -> bool:
