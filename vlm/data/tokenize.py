@@ -212,7 +212,7 @@ def _encoder(backend: dict[str, Any], *, keep_added_tokens: bool, keep_prefix: b
 
 
 def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
-    if step is None or step["type"] == "Prepend":
+    if step is None or step["type"] == "Prepend" or _edits_the_start(step):
         return None
     if step["type"] == "Metaspace":
         return {**step, "prepend_scheme": "never"}
@@ -222,3 +222,8 @@ def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
         key = "normalizers" if "normalizers" in step else "pretokenizers"
         return {**step, key: [kept for kept in map(_without_prefix, step[key]) if kept is not None]}
     return step
+
+
+def _edits_the_start(step: dict[str, Any]) -> bool:
+    """A SentencePiece model's removal of blanks around a text: around a segment they are part of the text."""
+    return step["type"] == "Replace" and str(step["pattern"].get("Regex", "")).startswith(r"\A")

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.logs import warn
 from vlm.models.config import LLMConfig
 from vlm.models.hub import check_hub
+from vlm.models.spm import differences
+from vlm.models.tokenizer_files import COMPANIONS, VOCABULARY, why_not_converted, write_converted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -34,17 +37,17 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """The tokenizer of a model folder, with one more special token for picture placeholders, and with a padding token.
 
     Neither needs a row in the embedding: placeholders are masked before the lookup, and padding is a token it has.
+    A folder with `tokenizer.model` alone needs no code of its own: the vocabulary is converted (see
+    `vlm.models.tokenizer_files`).
 
     Raises:
         CheckpointError: it cannot be loaded without running its own code, or at all.
         ConfigError: it has no fast version, which the labels need.
     """
     prepare()
-    from transformers import AutoTokenizer
-
     check_hub(path, "model.llm.path")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = _read_tokenizer(path, trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(path, error, "its tokenizer") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
@@ -184,6 +187,41 @@ def fingerprint_llm(config: PretrainedConfig) -> dict[str, Any]:
     shape = {key: settings[key] for key in _SHAPE_KEYS if settings.get(key) is not None}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return {**shape, "sha256": digest}
+
+
+def _read_tokenizer(path: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    vocabulary = None if _find_file(path, "tokenizer.json") else _find_file(path, VOCABULARY)
+    if vocabulary is None:
+        try:
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except ValueError:
+            if _find_file(path, "tokenizer.json") is None or trust_remote_code:
+                raise
+            # its class is of code beside the weights, which tokenizer.json makes unnecessary
+            return PreTrainedTokenizerFast.from_pretrained(path)
+    if trust_remote_code and why_not_converted(vocabulary):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    for name in COMPANIONS:
+        _find_file(path, name)  # of a hub's model, brings it here
+    with tempfile.TemporaryDirectory() as folder:
+        write_converted(vocabulary.parent, Path(folder))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.name_or_path = path
+    if texts := differences(vocabulary, tokenizer.backend_tokenizer):
+        warn(f"model.llm.path {path}: converted from {VOCABULARY}, its tokenizer writes {texts[0]!r} with other ids")
+    return tokenizer
+
+
+def _find_file(path: str, name: str) -> Path | None:
+    """A file of a model folder, or of a model that the hub or its cache has."""
+    if Path(path).is_dir():
+        return Path(path) / name if (Path(path) / name).is_file() else None
+    from transformers.utils import cached_file
+
+    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def _special(text: str) -> Any:
