@@ -17,6 +17,7 @@ from vlm.models.llm import (
     load_llm,
     load_tokenizer,
     pad_vocabulary,
+    refuse_beyond_embedding,
 )
 from vlm.models.projector import build_projector
 from vlm.models.trainable import set_trainable
@@ -56,6 +57,8 @@ def build_model(
     if config.llm.pad_vocab_to_multiple_of:
         num_real = len(tokenizer) - 1  # the placeholder has no row of its own
         pad_vocabulary(llm, num_real, config.llm.pad_vocab_to_multiple_of)
+    embeddings: Any = llm.get_input_embeddings().weight
+    refuse_beyond_embedding(tokenizer, len(embeddings), config.llm.path)
     vision = None if config.vision is None else build_vision(config.vision, dtype)
     with forked_random_state():
         torch.manual_seed(seed)

@@ -16,7 +16,13 @@ from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.build import Assembled, assemble, forked_random_state, frozen_dtype
 from vlm.models.config import ModelConfig
-from vlm.models.llm import choose_attention, llm_from_config, load_tokenizer, pad_vocabulary
+from vlm.models.llm import (
+    choose_attention,
+    llm_from_config,
+    load_tokenizer,
+    pad_vocabulary,
+    refuse_beyond_embedding,
+)
 from vlm.models.llm_parts import llm_parts
 from vlm.models.pipeline import PipelineLayer, num_layers, pipeline_layers
 from vlm.models.trainable import PARTS, load_weights, part_of, part_weights, trained_weights
@@ -134,6 +140,7 @@ def build_stage(
     num_real = len(tokenizer) - 1  # the placeholder has no row of its own
     if config.llm.pad_vocab_to_multiple_of:
         pad_vocabulary(llm, num_real, config.llm.pad_vocab_to_multiple_of)
+    refuse_beyond_embedding(tokenizer, llm.config.vocab_size, config.llm.path)
     own = _own_modules(llm, first, stop)
     later = [] if spread is None else [name for name in _block_names(llm) if name in own]
     _read_own_weights(llm, own - set(later), files, dtype, num_real)

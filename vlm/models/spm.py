@@ -68,6 +68,12 @@ def read_sentencepiece(file: Path, added: Mapping[int, AddedToken], *, add_bos: 
     return backend
 
 
+def pieces(file: Path) -> dict[str, int]:
+    """piece -> id; {} for another kind of file."""
+    proto = _parse(file)
+    return {} if proto is None else {piece.piece: number for number, piece in enumerate(proto.pieces)}
+
+
 def special_tokens(file: Path) -> dict[str, str]:
     """{"bos_token": ..., "eos_token": ..., "unk_token": ..., "pad_token": ...}, those that the file has."""
     proto = _parse(file)
@@ -111,7 +117,7 @@ def _names(proto: Any, added: Mapping[int, AddedToken]) -> list[str]:
 
 
 def _unigram(proto: Any, names: list[str]) -> models.Unigram:
-    """Pieces that no text becomes are as unlikely as the least likely other; below it, unknown text would count more."""
+    """Pieces that no text becomes count as the least likely other; with less, unknown characters would count less."""
     least = min(piece.score for piece in proto.pieces if piece.type == _NORMAL)
     hidden = (_UNKNOWN, _CONTROL, _UNUSED, _BYTE)
     scores = [least if piece.type in hidden else piece.score for piece in proto.pieces]
@@ -169,12 +175,12 @@ def _decoder(proto: Any) -> decoders.Sequence:
 
 def _add_tokens(backend: Tokenizer, proto: Any, names: list[str], added: Mapping[int, AddedToken]) -> None:
     kinds = [piece.type for piece in proto.pieces]
-    pieces = {i: _special(name) for i, name in enumerate(names) if kinds[i] in (_CONTROL, _UNKNOWN)}
+    own = {i: _special(name) for i, name in enumerate(names) if kinds[i] in (_CONTROL, _UNKNOWN)}
     renamed = {i: token for i, token in added.items() if i < len(names) and names[i] == token.content}
     taken = set(names)
     new = {i: token for i, token in added.items() if i >= len(names) and token.content not in taken}
     gaps = {i: _special(f"<|unnamed_{i}|>") for i in range(len(names), max(added, default=-1) + 1)}
-    tokens = {**pieces, **renamed, **gaps, **new}
+    tokens = {**own, **renamed, **gaps, **new}
     backend.add_tokens([tokens[i] for i in sorted(tokens)])
 
 

@@ -84,13 +84,14 @@ def write_converted(folder: Path, target: Path) -> None:
 
 
 def named_tokens(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json with the named tokens of special_tokens_map.json and of `tokenizer.model` filled in.
+    """tokenizer_config.json with the named tokens of special_tokens_map.json, and of `tokenizer.model`, filled in.
 
     Named tokens are plain text here, whichever form the files give them.
     """
     settings = read_json(folder / SETTINGS)
     named = read_json(folder / "special_tokens_map.json")
-    own = special_tokens(folder / VOCABULARY) if (folder / VOCABULARY).is_file() else {}
+    is_needed = (folder / VOCABULARY).is_file() and not (folder / "tokenizer.json").is_file()
+    own = special_tokens(folder / VOCABULARY) if is_needed else {}
     for key in NAMED:
         value = settings.get(key, named.get(key, own.get(key)))
         settings[key] = value.get("content") if isinstance(value, dict) else value

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from vlm.compat import prepare, quiet_progress
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.config import VisionConfig
+from vlm.models.folder import why_no_encoder, why_no_weights
 from vlm.models.hub import check_hub, quiet_retries
 
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -203,11 +204,8 @@ def _build_hf(config: VisionConfig, dtype: torch.dtype, weights: bool) -> Vision
     # trust_remote_code is not offered for encoders: all known here are native
     settings = _load(lambda: transformers.AutoConfig.from_pretrained(config.path, trust_remote_code=False), config)
     settings = getattr(settings, "vision_config", settings)
-    if settings.model_type not in _HF_TOWERS:
-        raise ConfigError(
-            f"model.vision.path {config.path}: model type {settings.model_type!r} is no encoder known here; "
-            f"known: {', '.join(_HF_TOWERS)}. See docs/extending.md to add one"
-        )
+    if reason := why_no_encoder(settings.model_type):
+        raise ConfigError(f"model.vision.path {config.path}: {reason}")
     class_name, normalisation = _HF_TOWERS[settings.model_type]
     cls = getattr(transformers, class_name)
     model = _hf_weights(config, cls, settings, dtype) if weights else cls(settings)
@@ -225,11 +223,8 @@ def _build_hf(config: VisionConfig, dtype: torch.dtype, weights: bool) -> Vision
 
 def _hf_weights(config: VisionConfig, cls: Any, settings: Any, dtype: torch.dtype) -> nn.Module:
     quiet_progress()
-    if Path(config.path).is_dir() and not list(Path(config.path).glob("*.safetensors")):
-        raise CheckpointError(
-            f"model.vision.path {config.path}: no .safetensors here. Pickled weights (.bin) are not loaded, as they "
-            "can run code: save the model once more with transformers' save_pretrained and name the new folder"
-        )
+    if Path(config.path).is_dir() and (reason := why_no_weights(Path(config.path))):
+        raise CheckpointError(f"model.vision.path {config.path}: cannot load its weights: {reason}")
     model, report = _load(
         lambda: cls.from_pretrained(
             config.path, config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True
