@@ -22,7 +22,7 @@ def plan(
     options: Options = None,
 ) -> None:
     """Print what each device would hold at the peak, whether that fits, and what else would. Loads no weights."""
-    checked = load_checked(config, options or (), ("model",))  # data and init_from may be made later
+    checked = load_checked(config, options or (), ("model",), ())  # the rest may be made later
     count = gpus if gpus is not None else int(os.environ.get("WORLD_SIZE", "1"))
     if count < 1:
         raise ConfigError(f"--gpus {count}: expected at least 1")

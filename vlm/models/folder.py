@@ -22,6 +22,10 @@ from vlm.models.tokenizer_files import (
 
 # transformers' model types that vlm.models.vision has a tower for
 ENCODER_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers")
+NO_PREPROCESSOR = (
+    "the folder holds no preprocessor_config.json, so pictures are normalised as models of this type usually want. "
+    "Usually the download is incomplete"
+)
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
     "tokenizer.json", VOCABULARY, "vocab.json", "vocab.txt", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
@@ -81,6 +85,11 @@ def why_no_encoder(model_type: object) -> str | None:
         return None
     known = ", ".join(ENCODER_TYPES)
     return f"model type {model_type!r} is no encoder known here; known: {known}. See docs/extending.md to add one"
+
+
+def lacks_preprocessor(path: str) -> bool:
+    """Whether a folder here does not say how pictures are normalised (`NO_PREPROCESSOR`)."""
+    return Path(path).is_dir() and not (Path(path) / "preprocessor_config.json").is_file()
 
 
 def encoder_type(settings: Mapping[str, Any]) -> object:

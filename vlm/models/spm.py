@@ -101,7 +101,8 @@ def _parse(file: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    messages: Any = sentencepiece_model_pb2  # made when it is imported
+    proto = messages.ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())
     except DecodeError:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from vlm.compat import prepare, quiet_progress
 from vlm.errors import CheckpointError, ConfigError
+from vlm.logs import warn
 from vlm.models.config import VisionConfig
-from vlm.models.folder import why_no_encoder, why_no_weights
+from vlm.models.folder import NO_PREPROCESSOR, lacks_preprocessor, why_no_encoder, why_no_weights
 from vlm.models.hub import check_hub, quiet_retries
 
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -225,6 +226,8 @@ def _hf_weights(config: VisionConfig, cls: Any, settings: Any, dtype: torch.dtyp
     quiet_progress()
     if Path(config.path).is_dir() and (reason := why_no_weights(Path(config.path))):
         raise CheckpointError(f"model.vision.path {config.path}: cannot load its weights: {reason}")
+    if lacks_preprocessor(config.path):
+        warn(f"model.vision.path {config.path}: {NO_PREPROCESSOR}")
     model, report = _load(
         lambda: cls.from_pretrained(
             config.path, config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True
