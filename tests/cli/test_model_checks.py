@@ -197,19 +197,19 @@ def test_plan_reads_config_json_alone(vlm):
     assert vlm("validate", "a.yaml")[0] == 2
 
 
-def test_validate_imports_no_torch_and_takes_under_a_second_with_a_real_vocabularys_size():
-    """150,000 tokens and merges, as Qwen's: 12 MB of JSON. 0.5 s measured, on two busy cores."""
+def test_validate_imports_no_torch_and_is_quick_with_a_real_vocabularys_size():
+    """150,000 tokens, as Qwen's: 0.3 s more than starting vlm (0.25 s). Processor time, as others may use the cores."""
     words = [f"token{number:012d}" for number in range(150_000)]
     write_llm_folder("llm", [*words, "<|im_start|>", "<|im_end|>"], rows=151_936)
     code = (
-        "import sys, time; start = time.perf_counter(); from vlm.cli.main import main\n"
+        "import sys, time; from vlm.cli.main import main; start = time.process_time()\n"
         "try: main(['validate', 'a.yaml'])\n"
         "except SystemExit as end: assert not end.code\n"
-        "print({'torch', 'transformers', 'numpy'} & set(sys.modules), time.perf_counter() - start)"
+        "print({'torch', 'transformers', 'numpy'} & set(sys.modules), time.process_time() - start)"
     )
     best = 9.0
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert "a.yaml: valid\nset() " in done.stdout
         best = min(best, float(done.stdout.split()[-1]))
-    assert best < 1.0
+    assert best < 0.7
