@@ -39,13 +39,13 @@ def test_every_successor_that_is_named_is_one_that_transformers_has():
 @pytest.mark.parametrize(
     ("kind", "advice"),
     [
-        ("qwen", "Take a model of type qwen2 or qwen3, which transformers has. Such code"),
-        ("internlm2", "type internlm3, which transformers has; tools/convert2llama.py of github.com/InternLM"),
-        ("baichuan", "qwen2, qwen3 or internlm3, which transformers has; 7B models that were rewritten as a Llama"),
-        ("chatglm", "Take a model of type glm or glm4, which transformers has; GLM-4 is published in native form too"),
-        ("xverse", "Take a model of type qwen3 or llama, which transformers has"),
+        ("qwen", "Take a model of type qwen2 or qwen3. Such code"),
+        ("internlm2", "type internlm3; tools/convert2llama.py of github.com/InternLM"),
+        ("baichuan", "qwen2, qwen3 or internlm3; 7B models that were rewritten as a Llama"),
+        ("chatglm", "Take a model of type glm or glm4; GLM-4 is published in native form too"),
+        ("xverse", "Take a model of type qwen3 or llama"),
         ("stablelm_epoch", "the same weights are published with model_type stablelm"),
-        ("of_nobody", "Take a native family: qwen2, qwen3, llama, mistral or internlm3. Such code"),
+        ("of_nobody", "Take a model of type qwen2, qwen3, llama, mistral or internlm3. Such code"),
     ],
 )
 def test_each_type_gets_advice_that_works_with_the_installed_transformers(kind: str, advice: str):
@@ -58,10 +58,13 @@ def test_each_type_gets_advice_that_works_with_the_installed_transformers(kind: 
 
 
 def test_a_type_that_came_later_names_the_version(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(native, "is_native", lambda name: name != "internlm3")
+    monkeypatch.setattr(native, "is_native", lambda name: name not in ("internlm2", "internlm3"))
+    monkeypatch.setattr(native, "is_native_decoder", lambda name: name != "internlm3")
     for settings in ({}, FOREIGN):
         message = why_not_native({"model_type": "internlm3", **settings}, trust_remote_code=False)
         assert "transformers has it from 5.23: pip install -U transformers" in message
+    message = why_not_native({"model_type": "internlm2", **FOREIGN}, trust_remote_code=False)
+    assert "Take a model of type internlm3 (from transformers 5.23); tools/convert2llama.py" in message
 
 
 def test_a_type_without_code_is_probably_too_new():

@@ -71,7 +71,7 @@ def why_not_native(settings: dict[str, Any], trust_remote_code: bool) -> str | N
         return f"model type {kind!r} is not one that transformers {version('transformers')} has. {advice}"
     return (
         f"model type {kind!r} is not native to transformers {version('transformers')} and asks to run its own code "
-        f"(auto_map). Refused. {_advice(kind) or 'Take a native family: ' + _list(_native(_ANY))}. Such code was "
+        f"(auto_map). Refused. {_advice(kind) or f'Take a model of type {_list(_offered(_ANY))}'}. Such code was "
         "mostly written for transformers 4 and often fails under 5. After reading it, model.trust_remote_code: true "
         "tries it"
     )
@@ -88,14 +88,17 @@ def _advice(kind: object) -> str:
     if kind in _SINCE:
         return f"transformers has it from {_SINCE[str(kind)]}: pip install -U transformers"
     successors, conversion = _SUCCESSORS.get(str(kind), ((), ""))
-    native = _native(successors)
-    if not native:
-        return ""
-    return f"Take a model of type {_list(native)}, which transformers has{'; ' * bool(conversion)}{conversion}"
+    offered = _offered(successors)
+    return f"Take a model of type {_list(offered)}{'; ' * bool(conversion)}{conversion}" if offered else ""
 
 
-def _native(types: tuple[str, ...]) -> list[str]:
-    return [name for name in types if is_native_decoder(name)]
+def _offered(types: tuple[str, ...]) -> list[str]:
+    """Those that the installed transformers loads, and those that a later one does."""
+    return [
+        name if is_native_decoder(name) else f"{name} (from transformers {_SINCE[name]})"
+        for name in types
+        if name in _SINCE or is_native_decoder(name)
+    ]
 
 
 def _list(names: list[str]) -> str:
