@@ -10,9 +10,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault(
-    "VLM_CACHE_DIR", str(Path(tempfile.gettempdir()) / "vlm-tests")
-)  # what is measured of this machine
+# what is measured of this machine, once for all processes
+os.environ.setdefault("VLM_CACHE_DIR", str(Path(tempfile.gettempdir()) / "vlm-tests"))
 os.environ.pop("VLM_FAULT", None)
 
 import pytest

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,11 +88,11 @@ def _time(
             torch.cuda.synchronize()
 
     trunk.to(device)
-    seconds = compare([lambda candidate=candidate: forward(candidate) for candidate in candidates], budget=0.1)
+    seconds = compare([partial(forward, candidate) for candidate in candidates], budget=0.1)
     return {candidate.name: round(value, 6) for candidate, value in zip(candidates, seconds, strict=True)}
 
 
 def converted(trunk: nn.Module, compute: EncoderCompute) -> nn.Module:
     """`trunk` itself, its weights in the format from now on."""
-    memory = torch.channels_last if compute.channels_last else torch.contiguous_format
-    return trunk.to(dtype=compute.dtype, memory_format=memory)
+    module: Any = trunk.to(compute.dtype)  # torch's types know no memory_format
+    return module.to(memory_format=torch.channels_last if compute.channels_last else torch.contiguous_format)

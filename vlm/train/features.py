@@ -63,7 +63,7 @@ def fill_store(
 
 
 def _decode(images: Sequence[str | bytes], max_pixels: int, spec: ImageSpec) -> tuple[list[str | bytes], list[Tensor]]:
-    """Those that can be read, and their pixels [3, S, S]. Training skips, counts and names the records of the others."""
+    """Those that can be read, and their pixels [3, S, S]. Training skips and names the records of the others."""
     readable, pixels = [], []
     for image in images:
         try:
