@@ -97,9 +97,10 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
     """Build model, data and engine. Every rank of the launch calls this, inside its process group.
 
     Args:
-        config: with its precision settled.
         calibrate: set the projector's statistics from data; a checkpoint brings its own.
     """
+    if config.train.precision == "auto":  # a caller with a checkpoint has settled it before
+        config = settle_precision(config, device)
     plan = layout(config.engine)
     no_plan = _tell_plan(config, plan) if is_main() else ""
     stage = _build_stage(config, plan, device)
