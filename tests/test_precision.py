@@ -1,6 +1,9 @@
 """Which number format is chosen, from what, and that the choice is kept."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -85,6 +88,16 @@ def test_a_cache_that_cannot_be_written_costs_a_measurement_only(machine, monkey
     monkeypatch.setenv("VLM_CACHE_DIR", str(tmp_path / "file"))
     machine(NEWER)
     assert precision.cpu_speed() == NEWER
+
+
+def test_processes_that_start_together_choose_alike(tmp_path):
+    """Each would measure something else; the first one's result is everybody's."""
+    measure = "lambda: [time.sleep(1), os.getpid()]"
+    code = f"import os, time; from vlm.precision import remember; print(remember('x', {measure}))"
+    environment = {**os.environ, "VLM_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    children = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert len({child.communicate()[0] for child in children}) == 1
 
 
 def test_other_instructions_of_the_same_cpu_are_another_machine(monkeypatch):

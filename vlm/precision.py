@@ -12,13 +12,14 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from vlm.errors import ConfigError
@@ -27,6 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MATRIX = (128, 512, 512)  # rows, inner, columns: a few ms in bf16 even where it is emulated (88 ms on AVX2)
 _CHANNELS, _SIDE = 96, 56  # of the depthwise convolution, 3 x 3, one image
 _SECONDS = 0.05  # spent on each call that is timed, or one round if that takes longer
+_LONGEST_WAIT = 120.0  # seconds, for another process that measures
 _remembered: dict[str, Any] = {}  # of this process; the file is for the next one
 
 
@@ -116,15 +118,19 @@ def cpu_speed() -> CpuSpeed:
 def remember(what: str, measure: Callable[[], Any]) -> Any:
     """The result of `measure`, a JSON value, from this process, from the file of this machine, or measured now.
 
-    A folder that cannot be written costs a measurement in each process, nothing else.
+    Processes that start together wait for the first one's result, so that all of them choose alike. A folder that
+    cannot be written costs a measurement in each process, nothing else.
     """
     key = f"{what} on {_machine_key()}"
     if key not in _remembered:
         path = machine_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
         found = _read(path, key)
         if found is None:
-            found = measure()
-            _write(path, {"key": key, "value": found})
+            with _one_at_a_time(path.with_suffix(".lock")):
+                found = _read(path, key)  # another process may have measured meanwhile
+                if found is None:
+                    found = measure()
+                    _write(path, {"key": key, "value": found})
         _remembered[key] = found
     return _remembered[key]
 
@@ -201,6 +207,21 @@ def _cpu_name() -> str:
     facts = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
     flags = hashlib.sha256(facts.get("flags", facts.get("Features", "")).encode()).hexdigest()[:8]
     return f"{facts.get('model name', platform.machine())} {flags}"
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    lock = FileLock(path, timeout=_LONGEST_WAIT)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, Timeout):  # a folder that cannot be written, or a process that hangs
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read(path: Path, key: str) -> Any:
