@@ -247,14 +247,22 @@ def test_bfloat16_learns_too(config_file, precision):
 
 
 def test_cached_features_train_as_the_encoder_does_and_are_made_once(config_file, straight, tmp_path):
-    path = config_file(data__cache_features=True)
+    path = config_file(data__cache_features=True, data__cache_dtype="fp32")
     expected, got = steps_logged(straight), steps_logged(run_here(path))
     assert [loss for _, loss in got] == pytest.approx([loss for _, loss in expected], rel=1e-5)  # worst seen 2e-7
     files = list((tmp_path / "cache/vision").rglob("*.safetensors"))
     assert len(files) == 72  # pictures of all records, the held-out ones too
     made = {file: file.stat().st_mtime_ns for file in files}
-    run_here(config_file("again.yaml", data__cache_features=True, output_dir=str(tmp_path / "again")))
+    changes = {"data__cache_features": True, "data__cache_dtype": "fp32", "output_dir": str(tmp_path / "again")}
+    run_here(config_file("again.yaml", **changes))
     assert {file: file.stat().st_mtime_ns for file in files} == made
+
+
+def test_features_kept_in_bfloat16_move_the_losses_by_rounding_only(config_file, straight):
+    expected = [loss for _, loss in steps_logged(straight)]
+    got = [loss for _, loss in steps_logged(run_here(config_file(data__cache_features=True)))]
+    assert got == pytest.approx(expected, rel=5e-4)  # worst seen 2.8e-5
+    assert got != expected
 
 
 def test_a_replaced_picture_is_encoded_again(tmp_path):

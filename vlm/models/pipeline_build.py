@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
-from vlm.models.build import Assembled, assemble, forked_random_state, frozen_dtype
+from vlm.logs import Progress
+from vlm.models.build import Assembled, assemble, forked_random_state, settle_vision
 from vlm.models.config import ModelConfig
 from vlm.models.llm import (
     choose_attention,
@@ -28,6 +29,7 @@ from vlm.models.pipeline import PipelineLayer, num_layers, pipeline_layers
 from vlm.models.trainable import PARTS, load_weights, part_of, part_weights, trained_weights
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.weight_files import WeightFiles
+from vlm.precision import autocast_dtype, frozen_dtype
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -151,10 +153,13 @@ def build_stage(
         model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
     shapes, trained = _describe(model, is_tied)
     _remove_other_stages(model, own, keep_vision=number == 0)
-    for name in later:
-        assert spread is not None
-        _read_own_weights(llm, [name], files, dtype, num_real)
-        spread(llm.get_submodule(name).to(device))
+    settle_vision(model, config, autocast_dtype(precision), device)
+    with Progress("model: loaded", len(later), "blocks") as progress:
+        for done, name in enumerate(later):
+            assert spread is not None
+            _read_own_weights(llm, [name], files, dtype, num_real)
+            spread(llm.get_submodule(name).to(device))
+            progress.show(done + 1)
     built = Assembled(model.to(device), tokenizer, spec, image_token_id)
     stage = Stage(built, number, tuple(cuts), shapes, trained, is_tied)
     stage.layers.extend(pipeline_layers(model, first, stop))
