@@ -73,7 +73,9 @@ def chromium() -> Iterator[Any]:
 def endless_answers() -> Iterator[None]:
     """Answers that begin here go on until they are stopped: 90,000 tokens at this pace take longer than a test may."""
 
-    def write(model: Any, input_ids: Any, pixels: Any, stop_ids: Any, settings: Any, on_token: Any, is_over: Any) -> Any:
+    def write(
+        model: Any, input_ids: Any, pixels: Any, stop_ids: Any, settings: Any, on_token: Any, is_over: Any
+    ) -> Any:
         def slowly(token: int) -> bool:
             time.sleep(PACE)
             return on_token(token)

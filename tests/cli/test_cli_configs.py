@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from vlm.cli.configs import path_problems
-from vlm.models.hub import is_local
 from vlm.config import load_config, shipped_projects
+from vlm.models.hub import is_local
 
 CONFIG = """\
 output_dir: runs/a

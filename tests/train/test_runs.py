@@ -17,6 +17,7 @@ from vlm.train.checkpoint import list_checkpoints, newest_verified
 from vlm.train.fragments import read_weights
 from vlm.train.metrics import plot_loss
 
+
 def run_here(path):
     return train(load_config(path), path.read_text())
 
