@@ -109,6 +109,7 @@ def test_all_texts_change_with_the_language_and_stay_so(visit: Callable[..., Pag
         return left <= {"Hello", "first", "Top-p", "Top-k", *user.page.locator("#chat .md").all_inner_texts()}
 
     user.until(is_chinese)
+    user.page.wait_for_function("document.cookie.includes('vlm_language=zh')")
     user.open()  # a reload remembers
     assert user.page.inner_text("#language").strip() == "English"
     user.page.click("#language")
