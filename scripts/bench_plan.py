@@ -4,7 +4,7 @@
     python scripts/bench_plan.py --device cuda   # 1.5B, 7B and both stages of 14B: torch.cuda.max_memory_allocated
     python scripts/bench_plan.py --only lora --rss
 
-Every case runs in a fresh process: two optimizer steps, the peak of the second. On the CPU the bytes of every tensor
+Every case runs in a fresh process: the peak of an optimizer step, after the optimizer's state was made. On the CPU the bytes of every tensor
 that an operator makes are counted while the tensor lives; `--rss` prints the growth of the process's resident size too.
 """
 
@@ -206,7 +206,7 @@ def estimated(case: Case, device: str = "cpu") -> dict[str, int]:
 
 
 def measure(case: Case, device: str) -> dict[str, Any]:
-    """Peak bytes of the second optimizer step, in this process."""
+    """Peak bytes of an optimizer step that is not the first, in this process."""
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     counter = LiveBytes()
     with tempfile.TemporaryDirectory() as folder:
@@ -230,16 +230,19 @@ def _train(case: Case, config: Any, device: str, counter: LiveBytes | None) -> N
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     batch = make_batch(case, model, device)
-    for number in range(2):
-        if number and counter is not None:
-            counter.peak = counter.live
-        elif number:
-            torch.cuda.reset_peak_memory_stats()
-        for _ in range(case.micro_batches):
-            step_loss(model, batch, case, device).backward()
-        torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes the state
+    optimizer.zero_grad(set_to_none=True)
+    if counter is not None:
+        counter.peak = counter.live
+    else:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(case.micro_batches):
+        step_loss(model, batch, case, device).backward()
+    torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def build(config: Any, case: Case, device: str) -> Any:
