@@ -19,6 +19,7 @@ from vlm.models.build import Assembled
 from vlm.objectives.lm import LanguageModeling
 from vlm.plan.estimate import estimate
 from vlm.prepare import assemble_checkpoint, autocast_dtype, check_available, prepare
+from vlm.proof.prove import Parts, prove_run
 from vlm.train.checkpoint import newest_verified
 from vlm.train.engines.build import choose_device, layout
 from vlm.train.events import RunEvents
@@ -72,6 +73,8 @@ def train(config: RunConfig, config_text: str) -> Path:
             log(f"resuming after step {start_step} from {checkpoint}")
         run.write_config(config_text)  # not before: a refused resume leaves the run as it was
         if start_step < max_steps:
+            if config.train.prove:
+                prove_run(Parts(config, built, data, engine, parts.objective, device, max_steps, start_step), run.path)
             with StopRequest() as stop_request:
                 loop, events = _build_loop(config, run, state, built, data, device, start_step, max_steps)
                 if checkpoint is not None:
