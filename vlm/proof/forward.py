@@ -90,9 +90,9 @@ def check_causality(probe: Probe, rows: Rows, bounds: Bounds) -> dict[str, Findi
     ids[0, middle] = batch.input_ids[0, int(other)]
     changed = replace(batch, input_ids=ids)
     index = torch.arange(words.shape[1])
-    before, after = words & (index < middle), words & (index > middle + 1)
+    # what predicts the middle word has not seen it; the word itself predicts the next one, whatever it sees
+    before, after = words & (index <= middle), words & (index > middle + 1)
     findings = {"causal": at_most(probe.difference(changed, before, batch, before), bounds.states)}
-    # the token right after the middle is predicted at the middle itself, which changed in any case
     enough = bool(after.any())
     findings["context"] = (
         at_least(probe.difference(changed, after, batch, after), READS) if enough else not_made(FEW_TOKENS)
@@ -104,7 +104,7 @@ def check_images(probe: Probe, rows: Rows, bounds: Bounds) -> dict[str, Finding]
     """Put noise in the place of the first record's images."""
     if not rows.num_images[0]:
         return dict.fromkeys(("own_image", "image_read"), not_made(NO_IMAGE))
-    changed = other_images(rows.packed, 0, rows.num_images[0])
+    changed = other_images(rows.packed, rows.num_images[0])
     replies = rows.replies(0, True)
     findings = {"own_image": not_made(NO_SECOND)}
     if len(rows.records) > 1 and rows.words(1, True).any():

@@ -83,12 +83,9 @@ def check_initial_weights(model: VisionLanguageModel, init_from: str) -> Finding
         tensors = read_parts(Path(init_from), replace(manifest, included=small))
     except CheckpointError as error:
         return holds(str(error))
-    own = {
-        name: tensor
-        for part in ("projector", "vision", "llm.lora")
-        for name, tensor in part_weights(model, part).items()
-    }
-    own = {name: tensor for name, tensor in own.items() if name in tensors}  # an adapter may have been merged
+    parts = [part_weights(model, part) for part in ("projector", "vision", "llm.lora")]
+    # without an adapter that was merged
+    own = {name: tensor for part in parts for name, tensor in part.items() if name in tensors}
     if not own:
         return not_made("the export has nothing that this process holds")
     worst, where = 0.0, ""

@@ -80,17 +80,18 @@ class LossProbe:
         self._known: list[tuple[Batch, Tensor, float]] = []
 
     def difference(self, batch: Batch, at: Tensor, other: Batch, other_at: Tensor) -> float:
-        return abs(self._loss(batch, at) - self._loss(other, other_at))
+        targets = other.input_ids[other_at]
+        return abs(self._loss(batch, at, targets) - self._loss(other, other_at, targets))
 
-    def _loss(self, batch: Batch, at: Tensor) -> float:
-        """Nats per token."""
-        for known, where, loss in self._known:
-            if known is batch and torch.equal(where, at):
+    def _loss(self, batch: Batch, at: Tensor, targets: Tensor) -> float:
+        """Nats per token, of predicting `targets` at the places `at`."""
+        labels = torch.full_like(batch.input_ids, IGNORE_INDEX).masked_scatter(at, targets)
+        for known, its_labels, loss in self._known:
+            if known is batch and torch.equal(its_labels, labels):
                 return loss
-        labels = torch.where(at, batch.input_ids, IGNORE_INDEX)
         (shared,) = self.engine.share([replace(batch, labels=labels)])
         summed, count = self.engine.evaluate(shared)
-        self._known.append((batch, at, summed / max(1, count)))
+        self._known.append((batch, labels, summed / max(1, count)))
         return self._known[-1][2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,12 +16,11 @@ from vlm.data.conversation import Conversation
 from vlm.data.scan import Scan
 from vlm.errors import DataError
 
-FIRST_ROWS = 64  # rows of the first epoch among which the short records are looked for
-NUM_READ = 16  # records that are read; the shortest, those with images before the others
-TEXT_TOKENS = (
-    6  # a record with fewer is taken only if there is no other: what comes early must differ from what is late
-)
-NUM_COMPUTED = 2  # of these the model computes two
+FIRST_ROWS = 64  # rows of the first epoch that the records are taken from
+NUM_SHORT = 16  # the shortest of them, among which two are chosen that the model computes
+NUM_COMPUTED = 2
+NUM_FIRST = 14  # the very first, whose text is compared too
+TEXT_TOKENS = 6  # a record with less text is computed only if there is no other
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Subject:
-    """The records of a proof. `computed` are the first two of `read`: short ones, with images where there are any."""
+    """The records of a proof: two short ones that the model computes, and the first ones of the run."""
 
-    read: list[Record]
+    computed: list[Record]  # with images where there are any
+    read: list[Record]  # all
     collator: Collator
-
-    @property
-    def computed(self) -> list[Record]:
-        return self.read[:NUM_COMPUTED]
 
     def batch(self, rows: list[list[Record]]) -> Batch:
         """As training makes it, but no longer than its records.
@@ -53,28 +50,34 @@ class Subject:
         return batch
 
 
-def choose(data: Data) -> list[int]:
-    """Numbers of the records to read, the two to compute first. Raises DataError if none can be read."""
+def choose(data: Data) -> tuple[list[int], list[int]]:
+    """Numbers of the records to compute, and of others to read. Raises DataError if none can be read."""
     plan = data.train.plan
     first = np.concatenate([np.asarray(row, dtype=np.int64) for row in plan.rows(0)[:FIRST_ROWS]])
     lengths, num_images = plan.scan.lengths[first], plan.scan.num_images[first]
     is_terse = lengths - num_images * plan.scan.reader.tokenizer.tokens_per_image < TEXT_TOKENS
     order = np.lexsort((np.arange(len(first)), lengths, is_terse, num_images == 0))  # the last key counts first
-    chosen: list[tuple[int, Record]] = []
-    for number in dict.fromkeys(first[order].tolist()):
-        try:
-            record = read_record(plan.scan, number)
-            Subject([record], data.train.collator).batch([[record]])
-            chosen.append((number, record))
-        except DataError:
-            continue  # training skips it too, counts it and names it
-        if len(chosen) == NUM_READ:
-            break
-    if not chosen:
+    short = _readable(data, first[order], NUM_SHORT, with_images=True)
+    if not short:
         raise DataError("none of the first records can be read; `vlm data check CONFIG` says why")
-    first_record = chosen[0][1]
-    others = sorted(chosen[1:], key=lambda entry: _likeness(first_record.example, entry[1].example))
-    return [chosen[0][0], *(number for number, _ in others)]
+    (number, example), *others = short.items()
+    others = sorted(others, key=lambda entry: _likeness(example, entry[1]))
+    computed = [number, *(other for other, _ in others)][:NUM_COMPUTED]
+    return computed, [number for number in _readable(data, first, NUM_FIRST) if number not in computed]
+
+
+def _readable(data: Data, numbers: np.ndarray, count: int, with_images: bool = False) -> dict[int, Example]:
+    """The first `count` of some records that can be read, with their images. Training skips and names the others."""
+    found: dict[int, Example] = {}
+    for number in dict.fromkeys(numbers.tolist()):
+        if len(found) == count:
+            break
+        with suppress(DataError):
+            record = read_record(data.train.plan.scan, number)
+            if with_images:
+                Subject([record], [], data.train.collator).batch([[record]])
+            found[number] = record.example
+    return found
 
 
 def read_record(scan: Scan, number: int) -> Record:
@@ -104,20 +107,16 @@ def _likeness(first: Example, other: Example) -> tuple[bool, bool, bool]:
     )
 
 
-def other_images(batch: Batch, first: int, count: int) -> Batch:
-    """The batch with noise for images `first` to `first + count`: of pixels, or of features by channel."""
-
-    def changed(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        part = values[first : first + count].float()
-        noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(0)).to(part.device)
-        if values is batch.image_features:
-            std, mean = torch.std_mean(values.float(), dim=(0, 1))
-            noise = noise * std + mean
-        return torch.cat([values[:first], noise.to(values.dtype), values[first + count :]])
-
-    return replace(batch, pixel_values=changed(batch.pixel_values), image_features=changed(batch.image_features))
+def other_images(batch: Batch, count: int) -> Batch:
+    """The batch with noise for its first `count` images: of pixels, or of features by channel."""
+    pixels, features = batch.pixel_values, batch.image_features
+    if pixels is not None:
+        pixels = torch.cat([_noise(pixels[:count].shape).to(pixels), pixels[count:]])
+    if features is not None:
+        std, mean = torch.std_mean(features.float(), dim=(0, 1))
+        noise = _noise(features[:count].shape).to(std) * std + mean
+        features = torch.cat([noise.to(features.dtype), features[count:]])
+    return replace(batch, pixel_values=pixels, image_features=features)
 
 
 def images_moved(batch: Batch, count: int) -> Batch:
@@ -127,3 +126,7 @@ def images_moved(batch: Batch, count: int) -> Batch:
         return None if values is None else values.roll(-count, 0)
 
     return replace(batch, pixel_values=moved(batch.pixel_values), image_features=moved(batch.image_features))
+
+
+def _noise(shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))

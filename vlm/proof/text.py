@@ -85,24 +85,24 @@ def _labels_problem(record: Record, tokens: ConversationTokenizer) -> str:
     moved = [n for n, label in enumerate(labels) if label != IGNORE_INDEX and label != ids[n]]
     if moved:
         return f"the label of token {moved[0]} is another token"
-    replies = [turn.text for turn in record.conversation.turns if turn.role == "assistant"]
-    runs = [tokens.text(run) for run in _labelled_runs(record)]
-    if len(runs) != len(replies):
-        return f"{len(replies)} replies, {len(runs)} stretches of labels"
-    for number, (run, reply) in enumerate(zip(runs, replies, strict=True)):
-        expected = _with_specials(reply + tokens.template.stop, tokens)
-        # a record's very first token is predicted by nothing, so it has no label even in a reply
-        is_cut = number == 0 and _first_label(record) == 1 and _plain(expected).endswith(_plain(run))
-        if not is_cut and _difference(run, expected, tokens):
-            return f"the labels of reply {number + 1} say {run[:60]!r}, the reply is {reply[:60]!r} and its end"
+    said = "".join(tokens.text(run) for run in _labelled_runs(record))
+    replies = "".join(reply + tokens.template.stop for reply in _replies(record))
+    expected = _with_specials(replies, tokens)
+    # a record's very first token is predicted by nothing, so it has no label even in a reply
+    is_cut = _first_label(record) == 1 and _plain(expected).endswith(_plain(said))
+    if not is_cut and _difference(said, expected, tokens):
+        return f"the labels say {said[:80]!r}, the replies and their ends are {expected[:80]!r}"
     return ""
 
 
 def _end_problem(record: Record, tokens: ConversationTokenizer) -> str:
-    for number, run in enumerate(_labelled_runs(record), 1):
+    runs = _labelled_runs(record)
+    for run in runs:
         if run[-1] not in tokens.stop_ids:
-            return f"the last label of reply {number} is {tokens.text(run[-1:])!r}, at which generation goes on"
-    return ""
+            return f"the last label of a reply is {tokens.text(run[-1:])!r}, at which generation goes on"
+    ends = sum(label in tokens.stop_ids for run in runs for label in run)
+    replies = len(_replies(record))
+    return f"{replies} replies, {ends} labels that end one" if ends < replies else ""
 
 
 def _text(records: list[Record], tokens: ConversationTokenizer, system: str | None) -> Finding:
@@ -121,8 +121,6 @@ def _placeholders(records: list[Record], image_token_id: int | None, num_tokens:
     for record in records:
         count = record.example.input_ids.count(image_token_id)  # type: ignore[arg-type]
         images = record.conversation.images
-        if record.example.images != images:
-            return holds(f"{record.example.where}: training reads other images than the record names")
         if count != num_tokens * len(images):
             return holds(f"{record.example.where}: {count} placeholders, {len(images)} images of {num_tokens} features")
     return holds("") if any(record.example.images for record in records) else not_made("no image in the first records")
@@ -134,9 +132,10 @@ def _positions_problem(batch: Batch, records: list[Record]) -> str:
         length = len(record.example.input_ids)
         expected[row, start : start + length] = torch.arange(length)
     wrong = (batch.position_ids != expected).nonzero()
-    return (
-        f"row {wrong[0, 0]}, token {wrong[0, 1]}: position {batch.position_ids[tuple(wrong[0])]}" if len(wrong) else ""
-    )
+    if not len(wrong):
+        return ""
+    row, token = wrong[0].tolist()
+    return f"row {row}, token {token}: position {batch.position_ids[row, token]}, expected {expected[row, token]}"
 
 
 def _padding_problem(batch: Batch, records: list[Record]) -> str:
@@ -165,6 +164,10 @@ def _places(records: list[Record]) -> Iterator[tuple[int, int, Record]]:
 def _labelled_runs(record: Record) -> list[list[int]]:
     labels = record.example.labels
     return [list(run) for is_labelled, run in groupby(labels, lambda label: label != IGNORE_INDEX) if is_labelled]
+
+
+def _replies(record: Record) -> list[str]:
+    return [turn.text for turn in record.conversation.turns if turn.role == "assistant"]
 
 
 def _first_label(record: Record) -> int:

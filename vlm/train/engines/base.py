@@ -40,9 +40,12 @@ class Engine(Protocol):
 
     data_rank: int  # which share of the stream this process takes; equal for all stages of one pipeline
     num_data_ranks: int
-    autocast_dtype: torch.dtype | None  # of the computation; None computes in the weights' own dtype
     holds_whole_model: bool  # each process holds every weight whole, and `optimizer` the trained ones themselves
     optimizer: torch.optim.Optimizer
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Of the computation; None computes in the weights' own dtype."""
 
     def share(self, batches: list[Batch]) -> list[Batch]:
         """The batches that all processes of one share of the data work on; each has read them by itself."""
