@@ -19,7 +19,8 @@ from vlm.models.build import Assembled
 from vlm.objectives.lm import LanguageModeling
 from vlm.plan.estimate import estimate
 from vlm.prepare import assemble_checkpoint, autocast_dtype, check_available, prepare
-from vlm.proof.prove import Parts, prove_run
+from vlm.proof.checks import Proof
+from vlm.proof.prove import Parts, prove, prove_run
 from vlm.train.checkpoint import newest_verified
 from vlm.train.engines.build import choose_device, layout
 from vlm.train.events import RunEvents
@@ -90,6 +91,17 @@ def train(config: RunConfig, config_text: str) -> Path:
             log(f"nothing to train: the run is beyond train.max_steps {max_steps} already")
         log(f"done: {max(start_step, max_steps)} steps in {run.path}; next: vlm export {run.path}")
         return run.path
+
+
+def prove_alone(config: RunConfig) -> Proof:
+    """What `train` checks before its first step, without a run folder and without a step."""
+    device = choose_device(config.engine.device)
+    check_available(config, device)
+    group = process_group(device, config.engine.timeout_seconds, always=layout(config.engine).needs_group)
+    with group, _explain_out_of_memory(config):
+        torch.manual_seed(config.seed + rank())
+        parts = prepare(config, device)
+        return prove(Parts(config, parts.built, parts.data, parts.engine, parts.objective, device, parts.max_steps))
 
 
 def _agree_to_stop(request: StopRequest) -> str | None:

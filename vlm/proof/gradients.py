@@ -119,11 +119,11 @@ def check_step(
     assert rehearsed is not None
     loss, _, gradients = rehearsed
     expected = reference.summed / reference.count
-    apart = max(_apart(loss, expected) / bounds.loss, gradients.distance(reference.gradients) / bounds.gradients)
+    apart = max(_apart(loss, expected), gradients.distance(reference.gradients))
     note = f"loss {loss:.6g}, of all tokens {expected:.6g}"
     return {
         "gradients": _presence(model, gradients, any(rows.num_images)),
-        "micro_batches": at_most(apart * bounds.gradients, bounds.gradients, note),
+        "micro_batches": at_most(apart, bounds.gradients, note),
     }
 
 
@@ -135,8 +135,8 @@ def check_step_size(
     one, two = (engine.rehearse(batches, weight, lambda: None) for batches in ([joined], rows.alone))
     if one is None or two is None:
         return {"micro_batches": not_made("this engine makes a step with its update only")}
-    apart = max(_apart(two[0], one[0]) / bounds.loss, _apart(two[1], one[1]) / bounds.gradients)
-    return {"micro_batches": at_most(apart * bounds.gradients, bounds.gradients)}
+    apart = max(_apart(two[0], one[0]), _apart(two[1], one[1]))
+    return {"micro_batches": at_most(apart, bounds.gradients)}
 
 
 def _presence(model: VisionLanguageModel, gradients: Gradients, has_image: bool) -> Finding:

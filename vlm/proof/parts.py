@@ -12,6 +12,7 @@ from torch import nn
 from vlm.errors import CheckpointError
 from vlm.export.manifest import read_manifest
 from vlm.export.parts import read_parts
+from vlm.models.partition import full_shape
 from vlm.models.trainable import canonical_name, part_of, part_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.proof.checks import Finding, at_most, holds, not_made
@@ -84,10 +85,15 @@ def check_initial_weights(model: VisionLanguageModel, init_from: str) -> Finding
     except CheckpointError as error:
         return holds(str(error))
     parts = [part_weights(model, part) for part in ("projector", "vision", "llm.lora")]
-    # without an adapter that was merged
-    own = {name: tensor for part in parts for name, tensor in part.items() if name in tensors}
+    # without an adapter that was merged, and what is spread over processes in pieces
+    own = {
+        name: tensor
+        for part in parts
+        for name, tensor in part.items()
+        if name in tensors and full_shape(tensor) == tensor.shape and not hasattr(tensor, "placements")
+    }
     if not own:
-        return not_made("the export has nothing that this process holds")
+        return not_made("this process holds nothing whole that the export has")
     worst, where = 0.0, ""
     for name, tensor in own.items():
         difference = relative(tensor.detach().cpu(), tensors[name].to(tensor.dtype))

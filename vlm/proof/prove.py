@@ -151,15 +151,15 @@ class _Work:
             reason = not_made(f"nothing was computed, as {' and '.join(wrong)} are wrong")
             self.findings = dict.fromkeys(CHECKS, reason) | self.findings
             return
+        self._make("pixels", lambda: {"pixels": self._pixels()})
         if engine.holds_whole_model:
             probe = StateProbe(model, parts.autocast, parts.device)
-            self._make("pixels", lambda: {"pixels": self._pixels(probe)})
             self._check_step(probe)
             self._make("frozen_steady", lambda: {"frozen_steady": check_frozen(probe, rows, bounds)})
             self._make("feature_order projector_scale", lambda: check_features(probe, rows, bounds))
             self._check_forward(probe)
         else:
-            for name in ("pixels", "gradients", "frozen_steady", "projector_scale"):
+            for name in ("gradients", "frozen_steady", "projector_scale"):
                 self.findings[name] = not_made(NOT_HERE)
             losses = LossProbe(engine)
             self._check_forward(losses)
@@ -226,22 +226,22 @@ class _Work:
             return not_made("the run starts from no export")
         if self.parts.start_step:
             return not_made("the run goes on from a checkpoint")
-        if not self.parts.engine.holds_whole_model:
-            return not_made(NOT_HERE)
         return check_initial_weights(self.parts.built.model, init_from)
 
     @torch.no_grad()
-    def _pixels(self, probe: StateProbe) -> Finding:
-        vision, spec, records = probe.model.vision, self.parts.built.image_spec, self.subject.computed
+    def _pixels(self) -> Finding:
+        vision, spec, records = self.parts.built.model.vision, self.parts.built.image_spec, self.subject.computed
         if vision is None or spec is None or not any(self.rows.num_images):
             return not_made(NO_IMAGE)
-        for record in records:
+        for record in self.subject.read:
             if record.example.images != record.conversation.images:
                 return holds(f"{record.example.where}: training reads other images than the record names")
         mean, std = torch.tensor(vision.mean), torch.tensor(vision.std)
         packed = self.rows.packed
         if packed.image_features is None:
             return check_pixels(packed, records, spec, mean, std)
+        if not self.parts.engine.holds_whole_model:
+            return not_made(NOT_HERE)
         with self.parts.autocast():  # cached features: against those of the encoder
             features = vision(fresh_pixels(records, spec, mean, std).to(self.parts.device))
         cached = packed.image_features.to(self.parts.device)
