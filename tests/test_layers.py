@@ -20,7 +20,7 @@ LAYERS = {
     "train": 3,
     "export": 4, "plan": 4,
     "config": 5,
-    "chat": 6, "evaluation": 6, "prepare": 6,
+    "chat": 6, "evaluation": 6, "prepare": 6, "proof": 6,
     "run": 7,
     "cli": 8,
 }  # fmt: skip

@@ -20,6 +20,8 @@ from vlm.objectives.lm import LanguageModeling
 from vlm.plan.estimate import estimate
 from vlm.precision import autocast_dtype
 from vlm.prepare import VISION_COMPUTE, assemble_checkpoint, check_available, prepare, settle_precision
+from vlm.proof.checks import Proof
+from vlm.proof.prove import Parts, prove, prove_run
 from vlm.schema import section_defaults
 from vlm.train.checkpoint import newest_verified, read_info
 from vlm.train.engines.build import choose_device, layout
@@ -77,6 +79,8 @@ def train(config: RunConfig, config_text: str) -> Path:
             log(f"resuming after step {start_step} from {checkpoint}")
         run.write_config(config_text)  # not before: a refused resume leaves the run as it was
         if start_step < max_steps:
+            if config.train.prove:
+                prove_run(Parts(config, built, data, engine, parts.objective, device, max_steps, start_step), run.path)
             with StopRequest() as stop_request:
                 loop, events = _build_loop(config, run, state, built, data, device, start_step, max_steps)
                 if checkpoint is not None:
@@ -92,6 +96,18 @@ def train(config: RunConfig, config_text: str) -> Path:
             log(f"nothing to train: the run is beyond train.max_steps {max_steps} already")
         log(f"done: {max(start_step, max_steps)} steps in {run.path}; next: vlm export {run.path}")
         return run.path
+
+
+def prove_alone(config: RunConfig) -> Proof:
+    """What `train` checks before its first step, without a run folder and without a step."""
+    device = choose_device(config.engine.device)
+    check_available(config, device)
+    group = process_group(device, config.engine.timeout_seconds, always=layout(config.engine).needs_group)
+    with group, _explain_out_of_memory(config):
+        config = settle_precision(config, device)
+        torch.manual_seed(config.seed + rank())
+        parts = prepare(config, device)
+        return prove(Parts(config, parts.built, parts.data, parts.engine, parts.objective, device, parts.max_steps))
 
 
 def _agree_to_stop(request: StopRequest) -> str | None:

@@ -121,6 +121,16 @@ class ConversationTokenizer:
         """Text with control tokens shown, for previews."""
         return str(self._decoder.decode(ids))
 
+    @property
+    def special_texts(self) -> dict[str, str]:
+        """What the template's marks for the begin and end token stand for here."""
+        begin = (self._decoder.bos_token or "") if self._bos else ""
+        return {BOS: str(begin), EOS: str(self._decoder.eos_token or "")}
+
+    def round_trip(self, text: str) -> str:
+        """A text encoded as a whole and decoded again: what the tokenizer by itself changes of it."""
+        return self.text(self._decoder(text, add_special_tokens=False).input_ids)
+
     def fingerprint(self) -> dict[str, Any]:
         """All that decides the ids, as JSON."""
         return {

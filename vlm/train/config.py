@@ -69,6 +69,8 @@ class TrainConfig(Section):
     """Length of the sampled answers."""
     max_bad_steps: NonNegativeInt = 0
     """Steps with a non-finite loss or gradient that may be skipped before the run stops with exit code 4."""
+    prove: bool = True
+    """Before the first step, check on the run's own model and records what a run must honour; see docs/proof.md."""
     tensorboard: bool = False
     """Write TensorBoard events too; needs vlm[track]."""
 
