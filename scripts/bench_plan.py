@@ -4,8 +4,9 @@
     python scripts/bench_plan.py --device cuda   # 1.5B, 7B and both stages of 14B: torch.cuda.max_memory_allocated
     python scripts/bench_plan.py --only lora --rss
 
-Every case runs in a fresh process: the peak of an optimizer step, after the optimizer's state was made. On the CPU the bytes of every tensor
-that an operator makes are counted while the tensor lives; `--rss` prints the growth of the process's resident size too.
+Every case runs in a fresh process: the peak of an optimizer step, after the optimizer's state was made. On the CPU the
+bytes of every tensor that an operator makes are counted while the tensor lives; `--rss` prints the growth of the
+process's resident size too.
 """
 
 from __future__ import annotations

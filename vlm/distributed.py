@@ -23,6 +23,7 @@ from vlm.errors import DistributedError, VLMError
 T = TypeVar("T")
 _timeout: timedelta | None = None  # of collectives
 _store: Any = None  # the key-value store of the launch; says where each rank was when one of them is lost
+_ended: list[Any] = []  # groups that were left, kept until the process ends: see `process_group`
 has_met_others = False  # whether this process was ever one of several
 _turns = 0  # how often the others waited for rank 0
 
@@ -84,6 +85,9 @@ def process_group(device: torch.device, timeout_seconds: float, *, always: bool 
             yield
     finally:
         _store = _timeout = None
+        # DistributedDataParallel would hold the last reference, and freeing it there can hang: the group waits for its
+        # threads with Python's lock held, and a thread that frees a tensor waits for that lock
+        _ended.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 

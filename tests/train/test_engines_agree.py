@@ -37,7 +37,7 @@ def config(config_file, tiny, tmp_path):
 
 
 def start(job, processes):
-    code, output = run_warm(work, job, nproc=processes)
+    code, output = run_warm(work, job, nproc=processes, timeout=500)
     assert code == 0, output[-6000:]
 
 
