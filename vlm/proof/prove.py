@@ -20,6 +20,7 @@ from vlm.config import RunConfig
 from vlm.data.build import Data
 from vlm.distributed import gather_objects, note, on_main, together, world_size
 from vlm.errors import VLMError
+from vlm.export.evidence import PROOF
 from vlm.logs import log
 from vlm.models.build import Assembled
 from vlm.objectives.lm import Objective
@@ -44,7 +45,6 @@ from vlm.proof.text import check_batches, check_pixels, check_text, fresh_pixels
 from vlm.train.checkpoint import write_atomically
 from vlm.train.engines.base import Engine
 
-FILE = "proof.json"
 LEAST_SECONDS = 5.0  # a proof may take this long, or
 SHARE_OF_RUN = 0.01  # this share of what the run is going to take
 NOT_HERE = "the whole model is in no process under this engine"
@@ -89,10 +89,10 @@ def prove_run(parts: Parts, run: Path) -> None:
     Raises:
         ConfigError: a check fails.
     """
-    if parts.start_step and on_main(lambda: _was_proven(run / FILE, parts.config)):
+    if parts.start_step and on_main(lambda: _was_proven(run / PROOF, parts.config)):
         return
     proof = prove(parts)
-    on_main(lambda: write_atomically(run / FILE, json.dumps(proof.as_json(), indent=1, ensure_ascii=False) + "\n"))
+    on_main(lambda: write_atomically(run / PROOF, json.dumps(proof.as_json(), indent=1, ensure_ascii=False) + "\n"))
     if proof.failed:
         raise proof.error().on_every_rank()
     log(proof.line())
