@@ -73,7 +73,7 @@ def evaluate(
 ) -> None:
     """Run the evaluation tasks of a config on an export: own pictures, shuffled pictures, baseline."""
     path, found = _config_and_export(config)
-    checked = load_checked(path, options or (), ("evaluation",))  # the export says which models it needs
+    checked = load_checked(path, options or (), ("evaluation",), ())  # the export names its models
     from vlm.evaluation.report import evaluate_run
 
     evaluate_run(checked, export or found, out)

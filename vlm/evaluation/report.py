@@ -27,7 +27,7 @@ from vlm.evaluation.tasks import Question, read_task
 from vlm.export.evidence import FIGURES, figures_table, with_error, write_figures
 from vlm.export.load import LoadedModel, load
 from vlm.export.manifest import read_manifest
-from vlm.logs import live, log
+from vlm.logs import Progress, log
 from vlm.train.checkpoint import write_atomically
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
     folder = Path(config.output_dir) / "export" if export is None else export
     started = time.monotonic()
     loaded = load(folder)
+    log(f"evaluation: {folder} {loaded.describe_compute()}")
     rows = [row.as_json() for row in run_tasks(loaded, config.evaluation, Path(config.data.cache))]
     target = folder.parent if out is None else out
     target = target if target.suffix == ".json" else target / FIGURES
@@ -161,23 +162,16 @@ def _figure(
     shown: Callable[[Question], tuple[str | bytes, ...]],
     which: str,
 ) -> Figure:
-    started = time.monotonic()
     label = f"evaluation: {task.name}, {which}"
-
-    def on_progress(done: int) -> None:
-        live(f"{label}: {done} of {len(questions)} records, {time.monotonic() - started:.0f} s")
-
-    try:
-        scores = score_candidates(loaded, questions, pictures, shown, on_progress=on_progress)
-    finally:
-        live("")
+    with Progress(f"{label}:", len(questions), "records") as progress:
+        scores = score_candidates(loaded, questions, pictures, shown, on_progress=progress.show)
     if task.kind == "loss":
         counts = [sum(label != IGNORE_INDEX for label in question.reply_labels[0]) for question in questions]
         figure = loss_per_token([-score[0] for score in scores], counts)
     else:
         figure = accuracy(scores, [question.answer for question in questions])
     log(f"{label}: {with_error(figure.value, figure.standard_error)} over {len(questions)} records, "
-        f"{time.monotonic() - started:.1f} s")  # fmt: skip
+        f"{progress.seconds:.1f} s")  # fmt: skip
     return figure
 
 

@@ -47,9 +47,10 @@ class TrainConfig(Section):
     """AdamW's."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this norm; null never."""
-    precision: Literal["fp32", "bf16", "bf16_autocast", "fp16"] = "bf16"
-    """bf16: frozen weights bf16, trained ones fp32, computed in bf16. bf16_autocast: all weights fp32. fp16: as bf16
-    in float16, the loss scaled; needs a GPU."""
+    precision: Literal["auto", "fp32", "bf16", "bf16_autocast", "fp16"] = "auto"
+    """auto: bf16 where the device has it natively and it is faster, measured once per machine, else fp32. bf16: frozen
+    weights bf16, trained ones fp32, computed in bf16. bf16_autocast: all weights fp32. fp16: as bf16 in float16, the
+    loss scaled; needs a GPU."""
     log_every: PositiveInt = 1
     """Steps per line of metrics.jsonl."""
     save_every: PositiveInt = 500

@@ -17,6 +17,7 @@ from vlm.errors import CheckpointError
 from vlm.faults import fault
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.lm import Objective
+from vlm.precision import autocast
 from vlm.train.bitsandbytes_adamw import QUANTIZED
 from vlm.train.fragments import Fragment, FragmentReader, state_files, write_fragments
 from vlm.train.scaling import LossScale
@@ -94,9 +95,7 @@ class LossModule(nn.Module):
 
     def forward(self, batch: Batch, num_chunks: int = 1) -> Tensor:
         """Float32 scalar. `num_chunks`: the loss is computed in at least so many pieces, so that ranks agree."""
-        enabled = self.autocast_dtype is not None
-        device = batch.input_ids.device.type
-        with torch.autocast(device, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
+        with autocast(batch.input_ids.device.type, self.autocast_dtype):
             loss = self.objective.loss(self.model, batch, num_chunks)
         return spoil(loss)
 
