@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tiny_export import model_config, write_picture, write_run
 
 from vlm.batch import IGNORE_INDEX
@@ -17,8 +18,9 @@ from vlm.data.images import load_image, to_pixels
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation.config import EvaluationConfig, TaskConfig
 from vlm.evaluation.predict import PictureFeatures, score_candidates
-from vlm.evaluation.report import evaluate_run, markdown_table, run_tasks
+from vlm.evaluation.report import evaluate_run, run_tasks
 from vlm.evaluation.tasks import Question, read_task
+from vlm.export.evidence import figures_table
 from vlm.export.load import LoadedModel, load
 from vlm.export.weights import export_run
 
@@ -219,9 +221,26 @@ def test_evaluate_prints_a_table_and_writes_what_it_printed(root: Path, capsys: 
     assert [row["task"] for row in rows] == ["kind", "caption"]
     assert [row["baseline"] for row in rows] == [pytest.approx(1 / 3), 0.2]
     assert [row["num_records"] for row in rows] == [6, 6]
-    assert markdown_table(rows) in capsys.readouterr().out
+    assert figures_table(rows) in capsys.readouterr().out
+    assert figures_table(rows) in (root / "run/export/README.md").read_text()
     evaluate_run(run_config(root, tasks[:1]), out=root / "elsewhere.json")
     assert len(json.loads((root / "elsewhere.json").read_text())["results"]) == 1
+
+
+def test_a_loss_task_is_scored_on_blank_pictures_too(root: Path, loaded: LoadedModel):
+    records = [{"image": f"{n}.png", "conversations": [
+        {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": COLORS[n]}
+    ]} for n in range(3)]  # fmt: skip
+    task = TaskConfig(name="talk", kind="loss", path=write_records(root / "talk.json", records), images=str(root))
+    (row,) = run_tasks(loaded, EvaluationConfig(tasks=(task,)), root / "cache")
+    white = [root / f"white-{n}.png" for n in range(3)]
+    for path in white:
+        Image.new("RGB", (9, 9), "white").save(path)
+    blank = [{**record, "image": path.name} for record, path in zip(records, white, strict=True)]
+    task = task.model_copy(update={"path": write_records(root / "blank.json", blank)})
+    (expected,) = run_tasks(loaded, EvaluationConfig(tasks=(task,)), root / "cache")
+    assert row.blank.value == pytest.approx(expected.own.value, rel=1e-6)
+    assert row.blank.value != pytest.approx(row.own.value, rel=1e-3)
 
 
 def test_a_config_without_tasks_says_so(root: Path):

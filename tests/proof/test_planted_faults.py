@@ -403,12 +403,14 @@ def _(patch, parts):
 
 @fault("a frozen language model drops out", "frozen_steady", "projector")
 def _(patch, parts):
+    patch.setattr(VisionLanguageModel, "train", torch.nn.Module.train)
     for layer in parts.built.model.llm.model.layers:
         patch.setattr(layer.self_attn, "attention_dropout", 0.3)
 
 
 @fault("the base of adapters drops out", "frozen_steady")
 def _(patch, parts):
+    patch.setattr(VisionLanguageModel, "train", torch.nn.Module.train)
     for layer in parts.built.model.llm.model.layers:
         patch.setattr(layer.self_attn, "attention_dropout", 0.3)
 
@@ -445,6 +447,15 @@ def _(patch, parts):
 def _(patch, parts):
     group = parts.engine.optimizer.param_groups[0]
     patch.setitem(group, "params", [*group["params"], *parts.built.model.llm.parameters()])
+
+
+def test_dropout_that_a_frozen_language_model_was_trained_with_is_off_and_not_refused(parts_of, monkeypatch):
+    """GPT-2, OPT, Phi-2 and StarCoder2 say 0.1 in their config.json."""
+    for setup in ("projector", "lora"):
+        parts = parts_of(setup)
+        for layer in parts.built.model.llm.model.layers:
+            monkeypatch.setattr(layer.self_attn, "attention_dropout", 0.3)
+        assert failed(parts) == []
 
 
 def failed(parts: Parts) -> list[str]:

@@ -10,8 +10,9 @@ from conftest import make_parts, write_config
 from vlm.cli.main import app, run
 from vlm.config import load_config
 from vlm.errors import ConfigError
+from vlm.export.evidence import PROOF
 from vlm.models.vlm import VisionLanguageModel
-from vlm.proof.prove import FILE, prove
+from vlm.proof.prove import prove
 from vlm.run import train
 from vlm.train.checkpoint import list_checkpoints, newest_verified
 from vlm.train.engines.local import LocalEngine
@@ -44,15 +45,15 @@ def plant_a_leak(monkeypatch):
 
 
 def written(folder):
-    return json.loads((folder / FILE).read_text())
+    return json.loads((folder / PROOF).read_text())
 
 
 def test_a_proven_run_ends_equal_to_the_bit_to_one_that_is_not(config_file, tmp_path, capsys):
     """With dropout in the adapters, whose random numbers a proof must not use up."""
     proven = run_here(config_file(output_dir=str(tmp_path / "proven")))
     plain = run_here(config_file(output_dir=str(tmp_path / "plain"), train={"prove": False}))
-    assert (proven / FILE).exists()
-    assert not (plain / FILE).exists()
+    assert (proven / PROOF).exists()
+    assert not (plain / PROOF).exists()
     a, b = (read_weights(newest_verified(folder)) for folder in (proven, plain))
     assert all(torch.equal(a[name], b[name]) for name in b)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("proof: ")]
@@ -106,7 +107,7 @@ def test_a_run_that_fails_its_proof_ends_with_2_and_trains_nothing(config_file, 
 
 def test_a_run_that_goes_on_is_proven_again_only_if_its_config_changed(config_file, monkeypatch):
     folder = run_here(config_file(train={"max_steps": 1}))
-    (folder / FILE).write_text((folder / FILE).read_text().replace('"seconds"', '"old_seconds"'))
+    (folder / PROOF).write_text((folder / PROOF).read_text().replace('"seconds"', '"old_seconds"'))
     first = load_config(config_file(train={"max_steps": 1}))
     monkeypatch.setattr("vlm.proof.prove.digest", lambda config: written(folder)["digest"])
     run_here(config_file(train={"max_steps": 2}))

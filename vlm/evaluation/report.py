@@ -6,6 +6,7 @@ each is computed again with every picture replaced by another record's, and stan
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 import vlm
 from vlm.batch import IGNORE_INDEX
 from vlm.errors import ConfigError
@@ -21,7 +24,9 @@ from vlm.evaluation.config import EvaluationConfig, TaskConfig
 from vlm.evaluation.metrics import Figure, accuracy, derangement, loss_per_token, majority_share
 from vlm.evaluation.predict import PictureFeatures, score_candidates
 from vlm.evaluation.tasks import Question, read_task
+from vlm.export.evidence import FIGURES, figures_table, with_error, write_figures
 from vlm.export.load import LoadedModel, load
+from vlm.export.manifest import read_manifest
 from vlm.logs import Progress, log
 from vlm.train.checkpoint import write_atomically
 
@@ -40,6 +45,7 @@ class Row:
     metric: str
     own: Figure
     shuffled: Figure | None  # None: fewer than two different pictures
+    blank: Figure | None  # every picture white; None: not asked for, or no pictures
     baseline: float | None
     baseline_name: str  # "majority" (always the most frequent answer), "chance", or "" for losses
 
@@ -52,6 +58,8 @@ class Row:
             "own_standard_error": _finite(self.own.standard_error),
             "shuffled": self.shuffled and _finite(self.shuffled.value),
             "shuffled_standard_error": self.shuffled and _finite(self.shuffled.standard_error),
+            "blank": self.blank and _finite(self.blank.value),
+            "blank_standard_error": self.blank and _finite(self.blank.standard_error),
             "baseline": self.baseline,
             "baseline_name": self.baseline_name,
             "num_records": self.own.num_records,
@@ -82,10 +90,11 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
     log(f"evaluation: {folder} {loaded.describe_compute()}")
     rows = [row.as_json() for row in run_tasks(loaded, config.evaluation, Path(config.data.cache))]
     target = folder.parent if out is None else out
-    target = target if target.suffix == ".json" else target / "evaluation.json"
+    target = target if target.suffix == ".json" else target / FIGURES
     target.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "export": str(folder),
+        "steps": read_manifest(folder).origin.get("steps"),
         "vlm_version": vlm.__version__,
         "seed": config.evaluation.seed,
         "dtype": str(loaded.compute_dtype).removeprefix("torch."),
@@ -93,6 +102,7 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
         "results": rows,
     }
     write_atomically(target, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_figures(folder, rows)
     print_table(rows)
     log(f"written to {target}")
     return rows
@@ -104,31 +114,19 @@ def run_tasks(loaded: LoadedModel, config: EvaluationConfig, cache: Path) -> lis
     return [_run_task(loaded, task, pictures, config.seed, cache) for task in config.tasks]
 
 
-def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """
-    >>> print(markdown_table([{"task": "kind", "metric": "accuracy", "own": 0.7, "own_standard_error": 0.03,
-    ...     "shuffled": 0.2, "shuffled_standard_error": 0.02, "baseline": 0.25, "baseline_name": "majority",
-    ...     "num_records": 200}]))
-    | task | figure | own pictures | shuffled pictures | baseline | records |
-    |---|---|---|---|---|---|
-    | kind | accuracy | 0.700 ± 0.030 | 0.200 ± 0.020 | 0.250 (majority) | 200 |
-    """
-    lines = [f"| {' | '.join(_HEAD)} |", "|" + "---|" * len(_HEAD)]
-    return "\n".join(lines + [f"| {' | '.join(_cells(row))} |" for row in rows])
-
-
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """A table for the eye when standard output is a terminal; Markdown to paste in any case."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console, markdown = Console(), figures_table(rows)
     if console.is_terminal:
-        table = Table(*_HEAD)
-        for row in rows:
-            table.add_row(*_cells(row))
+        head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines())
+        table = Table(*head)
+        for line in lines:
+            table.add_row(*line)
         console.print(table)
-    print(markdown_table(rows))
+    print(markdown)
 
 
 def _run_task(loaded: LoadedModel, task: TaskConfig, pictures: PictureFeatures, seed: int, cache: Path) -> Row:
@@ -146,8 +144,14 @@ def _run_task(loaded: LoadedModel, task: TaskConfig, pictures: PictureFeatures, 
             lambda question: tuple(other[image] for image in question.images),
             "shuffled pictures",
         )
+    blank = None
+    if shown and task.kind == "loss":  # one more pass over the records, so not for every task
+        picture = _blank_picture()
+        blank = _figure(
+            loaded, task, questions, pictures, lambda question: (picture,) * len(question.images), "blank pictures"
+        )
     baseline, name = _baseline(task, questions)
-    return Row(task.name, task.kind, METRICS[task.kind], own, shuffled, baseline, name)
+    return Row(task.name, task.kind, METRICS[task.kind], own, shuffled, blank, baseline, name)
 
 
 def _figure(
@@ -166,36 +170,22 @@ def _figure(
         figure = loss_per_token([-score[0] for score in scores], counts)
     else:
         figure = accuracy(scores, [question.answer for question in questions])
-    log(f"{label}: {_pm(figure.value, figure.standard_error)} over {len(questions)} records, "
+    log(f"{label}: {with_error(figure.value, figure.standard_error)} over {len(questions)} records, "
         f"{progress.seconds:.1f} s")  # fmt: skip
     return figure
+
+
+def _blank_picture() -> bytes:
+    """A white one, encoded."""
+    encoded = io.BytesIO()
+    Image.new("RGB", (64, 64), "white").save(encoded, format="PNG")
+    return encoded.getvalue()
 
 
 def _baseline(task: TaskConfig, questions: list[Question]) -> tuple[float | None, str]:
     if task.kind == "choice":
         return majority_share([question.answer_text for question in questions]), "majority"
     return (1 / task.num_candidates, "chance") if task.kind == "ranking" else (None, "")
-
-
-_HEAD = ("task", "figure", "own pictures", "shuffled pictures", "baseline", "records")
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    baseline = "" if row["baseline"] is None else f"{row['baseline']:.3f} ({row['baseline_name']})"
-    return (
-        row["task"],
-        row["metric"],
-        _pm(row["own"], row["own_standard_error"]),
-        _pm(row["shuffled"], row["shuffled_standard_error"]),
-        baseline,
-        str(row["num_records"]),
-    )
-
-
-def _pm(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" + ("" if error is None or math.isnan(error) else f" ± {error:.3f}")
 
 
 def _finite(value: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from vlm.export.manifest import Manifest
 
@@ -25,11 +26,12 @@ print(processor.decode(new_ids, skip_special_tokens=True))
 """
 
 
-def draft_card(manifest: Manifest, name: str, notes: list[str]) -> str:
+def draft_card(manifest: Manifest, name: str, notes: list[str], evidence: Sequence[str] = ()) -> str:
     """
     Args:
         name: of the export's folder.
         notes: lines about this export that a user should know.
+        evidence: sections about its quality; see `vlm.export.evidence`.
     """
     origin = manifest.origin
     bases = [base for base in (origin.get("llm"), origin.get("vision")) if base]
@@ -49,6 +51,7 @@ def draft_card(manifest: Manifest, name: str, notes: list[str]) -> str:
         "",
         *_use(manifest, name),
     ]
+    lines += evidence
     if notes:
         lines += ["## Notes", "", *(f"- {note}" for note in notes), ""]
     lines += ["## License", "", "The licenses of the base models and of the training data apply.", ""]

@@ -14,6 +14,7 @@ from vlm.data.template import ChatTemplate
 from vlm.data.tokenize import ConversationTokenizer, adds_bos
 from vlm.errors import CheckpointError
 from vlm.export.card import draft_card
+from vlm.export.evidence import CARD, copy_proof, evidence_sections, read_figures
 from vlm.export.fingerprint import fingerprint_files
 from vlm.export.folder import replace_folder
 from vlm.export.hf import why_not_llava, write_llava
@@ -75,7 +76,8 @@ def export_run(
         fault("export:weights")
         if manifest.layout == "vlm":
             _write_tokenizer(folder, tokenizer, template)
-        (folder / "README.md").write_text(draft_card(manifest, final.name, notes), encoding="utf-8")
+        evidence = evidence_sections(copy_proof(run, folder), read_figures(run, trained.origin.get("steps")))
+        (folder / CARD).write_text(draft_card(manifest, final.name, notes, evidence), encoding="utf-8")
         write_manifest(folder, manifest)
     size = sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
     log(f"{final}: {', '.join(manifest.included)}, {size / 1e6:,.1f} MB; try: vlm chat {final}")

@@ -35,6 +35,15 @@ class VisionLanguageModel(nn.Module):
         self.image_token_id = image_token_id
         self.always_encode = False  # run encoder and projector without a picture too, so that all ranks call the same
 
+    def train(self, mode: bool = True) -> VisionLanguageModel:
+        """Of a language model that does not train itself only adapters leave evaluation mode: no dropout, no noise."""
+        super().train(mode)
+        if mode and not any(p.requires_grad and ".lora_" not in name for name, p in self.llm.named_parameters()):
+            for name, module in self.llm.named_modules():
+                # a block that computes its activations again asks for its own mode
+                module.training = ".lora_" in name or getattr(module, "gradient_checkpointing", False)
+        return self
+
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, S, S] -> [N, T, D]."""
         assert self.vision is not None

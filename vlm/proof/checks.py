@@ -177,7 +177,7 @@ class Proof:
         """Markdown."""
         rows = [
             f"| {name} | {_number(finding.measured)} | {_bound(finding)} | {_RESULTS[finding.passed]} | "
-            f"{finding.note or CHECKS[name].meaning} |"
+            f"{_remark(name, finding)} |"
             for name, finding in self.findings.items()
         ]
         return "\n".join(["| check | measured | bound | result | |", "|---|---|---|---|---|", *rows])
@@ -202,6 +202,12 @@ class Proof:
             f"  {name}{measured}: it does not hold that {check.meaning}.{note} Usually {check.cause}. "
             f"What to do: {check.remedy}"
         )
+
+
+def _remark(name: str, finding: Finding) -> str:
+    if finding.passed is None:
+        return finding.note
+    return CHECKS[name].meaning + (f" ({finding.note})" if finding.note else "")
 
 
 _RESULTS = {True: "ok", False: "FAIL", None: "not made"}

@@ -92,9 +92,9 @@ def check_initial_weights(model: VisionLanguageModel, init_from: str) -> Finding
         for name, tensor in part.items()
         if name in tensors and full_shape(tensor) == tensor.shape and not hasattr(tensor, "placements")
     }
-    if not own:
+    if not any(isinstance(tensor, nn.Parameter) for tensor in own.values()):
         return not_made("this process holds nothing whole that the export has")
-    worst, where = 0.0, ""
+    worst, where = 0.0, f"{len(own)} of {len(tensors)} tensors are whole in this process"
     for name, tensor in own.items():
         difference = relative(tensor.detach().cpu(), tensors[name].to(tensor.dtype))
         if difference > worst:

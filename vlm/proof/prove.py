@@ -20,6 +20,7 @@ from vlm.config import RunConfig
 from vlm.data.build import Data
 from vlm.distributed import gather_objects, note, on_main, together, world_size
 from vlm.errors import VLMError
+from vlm.export.evidence import PROOF
 from vlm.logs import log
 from vlm.models.build import Assembled
 from vlm.objectives.lm import Objective
@@ -45,7 +46,6 @@ from vlm.proof.text import check_batches, check_pixels, check_text, fresh_pixels
 from vlm.train.checkpoint import write_atomically
 from vlm.train.engines.base import Engine
 
-FILE = "proof.json"
 LEAST_SECONDS = 5.0  # a proof may take this long, or
 SHARE_OF_RUN = 0.01  # this share of what the run is going to take
 NOT_HERE = "the whole model is in no process under this engine"
@@ -76,8 +76,10 @@ class Parts:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the computation."""
-        return self.engine.autocast_dtype or torch.float32
+        """Of the computation; of the encoder's, if that is coarser."""
+        vision = self.built.model.vision
+        own = [] if vision is None or vision.compute is None else [vision.compute.dtype]
+        return max([self.engine.autocast_dtype or torch.float32, *own], key=lambda dtype: torch.finfo(dtype).eps)
 
     def autocast(self) -> AbstractContextManager[None]:
         return autocast(self.device.type, self.engine.autocast_dtype)
@@ -89,10 +91,10 @@ def prove_run(parts: Parts, run: Path) -> None:
     Raises:
         ConfigError: a check fails.
     """
-    if parts.start_step and on_main(lambda: _was_proven(run / FILE, parts.config)):
+    if parts.start_step and on_main(lambda: _was_proven(run / PROOF, parts.config)):
         return
     proof = prove(parts)
-    on_main(lambda: write_atomically(run / FILE, json.dumps(proof.as_json(), indent=1, ensure_ascii=False) + "\n"))
+    on_main(lambda: write_atomically(run / PROOF, json.dumps(proof.as_json(), indent=1, ensure_ascii=False) + "\n"))
     if proof.failed:
         raise proof.error().on_every_rank()
     log(proof.line())
@@ -109,7 +111,7 @@ def prove(parts: Parts, seconds: float | None = None) -> Proof:
         work = _Work(parts, seconds)
         work.check_everything()
     findings = _agree({name: work.findings.get(name, not_made("no such part here")) for name in CHECKS})
-    return Proof(findings, work.clock.seconds, _facts(parts, work.subject))
+    return Proof(findings, work.clock.seconds, _facts(parts, work))
 
 
 class _Clock:
@@ -136,7 +138,8 @@ class _Work:
     def __post_init__(self) -> None:
         parts = self.parts
         self.clock = _Clock(None)
-        self.strict = TF32 if (parts.dtype, parts.device.type) == (torch.float32, "cuda") else BOUNDS[parts.dtype]
+        self.dtype = on_main(lambda: parts.dtype)  # rank 0 has the encoder under every engine
+        self.strict = TF32 if (self.dtype, parts.device.type) == (torch.float32, "cuda") else BOUNDS[self.dtype]
         self.bounds = self.strict  # wider once it is known how the model rounds
         data = self.parts.data
         numbers = on_main(lambda: choose(data))
@@ -201,7 +204,7 @@ class _Work:
 
     def _widen(self, probe: StateProbe | LossProbe) -> None:
         embedding = self.parts.built.model.llm.get_input_embeddings()
-        rounding = measure_rounding(probe, self.rows, embedding, self.parts.dtype)
+        rounding = measure_rounding(probe, self.rows, embedding, self.dtype)
         self.bounds = self.bounds.widened(rounding)
 
     def _check_forward(self, probe: StateProbe | LossProbe) -> None:
@@ -270,17 +273,17 @@ def _agree(findings: Findings) -> Findings:
     return merged
 
 
-def _facts(parts: Parts, subject: Subject) -> dict[str, object]:
+def _facts(parts: Parts, work: _Work) -> dict[str, object]:
     import transformers
 
     return {
         "digest": digest(parts.config),
-        "records": [record.example.where for record in subject.computed],
+        "records": [record.example.where for record in work.subject.computed],
         "step": parts.start_step,
         "engine": type(parts.engine).__name__,
         "processes": world_size(),
         "device": parts.device.type,
-        "computed_in": str(parts.dtype).removeprefix("torch."),
+        "computed_in": str(work.dtype).removeprefix("torch."),
         "versions": {
             "vlm": vlm.__version__,
             "torch": torch.__version__,
