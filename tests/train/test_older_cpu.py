@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import sys
 
 import pytest
@@ -21,9 +22,12 @@ main(sys.argv[1:])
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the variables are for x86")
 def test_a_tiny_run_learns_with_the_kernels_of_an_older_cpu(config_file, tmp_path):
-    done = run_launcher([sys.executable, "-c", PROGRAM, "train", str(config_file())], os.environ | AVX2_ONLY)
+    older = {**AVX2_ONLY, "VLM_CACHE_DIR": str(tmp_path / "machine")}
+    path = str(config_file(train__precision="auto"))
+    done = run_launcher([sys.executable, "-c", PROGRAM, "train", path], os.environ | older)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["AVX2"]
+    assert re.search(r"precision: fp32, as .* matrix product \d+x slower", done.stderr), done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0] - 0.3  # from 5.80 to 5.37
