@@ -18,7 +18,7 @@ from vlm.export.load import load_init
 from vlm.export.load_stage import load_init_stage
 from vlm.logs import log, warn
 from vlm.models.build import Assembled, build_model, forked_random_state
-from vlm.models.llm_parts import has_llm_parts
+from vlm.models.families import has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
 from vlm.models.trainable import load_weights
 from vlm.models.vlm import VisionLanguageModel

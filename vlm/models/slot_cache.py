@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vlm.models.llm_parts import LLM_PARTS
+from vlm.models.families import LLM_PARTS
 from vlm.models.vlm import VisionLanguageModel
 
 CELLS = 64  # slots grow by multiples of this
