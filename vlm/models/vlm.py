@@ -83,7 +83,7 @@ class VisionLanguageModel(nn.Module):
             pixel_values: [N, 3, S, S], in the order of the placeholders; None for text alone.
             image_features: [N, P, C], what the encoder yields for them, instead of `pixel_values`.
         """
-        return self._decode(self.inputs_embeds(input_ids, pixel_values, image_features), position_ids)
+        return self.decode(self.inputs_embeds(input_ids, pixel_values, image_features), position_ids)
 
     def inputs_embeds(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None
@@ -105,7 +105,8 @@ class VisionLanguageModel(nn.Module):
         """[..., D] -> [..., V], scaled or capped as the language model does."""
         return head_logits(self.llm, hidden_states, self.logits_rule)
 
-    def _decode(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
+    def decode(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
+        """Hidden states [B, L, D] after the final norm, of what `inputs_embeds` returns; positions as for `forward`."""
         longest = self.packing.longest
         if not self.packing.by_positions:
             return decode_one_by_one(self._decoder, embeddings, position_ids, self._agree)
