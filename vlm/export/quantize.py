@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlm.errors import ConfigError, MissingPackageError
 from vlm.logs import warn
@@ -85,6 +86,20 @@ def _shape_of(parameter: Any) -> tuple[int, ...]:
     return tuple(parameter.shape if state is None else state.shape)
 
 
+@cache
+def _linear_8bit() -> type:
+    import bitsandbytes as bnb
+
+    class Linear8bitRows(bnb.nn.Linear8bitLt):  # type: ignore[misc]
+        """bitsandbytes flattens inputs of three dimensions only; multi-head latent attention has four."""
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            outputs: Tensor = super().forward(inputs.flatten(0, -2) if inputs.dim() > 3 else inputs)
+            return outputs.view(*inputs.shape[:-1], -1)
+
+    return Linear8bitRows
+
+
 def _quantized(linear: Any, bits: int, compute_dtype: torch.dtype) -> nn.Module:
     import bitsandbytes as bnb
 
@@ -92,7 +107,7 @@ def _quantized(linear: Any, bits: int, compute_dtype: torch.dtype) -> nn.Module:
     weight = linear.weight.data.T.contiguous() if is_transposed(linear) else linear.weight.data
     layer: Any
     if bits == 8:
-        layer = bnb.nn.Linear8bitLt(*shape, bias=has_bias, has_fp16_weights=False, threshold=6.0, device="meta")
+        layer = _linear_8bit()(*shape, bias=has_bias, has_fp16_weights=False, threshold=6.0, device="meta")
         layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
         layer = bnb.nn.Linear4bit(*shape, bias=has_bias, compute_dtype=compute_dtype, quant_type="nf4", device="meta")

@@ -138,7 +138,7 @@ def _generation_config(model: VisionLanguageModel, stop_ids: Collection[int], se
         num_beams=settings.num_beams,
         repetition_penalty=settings.repetition_penalty,
         # a token that does not exist, as None would take the model's own
-        eos_token_id=sorted(stop_ids) or [model.llm.config.vocab_size],
+        eos_token_id=sorted(stop_ids) or [model.llm.config.get_text_config(decoder=True).vocab_size],
         pad_token_id=min(stop_ids, default=0),
         use_cache=True,
         **sampling,
