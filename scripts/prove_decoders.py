@@ -25,13 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
-
 from toy_decoders import toy_config, toy_decoder
-from vlm.compat import prepare
 
-prepare()
+from vlm.compat import prepare
 from vlm.errors import ConfigError
 from vlm.models.batched_generate import BatchedGenerator, Reply
 from vlm.models.config import LLMConfig, LoRAConfig, ModelConfig
@@ -43,6 +40,8 @@ from vlm.models.row_decoders import PlainDecoder, RowByRowDecoder
 from vlm.models.sampling import SamplingSettings
 from vlm.models.trainable import set_trainable
 from vlm.models.vlm import VisionLanguageModel
+
+prepare()
 
 LENGTHS = ((11, 9, 12, 1, 1), (20, 14))  # records of the two rows; the last token of the first is padding
 WORST = 1e-3  # of the largest value; where blocks run in loops (dory) rounding reaches 3e-4, the least leak is over 0.1
@@ -245,13 +244,9 @@ def as_markdown(rows: Sequence[Measured], seconds: float) -> str:
             one_by_one=sum(row.packing == "one by one" for row in right), wrong=len(by_state["wrong"]),
             refused=len(by_state["refused"]), left=len(by_state["not built"]),
         ),
-        "| type | packed rows | logits | gradient | checkpointing | reply | serve | LoRA | pipeline | plan | 8 / 4 bits |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-        *(
-            f"| `{row.type}` | {row.packing} | {row.logits:.0e} | {row.gradient:.0e} | {row.checkpointing} | {row.reply} | "
-            f"{row.serve} | {row.lora} | {row.pipeline} | {row.plan} | {row.bits} |"
-            for row in right
-        ),
+        _line("type", *_COLUMNS),
+        "|---" * (len(_COLUMNS) + 1) + "|",
+        *(_line(f"`{row.type}`", *(_cell(row, name) for name in _COLUMNS.values())) for row in right),
     ]  # fmt: skip
     titles = {"wrong": "Wrong", "refused": "Refused by name, before weights are loaded", "not built": "Not measured"}
     for state, title in titles.items():
@@ -259,6 +254,21 @@ def as_markdown(rows: Sequence[Measured], seconds: float) -> str:
             lines += ["", f"## {title}", "", "| type | why |", "|---|---|"]
             lines += [f"| `{row.type}` | {row.reason.replace('|', ' ')} |" for row in by_state[state]]
     return "\n".join(lines) + "\n"
+
+
+_COLUMNS = {
+    "packed rows": "packing", "logits": "logits", "gradient": "gradient", "checkpointing": "checkpointing",
+    "reply": "reply", "serve": "serve", "LoRA": "lora", "pipeline": "pipeline", "plan": "plan", "8 / 4 bits": "bits",
+}  # fmt: skip
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(row: Measured, name: str) -> str:
+    value = getattr(row, name)
+    return f"{value:.0e}" if isinstance(value, float) else value
 
 
 _HEAD = """# Decoders
@@ -271,18 +281,21 @@ kernels. {versions}; {seconds:.0f} s.
 refused by name; {left} could not be built at toy size.** A type that is not listed (newer, or with code of its own) is
 decoded one by one, and its head is compared with its own forward when it is loaded.
 
-| column | what it says |
-|---|---|
-| packed rows | `positions`: records of a packed row are kept apart by restarting positions. `one by one`: the class would let them see each other, so each is a row of its own inside the forward: slower, and one line of the log says so. No class's segment arguments (`seq_idx`, `cu_seq_lens_q`) are honoured on a CPU, so they are not used |
-| logits | of records in packed rows, as `vlm` computes them, against transformers' own forward of each record alone, scale and soft cap of the head included: the largest difference, relative to the largest logit |
-| gradient | the same for the gradient of every weight |
-| checkpointing | whether `model.gradient_checkpointing` works; it changes no gradient |
-| reply | ten tokens as `vlm chat` writes them, against the model without a cache |
-| serve | two requests as `vlm serve` writes them, the prompt read at once and in pieces, and how: all rows in one forward, row by row with a cache, or row by row without one (slow) |
-| LoRA | linear layers that `targets: all-linear` finds; idle ones got no gradient |
-| pipeline | whether `engine.kind: pipeline` can cut it; the others are refused by name |
-| plan | blocks that `vlm plan` finds |
-| 8 / 4 bits | linear layers that `--bits` quantizes. Experts that lie in one tensor stay as they are, and the log says so |
+- packed rows: `positions`: records of a packed row are kept apart by restarting positions. `one by one`: the class
+  would let them see each other, so each is a row of its own inside the forward: slower, and one line of the log says
+  so. No class's segment arguments (`seq_idx`, `cu_seq_lens_q`) are honoured on a CPU, so they are not used.
+- logits: of records in packed rows, as `vlm` computes them, against transformers' own forward of each record alone,
+  scale and soft cap of the head included: the largest difference, relative to the largest logit.
+- gradient: the same for the gradient of every weight.
+- checkpointing: whether `model.gradient_checkpointing` works; it changes no gradient.
+- reply: ten tokens as `vlm chat` writes them, against the model without a cache.
+- serve: two requests as `vlm serve` writes them, the prompt read at once and in pieces, and how: all rows in one
+  forward, row by row with a cache, or row by row without one (slow).
+- LoRA: linear layers that `targets: all-linear` finds; idle ones got no gradient.
+- pipeline: whether `engine.kind: pipeline` can cut it; the others are refused by name.
+- plan: blocks that `vlm plan` finds.
+- 8 / 4 bits: linear layers that `--bits` quantizes. Experts that lie in one tensor stay as they are, and the log says
+  so.
 
 Chat templates belong to a folder's tokenizer, not to a type: see [data.md](data.md).
 """

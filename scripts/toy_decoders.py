@@ -1,7 +1,7 @@
 """Causal language models of every type that transformers has, a few thousand weights each, from their config classes.
 
-Field names decide most sizes (`SIZES`); `SPECIAL` says what a type needs beside that to be built, and what makes it show
-all kinds of blocks that it has.
+Field names decide most sizes (`SIZES`); `SPECIAL` says what a type needs beside that to be built, and what makes it
+show all kinds of blocks that it has.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "index_head_dim", "attention_head_dim"), HEAD_WIDTH),
     **dict.fromkeys(("mamba_head_dim", "mamba_d_head", "query_pre_attn_scalar"), HEAD_WIDTH),
     **dict.fromkeys(("rotary_dim", "q_lora_rank", "kv_lora_rank", "o_lora_rank", "laurel_rank"), HEAD_WIDTH),
-    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "adapter_rank", "router_hidden_size"), HEAD_WIDTH),
+    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "adapter_rank"), HEAD_WIDTH),
+    "router_hidden_size": HEAD_WIDTH,
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_groups", "mamba_n_groups", "mamba_ngroups", "o_groups"), 1),

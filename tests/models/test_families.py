@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import scramble, write_tokenizer
-from toy_decoders import toy_decoder
 from torch import nn
+from toy_decoders import toy_decoder
 
 from vlm.errors import ConfigError
 from vlm.models.batched_generate import BatchedGenerator, Reply

@@ -1,4 +1,4 @@
-"""Decoders whose packed records are decoded one by one train alike in every engine, however many forwards a rank needs."""
+"""Decoders whose packed records are decoded one by one train alike in every engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 2
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """Mamba, with records of very unequal length: the ranks need one, two or three forwards for their rows."""
-    words = "red green blue square circle cat dog bird".split()
+    words = ["red", "green", "blue", "square", "circle", "cat", "dog", "bird"]
     records = [
         {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": " ".join(words * times)}]}
         for times in (1, 5, 1, 1, 2, 1, 4, 1, 1, 3, 1, 1) * 2
@@ -32,8 +32,8 @@ def config(tmp_path: Path) -> Path:
         "output_dir": str(tmp_path / "run"),
         "model": {"llm": {"path": str(tmp_path / "llm")}, "trainable": ["llm"]},
         "data": {
-            "template": "chatml", "sources": [{"path": str(tmp_path / "data.json")}], "max_length": 512, "held_out": 0.0,
-            "cache": str(tmp_path / "cache"),
+            "template": "chatml", "sources": [{"path": str(tmp_path / "data.json")}], "max_length": 512,
+            "held_out": 0.0, "cache": str(tmp_path / "cache"),
         },
         "train": {
             "max_steps": STEPS, "global_batch_size": 2, "micro_batch_size": 1, "precision": "fp32",

@@ -30,7 +30,7 @@ PACKS_BY_POSITIONS = frozenset(
     moss_transcribe_diarize nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 phi4_multimodal phimoe
     qwen2 qwen2_moe qwen3 qwen3_moe sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2
     vaultgemma youtu
-    """.split()
+    """.split()  # noqa: SIM905 - a list of names is read in columns
 )
 
 # Types in which a record of a packed row would see another one, by a state that runs on, by distances or by positions
@@ -41,7 +41,7 @@ ONE_BY_ONE = frozenset(
     inkling2_loop_text inkling2_text inkling_text jamba kimi_linear lara_mini lfm2 lfm2_moe lfm3 mamba mamba2
     minimax mpt nemotron_h olmo_hybrid openai-gpt opt qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
     qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma rwkv xglm xlstm zamba zamba2 zaya
-    """.split()
+    """.split()  # noqa: SIM905 - a list of names is read in columns
 )
 
 # transformers' generate() fails or differs from the same model without a cache.

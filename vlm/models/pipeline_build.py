@@ -16,8 +16,8 @@ from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.build import Assembled, assemble, forked_random_state, frozen_dtype
 from vlm.models.config import ModelConfig
-from vlm.models.llm import choose_attention, llm_from_config, load_tokenizer, pad_vocabulary
 from vlm.models.families import llm_parts
+from vlm.models.llm import choose_attention, llm_from_config, load_tokenizer, pad_vocabulary
 from vlm.models.pipeline import PipelineLayer, num_layers, pipeline_layers
 from vlm.models.trainable import PARTS, load_weights, part_of, part_weights, trained_weights
 from vlm.models.vision import VisionEncoder, build_vision
