@@ -140,7 +140,7 @@ def test_a_row_with_a_record_so_long_that_rotations_change_is_decoded_one_by_one
         "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 8,
         "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0,
     }  # fmt: skip
-    llm = toy_decoder("phi3", rope_parameters=rope, partial_rotary_factor=1.0)
+    llm = toy_decoder("phi3", rope_parameters=rope, original_max_position_embeddings=8)
     model = VisionLanguageModel(llm)
     assert model.packing.longest == 8
     ids = torch.randint(3, 60, (1, 18), generator=torch.manual_seed(0))
