@@ -10,7 +10,7 @@ from vlm.data.config import SourceConfig
 from vlm.data.conversation import IMAGE, Conversation, Turn
 from vlm.data.template import EOS, ChatTemplate, RoleFormat
 from vlm.data.tokenize import ConversationTokenizer
-from vlm.models.llm_parts import LLM_PARTS, LLMParts
+from vlm.models.families import LLM_PARTS, LLMParts
 from vlm.models.loss import chunked_cross_entropy
 from vlm.models.pipeline import pipeline_layers, run_layers
 from vlm.models.projector import Projector

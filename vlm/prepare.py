@@ -21,7 +21,7 @@ from vlm.export.load import load_init
 from vlm.export.load_stage import load_init_stage
 from vlm.logs import log, warn
 from vlm.models.build import Assembled, build_model, forked_random_state
-from vlm.models.llm_parts import has_llm_parts
+from vlm.models.families import describe_packing, has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
 from vlm.models.trainable import load_weights
 from vlm.models.vlm import VisionLanguageModel
@@ -120,6 +120,7 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
     if built.model.vision is not None and built.model.vision.compute is not None:
         log(f"vision encoder: computes in {built.model.vision.compute.name}")
     log(f"engine: {plan.describe()}")
+    _describe_packing(config, built.model, plan)
     _refuse_different_data(data, max_steps)
     _describe_data(config, data, max_steps)
     objective = LanguageModeling()
@@ -149,6 +150,23 @@ def _refuse_different_data(data: Data, max_steps: int) -> None:
         )
         error.everywhere = True
         raise error
+
+
+def _describe_packing(config: RunConfig, model: VisionLanguageModel, plan: Layout) -> None:
+    """Say that packing is slower with this decoder, if it is.
+
+    Raises:
+        ConfigError: a pipeline would rotate the records of a row by the length of the longest.
+    """
+    longest, line = model.packing.longest, describe_packing(model.llm.config)
+    if line is not None and config.data.packing:
+        log(line)
+    if plan.kind == "pipeline" and config.data.packing and longest is not None and config.data.max_length > longest:
+        raise ConfigError(
+            f"data.max_length {config.data.max_length}: beyond {longest} tokens the rotary embedding of "
+            f"{model.llm.config.model_type} depends on the longest record of a row, which a pipeline does not keep "
+            f"apart. Set data.max_length to {longest}, data.packing to false, or engine.kind to zero or fsdp"
+        )
 
 
 def _tell_plan(config: RunConfig, plan: Layout) -> str:

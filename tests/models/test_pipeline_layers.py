@@ -15,7 +15,7 @@ from vlm.batch import IGNORE_INDEX, Batch
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.build import build_model, build_on_meta
 from vlm.models.config import ModelConfig
-from vlm.models.llm_parts import LLM_PARTS
+from vlm.models.families import LLM_PARTS
 from vlm.models.loss import chunked_cross_entropy
 from vlm.models.pipeline import pipeline_layers, run_layers
 from vlm.models.pipeline_build import build_stage, check_cuts, load_stage_weights

@@ -21,6 +21,7 @@ from vlm.batch import IGNORE_INDEX
 from vlm.data.images import load_image, to_pixels
 from vlm.evaluation.tasks import Question
 from vlm.export.load import LoadedModel
+from vlm.models.decoders import find_decoder
 
 MAX_TOKENS = {"cpu": 1024, "cuda": 16384}  # padded tokens per forward; a CPU is as fast at 512 and at 4096
 # supervised positions whose logits exist at once; 128 stay in a CPU's caches: 2.5 times as fast there as 2048
@@ -169,7 +170,7 @@ def _forward(loaded: LoadedModel, rows: list[_Row], features: Tensor | None) -> 
     with torch.inference_mode(), loaded.autocast():
         shared = any(len(row.candidates) > 1 for row in rows)
         mask = _tree_mask(segments, loaded.compute_dtype) if shared else None
-        decoder = loaded.model.llm.get_decoder()
+        decoder = find_decoder(loaded.model.llm)
         hidden_states = decoder(
             inputs_embeds=loaded.model.embed(input_ids, features),
             position_ids=positions,
@@ -212,5 +213,9 @@ def _sum_by_candidate(loaded: LoadedModel, rows: list[_Row], hidden_states: Tens
 
 
 def _takes_masks(loaded: LoadedModel) -> bool:
-    """Flash attention and flex attention take no mask of our own: there each candidate gets a row."""
-    return loaded.model.llm.config._attn_implementation in ("sdpa", "eager")
+    """Where not, each candidate gets a row: flash and flex attention take no mask of our own, a window would be lost in
+    one, and a state that runs along the row does not read it."""
+    config, packing = loaded.model.llm.config, loaded.model.packing
+    has_window = getattr(config.get_text_config(decoder=True), "sliding_window", None) is not None
+    is_attention_only = packing.by_positions and packing.longest is None and not has_window
+    return is_attention_only and config._attn_implementation in ("sdpa", "eager")

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm.errors import CheckpointError
 from vlm.export.fingerprint import differences
 from vlm.export.manifest import NAME, Manifest, read_manifest
 from vlm.export.parts import read_parts
 from vlm.models.config import LoRAConfig
-from vlm.models.trainable import block_linears, misfit, part_of, part_weights
+from vlm.models.decoders import is_transposed, linear_shape
+from vlm.models.trainable import adapted_linears, misfit, part_of, part_weights
 from vlm.models.vlm import VisionLanguageModel
 
 
@@ -71,11 +73,12 @@ def fold_adapter(model: VisionLanguageModel, lora: LoRAConfig, tensors: Mapping[
     Raises:
         CheckpointError: lists every tensor that is missing, unknown, of another shape, or not finite once added.
     """
-    layers = _adapted_layers(model, lora)
+    layers: dict[str, Any] = adapted_linears(model.llm, lora)
     expected: dict[str, list[int]] = {}
     for name, layer in layers.items():
-        expected[f"llm.lora.{name}.lora_A.weight"] = [lora.rank, layer.in_features]
-        expected[f"llm.lora.{name}.lora_B.weight"] = [layer.out_features, lora.rank]
+        inputs, outputs = linear_shape(layer)
+        expected[f"llm.lora.{name}.lora_A.weight"] = [lora.rank, inputs]
+        expected[f"llm.lora.{name}.lora_B.weight"] = [outputs, lora.rank]
     problems = [f"  {name}: not in the model" for name in tensors if name not in expected]
     problems += [f"  {name}: missing" for name in expected if name not in tensors]
     problems += [
@@ -88,7 +91,7 @@ def fold_adapter(model: VisionLanguageModel, lora: LoRAConfig, tensors: Mapping[
     for name, layer in layers.items():
         down, up = (tensors[f"llm.lora.{name}.lora_{part}.weight"].to(layer.weight.device) for part in "AB")
         delta = (up.float() @ down.float()) * (lora.alpha / lora.rank)
-        layer.weight += delta.to(layer.weight.dtype)
+        layer.weight += (delta.T if is_transposed(layer) else delta).to(layer.weight.dtype)
         if not layer.weight.isfinite().all():
             raise CheckpointError(f"{where}: llm.lora.{name} is not finite once added. The training diverged")
 
@@ -110,13 +113,3 @@ def _refuse_other_base(lines: list[str], adapter: Path, export: Path) -> None:
             "the adapter's -> the export's):\n" + "\n".join(lines) + "\nUsually the adapter belongs to another base "
             "model, or the export is a --full one with an adapter merged in: name the export made without --full"
         )
-
-
-def _adapted_layers(model: VisionLanguageModel, lora: LoRAConfig) -> dict[str, nn.Linear]:
-    """Name in the language model -> linear layer, of those that an adapter stands beside."""
-    linears = {name: module for name, module in model.llm.named_modules() if isinstance(module, nn.Linear)}
-    if lora.targets == "all-linear":
-        last = block_linears(model)
-    else:
-        last = set(lora.targets)
-    return {name: module for name, module in linears.items() if name.rpartition(".")[2] in last}

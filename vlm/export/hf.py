@@ -36,7 +36,11 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
-_HEAD_SCALES = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # settings that Llava's head ignores
+# settings that Llava's head ignores
+_HEAD_SCALES = (
+    "logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "logits_soft_cap",
+    "output_logit_soft_cap", "logits_mup_width_multiplier", "unpadded_vocab_size",
+)  # fmt: skip
 
 
 def why_not_llava(config: ModelConfig, built: Assembled) -> str | None:

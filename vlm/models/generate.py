@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.models.sampling import LEAST_TEMPERATURE
+from vlm.errors import ConfigError
+from vlm.models.families import GENERATES_WRONGLY, ONE_BY_ONE, PACKS_BY_POSITIONS
+from vlm.models.row_decoders import build_row_decoder
+from vlm.models.sampling import LEAST_TEMPERATURE, Sampler, SamplingSettings
 from vlm.models.vlm import VisionLanguageModel
 
 OnToken = Callable[[int], bool]  # called with each new token; False ends the reply
@@ -66,6 +70,8 @@ def generate(
     with _undisturbed(model, settings.seed):
         features = None if pixel_values is None else model.encode_images(pixel_values.to(ids.device))
         embeddings = model.embed(ids, features)
+        if not _can_generate(model.llm):
+            return _write_one_by_one(model, embeddings, follower, settings)
         llm: Any = model.llm
         output = llm.generate(
             inputs_embeds=embeddings,
@@ -82,6 +88,42 @@ def generate(
     return new_ids[:end]
 
 
+def _can_generate(llm: Any) -> bool:
+    """Whether transformers' own generation takes embeddings and is right, for this class."""
+    takes_embeddings = "inputs_embeds" in inspect.signature(llm.prepare_inputs_for_generation).parameters
+    kind = llm.config.model_type
+    return takes_embeddings and kind in PACKS_BY_POSITIONS | ONE_BY_ONE and kind not in GENERATES_WRONGLY
+
+
+def _write_one_by_one(
+    model: VisionLanguageModel, embeddings: Tensor, follower: _Follower, settings: GenerationSettings
+) -> list[int]:
+    """A reply as `vlm serve` writes it, with a cache that was compared with none."""
+    if settings.num_beams > 1:
+        raise ConfigError(
+            f"num_beams {settings.num_beams}: model type {model.llm.config.model_type} is decoded here without beams, "
+            "as transformers does not take embeddings for it. Set num_beams to 1"
+        )
+    decoder, new_ids = build_row_decoder(model), list[int]()
+    sampler = Sampler(
+        SamplingSettings(
+            temperature=settings.temperature if settings.do_sample else 0.0, top_p=settings.top_p,
+            top_k=settings.top_k, repetition_penalty=settings.repetition_penalty, seed=settings.seed,
+        )
+    )  # fmt: skip
+    start = embeddings.shape[1]
+    hidden_state = decoder.prefill(embeddings, 0, 0)
+    while len(new_ids) < settings.max_new_tokens:
+        token = sampler.choose(model.logits(hidden_state)[0].float(), new_ids).id
+        new_ids.append(token)
+        ids = torch.tensor([[token]], device=embeddings.device)
+        if token in follower.stop_ids or bool(follower(ids, None)):
+            break
+        hidden_state = decoder.decode(model.embed(ids), [start])
+        start += 1
+    return new_ids[:-1] if new_ids and new_ids[-1] in follower.stop_ids else new_ids
+
+
 def _generation_config(model: VisionLanguageModel, stop_ids: Collection[int], settings: GenerationSettings) -> Any:
     """Every value that transformers would else take from the model's own generation_config.json."""
     from transformers import GenerationConfig
@@ -96,7 +138,7 @@ def _generation_config(model: VisionLanguageModel, stop_ids: Collection[int], se
         num_beams=settings.num_beams,
         repetition_penalty=settings.repetition_penalty,
         # a token that does not exist, as None would take the model's own
-        eos_token_id=sorted(stop_ids) or [model.llm.config.vocab_size],
+        eos_token_id=sorted(stop_ids) or [model.llm.config.get_text_config(decoder=True).vocab_size],
         pad_token_id=min(stop_ids, default=0),
         use_cache=True,
         **sampling,

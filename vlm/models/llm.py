@@ -18,7 +18,9 @@ from vlm.compat import prepare, quiet_progress
 from vlm.errors import CheckpointError, ConfigError
 from vlm.logs import warn
 from vlm.models.config import LLMConfig
+from vlm.models.families import refuse_decoder
 from vlm.models.folder import why_beyond_embedding, why_no_tokenizer, why_no_weights
+from vlm.models.head import check_head
 from vlm.models.hub import check_hub
 from vlm.models.native import why_not_a_decoder, why_not_native
 from vlm.models.spm import differences
@@ -68,13 +70,14 @@ def load_llm(
 
     Raises:
         CheckpointError: missing, incomplete, not safetensors, or a kind of model that only its own code could load.
-        ConfigError: the attention implementation is not available here.
+        ConfigError: the attention implementation is not available here; or the type of model would be trained wrongly.
     """
     prepare()
     quiet_progress()
     from transformers import AutoModelForCausalLM
 
     refuse_foreign_code(config.path, trust_remote_code)
+    refuse_decoder(_settings(config.path), config.path)
     if Path(config.path).is_dir() and (reason := why_no_weights(Path(config.path))):
         raise CheckpointError(f"model.llm.path {config.path}: cannot load its weights: {reason}")
     attention = choose_attention(config.attention, device)
@@ -95,6 +98,7 @@ def load_llm(
             f"model.llm.path {config.path}: its weights lack {len(report['missing_keys'])} tensors of "
             f"{type(llm).__name__}, e.g. {min(report['missing_keys'])}. Usually a shard was not downloaded"
         )
+    check_head(llm, config.path)
     return llm.eval()
 
 
@@ -110,11 +114,20 @@ def llm_from_config(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     refuse_foreign_code(config.path, trust_remote_code)
+    refuse_decoder(_settings(config.path), config.path)
     try:
         settings = AutoConfig.from_pretrained(config.path, trust_remote_code=trust_remote_code)
         return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(config.path, error, "its config.json") from error
+
+
+def _settings(path: str) -> dict[str, Any]:
+    """config.json, of which `refuse_foreign_code` knows that it can be read."""
+    from transformers import PretrainedConfig
+
+    settings: dict[str, Any] = PretrainedConfig.get_config_dict(path)[0]
+    return settings
 
 
 def refuse_foreign_code(path: str, trust_remote_code: bool) -> None:

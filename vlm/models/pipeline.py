@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlm.batch import Batch
-from vlm.models.llm_parts import BlockInputs, block_inputs, has_window, llm_parts
+from vlm.models.families import BlockInputs, block_inputs, has_window, llm_parts
 from vlm.models.loss import chunked_cross_entropy
 from vlm.models.vlm import VisionLanguageModel
 

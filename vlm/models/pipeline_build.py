@@ -17,6 +17,7 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.logs import Progress
 from vlm.models.build import Assembled, assemble, forked_random_state, settle_vision
 from vlm.models.config import ModelConfig
+from vlm.models.families import llm_parts
 from vlm.models.llm import (
     choose_attention,
     llm_from_config,
@@ -24,7 +25,6 @@ from vlm.models.llm import (
     pad_vocabulary,
     refuse_beyond_embedding,
 )
-from vlm.models.llm_parts import llm_parts
 from vlm.models.pipeline import PipelineLayer, num_layers, pipeline_layers
 from vlm.models.trainable import PARTS, load_weights, part_of, part_weights, trained_weights
 from vlm.models.vision import VisionEncoder, build_vision

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from vlm.compat import cache_argument
-from vlm.models.llm_parts import LLM_PARTS
+from vlm.models.decoders import find_decoder
+from vlm.models.families import LENGTH_DEPENDENT_ROPE, LLM_PARTS
+from vlm.models.row_decoders import build_row_decoder
 from vlm.models.vlm import VisionLanguageModel
 
 CELLS = 64  # slots grow by multiples of this
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # rotations of a row would change with the longest row beside it
 
 
 class Decoder(Protocol):
@@ -55,13 +56,13 @@ class Decoder(Protocol):
 
 
 def build_decoder(model: VisionLanguageModel) -> Decoder:
-    """One forward for all rows where the model's family allows it, else one forward per row."""
+    """One forward for all rows where the model's family allows it, else one per row, with a cache that was tried."""
     config = model.llm.config
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
-    if config.model_type not in LLM_PARTS or kinds & _LENGTH_DEPENDENT_ROPE:
-        return RowByRowDecoder(model)
-    return BatchedDecoder(model)
+    if config.model_type in LLM_PARTS and not kinds & LENGTH_DEPENDENT_ROPE:
+        return BatchedDecoder(model)
+    return build_row_decoder(model)
 
 
 class SlotCache:
@@ -148,7 +149,7 @@ class BatchedDecoder:
         config = model.llm.config
         if "flash" in config._attn_implementation:
             model.llm.set_attn_implementation("sdpa")  # FlashAttention takes no mask of our own
-        self._decoder = model.llm.get_decoder()
+        self._decoder = find_decoder(model.llm)
         self._is_eager = config._attn_implementation == "eager"
         self._window = getattr(config, "sliding_window", None)
         self._rule = LLM_PARTS[config.model_type].window
@@ -213,51 +214,6 @@ class BatchedDecoder:
         return masks["sliding_attention" if self._rule == "every block" else "full_attention"]
 
 
-class RowByRowDecoder:
-    """A cache of transformers and a forward for each row: for families that `BatchedDecoder` does not know."""
-
-    rows_at_once = False
-
-    def __init__(self, model: VisionLanguageModel) -> None:
-        self._decoder = model.llm.get_decoder()
-        self._cache_argument = cache_argument(self._decoder.forward)
-        self._config = model.llm.config
-        self._caches: dict[int, Any] = {}
-
-    @property
-    def num_reserved(self) -> int:
-        return sum(cache.get_seq_length() for cache in list(self._caches.values()))  # a copy: metrics read it meanwhile
-
-    def reserve(self, num_slots: int, num_cells: int, max_tokens: int) -> None:
-        """Caches of transformers grow by themselves."""
-
-    def prefill(self, embeddings: Tensor, slot: int, start: int) -> Tensor:
-        from transformers import DynamicCache
-
-        if start == 0:
-            self._caches[slot] = DynamicCache(config=self._config)
-        positions = torch.arange(start, start + embeddings.shape[1], device=embeddings.device)[None]
-        cache = {self._cache_argument: self._caches[slot]}
-        output = self._decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=True, **cache)
-        return output.last_hidden_state[:, -1]
-
-    def decode(self, embeddings: Tensor, lengths: list[int], first_slot: int = 0) -> Tensor:
-        assert len(lengths) == 1
-        return self.prefill(embeddings, first_slot, lengths[0])
-
-    def copy(self, source: int, target: int, num_tokens: int) -> bool:
-        return False  # not every cache of transformers can be cut back to its first tokens
-
-    def clear(self, slot: int) -> None:
-        self._caches.pop(slot, None)
-
-    def move(self, source: int, target: int) -> None:
-        self._caches[target] = self._caches.pop(source)
-
-    def release(self) -> None:
-        self._caches = {}
-
-
 def round_up(num_tokens: int) -> int:
     """Cells of a slot for so many tokens.
 
@@ -276,8 +232,10 @@ def bytes_per_token(model: VisionLanguageModel) -> int:
     23040
     """
     config = model.llm.config
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    all_heads = getattr(config, "num_attention_heads", None) or 1  # a recurrent state counts as one head: too much
+    num_heads = getattr(config, "num_key_value_heads", None) or all_heads
+    width = vars(config).get("head_dim") or config.hidden_size // all_heads
     return int(2 * config.num_hidden_layers * num_heads * width * model.llm.dtype.itemsize)
 
 

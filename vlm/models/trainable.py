@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.config import LoRAConfig
+from vlm.models.decoders import find_linears, is_transposed
 from vlm.models.partition import add, full_shape, write
 from vlm.models.vlm import VisionLanguageModel
 
@@ -72,14 +73,10 @@ def add_lora(model: VisionLanguageModel, config: LoRAConfig) -> None:
     prepare()
     from peft import LoraConfig, inject_adapter_in_model
 
-    linears = block_linears(model)
-    targets = sorted(linears) if config.targets == "all-linear" else list(config.targets)
-    unknown = [target for target in targets if target not in linears]
-    if unknown:
-        raise ConfigError(f"model.lora.targets: no linear layer named {unknown}; there are {sorted(linears)}")
+    linears = adapted_linears(model.llm, config)
     settings = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none",
-        task_type="CAUSAL_LM",
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(linears), bias="none",
+        task_type="CAUSAL_LM", fan_in_fan_out=any(is_transposed(module) for module in linears.values()),
     )  # fmt: skip
     inject_adapter_in_model(settings, model.llm)
     for name, parameter in model.named_parameters():
@@ -113,10 +110,12 @@ def merge_adapter(model: VisionLanguageModel, tensors: Mapping[str, Tensor], con
         if not name.endswith(".lora_A.weight"):
             continue
         stem = name.removesuffix(".lora_A.weight")
-        layer = own.get(f"llm.{stem.removeprefix('llm.lora.')}.weight")
+        place = f"llm.{stem.removeprefix('llm.lora.')}"
+        layer = own.get(f"{place}.weight")
         if layer is not None:
             up = tensors[f"{stem}.lora_B.weight"]
-            add(layer, up.float() @ down.float() * (config.alpha / config.rank))
+            delta = up.float() @ down.float() * (config.alpha / config.rank)
+            add(layer, delta.T if is_transposed(model.get_submodule(place)) else delta)
 
 
 def trained_weights(model: VisionLanguageModel) -> dict[str, Tensor]:
@@ -177,11 +176,16 @@ def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | buffers
 
 
-def block_linears(model: VisionLanguageModel) -> set[str]:
-    """Last names of the linear layers inside the decoder blocks; the head is none of them."""
-    head = model.llm.get_output_embeddings()
-    return {
-        name.rpartition(".")[2]
-        for name, module in model.llm.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and ".layers." in f".{name}"
-    }
+def adapted_linears(llm: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """Name in the language model -> linear layer of its blocks beside which an adapter stands.
+
+    Raises:
+        ConfigError: a target names no linear layer.
+    """
+    linears = find_linears(llm)
+    names = {name.rpartition(".")[2] for name in linears}
+    targets = names if config.targets == "all-linear" else set(config.targets)
+    unknown = sorted(targets - names)
+    if unknown or not targets:
+        raise ConfigError(f"model.lora.targets: no linear layer named {unknown}; there are {sorted(names)}")
+    return {name: module for name, module in linears.items() if name.rpartition(".")[2] in targets}

@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from vlm.models.decoders import accepts, find_decoder
+from vlm.models.families import logits_rule, packing_of
+from vlm.models.head import head_logits
 from vlm.models.projector import Projector
+from vlm.models.segments import decode_one_by_one
 from vlm.models.vision import VisionEncoder
 
 if TYPE_CHECKING:
@@ -33,6 +38,9 @@ class VisionLanguageModel(nn.Module):
         self.projector = projector
         self.llm: Any = llm  # a PreTrainedModel, whose methods are typed too loosely to check
         self.image_token_id = image_token_id
+        self.packing = packing_of(llm.config)
+        self.logits_rule = logits_rule(llm.config)
+        self.gathers_blocks = False  # ranks hold pieces of each block, so all must run the decoder equally often
         self.always_encode = False  # run encoder and projector without a picture too, so that all ranks call the same
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
@@ -84,7 +92,7 @@ class VisionLanguageModel(nn.Module):
             pixel_values: [N, 3, S, S], in the order of the placeholders; None for text alone.
             image_features: [N, P, C], what the encoder yields for them, instead of `pixel_values`.
         """
-        return self._decode(self.inputs_embeds(input_ids, pixel_values, image_features), position_ids)
+        return self.decode(self.inputs_embeds(input_ids, pixel_values, image_features), position_ids)
 
     def inputs_embeds(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None
@@ -104,28 +112,37 @@ class VisionLanguageModel(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., V], scaled or capped as the language model does."""
-        logits = self.llm.get_output_embeddings()(hidden_states)
-        config = self.llm.config
-        if getattr(config, "logit_scale", None):  # Cohere
-            logits = logits * config.logit_scale
-        if getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / config.logits_scaling
-        if getattr(config, "final_logit_softcapping", None):  # Gemma 2
-            cap = config.final_logit_softcapping
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return head_logits(self.llm, hidden_states, self.logits_rule)
 
-    def _decode(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
+    def decode(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
+        """Hidden states [B, L, D] after the final norm, of what `inputs_embeds` returns; positions as for `forward`."""
+        longest = self.packing.longest
+        if not self.packing.by_positions:
+            return decode_one_by_one(self._decoder, embeddings, position_ids, self._agree)
+        if longest is not None and int(position_ids.max()) >= longest:  # its rotations would be those of all records
+            return decode_one_by_one(self._decoder, embeddings, position_ids, self._agree, most_tokens=1)
         shape = embeddings.shape
         if "flash" in self.llm.config._attn_implementation:
             # FlashAttention sees restarts only in a batch of one row, else it lets examples look at each other without
             # a word (transformers' _is_packed_sequence). Rows start at position 0, so they may lie end to end.
             embeddings, position_ids = embeddings.flatten(0, 1)[None], position_ids.flatten()[None]
+        return self._decoder(embeddings, position_ids).view(shape)
+
+    def _decoder(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
         # Packing is honoured only without an attention mask and without a cache; with the default cache, examples of
         # a row see each other.
-        decoder = self.llm.get_decoder()
-        output = decoder(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=None, use_cache=False)
-        return output.last_hidden_state.view(shape)
+        decoder = find_decoder(self.llm)
+        arguments: dict[str, Any] = {"position_ids": position_ids} if accepts(decoder, "position_ids") else {}
+        output = decoder(inputs_embeds=embeddings, attention_mask=None, use_cache=False, **arguments)
+        return output.last_hidden_state
+
+    def _agree(self, num_forwards: int) -> int:
+        """The most forwards that any rank needs, where one rank's forward waits for the others."""
+        if not self.gathers_blocks or not dist.is_initialized():
+            return num_forwards
+        count = torch.tensor(num_forwards, device=self.llm.device)
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        return int(count)
 
     def _zero_from_a_dummy_picture(self) -> Tensor | None:
         """0, with a graph to every weight that would train if the batch had a picture; None if none would.

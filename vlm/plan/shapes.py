@@ -35,7 +35,7 @@ class LLMShape:
     has_head_norms: bool  # a norm of each head's query and key, as Qwen3 has
     embedding: int  # parameters
     head: int  # parameters; 0 when it is the embedding
-    final_norm: int
+    final_norm: int  # and what else lies outside of embedding, blocks and head: learned positions, say
     blocks: tuple[int, ...]  # parameters of each block
     linears: tuple[Linear, ...]  # of one block
 
@@ -99,40 +99,50 @@ def read_shapes(config: ModelConfig) -> ModelShape:
 
 def _read_llm(config: ModelConfig) -> LLMShape:
     import torch
-    from torch import nn
 
+    from vlm.models.decoders import find_blocks, find_decoder
     from vlm.models.llm import llm_from_config, pad_vocabulary
 
     with torch.device("meta"):
         model: Any = llm_from_config(config.llm, trust_remote_code=config.trust_remote_code)
         if config.llm.pad_vocab_to_multiple_of:
             pad_vocabulary(model, model.config.vocab_size, config.llm.pad_vocab_to_multiple_of)
-    settings, decoder = model.config, model.get_decoder()
-    block = decoder.layers[0]
-    linears = tuple(
-        Linear(name.rpartition(".")[2], module.in_features, module.out_features)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    )
+    settings = model.config.get_text_config(decoder=True)
+    blocks, in_blocks = find_blocks(model), _linears_of_blocks(model)
+    widest = max(blocks, key=lambda name: sum(linear.inputs * linear.outputs for linear in in_blocks[name]))
+    linears = in_blocks[widest]
     names = {linear.name: linear for linear in linears}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    num_heads = settings.num_attention_heads
-    down = names.get("down_proj") or max(linears, key=lambda linear: linear.inputs)
+    num_heads = getattr(settings, "num_attention_heads", None) or 1  # a state-space block is taken for one head
+    down = names.get("down_proj") or max(linears, key=lambda linear: linear.inputs, default=None)
+    numels = tuple(sum(p.numel() for p in block.parameters()) for block in blocks.values())
+    shared = {id(p): p.numel() for block in blocks.values() for p in block.parameters()}
     return LLMShape(
         width=embedding.shape[1],
         num_heads=num_heads,
         num_kv_heads=getattr(settings, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(settings, "head_dim", None) or settings.hidden_size // num_heads,
-        intermediate=down.inputs,
+        head_dim=settings.to_dict().get("head_dim") or embedding.shape[1] // num_heads,
+        intermediate=down.inputs if down else embedding.shape[1],
         vocab=embedding.shape[0],
         is_gated="gate_proj" in names,
-        has_head_norms=any(name.endswith(("q_norm", "k_norm")) for name, _ in block.named_modules()),
+        has_head_norms=any(name.endswith(("q_norm", "k_norm")) for name, _ in blocks[widest].named_modules()),
         embedding=embedding.numel(),
         head=0 if head is embedding else head.numel(),
-        final_norm=sum(p.numel() for p in decoder.norm.parameters()) if hasattr(decoder, "norm") else 0,
-        blocks=tuple(sum(p.numel() for p in layer.parameters()) for layer in decoder.layers),
+        final_norm=sum(p.numel() for p in find_decoder(model).parameters()) - embedding.numel() - sum(shared.values()),
+        blocks=numels,
         linears=linears,
     )
+
+
+def _linears_of_blocks(model: Any) -> dict[str, tuple[Linear, ...]]:
+    """The linear layers of each block, by the block's name."""
+    from vlm.models.decoders import find_blocks, find_linears, linear_shape
+
+    found: dict[str, list[Linear]] = {name: [] for name in find_blocks(model)}
+    for name, module in find_linears(model).items():
+        block = next(block for block in found if name.startswith(f"{block}."))
+        found[block].append(Linear(name.rpartition(".")[2], *linear_shape(module)))
+    return {name: tuple(linears) for name, linears in found.items()}
 
 
 def _read_vision(config: VisionConfig) -> VisionShape:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from vlm.distributed import rank, world_size
+from vlm.models.decoders import find_blocks
 from vlm.models.trainable import trained_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.train.engines.base import FragmentState, LossModule, adam_state
@@ -33,7 +34,8 @@ def shard(module: LossModule, device: torch.device) -> None:
     Every rank gathers the rest once per forward and then block after block, whatever its batch holds, so a rank
     without a picture, or with fewer supervised tokens, keeps nobody waiting.
     """
-    for block in module.model.llm.get_decoder().layers:
+    module.model.gathers_blocks = True
+    for block in find_blocks(module.model.llm).values():
         if not isinstance(block, FSDPModule):
             shard_block(block, device)
     fully_shard(module, mesh=_mesh(device))
