@@ -16,8 +16,8 @@ from vlm.models.build import build_model
 from vlm.models.config import LLMConfig, ModelConfig
 from vlm.models.generate import GenerationSettings, generate
 from vlm.models.llm import load_llm
-from vlm.models.sampling import NewToken, SamplingSettings
 from vlm.models.row_decoders import RowByRowDecoder
+from vlm.models.sampling import NewToken, SamplingSettings
 from vlm.models.slot_cache import BatchedDecoder, bytes_per_token
 from vlm.models.vlm import VisionLanguageModel
 
