@@ -110,13 +110,15 @@ def test_a_training_run_does_not_notice(model: VisionLanguageModel):
 
 def test_the_mode_comes_back_after_an_error(model: VisionLanguageModel):
     model.train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert modes["projector"]
 
     def fail(_token: int) -> bool:
         raise RuntimeError("the listener left")
 
     with pytest.raises(RuntimeError, match="the listener left"):
         generate(model, PROMPT, PICTURE, [], GenerationSettings(max_new_tokens=4), fail)
-    assert model.llm.training
+    assert {name: module.training for name, module in model.named_modules()} == modes
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])
