@@ -35,15 +35,20 @@ def unchanged(model: nn.Module, seed: int) -> Iterator[None]:
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, but blocks that compute their activations again in the backward pass still do."""
     modes = [(module, module.training) for module in model.modules()]
+    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    own = [(block, block.dropout) for block in blocks if isinstance(getattr(block, "dropout", None), float)]  # OPT
     model.eval()
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):  # it is asked for the mode of the block alone
-            module.training = True
+    for block in blocks:  # it is asked for the mode of the block alone
+        block.training = True
+    for block, _ in own:
+        setattr(block, "dropout", 0.0)  # noqa: B010  a module's attributes are typed as modules
     try:
         yield
     finally:
-        for module, was in modes:
-            module.training = was
+        for block, was in own:
+            setattr(block, "dropout", was)  # noqa: B010
+        for module, was_training in modes:
+            module.training = was_training
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
