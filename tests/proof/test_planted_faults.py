@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SETUPS
+from proof_setups import SETUPS
 
 from vlm.batch import IGNORE_INDEX
 from vlm.data.collate import Collator

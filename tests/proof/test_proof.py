@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_parts, write_config
+from proof_setups import make_parts, write_config
 
 from vlm.cli.main import app, run
 from vlm.config import load_config

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_config
 from launched import launch, run_launcher
+from proof_setups import write_config
 from proven_here import prove_here
 
 from vlm.train.checkpoint import newest_verified

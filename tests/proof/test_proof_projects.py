@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_data, write_encoder, write_llm
+from demo.tiny import write_data, write_encoder, write_llm
 
 from vlm.cli.main import app, run
 from vlm.config import load_config, shipped_projects
