@@ -35,12 +35,12 @@ def plant_a_leak() -> None:
     from vlm.models import pipeline
     from vlm.models.vlm import VisionLanguageModel
 
-    decode, run_blocks = VisionLanguageModel._decode, pipeline._run_blocks
+    decode, run_blocks = VisionLanguageModel.decode, pipeline._run_blocks
 
     def straight(position_ids: torch.Tensor) -> torch.Tensor:
         return torch.arange(position_ids.shape[1]).expand_as(position_ids)
 
-    VisionLanguageModel._decode = lambda self, states, positions: decode(self, states, straight(positions))
+    VisionLanguageModel.decode = lambda self, states, positions: decode(self, states, straight(positions))
     pipeline._run_blocks = lambda model, blocks, positions, states: run_blocks(
         model, blocks, straight(positions), states
     )

@@ -93,12 +93,12 @@ def decoder_called_with(**changes: Any) -> Callable[..., Any]:
 
 @fault("a mask of ones hides where records begin", "packed_alone")
 def _(patch, parts):
-    patch.setattr(VisionLanguageModel, "_decode", decoder_called_with(attention_mask=torch.ones_like))
+    patch.setattr(VisionLanguageModel, "decode", decoder_called_with(attention_mask=torch.ones_like))
 
 
 @fault("a cache hides where records begin", "packed_alone")
 def _(patch, parts):
-    patch.setattr(VisionLanguageModel, "_decode", decoder_called_with(use_cache=lambda _: True))
+    patch.setattr(VisionLanguageModel, "decode", decoder_called_with(use_cache=lambda _: True))
 
 
 @fault("a recurrent state is carried into the next record", "packed_alone", "full")
@@ -106,7 +106,7 @@ def _(patch, parts):
     def decode(original, self, embeddings, position_ids):
         return original(self, embeddings, position_ids) + 0.05 * embeddings.cumsum(1)
 
-    wrap(patch, VisionLanguageModel, "_decode", decode)
+    wrap(patch, VisionLanguageModel, "decode", decode)
 
 
 @fault("every token sees all of its row", "causal", "plain")
@@ -115,7 +115,7 @@ def _(patch, parts):
         states = original(self, embeddings, position_ids)
         return states + 0.1 * states.mean(1, keepdim=True)
 
-    wrap(patch, VisionLanguageModel, "_decode", decode)
+    wrap(patch, VisionLanguageModel, "decode", decode)
 
 
 @fault("every token sees the next one", "causal", "text")
@@ -123,12 +123,12 @@ def _(patch, parts):
     def decode(original, self, embeddings, position_ids):
         return original(self, embeddings + 0.1 * embeddings.roll(-1, 1), position_ids)
 
-    wrap(patch, VisionLanguageModel, "_decode", decode)
+    wrap(patch, VisionLanguageModel, "decode", decode)
 
 
 @fault("every token sees itself only", "context")
 def _(patch, parts):
-    patch.setattr(VisionLanguageModel, "_decode", decoder_called_with(position_ids=torch.zeros_like))
+    patch.setattr(VisionLanguageModel, "decode", decoder_called_with(position_ids=torch.zeros_like))
 
 
 # ---- labels and text

@@ -41,7 +41,7 @@ def plant_a_leak(monkeypatch):
         decoder = self.llm.get_decoder()
         return decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=True).last_hidden_state
 
-    monkeypatch.setattr(VisionLanguageModel, "_decode", decode)
+    monkeypatch.setattr(VisionLanguageModel, "decode", decode)
 
 
 def written(folder):

@@ -138,7 +138,8 @@ def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) ->
         if error.name != "gradio":
             raise
         raise MissingPackageError("gradio", "the browser chat", "serve") from None
-    gradio.http_server.Server.run_in_thread = _run_in_thread
+    server: Any = gradio.http_server.Server  # its own wait ends after 5 seconds, too early on a busy machine
+    server.run_in_thread = _run_in_thread
     from vlm.chat.web_look import theme
     from vlm.chat.web_page import build_page
     from vlm.chat.web_state import MAX_PICTURES

@@ -82,7 +82,8 @@ def read_numerics(config: Settings, has_flash_attention: bool) -> Numerics:
     Args:
         has_flash_attention: what `attention: auto` takes on the GPU.
     """
-    precision, attention = config.train.precision, config.model.llm.attention
+    precision: str = config.train.precision
+    attention = config.model.llm.attention
     on_gpu = config.engine.device != "cpu"
     if precision == "auto":
         precision = "bf16" if on_gpu else fast_precision(torch.device("cpu"))
