@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,48 +132,40 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def _run_task(loaded: LoadedModel, task: TaskConfig, pictures: PictureFeatures, seed: int, cache: Path) -> Row:
     questions = read_task(task, loaded.conversation_tokenizer, cache, seed)
-    own = _figure(loaded, task, questions, pictures, lambda question: question.images, "own pictures")
     shown = [image for question in questions for image in question.images]
-    shuffled = None
-    if len(set(shown)) > 1:
-        other = derangement(shown, seed)
-        shuffled = _figure(
-            loaded,
-            task,
-            questions,
-            pictures,
-            lambda question: tuple(other[image] for image in question.images),
-            "shuffled pictures",
-        )
+    other = derangement(shown, seed) if len(set(shown)) > 1 else {}
+    swapped = [replace(q, images=tuple(other[image] for image in q.images)) for q in questions] if other else []
+    # together: what is asked of an image as its own and as another's is scored once
+    scores = _scores(loaded, task.name, [*questions, *swapped], pictures)
+    own = _figure(task, questions, scores[: len(questions)], "own pictures")
+    shuffled = _figure(task, swapped, scores[len(questions) :], "shuffled pictures") if swapped else None
     baseline, name = _baseline(task, questions)
     return Row(task.name, task.kind, METRICS[task.kind], own, shuffled, baseline, name)
 
 
-def _figure(
-    loaded: LoadedModel,
-    task: TaskConfig,
-    questions: list[Question],
-    pictures: PictureFeatures,
-    shown: Callable[[Question], tuple[str | bytes, ...]],
-    which: str,
-) -> Figure:
+def _scores(
+    loaded: LoadedModel, name: str, questions: Sequence[Question], pictures: PictureFeatures
+) -> list[list[float]]:
     started = time.monotonic()
-    label = f"evaluation: {task.name}, {which}"
 
     def on_progress(done: int) -> None:
-        live(f"{label}: {done} of {len(questions)} records, {time.monotonic() - started:.0f} s")
+        live(f"evaluation: {name}: {done} of {len(questions)} questions, {time.monotonic() - started:.0f} s")
 
     try:
-        scores = score_candidates(loaded, questions, pictures, shown, on_progress=on_progress)
+        scores = score_candidates(loaded, questions, pictures, on_progress=on_progress)
     finally:
         live("")
+    log(f"evaluation: {name}: {len(questions)} questions, {time.monotonic() - started:.1f} s")
+    return scores
+
+
+def _figure(task: TaskConfig, questions: Sequence[Question], scores: list[list[float]], which: str) -> Figure:
     if task.kind == "loss":
         counts = [sum(label != IGNORE_INDEX for label in question.reply_labels[0]) for question in questions]
         figure = loss_per_token([-score[0] for score in scores], counts)
     else:
         figure = accuracy(scores, [question.answer for question in questions])
-    log(f"{label}: {_pm(figure.value, figure.standard_error)} over {len(questions)} records, "
-        f"{time.monotonic() - started:.1f} s")  # fmt: skip
+    log(f"evaluation: {task.name}, {which}: {_pm(figure.value, figure.standard_error)} over {len(questions)} records")
     return figure
 
 
