@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 from vlm.batch import IGNORE_INDEX, Batch
+from vlm.cli.train import start_training
 from vlm.errors import ConfigError
+from vlm.export.weights import export_run
 from vlm.models.config import ProjectorConfig
 from vlm.models.projector import Projector, build_projector
 from vlm.train.initialize import fit_least_squares
@@ -106,3 +110,15 @@ def test_too_many_channels_are_refused():
     projector = Projector(num_patches=64, in_width=1280, out_width=4, unshuffle=4)
     with pytest.raises(ConfigError, match=r"reads 20,480 channels, at most 8,192"):
         fit_least_squares(projector, EMBEDDING, IMAGE, [])
+
+
+def test_a_run_starts_from_the_fit_and_the_next_stage_keeps_what_it_brings(config_file, tmp_path, capsys):
+    projector = {"kind": "linear", "normalize": True, "initialize": "least_squares"}
+    start_training(str(config_file(model__projector=projector, train__max_steps=1)), [])
+    assert re.search(r"least squares over \d+ images .*own words the nearest of 20", capsys.readouterr().err)
+    export_run(tmp_path / "run")
+    second = {"output_dir": str(tmp_path / "second"), "init_from": str(tmp_path / "run/export")}
+    start_training(str(config_file("second.yaml", model__projector=projector, train__max_steps=1, **second)), [])
+    said = capsys.readouterr().err
+    assert "projector: 4 tensors loaded" in said
+    assert "least squares" not in said
