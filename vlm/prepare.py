@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from vlm import precision
+from vlm.batch import Batch
 from vlm.config import RunConfig
 from vlm.data.build import Data, build_data
 from vlm.distributed import gather_objects, is_main, main_first, on_main, together, world_size
 from vlm.errors import ConfigError, DataError, MissingPackageError, VLMError
 from vlm.export.load import load_init
 from vlm.export.load_stage import load_init_stage
+from vlm.export.manifest import read_manifest
 from vlm.logs import log, warn
 from vlm.models.build import Assembled, build_model, forked_random_state
 from vlm.models.families import describe_packing, has_llm_parts
@@ -34,6 +36,7 @@ from vlm.train.engines.base import Engine
 from vlm.train.engines.build import Layout, block_spreader, build_engine, layout
 from vlm.train.features import fill_store, open_store
 from vlm.train.fragments import read_weights
+from vlm.train.initialize import CANDIDATES, fit_least_squares
 from vlm.train.optim import describe_sizes
 from vlm.train.scaling import loss_scale_for
 
@@ -111,6 +114,7 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
     max_steps = config.train.max_steps or data.train.steps_in(config.train.epochs or 1)
     if calibrate:
         _calibrate_projector(config, built, data, device)
+        _initialize_projector(config, built, data, device)
     if stage is None:
         shapes = {name: tuple(parameter.shape) for name, parameter in built.model.named_parameters()}
         trained = {name for name, parameter in built.model.named_parameters() if parameter.requires_grad}
@@ -293,23 +297,61 @@ def _calibrate_projector(config: RunConfig, built: Assembled, data: Data, device
                 projector.get_buffer(name).copy_(values)
 
 
+def _initialize_projector(config: RunConfig, built: Assembled, data: Data, device: torch.device) -> None:
+    """Fit the projector's last layer to the first epoch's images, if the config asks and init_from brought none."""
+    if config.model.vision is None or config.model.projector.initialize != "least_squares" or _brings_projector(config):
+        return
+    projector = built.model.projector  # None on later stages of a pipeline
+
+    def fit() -> dict[str, Tensor]:
+        assert projector is not None
+        assert built.image_token_id is not None
+        embedding = built.model.llm.get_input_embeddings().weight
+        num_steps = data.train.steps_in(1)
+        found = fit_least_squares(
+            projector, embedding, built.image_token_id, _with_features(config, built, data, device, num_steps)
+        )
+        log(
+            f"projector: least squares over {found.num_images:,} images (ridge {found.ridge:g}); of "
+            f"{found.num_held_out} held out: variance explained {found.explained:.2f}, own words the nearest of "
+            f"{CANDIDATES} {found.found:.2f}"
+        )
+        return {name: parameter.detach().cpu() for name, parameter in projector.named_parameters()}
+
+    parameters = on_main(fit)
+    if projector is not None:
+        with torch.no_grad():
+            for name, values in parameters.items():
+                projector.get_parameter(name).copy_(values)
+
+
+def _brings_projector(config: RunConfig) -> bool:
+    return config.init_from is not None and "projector" in read_manifest(Path(config.init_from)).included
+
+
 def _first_features(config: RunConfig, built: Assembled, data: Data, device: torch.device) -> Tensor:
     """[N, P, C] of the pictures in the first steps."""
-    found = []
-    vision = built.model.vision
-    assert vision is not None
-    dtype = precision.autocast_dtype(config.train.precision)
-    with torch.no_grad(), precision.autocast(device.type, dtype):
-        for _, batches in zip(range(CALIBRATION_STEPS), data.train.for_rank(0, 1).iterate(0), strict=False):
-            for batch in (batch.to(device) for batch in batches if batch.num_images):
-                cached = batch.image_features
-                found.append(vision(batch.pixel_values) if cached is None else cached)
+    found = [features for _, features in _with_features(config, built, data, device, CALIBRATION_STEPS)]
     if not found:
         raise ConfigError(
             "model.projector.normalize needs pictures to take statistics from, and the first "
             f"{CALIBRATION_STEPS} steps have none. Set it to false, or check data.sources"
         )
     return torch.cat(found)
+
+
+def _with_features(
+    config: RunConfig, built: Assembled, data: Data, device: torch.device, num_steps: int
+) -> Iterator[tuple[Batch, Tensor]]:
+    """The batches of all ranks in the first steps that have images, with the encoder's features [N, P, C] of these."""
+    vision = built.model.vision
+    assert vision is not None
+    dtype = precision.autocast_dtype(config.train.precision)
+    for _, batches in zip(range(num_steps), data.train.for_rank(0, 1).iterate(0), strict=False):
+        for batch in (batch.to(device) for batch in batches if batch.num_images):
+            with torch.no_grad(), precision.autocast(device.type, dtype):
+                features = vision(batch.pixel_values) if batch.image_features is None else batch.image_features
+            yield batch, features
 
 
 def _describe_data(config: RunConfig, data: Data, max_steps: int) -> None:

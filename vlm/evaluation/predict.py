@@ -1,20 +1,19 @@
 """Log-likelihoods of candidate replies.
 
-All candidates of a record stand in one row behind a single copy of its prompt: a token sees the prompt and its own
-candidate, never another one, and its position goes on from the prompt's end. So the prompt, picture included, is
-computed once per record instead of once per candidate: with 20 candidates of 10 tokens behind 64, a fifth of the
-tokens.
+All candidates behind one prompt and its images stand in one row, as a tree: the prompt once, then every beginning
+that candidates share once, and no token that nothing follows. A token sees its ancestors only, and its position is
+its depth. So the prompt is computed once instead of once per candidate, and "A cat." and "A dog." share their "A".
 
 Letters in shapes: B rows, L tokens, D LLM width, T tokens per image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.batch import IGNORE_INDEX
@@ -26,7 +25,7 @@ from vlm.models.decoders import find_decoder
 MAX_TOKENS = {"cpu": 1024, "cuda": 16384}  # padded tokens per forward; a CPU is as fast at 512 and at 4096
 # supervised positions whose logits exist at once; 128 stay in a CPU's caches: 2.5 times as fast there as 2048
 CHUNK = 128
-_ALONE = -1  # segment of padding: it sees itself only, as a row of a mask must not be empty
+_ROOT = -1  # parent of a row's first token
 
 
 class PictureFeatures:
@@ -71,15 +70,15 @@ def score_candidates(
     loaded: LoadedModel,
     questions: Sequence[Question],
     pictures: PictureFeatures,
-    shown: Callable[[Question], tuple[str | bytes, ...]] = lambda question: question.images,
     max_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[float]]:
     """Log-likelihood of every candidate reply, its end-of-reply token included: a sum over tokens, in nats.
 
+    What several questions ask alike (prompt, images, reply) is computed once.
+
     Args:
         pictures: where features come from.
-        shown: which pictures a question is shown, as many as its own.
         max_tokens: padded tokens per forward; None takes what suits the device. A row that is longer stands alone.
         on_progress: called with the number of questions begun so far.
 
@@ -87,61 +86,96 @@ def score_candidates(
         per question, one number per candidate, in their order.
     """
     max_tokens = max_tokens or MAX_TOKENS.get(loaded.device.type, 1024)
-    scores: list[list[float]] = [[0.0] * len(question.replies) for question in questions]
+    prompts, places = _merge(questions)
+    scores = [[0.0] * len(prompt.replies) for prompt in prompts]
     begun: set[int] = set()
-    for rows in _batches(_rows(questions, max_tokens, _takes_masks(loaded)), max_tokens):
-        wanted = [image for row in rows for image in shown(questions[row.question])]
-        features = pictures.get(wanted)
-        spliced = [features[image] for image in wanted]
+    for rows in _batches(_rows(prompts, max_tokens, _takes_masks(loaded)), max_tokens):
+        images = [image for row in rows for image in prompts[row.prompt].images]
+        features = pictures.get(images)
+        spliced = [features[image] for image in images]
         sums = _forward(loaded, rows, torch.cat(spliced) if spliced else None)
         for row, values in zip(rows, sums, strict=True):
-            for candidate, value in zip(row.candidates, values, strict=True):
-                scores[row.question][candidate] = value
-        begun |= {row.question for row in rows}
-        on_progress(len(begun))
-    return scores
+            for reply, value in zip(row.replies, values, strict=True):
+                scores[row.prompt][reply] = value
+        begun |= {row.prompt for row in rows}
+        on_progress(sum(prompts[number].num_questions for number in begun))
+    return [[scores[prompt][reply] for reply in replies] for prompt, replies in places]
 
 
-@dataclass(frozen=True)
+@dataclass
+class _Prompt:
+    """A prompt with its images, and every reply to it that a question offers."""
+
+    ids: list[int]
+    images: tuple[str | bytes, ...]
+    replies: list[tuple[tuple[int, ...], tuple[int, ...]]]  # token ids and labels, each pair once
+    num_questions: int = 0
+
+
+def _merge(questions: Sequence[Question]) -> tuple[list[_Prompt], list[tuple[int, list[int]]]]:
+    """The different prompts; and for every question which prompt, and which of its replies, are its own."""
+    prompts: dict[Hashable, tuple[int, _Prompt]] = {}
+    places = []
+    for question in questions:
+        key = (tuple(question.prompt_ids), question.images)
+        number, prompt = prompts.setdefault(key, (len(prompts), _Prompt(question.prompt_ids, question.images, [])))
+        prompt.num_questions += 1
+        known = {reply: place for place, reply in enumerate(prompt.replies)}
+        replies = zip(map(tuple, question.replies), map(tuple, question.reply_labels), strict=True)
+        places.append((number, [known.setdefault(reply, len(known)) for reply in replies]))
+        prompt.replies = list(known)
+    return [prompt for _, prompt in prompts.values()], places
+
+
+@dataclass
 class _Row:
-    question: int
-    candidates: list[int]
+    """A prompt and some replies to it as a tree. `targets` are what counts: (place that predicts, token, reply)."""
+
+    prompt: int
+    replies: list[int]
     input_ids: list[int]
     position_ids: list[int]
-    segments: list[int]  # 0 the prompt, k the k-th candidate of the row
-    previous: list[int]  # the place whose hidden state predicts each token
-    labels: list[int]
+    parents: list[int]  # the place before each token; always an earlier one
+    prompt_end: int  # place of the prompt's last token
+    targets: list[tuple[int, int, int]]
 
 
-def _rows(questions: Sequence[Question], max_tokens: int, share_prompt: bool) -> list[_Row]:
-    """Rows of at most max_tokens (unless one candidate alone is longer), longest first: memory runs out at once."""
+def _rows(prompts: Sequence[_Prompt], max_tokens: int, share_prompt: bool) -> list[_Row]:
+    """Rows of at most max_tokens (unless one reply alone is longer), longest first: memory runs out at once."""
     rows = []
-    for number, question in enumerate(questions):
-        group: list[int] = []
-        length = start = len(question.prompt_ids)
-        for candidate, reply in enumerate(question.replies):
-            if group and (not share_prompt or length + len(reply) > max_tokens):
-                rows.append(_row(number, question, group))
-                group, length = [], start
-            group.append(candidate)
-            length += len(reply)
-        rows.append(_row(number, question, group))
+    for number, prompt in enumerate(prompts):
+        row, places = _start_row(number, prompt.ids)
+        for reply, (ids, labels) in enumerate(prompt.replies):
+            if row.replies and (not share_prompt or len(row.input_ids) + len(ids) > max_tokens):
+                rows.append(row)
+                row, places = _start_row(number, prompt.ids)
+            _add_reply(row, places, reply, ids, labels)
+        rows.append(row)
     return sorted(rows, key=lambda row: -len(row.input_ids))
 
 
-def _row(number: int, question: Question, candidates: list[int]) -> _Row:
-    prompt = len(question.prompt_ids)
-    ids, positions, segments = list(question.prompt_ids), list(range(prompt)), [0] * prompt
-    previous, labels = list(range(-1, prompt - 1)), [IGNORE_INDEX] * prompt
-    for segment, candidate in enumerate(candidates, 1):
-        reply = question.replies[candidate]
-        first = len(ids)
-        previous += [prompt - 1, *range(first, first + len(reply) - 1)]
-        ids += reply
-        positions += range(prompt, prompt + len(reply))
-        segments += [segment] * len(reply)
-        labels += question.reply_labels[candidate]
-    return _Row(number, candidates, ids, positions, segments, previous, labels)
+def _start_row(number: int, ids: list[int]) -> tuple[_Row, dict[tuple[int, int], int]]:
+    """A row with the prompt alone, and where its tree goes on: (place, token that follows) -> that token's place."""
+    positions = list(range(len(ids)))
+    return _Row(number, [], list(ids), positions, [place - 1 for place in positions], len(ids) - 1, []), {}
+
+
+def _add_reply(
+    row: _Row, places: dict[tuple[int, int], int], reply: int, ids: Sequence[int], labels: Sequence[int]
+) -> None:
+    before = row.prompt_end
+    for number, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if label != IGNORE_INDEX:
+            row.targets.append((before, label, len(row.replies)))
+        if number == len(ids) - 1:
+            break  # nothing follows, so its hidden state predicts nothing
+        if (before, token) not in places:
+            places[before, token] = len(row.input_ids)
+            row.input_ids.append(token)
+            row.position_ids.append(row.position_ids[before] + 1)
+            row.parents.append(before)
+        before = places[before, token]
+    row.replies.append(reply)
 
 
 def _batches(rows: list[_Row], max_tokens: int) -> Iterator[list[_Row]]:
@@ -156,60 +190,50 @@ def _batches(rows: list[_Row], max_tokens: int) -> Iterator[list[_Row]]:
 
 
 def _forward(loaded: LoadedModel, rows: list[_Row], features: Tensor | None) -> list[list[float]]:
-    device = loaded.device
     length = max(len(row.input_ids) for row in rows)
-
-    def padded(values: list[list[int]], fill: int) -> Tensor:
-        return torch.tensor([v + [fill] * (length - len(v)) for v in values], device=device)
-
-    input_ids = padded([row.input_ids for row in rows], 0)
-    segments = padded([row.segments for row in rows], _ALONE)
-    positions = torch.tensor(
-        [row.position_ids + list(range(len(row.input_ids), length)) for row in rows], device=device
-    )
+    input_ids = torch.tensor([row.input_ids + [0] * (length - len(row.input_ids)) for row in rows])
+    positions = torch.tensor([row.position_ids + list(range(len(row.input_ids), length)) for row in rows])
     with torch.inference_mode(), loaded.autocast():
-        shared = any(len(row.candidates) > 1 for row in rows)
-        mask = _tree_mask(segments, loaded.compute_dtype) if shared else None
+        shared = any(len(row.replies) > 1 for row in rows)
+        mask = _tree_mask(rows, length, loaded.compute_dtype).to(loaded.device) if shared else None
         decoder = find_decoder(loaded.model.llm)
         hidden_states = decoder(
-            inputs_embeds=loaded.model.embed(input_ids, features),
-            position_ids=positions,
+            inputs_embeds=loaded.model.embed(input_ids.to(loaded.device), features),
+            position_ids=positions.to(loaded.device),
             attention_mask=mask,
             use_cache=False,
         ).last_hidden_state
-        return _sum_by_candidate(loaded, rows, hidden_states)
+        return _sum_by_reply(loaded, rows, hidden_states)
 
 
-def _tree_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, 1, L, L], 0 where a token sees another, the lowest number where not. Eager attention reads bools wrongly."""
-    seeing, seen = segments.unsqueeze(2), segments.unsqueeze(1)
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    allowed = causal & ((seen == seeing) | ((seen == 0) & (seeing != _ALONE)))
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=segments.device)
-    return mask.masked_fill(~allowed, torch.finfo(dtype).min).unsqueeze(1)
+def _tree_mask(rows: list[_Row], length: int, dtype: torch.dtype) -> Tensor:
+    """[B, 1, L, L], 0 where a token sees another, the lowest number where not. Eager attention reads bools wrongly.
+
+    Padding sees itself, as a row of a mask must not be empty.
+    """
+    allowed = np.tile(np.eye(length, dtype=bool), (len(rows), 1, 1))
+    for sees, row in zip(allowed, rows, strict=True):
+        for place, parent in enumerate(row.parents):
+            if parent != _ROOT:
+                sees[place] |= sees[parent]
+    mask = torch.zeros(allowed.shape, dtype=dtype)
+    return mask.masked_fill(~torch.from_numpy(allowed), torch.finfo(dtype).min).unsqueeze(1)
 
 
-def _sum_by_candidate(loaded: LoadedModel, rows: list[_Row], hidden_states: Tensor) -> list[list[float]]:
-    counted = [
-        (number, row.previous[place], label, row.segments[place] - 1)
-        for number, row in enumerate(rows)
-        for place, label in enumerate(row.labels)
-        if label != IGNORE_INDEX
-    ]
-    row_of, place_of, targets, candidate_of = torch.tensor(counted, device=hidden_states.device).unbind(1)
-    states = hidden_states[row_of, place_of]
-    losses = torch.cat(
-        [
-            F.cross_entropy(
-                loaded.model.logits(states[i : i + CHUNK]).float(), targets[i : i + CHUNK], reduction="none"
-            )
-            for i in range(0, len(states), CHUNK)
-        ]
-    )
-    sums = torch.zeros(len(rows), max(len(row.candidates) for row in rows), dtype=torch.float64, device=losses.device)
-    sums.index_put_((row_of, candidate_of), -losses.double(), accumulate=True)
-    return [values[: len(row.candidates)] for row, values in zip(rows, sums.tolist(), strict=True)]
+def _sum_by_reply(loaded: LoadedModel, rows: list[_Row], hidden_states: Tensor) -> list[list[float]]:
+    """Logits once per place that predicts something, however many tokens are asked of it."""
+    asked = [(number, *target) for number, row in enumerate(rows) for target in row.targets]
+    row_of, place_of, tokens, reply_of = torch.tensor(asked, device=hidden_states.device).unbind(1)
+    places, index = torch.unique(row_of * hidden_states.shape[1] + place_of, return_inverse=True)
+    states = hidden_states.flatten(0, 1)[places]
+    likelihoods = torch.zeros(len(asked), dtype=torch.float64, device=states.device)
+    for start in range(0, len(states), CHUNK):
+        logs = loaded.model.logits(states[start : start + CHUNK]).float().log_softmax(-1)
+        here = (index >= start) & (index < start + CHUNK)
+        likelihoods[here] = logs[index[here] - start, tokens[here]].double()
+    sums = torch.zeros(len(rows), max(len(row.replies) for row in rows), dtype=torch.float64, device=states.device)
+    sums.index_put_((row_of, reply_of), likelihoods, accumulate=True)
+    return [values[: len(row.replies)] for row, values in zip(rows, sums.tolist(), strict=True)]
 
 
 def _takes_masks(loaded: LoadedModel) -> bool:

@@ -10,8 +10,9 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,47 +132,41 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def _run_task(loaded: LoadedModel, task: TaskConfig, pictures: PictureFeatures, seed: int, cache: Path) -> Row:
     questions = read_task(task, loaded.conversation_tokenizer, cache, seed)
-    own = _figure(loaded, task, questions, pictures, lambda question: question.images, "own pictures")
     shown = [image for question in questions for image in question.images]
-    shuffled = None
-    if len(set(shown)) > 1:
-        other = derangement(shown, seed)
-        shuffled = _figure(
-            loaded,
-            task,
-            questions,
-            pictures,
-            lambda question: tuple(other[image] for image in question.images),
-            "shuffled pictures",
-        )
-    blank = None
+    other = derangement(shown, seed) if len(set(shown)) > 1 else {}
+    swapped = [replace(q, images=tuple(other[image] for image in q.images)) for q in questions] if other else []
+    blanked: list[Question] = []
     if shown and task.kind == "loss":  # one more pass over the records, so not for every task
         picture = _blank_picture()
-        blank = _figure(
-            loaded, task, questions, pictures, lambda question: (picture,) * len(question.images), "blank pictures"
-        )
+        blanked = [replace(question, images=(picture,) * len(question.images)) for question in questions]
+    # together: what is asked of an image as its own and as another's is scored once
+    scores = iter(_scores(loaded, task.name, [*questions, *swapped, *blanked], pictures))
+    own, shuffled, blank = (
+        _figure(task, some, list(islice(scores, len(some))), f"{which} pictures") if some else None
+        for which, some in (("own", questions), ("shuffled", swapped), ("blank", blanked))
+    )
+    assert own is not None
     baseline, name = _baseline(task, questions)
     return Row(task.name, task.kind, METRICS[task.kind], own, shuffled, blank, baseline, name)
 
 
-def _figure(
-    loaded: LoadedModel,
-    task: TaskConfig,
-    questions: list[Question],
-    pictures: PictureFeatures,
-    shown: Callable[[Question], tuple[str | bytes, ...]],
-    which: str,
-) -> Figure:
-    label = f"evaluation: {task.name}, {which}"
-    with Progress(f"{label}:", len(questions), "records") as progress:
-        scores = score_candidates(loaded, questions, pictures, shown, on_progress=progress.show)
+def _scores(
+    loaded: LoadedModel, name: str, questions: Sequence[Question], pictures: PictureFeatures
+) -> list[list[float]]:
+    with Progress(f"evaluation: {name}:", len(questions), "questions") as progress:
+        scores = score_candidates(loaded, questions, pictures, on_progress=progress.show)
+    log(f"evaluation: {name}: {len(questions)} questions, {progress.seconds:.1f} s")
+    return scores
+
+
+def _figure(task: TaskConfig, questions: Sequence[Question], scores: list[list[float]], which: str) -> Figure:
     if task.kind == "loss":
         counts = [sum(label != IGNORE_INDEX for label in question.reply_labels[0]) for question in questions]
         figure = loss_per_token([-score[0] for score in scores], counts)
     else:
         figure = accuracy(scores, [question.answer for question in questions])
-    log(f"{label}: {with_error(figure.value, figure.standard_error)} over {len(questions)} records, "
-        f"{progress.seconds:.1f} s")  # fmt: skip
+    value = with_error(figure.value, figure.standard_error)
+    log(f"evaluation: {task.name}, {which}: {value} over {len(questions)} records")
     return figure
 
 

@@ -100,7 +100,7 @@ def _projector_line(manifest: Manifest) -> str:
     if manifest.image_spec is None:
         return ""
     kind = "linear" if projector.kind == "linear" else f"mlp, {projector.depth} layers"
-    side = projector.unshuffle
+    side = projector.pool * projector.unshuffle
     return kind + (f", {side} x {side} patches a token" if side > 1 else "")
 
 

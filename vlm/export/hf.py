@@ -50,8 +50,9 @@ def why_not_llava(config: ModelConfig, built: Assembled) -> str | None:
         return "it has no vision encoder"
     if config.vision.backend != "hf" or vision.trunk.model.config.model_type not in _TOWERS:
         return f"its encoder ({config.vision.backend}: {config.vision.path}) is no CLIP or SigLIP of transformers"
-    if config.projector.unshuffle > 1:
-        return f"its projector merges {config.projector.unshuffle} x {config.projector.unshuffle} patches"
+    if config.projector.patches_per_token > 1:
+        side = config.projector.pool * config.projector.unshuffle
+        return f"its projector merges {side} x {side} patches"
     if len(_linears(model.projector)) > 2:
         return f"its projector has {len(_linears(model.projector))} layers; one or two can be expressed"
     scaled = [name for name in _HEAD_SCALES if getattr(model.llm.config, name, None)]

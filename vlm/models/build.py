@@ -97,7 +97,7 @@ def build_image_spec(config: ModelConfig) -> ImageSpec | None:
         return None
     with torch.device("meta"):
         vision = build_vision(config.vision, weights=False)
-    return _image_spec(config.vision, vision, vision.num_patches // config.projector.unshuffle**2)
+    return _image_spec(config.vision, vision, vision.num_patches // config.projector.patches_per_token)
 
 
 def assemble(

@@ -38,10 +38,20 @@ class ProjectorConfig(Section):
     """One linear layer, or several."""
     depth: PositiveInt = 2
     """mlp: number of linear layers, with gelu between them."""
+    pool: PositiveInt = 1
+    """Average squares of n x n patches first; 1 averages none."""
     unshuffle: PositiveInt = 1
     """Merge squares of n x n patches into one token before projecting; 1 keeps all patches."""
     normalize: bool = False
     """Standardise each vision channel with statistics of the first training pictures, kept with the weights."""
+    initialize: Literal["random", "least_squares"] = "random"
+    """least_squares: before the first step, fit the last layer so that the tokens of an image come near to the mean
+    embedding of the words of its replies. For short captions; without effect where init_from brings a projector."""
+
+    @property
+    def patches_per_token(self) -> int:
+        """How many of the encoder's patches become one token."""
+        return (self.pool * self.unshuffle) ** 2
 
 
 class LLMConfig(Section):
@@ -82,8 +92,10 @@ class ModelConfig(Section):
     def _parts_exist(self) -> ModelConfig:
         if not self.trainable:
             raise ValueError("trainable: empty, so nothing would be trained; name projector, llm, llm.lora or vision")
-        if self.vision is not None and self.vision.keep_class_token and self.projector.unshuffle > 1:
-            raise ValueError("vision.keep_class_token and projector.unshuffle exclude each other: no square of patches")
+        if self.vision is not None and self.vision.keep_class_token and self.projector.patches_per_token > 1:
+            raise ValueError(
+                "vision.keep_class_token excludes projector.pool and projector.unshuffle: no square of patches"
+            )
         if self.vision is None and {"projector", "vision"} & set(self.trainable):
             raise ValueError("trainable: names projector or vision, but model.vision is null")
         if "llm.lora" in self.trainable and self.lora is None:

@@ -14,20 +14,21 @@ _GELU_VARIANCE = 0.425  # of gelu(x) about 0 for x ~ N(0, 1); keeps the output's
 
 
 class Projector(nn.Module):
-    """Unshuffle, standardise if asked, then linear layers with gelu between them.
+    """Average squares of patches, standardise, unshuffle, each if asked; then linear layers with gelu between them.
 
     Args:
         num_patches: P, what the encoder yields.
         in_width: C.
         out_width: D.
         depth: linear layers; 1 is a plain linear projector.
-        unshuffle: side of the square of patches that becomes one token.
+        pool: side of the square of patches that is averaged first.
+        unshuffle: side of the square of (averaged) patches that becomes one token.
         normalize: keep per-channel statistics and standardise with them; see `calibrate`.
         output_std: standard deviation that the output starts with, for inputs of unit variance. Take the token
             embeddings', so that pictures do not drown or vanish among words.
 
     Raises:
-        ConfigError: the patches do not form a square that `unshuffle` divides.
+        ConfigError: the patches do not form a square that `pool` times `unshuffle` divides.
     """
 
     feature_mean: Tensor  # [C], with `normalize`
@@ -40,19 +41,24 @@ class Projector(nn.Module):
         in_width: int,
         out_width: int,
         depth: int = 1,
+        pool: int = 1,
         unshuffle: int = 1,
         normalize: bool = False,
         output_std: float = 1.0,
     ) -> None:
         super().__init__()
         grid = math.isqrt(num_patches)
-        if unshuffle > 1 and (grid * grid != num_patches or grid % unshuffle):
+        side = pool * unshuffle
+        if side > 1 and (grid * grid != num_patches or grid % side):
+            keys = {"pool": pool, "unshuffle": unshuffle}
+            asked = " x ".join(f"model.projector.{key} {value}" for key, value in keys.items() if value > 1)
             raise ConfigError(
-                f"model.projector.unshuffle {unshuffle}: the encoder yields {num_patches} patches, which must form a "
-                f"square grid whose side is a multiple of {unshuffle}. Change model.vision.image_size or unshuffle"
+                f"{asked}: the encoder yields {num_patches} patches, which must form a square grid whose side is a "
+                f"multiple of {side}. Change model.vision.image_size, pool or unshuffle"
             )
+        self.pool = pool
         self.unshuffle = unshuffle
-        self.num_tokens = num_patches // unshuffle**2
+        self.num_tokens = num_patches // side**2
         self.in_width = in_width
         width = in_width * unshuffle**2
         layers: list[nn.Module] = [nn.Linear(width, out_width)]
@@ -76,17 +82,42 @@ class Projector(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, features: Tensor) -> None:
-        """Take each channel's mean and standard deviation from features [N, P, C] of training pictures."""
-        flat = features.float().flatten(0, 1)
+        """Take each channel's mean and standard deviation from features [N, P, C] of training pictures, averaged."""
+        flat = pool_patches(features.float(), self.pool).flatten(0, 1)
         std, mean = torch.std_mean(flat, dim=0)
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(std.clamp_min(1e-3 * std.mean().clamp_min(1e-6)))  # a dead channel stays small
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, P, C], any float dtype -> [N, T, D]."""
+        return self.layers(self.inputs(features))
+
+    def inputs(self, features: Tensor) -> Tensor:
+        """[N, P, C], any float dtype -> what the first linear layer reads, [N, T, C * unshuffle**2]."""
+        features = pool_patches(features, self.pool)
         if self.normalize:
             features = (features.float() - self.feature_mean) / self.feature_std
-        return self.layers(unshuffle_patches(features, self.unshuffle).to(self.dtype))
+        return unshuffle_patches(features, self.unshuffle).to(self.dtype)
+
+
+def pool_patches(features: Tensor, side: int) -> Tensor:
+    """Average every `side` x `side` square of patches.
+
+    Args:
+        features: [N, P, C], P a square grid in row-major order.
+
+    Returns:
+        [N, P / side**2, C].
+
+    >>> pool_patches(torch.tensor([[[1.0], [2.0], [3.0], [6.0]]]), 2).tolist()
+    [[[3.0]]]
+    """
+    if side == 1:
+        return features
+    num_images, num_patches, channels = features.shape
+    grid = math.isqrt(num_patches)
+    squares = features.reshape(num_images, grid // side, side, grid // side, side, channels)
+    return squares.mean((2, 4)).flatten(1, 2)
 
 
 def unshuffle_patches(features: Tensor, side: int) -> Tensor:
@@ -114,6 +145,7 @@ def build_projector(
         in_width=in_width,
         out_width=out_width,
         depth=1 if config.kind == "linear" else config.depth,
+        pool=config.pool,
         unshuffle=config.unshuffle,
         normalize=config.normalize,
         output_std=output_std,

@@ -88,13 +88,12 @@ def read_shapes(config: ModelConfig) -> ModelShape:
     if config.vision is None:
         return ModelShape(llm, None, (), 0)
     vision = _read_vision(config.vision)
-    side = config.projector.unshuffle
     widths = [
-        vision.width * side**2,
+        vision.width * config.projector.unshuffle**2,
         *[llm.width] * (1 if config.projector.kind == "linear" else config.projector.depth),
     ]
     linears = tuple(Linear(str(i), *pair) for i, pair in enumerate(pairwise(widths)))
-    return ModelShape(llm, vision, linears, vision.num_patches // side**2)
+    return ModelShape(llm, vision, linears, vision.num_patches // config.projector.patches_per_token)
 
 
 def _read_llm(config: ModelConfig) -> LLMShape:
