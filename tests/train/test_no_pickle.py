@@ -369,7 +369,7 @@ def test_a_run_with_a_planted_base_model_ends_before_a_run_folder_has_weights(pl
     (folder / "model.safetensors").unlink()
     plant(folder / "pytorch_model.bin")
     path = config_file(model__vision={"backend": "hf", "path": str(folder), "layer": -2})
-    with pytest.raises(CheckpointError, match=r"Pickled weights \(\.bin\) are not loaded, as they can run code"):
+    with pytest.raises(CheckpointError, match=r"Pickled weights \(\.bin, \.pth\) are not loaded, as they can run code"):
         train(load_config(path), path.read_text())
     assert newest_verified(tmp_path / "run") is None
 
