@@ -12,7 +12,7 @@ from torch import nn
 from vlm import precision
 from vlm.errors import ConfigError
 from vlm.models import vision_compute
-from vlm.models.vision_compute import EncoderCompute, choose_compute, converted, is_convolutional, read_compute
+from vlm.models.vision_compute import EncoderCompute, choose_compute, is_convolutional, read_compute
 from vlm.precision import CpuSpeed
 
 CPU = torch.device("cpu")
@@ -139,7 +139,7 @@ def test_a_format_computes_the_same_features(name):
     expected = cnn()(pixels)
     compute = read_compute(name)
     assert compute.name == name
-    got = compute.run(converted(cnn(), compute), pixels)
+    got = compute.run(cnn().to(compute.dtype), pixels)
     assert got.dtype == compute.dtype
     bound = 1e-6 if compute.dtype == torch.float32 else 6e-3  # worst seen 6e-8 and 3e-3
     assert (got.float() - expected).abs().max() < bound

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from vlm.errors import ConfigError, DataError, MissingPackageError, VLMError
 from vlm.export.load import load_init
 from vlm.export.load_stage import load_init_stage
 from vlm.export.manifest import read_manifest
-from vlm.logs import log, warn
+from vlm.logs import Progress, log, warn
 from vlm.models.build import Assembled, build_model, forked_random_state
 from vlm.models.families import describe_packing, has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
@@ -40,6 +40,7 @@ from vlm.train.initialize import CANDIDATES, fit_least_squares
 from vlm.train.optim import describe_sizes
 from vlm.train.scaling import loss_scale_for
 
+FIRST_WITH_CHOICE = "model.projector.pool"  # in the identity of runs whose encoder chooses how it computes
 VISION_COMPUTE = "model.vision.compute"  # key of a run's identity: what its encoder computed in
 CALIBRATION_STEPS = 8  # optimizer steps whose pictures set the projector's channel statistics
 
@@ -90,9 +91,16 @@ def settle_precision(config: RunConfig, device: torch.device, began_with: Mappin
     if is_main() and (problem := precision.complaint(chosen, device)):
         warn(problem)
     changes: dict[str, Any] = {"train": config.train.model_copy(update={"precision": chosen})}
-    if config.model.vision is not None and config.model.vision.compute == "auto" and VISION_COMPUTE in began:
-        vision = config.model.vision.model_copy(update={"compute": began[VISION_COMPUTE]})
+    is_older = (
+        bool(began) and FIRST_WITH_CHOICE not in began
+    )  # then all computed, and was cached, as the precision says
+    dtype = "fp32" if chosen == "fp32" else "bf16"
+    compute = began.get(VISION_COMPUTE, dtype if is_older and chosen != "fp16" else "auto")
+    if config.model.vision is not None and config.model.vision.compute == "auto":
+        vision = config.model.vision.model_copy(update={"compute": compute})
         changes["model"] = config.model.model_copy(update={"vision": vision})
+    if is_older:
+        changes["data"] = config.data.model_copy(update={"cache_dtype": dtype})
     return config.model_copy(update=changes)
 
 
@@ -108,6 +116,7 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
     no_plan = _tell_plan(config, plan) if is_main() else ""
     stage = _build_stage(config, plan, device)
     built = _build_whole(config, device) if stage is None else stage.built
+    _settle_vision(config, built, device)
     if no_plan:  # what else stopped the plan has stopped the model too, and was said there
         log(f"no memory plan: {no_plan}")
     data = _build_data(config, built, device, plan)
@@ -235,6 +244,9 @@ def assemble_checkpoint(config: RunConfig, checkpoint: Path, device: torch.devic
         return None
     with forked_random_state():
         model = build_model(config.model, precision=config.train.precision, device=str(device), seed=config.seed).model
+        if model.vision is not None and config.model.vision is not None and model.vision.is_frozen:
+            dtype = precision.autocast_dtype(config.train.precision) or torch.float32
+            model.vision.settle(model.vision.choose(config.model.vision, dtype, device))
         load_weights(model, read_weights(checkpoint), str(checkpoint))
     return model
 
@@ -273,6 +285,17 @@ def _build_data(config: RunConfig, built: Assembled, device: torch.device, plan:
     return data
 
 
+def _settle_vision(config: RunConfig, built: Assembled, device: torch.device) -> None:
+    """How a frozen encoder computes. Rank 0, which has it under every engine, chooses for all machines."""
+    wanted, vision = config.model.vision, built.model.vision  # the latter None on later stages of a pipeline
+    if wanted is None or "vision" in config.model.trainable:
+        return
+    dtype = precision.autocast_dtype(config.train.precision) or torch.float32
+    chosen = on_main(lambda: None if vision is None else vision.choose(wanted, dtype, device))
+    if vision is not None:
+        vision.settle(chosen)
+
+
 def _calibrate_projector(config: RunConfig, built: Assembled, data: Data, device: torch.device) -> None:
     """Set the projector's channel statistics from the first training pictures, unless init_from brought them.
 
@@ -308,9 +331,9 @@ def _initialize_projector(config: RunConfig, built: Assembled, data: Data, devic
         assert built.image_token_id is not None
         embedding = built.model.llm.get_input_embeddings().weight
         num_steps = data.train.steps_in(1)
-        found = fit_least_squares(
-            projector, embedding, built.image_token_id, _with_features(config, built, data, device, num_steps)
-        )
+        with Progress("projector: least squares,", num_steps, "steps") as progress:
+            batches = _with_features(config, built, data, device, num_steps, progress.show)
+            found = fit_least_squares(projector, embedding, built.image_token_id, batches)
         log(
             f"projector: least squares over {found.num_images:,} images (ridge {found.ridge:g}); of "
             f"{found.num_held_out} held out: variance explained {found.explained:.2f}, own words the nearest of "
@@ -341,13 +364,19 @@ def _first_features(config: RunConfig, built: Assembled, data: Data, device: tor
 
 
 def _with_features(
-    config: RunConfig, built: Assembled, data: Data, device: torch.device, num_steps: int
+    config: RunConfig,
+    built: Assembled,
+    data: Data,
+    device: torch.device,
+    num_steps: int,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """The batches of all ranks in the first steps that have images, with the encoder's features [N, P, C] of these."""
     vision = built.model.vision
     assert vision is not None
     dtype = precision.autocast_dtype(config.train.precision)
-    for _, batches in zip(range(num_steps), data.train.for_rank(0, 1).iterate(0), strict=False):
+    for step, batches in zip(range(num_steps), data.train.for_rank(0, 1).iterate(0), strict=False):
+        on_step(step)
         for batch in (batch.to(device) for batch in batches if batch.num_images):
             with torch.no_grad(), precision.autocast(device.type, dtype):
                 features = vision(batch.pixel_values) if batch.image_features is None else batch.image_features

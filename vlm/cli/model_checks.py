@@ -130,7 +130,7 @@ def _why_template_does_not_fit(name: str, vocabulary: Vocabulary) -> str | None:
 
     if name == "tokenizer":
         return None if vocabulary.has_chat_template else NO_CHAT_TEMPLATE
-    return why_no_end(TEMPLATES[name], "eos_token" in vocabulary.named, vocabulary.ids.__contains__)
+    return why_no_end(TEMPLATES[name], not vocabulary.has_no_end, vocabulary.ids.__contains__)
 
 
 def _control_words(name: str) -> list[str]:

@@ -103,8 +103,8 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
         "results": rows,
     }
     write_atomically(target, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    write_figures(folder, rows)
     print_table(rows)
+    write_figures(folder, rows)
     log(f"written to {target}")
     return rows
 

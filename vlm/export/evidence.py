@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm.logs import warn
+from vlm.train.checkpoint import write_atomically
+
 PROOF = "proof.json"  # in a run folder, see vlm.proof; and in its exports
 FIGURES = "evaluation.json"  # beside an export, see vlm.evaluation
 CARD = "README.md"
@@ -48,7 +51,10 @@ def write_figures(export: Path, rows: Sequence[dict[str, Any]]) -> None:
     before, start, rest = text.partition(f"{_START}\n")
     _, end, after = rest.partition(f"\n{_END}")
     if start and end:
-        card.write_text(f"{before}{start}{figures_table(rows)}{end}{after}", encoding="utf-8")
+        try:
+            write_atomically(card, f"{before}{start}{figures_table(rows)}{end}{after}")
+        except OSError as error:  # somebody else's export
+            warn(f"{card}: the figures could not be written into it ({error.strerror})")
 
 
 def figures_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -23,7 +23,7 @@ from vlm.models.projector import build_projector
 from vlm.models.trainable import set_trainable
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.vlm import VisionLanguageModel
-from vlm.precision import autocast_dtype, frozen_dtype
+from vlm.precision import frozen_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -64,16 +64,7 @@ def build_model(
     with forked_random_state():
         torch.manual_seed(seed)
         model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
-    settle_vision(model, config, autocast_dtype(precision), device)
     return Assembled(model.to(device), tokenizer, spec, image_token_id)
-
-
-def settle_vision(
-    model: VisionLanguageModel, config: ModelConfig, compute_dtype: torch.dtype | None, device: str
-) -> None:
-    """Choose how a frozen encoder computes; one that trains computes as the rest of the model does."""
-    if model.vision is not None and config.vision is not None and model.vision.is_frozen:
-        model.vision.settle(config.vision, compute_dtype or torch.float32, torch.device(device))
 
 
 def forked_random_state() -> AbstractContextManager[None]:

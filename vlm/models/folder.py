@@ -37,14 +37,19 @@ _RESIZE = (
 )
 
 
+_LOOKED_UP = ("bos_token", "eos_token", "pad_token")  # the named tokens that training uses
+_WITHOUT_DEFAULTS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """A tokenizer's tokens, from its files."""
 
     size: int  # ids below it are what text becomes; added tokens may lie beyond
     ids: Mapping[str, int]  # of every token, added ones included
-    named: Mapping[str, str]  # "eos_token" -> "</s>", and the others that the files name
+    named: Mapping[str, str]  # "eos_token" -> "</s>", and the others of _LOOKED_UP that the files name
     has_chat_template: bool
+    has_no_end: bool  # the files say so; where they say nothing, the tokenizer's class may have one of its own
 
 
 def why_no_weights(folder: Path) -> str | None:
@@ -121,8 +126,11 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     settings = named_tokens(folder)
     base = [number for name, number in ids.items() if name not in added]
     has_template = bool(settings.get("chat_template")) or any(folder.glob("chat_template.*"))
-    named = {key: str(value) for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)}
-    return Vocabulary(max(base, default=-1) + 1, {**ids, **added}, named, has_template)
+    named = {key: str(settings[key]) for key in _LOOKED_UP if isinstance(settings.get(key), str)}
+    written = read_json(folder / SETTINGS)
+    says_none = "eos_token" in written or written.get("tokenizer_class") in _WITHOUT_DEFAULTS
+    has_no_end = "eos_token" not in named and says_none
+    return Vocabulary(max(base, default=-1) + 1, {**ids, **added}, named, has_template, has_no_end)
 
 
 def why_beyond_embedding(size: int, ids: Iterable[tuple[str, int | None]], num_rows: int) -> str | None:

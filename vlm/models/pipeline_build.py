@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
 from vlm.logs import Progress
-from vlm.models.build import Assembled, assemble, forked_random_state, settle_vision
+from vlm.models.build import Assembled, assemble, forked_random_state
 from vlm.models.config import ModelConfig
 from vlm.models.families import llm_parts
 from vlm.models.llm import (
@@ -29,7 +29,7 @@ from vlm.models.pipeline import PipelineLayer, num_layers, pipeline_layers
 from vlm.models.trainable import PARTS, load_weights, part_of, part_weights, trained_weights
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.weight_files import WeightFiles
-from vlm.precision import autocast_dtype, frozen_dtype
+from vlm.precision import frozen_dtype
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -153,7 +153,6 @@ def build_stage(
         model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
     shapes, trained = _describe(model, is_tied)
     _remove_other_stages(model, own, keep_vision=number == 0)
-    settle_vision(model, config, autocast_dtype(precision), device)
     with Progress("model: loaded", len(later), "blocks") as progress:
         for done, name in enumerate(later):
             assert spread is not None

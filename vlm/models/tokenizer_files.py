@@ -7,6 +7,7 @@ transformers 5 the class decides more than the vocabulary's own settings do (see
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 from vlm.errors import CheckpointError
 from vlm.models.spm import is_sentencepiece, read_sentencepiece, special_tokens
 
+_TIKTOKEN_CACHE = "TIKTOKEN_CACHE_DIR"  # empty: none
 VOCABULARY = "tokenizer.model"
 SETTINGS = "tokenizer_config.json"
 # files that transformers reads beside tokenizer.json; the first three may name added tokens
@@ -137,7 +139,15 @@ def read_json(file: Path) -> dict[str, Any]:
 def _read_tiktoken(file: Path, added: Mapping[int, AddedToken]) -> Tokenizer:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    backend: Tokenizer = TikTokenConverter(str(file)).converted()
+    # tiktoken keeps what it reads below the temporary folder, by path alone: another file of that path would be unread
+    before = os.environ.get(_TIKTOKEN_CACHE)
+    os.environ[_TIKTOKEN_CACHE] = ""
+    try:
+        backend: Tokenizer = TikTokenConverter(str(file)).converted()
+    finally:
+        os.environ.pop(_TIKTOKEN_CACHE)
+        if before is not None:
+            os.environ[_TIKTOKEN_CACHE] = before
     last = max(added, default=-1)
     for number in range(backend.get_vocab_size(), last + 1):
         unnamed = AddedToken(f"<|unnamed_{number}|>", special=True, normalized=False)

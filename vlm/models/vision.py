@@ -29,7 +29,7 @@ from vlm.logs import warn
 from vlm.models.config import VisionConfig
 from vlm.models.folder import NO_PREPROCESSOR, lacks_preprocessor, why_no_encoder, why_no_weights
 from vlm.models.hub import check_hub, quiet_retries
-from vlm.models.vision_compute import EncoderCompute, choose_compute, converted, is_convolutional, read_compute
+from vlm.models.vision_compute import EncoderCompute, choose_compute, is_convolutional, read_compute
 
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -82,19 +82,22 @@ class VisionEncoder(nn.Module):
                 return self.compute.run(self.trunk, pixel_values)
             return self.trunk(pixel_values.to(next(self.trunk.parameters()).dtype))
 
-    def settle(self, config: VisionConfig, dtype: torch.dtype, device: torch.device) -> None:
-        """Choose how a frozen encoder computes, and convert its weights to that.
+    def choose(self, config: VisionConfig, dtype: torch.dtype, device: torch.device) -> EncoderCompute | None:
+        """How it should compute while it is frozen; None: as the rest of the model.
 
         Args:
             dtype: what the rest of the model computes in.
             device: where it will run.
         """
         if config.compute != "auto":
-            self.compute = read_compute(config.compute)
-        elif is_convolutional(self.trunk):
-            self.compute = choose_compute(self.trunk, self.image_size, dtype, device)
-        if self.compute is not None:
-            converted(self.trunk, self.compute)
+            return read_compute(config.compute)
+        return choose_compute(self.trunk, self.image_size, dtype, device) if is_convolutional(self.trunk) else None
+
+    def settle(self, compute: EncoderCompute | None) -> None:
+        """Compute so from now on, with the weights in that number format."""
+        self.compute = compute
+        if compute is not None:
+            self.trunk.to(compute.dtype)
 
     def unused_parameters(self) -> list[str]:
         """Names of trained weights that no feature depends on, such as a pooling head's. Found by one backward."""
@@ -110,7 +113,7 @@ class VisionEncoder(nn.Module):
 
 
 def build_vision(config: VisionConfig, dtype: torch.dtype = torch.float32, *, weights: bool = True) -> VisionEncoder:
-    """The encoder that `config` names, its weights in `dtype`; a convolutional one waits for `settle` in float32.
+    """The encoder that `config` names, its weights in `dtype`; in float32 where `VisionEncoder.settle` may choose so.
 
     Args:
         weights: false builds the shape only, random; for the meta device.
@@ -122,9 +125,9 @@ def build_vision(config: VisionConfig, dtype: torch.dtype = torch.float32, *, we
     prepare()
     quiet_retries()
     if config.compute != "auto":
-        dtype = read_compute(config.compute).dtype
+        dtype = torch.float32
     encoder = _BUILDERS[config.backend](config, dtype, weights)
-    return encoder if config.compute == "auto" and is_convolutional(encoder.trunk) else encoder.to(dtype)
+    return encoder if is_convolutional(encoder.trunk) else encoder.to(dtype)
 
 
 def save_architecture(encoder: VisionEncoder, config: VisionConfig, folder: Path) -> VisionConfig:

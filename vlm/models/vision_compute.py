@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from vlm.precision import DTYPES, autocast, compare, cpu_speed, remember
 
 _FEWEST_CONVOLUTIONS = 3  # of a convolutional network; a vision transformer has one, which cuts the image into patches
-_IMAGES = {"cpu": 1, "cuda": 8}  # per timed forward
+_IMAGES_ON_GPU = 8  # per timed forward; on a CPU one
 
 
 @dataclass(frozen=True)
 class EncoderCompute:
-    """A number format and a memory format."""
+    """A number format and a memory format. Weights stay contiguous, as fully_shard needs them: convolutions follow the
+    images."""
 
     dtype: torch.dtype
     channels_last: bool = False
@@ -80,7 +81,7 @@ def _time(
     trunk: nn.Module, image_size: int, candidates: list[EncoderCompute], device: torch.device
 ) -> dict[str, float]:
     """Seconds of a forward by name of the format."""
-    pixels = torch.zeros(_IMAGES[device.type], 3, image_size, image_size, device=device)
+    pixels = torch.zeros(1 if device.type == "cpu" else _IMAGES_ON_GPU, 3, image_size, image_size, device=device)
 
     def forward(candidate: EncoderCompute) -> Any:
         candidate.run(trunk, pixels)  # autocast: the weights stay as they are
@@ -90,9 +91,3 @@ def _time(
     trunk.to(device)
     seconds = compare([partial(forward, candidate) for candidate in candidates], budget=0.1)
     return {candidate.name: round(value, 6) for candidate, value in zip(candidates, seconds, strict=True)}
-
-
-def converted(trunk: nn.Module, compute: EncoderCompute) -> nn.Module:
-    """`trunk` itself, its weights in the format from now on."""
-    module: Any = trunk.to(compute.dtype)  # torch's types know no memory_format
-    return module.to(memory_format=torch.channels_last if compute.channels_last else torch.contiguous_format)
