@@ -9,8 +9,7 @@ quickstart-tiny:
 
 test: .venv-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 --dist loadfile --ignore=tests/train
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow tests/train
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 --dist loadfile
 
 test-fast: .venv-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2

@@ -13,11 +13,14 @@ version = re.search(r'__version__ = "(.+)"', (here / "vlm/__init__.py").read_tex
 core = [
     "torch>=2.10,<2.14",
     "torchvision>=0.25,<0.29",
-    "transformers>=5.6,<6",
+    "transformers>=5.6,<6",  # tests/models/test_transformers_range.py runs the lowest; InternLM3 comes with 5.23
     "open_clip_torch>=3.3,<4",
     "timm>=1.0.20,<2",
     "peft>=0.19,<1",
     "safetensors>=0.5",
+    "sentencepiece>=0.2",  # this and the next two: folders that have tokenizer.model and no tokenizer.json
+    "protobuf>=4.25",
+    "tiktoken>=0.7",
     "pillow>=11.3",
     "omegaconf>=2.3,<3",
     "pydantic>=2.12,<3",

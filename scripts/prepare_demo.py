@@ -100,9 +100,7 @@ def write_dataset(folder: Path, svgs: Path, stamps: Path | str) -> None:
     (folder / "counts.json").write_text(json.dumps(counts, indent=1))
 
 
-def draw_all(
-    found: list[pictures.Picture], images: Path
-) -> tuple[list[pictures.Picture], list[np.ndarray]]:
+def draw_all(found: list[pictures.Picture], images: Path) -> tuple[list[pictures.Picture], list[np.ndarray]]:
     """Those that could be drawn, and their thumbnails."""
     drawn, thumbnails, left_out = [], [], []
     for number, (picture, thumbnail) in enumerate(zip(found, pictures.render_all(found, images), strict=True), 1):

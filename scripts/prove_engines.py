@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,20 @@ class Outcome:
     weights: Path  # a checkpoint folder
 
 
-def run_cases(config: str, cases: Sequence[Case], steps: int, folder: Path) -> dict[Case, Outcome]:
+def start(job: Path, processes: int) -> None:
+    """Let each process of a launch `work` at the job."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), __file__, "--job", str(job)]
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+
+
+def run_cases(
+    config: str,
+    cases: Sequence[Case],
+    steps: int,
+    folder: Path,
+    start: Callable[[Path, int], None] = start,
+) -> dict[Case, Outcome]:
     """Train each case for `steps` steps. Cases of one kind and as many processes share a launch."""
     outcomes: dict[Case, Outcome] = {}
     for name in dict.fromkeys(case.launch for case in cases):
@@ -71,10 +84,7 @@ def run_cases(config: str, cases: Sequence[Case], steps: int, folder: Path) -> d
         folders = [str(folder / f"{name}-{number}") for number in range(len(group))]
         entries = [{"overrides": case.overrides, "out": out} for case, out in zip(group, folders, strict=True)]
         job.write_text(json.dumps({"config": config, "steps": steps, "cases": entries}))
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *(launcher if processes > 1 else []), __file__, "--job", str(job)]
-        subprocess.run(command, env=environment, check=True)
+        start(job, processes)
         for case, out in zip(group, map(Path, folders), strict=True):
             numbers = json.loads((out / "numbers.json").read_text())
             outcomes[case] = Outcome(numbers["losses"], numbers["grad_norms"], out)

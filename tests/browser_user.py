@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from tiny_export import model_config, write_llm, write_picture, write_run
 from vlm.chat.web import RunningPage, WebOptions, serve
 from vlm.chat.web_models import ModelStore, find_exports
 from vlm.export.weights import export_run
-from vlm.models.generate import GenerationSettings
+from vlm.models.generate import GenerationSettings, generate
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MARKS = [
@@ -22,6 +25,7 @@ MARKS = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (apt-get install chromium)"),
 ]
 WAIT = 60_000  # milliseconds; two busy cores
+PACE = 0.05  # seconds between two tokens of an endless answer
 LEAK = re.compile(r"0x[0-9a-f]{4}|/(tmp|home|root|srv)/|Traceback|PIL|\.py")
 SENTENCE = "one two three four five six seven eight nine ten"
 
@@ -63,6 +67,24 @@ def chromium() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@contextmanager
+def endless_answers() -> Iterator[None]:
+    """Answers that begin here go on until they are stopped: 90,000 tokens at this pace take longer than a test may."""
+
+    def write(
+        model: Any, input_ids: Any, pixels: Any, stop_ids: Any, settings: Any, on_token: Any, is_over: Any
+    ) -> Any:
+        def slowly(token: int) -> bool:
+            time.sleep(PACE)
+            return on_token(token)
+
+        return generate(model, input_ids, pixels, (), replace(settings, max_new_tokens=90_000), slowly, is_over)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlm.export.load.generate", write)
+        yield
 
 
 class Page:
@@ -111,6 +133,24 @@ class Page:
 
     def ready(self) -> None:
         self.page.wait_for_selector("#box button[data-name=Submit]")
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what only a question to the page tells."""
+        end = time.monotonic() + WAIT / 1000
+        while not condition():
+            assert time.monotonic() < end, "it did not happen in time"
+            self.page.wait_for_timeout(50)
+
+    def see_it_grow(self) -> None:
+        """Wait until the conversation was seen at three lengths while an answer is written."""
+        sizes: set[int] = set()
+
+        def is_enough() -> bool:
+            sizes.add(len(self.page.inner_text("#chat")))
+            return len(sizes) >= 3
+
+        self.page.wait_for_selector("#box button[data-name=Stop]")
+        self.until(is_enough)
 
     def click(self, name: str, nth: int = -1) -> None:
         buttons = self.page.locator(f"#chat button[data-name='{name}']:visible")

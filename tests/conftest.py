@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# what is measured of this machine, once for all processes
+os.environ.setdefault("VLM_CACHE_DIR", str(Path(tempfile.gettempdir()) / "vlm-tests"))
 os.environ.pop("VLM_FAULT", None)
 
 import pytest

@@ -1,35 +1,37 @@
 """Run a function of a test module on several processes, and runs of engines inside it.
 
-`launch(function, argument)` calls `function(argument)` on each of them, inside their process group.
+`launch(function, argument)` calls `function(argument)` on each of them, inside their process group. Commands that are
+launchers themselves are run by `run_launcher`.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parent
+from warm import run_warm
 
 
 def launch(function: Callable[[Any], None], argument: Any, nproc: int = 2) -> None:
-    """`argument` travels as JSON. The function is found again by its name."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(sys.modules[function.__module__].__file__).parent), str(TESTS), str(TESTS.parent)]
-        ),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", __file__]
-    command += [function.__module__, function.__name__, json.dumps(argument)]
-    done = run_launcher(command, environment)
-    assert done.returncode == 0, done.stderr[-6000:]
+    code, output = run_warm(_in_group, function, argument, nproc=nproc)
+    assert code == 0, output[-6000:]
+
+
+def _in_group(function: Callable[[Any], None], argument: Any) -> None:
+    import torch
+
+    from vlm.cli.main import end
+    from vlm.distributed import process_group
+
+    with process_group(torch.device("cpu"), 120.0, always=True):
+        function(argument)
+    end(0)
 
 
 def run_launcher(
@@ -42,15 +44,24 @@ def run_launcher(
     try:
         out, errors = launcher.communicate(timeout=timeout)
     except BaseException:
-        launcher.terminate()  # a launcher that is killed leaves its processes behind
+        launcher.terminate()  # a launcher that is killed leaves its processes behind, each in a group of its own
         try:
             out, errors = launcher.communicate(timeout=45)
         except subprocess.TimeoutExpired:
-            launcher.kill()
+            kill_tree(launcher.pid)
             raise
         print(out[-3000:], errors[-6000:], file=sys.stderr)
         raise
     return subprocess.CompletedProcess(command, launcher.returncode, out, errors)
+
+
+def kill_tree(process: int) -> None:
+    """A process and all that it started, their children first."""
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in children.read_text().split():
+            kill_tree(int(child))
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 def make(path: str, options: list[str]) -> Any:
@@ -89,15 +100,3 @@ def save(run: Any, folder: Path) -> None:
     barrier()
     run.engine.save(folder)
     barrier()
-
-
-if __name__ == "__main__":
-    import torch
-
-    from vlm.cli.main import end
-    from vlm.distributed import process_group
-
-    module, name, argument = sys.argv[1:]
-    with process_group(torch.device("cpu"), 120.0, always=True):
-        getattr(importlib.import_module(module), name)(json.loads(argument))
-    end(0)

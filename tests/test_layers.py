@@ -14,12 +14,13 @@ PACKAGE = Path(__file__).parents[1] / "vlm"
 # A file imports its own room and rooms of a lower number. Equal numbers are neighbours that do not know each other.
 LAYERS = {
     "errors": 0, "batch": 0, "schema": 0, "layered_yaml": 0, "distributed": 0, "logs": 0, "compat": 0, "faults": 0,
+    "precision": 0,
     "data": 1, "models": 1,
     "objectives": 2,
     "train": 3,
     "export": 4, "plan": 4,
     "config": 5,
-    "chat": 6, "evaluation": 6, "prepare": 6,
+    "chat": 6, "evaluation": 6, "prepare": 6, "proof": 6,
     "run": 7,
     "cli": 8,
 }  # fmt: skip

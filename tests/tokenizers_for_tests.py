@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -51,3 +52,22 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     )
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)])
     return tokenizer
+
+
+LINES = [line for text in TEXTS[:4] for line in text.splitlines()] * 8
+LLAMA = {  # settings of the vocabularies of Llama, InternLM and Baichuan
+    "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": True,
+    "byte_fallback": True, "split_digits": True, "allow_whitespace_only_pieces": True,
+}  # fmt: skip
+
+
+def sentencepiece_model(kind: str = "bpe", vocab_size: int = 420, **options: object) -> bytes:
+    """A real SentencePiece model as a `tokenizer.model` file holds it. Kinds: bpe, unigram, word, char."""
+    from sentencepiece import SentencePieceTrainer
+
+    written = io.BytesIO()
+    settings = {**LLAMA, "hard_vocab_limit": False, "minloglevel": 2, **options}
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES), model_writer=written, model_type=kind, vocab_size=vocab_size, **settings
+    )
+    return written.getvalue()

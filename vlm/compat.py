@@ -1,4 +1,4 @@
-"""Makes a CUDA build of torchvision importable beside a CPU build of torch.
+"""What differs between versions and builds of the libraries: torchvision beside a CPU torch, renamed arguments.
 
 The package index ships torchvision with CUDA kernels only. Beside a CPU torch its extension cannot load, and
 `import torchvision` fails with "operator torchvision::nms does not exist", which takes transformers' model classes,
@@ -9,12 +9,15 @@ torchvision's Python code to import.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import os
 import sys
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
-from vlm.logs import is_logging_rank
+from vlm.logs import Progress, is_logging_rank
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -46,11 +49,36 @@ def prepare() -> None:
 
 
 def quiet_progress() -> None:
-    """transformers' bars while weights load: on a terminal, by one rank; a log file gets none."""
+    """transformers' bars while weights load: on a terminal, by one rank; a log file gets a line now and then."""
     if not (sys.stderr.isatty() and is_logging_rank()):
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        if hasattr(logging, "set_tqdm_hook"):  # not in the oldest versions of the range
+            logging.set_tqdm_hook(_bar_or_lines)
+
+
+def _bar_or_lines(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What transformers asks for as a bar. The one over the tensors of a model tells its progress in lines."""
+    if kwargs.get("desc") == "Loading weights" and args and hasattr(args[0], "__len__"):
+        return factory(_told(args[0]), **kwargs)
+    return factory(*args, **kwargs)
+
+
+def _told(items: Collection[Any]) -> Iterator[Any]:
+    with Progress("model: loaded", len(items), "tensors") as progress:
+        for number, item in enumerate(items):
+            progress.show(number)
+            yield item
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """What a forward, or a maker of masks, of the installed transformers calls its cache of keys and values.
+
+    `past_key_values` became `cache` in transformers 5.24; the old name warns there and is gone in 5.40, where a forward
+    with `**kwargs` would take it in silence and start every token without the ones before.
+    """
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
 
 
 def _loads(package: Path) -> bool:

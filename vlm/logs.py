@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from types import TracebackType
 
+PROGRESS_SECONDS = 15.0  # between the lines of a log file; a terminal has a live line instead
 _live = ""  # the live line on screen now; rewritten after every ordinary line
 
 
@@ -34,6 +37,69 @@ def live(line: str) -> None:
     _live = line if len(line) < width else line[: width - 1]
     sys.stderr.write(f"\r\033[K{_live}")
     sys.stderr.flush()
+
+
+class Progress:
+    """Tells how far something is: a live line on a terminal, else a line every PROGRESS_SECONDS.
+
+    A context manager; when it took that long or longer, the last line says how long.
+
+    Args:
+        what: begins the lines, e.g. "data: encoded".
+        total: how many there are.
+        unit: of what; "bytes" are shown in GiB.
+    """
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self.what = what
+        self.total = total
+        self.unit = unit
+        self._started = self._told = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def show(self, done: int) -> None:
+        """`done` of the total so far. Cheap enough to call for every one."""
+        now = time.monotonic()
+        is_terminal = sys.stderr.isatty()
+        if not is_terminal and now - self._told < PROGRESS_SECONDS:
+            return
+        left = (now - self._started) / max(done, 1) * (self.total - done)
+        line = f"{self.what} {self._count(done)} of {self._count(self.total)} {self._unit}, {format_seconds(left)} left"
+        if is_terminal:
+            live(line)
+        else:
+            self._told = now
+            log(line)
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        live("")
+        if kind is None and self.seconds >= PROGRESS_SECONDS:
+            log(f"{self.what} {self._count(self.total)} {self._unit} in {format_seconds(self.seconds)}")
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._started
+
+    @property
+    def _unit(self) -> str:
+        return "GiB" if self.unit == "bytes" else self.unit
+
+    def _count(self, number: int) -> str:
+        return f"{number / 2**30:.1f}" if self.unit == "bytes" else f"{number:,}"
+
+
+def format_seconds(seconds: float) -> str:
+    """
+    >>> format_seconds(75), format_seconds(3700)
+    ('1m15s', '1h01m')
+    """
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def _columns() -> int:

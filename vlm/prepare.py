@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
+from vlm import precision
 from vlm.batch import Batch
 from vlm.config import RunConfig
 from vlm.data.build import Data, build_data
@@ -38,6 +40,7 @@ from vlm.train.initialize import CANDIDATES, fit_least_squares
 from vlm.train.optim import describe_sizes
 from vlm.train.scaling import loss_scale_for
 
+VISION_COMPUTE = "model.vision.compute"  # key of a run's identity: what its encoder computed in
 CALIBRATION_STEPS = 8  # optimizer steps whose pictures set the projector's channel statistics
 
 
@@ -60,16 +63,37 @@ def check_available(config: RunConfig, device: torch.device) -> None:
         ConfigError: float16 without a GPU.
     """
     check_installed(config.train)
-    if config.train.precision == "fp16" and device.type == "cpu":
-        raise ConfigError(
-            "train.precision fp16 needs a GPU, and this run is on the CPU, where float16 is a hundred times slower: "
-            "set train.precision to bf16 or fp32"
-        )
+    if config.train.precision != "auto":
+        precision.resolve(config.train.precision, device, "train.precision")
     if config.train.tensorboard and find_spec("tensorboard") is None:
         raise MissingPackageError("tensorboard", "train.tensorboard", "track")
     needs_deepspeed = config.engine.kind == "pipeline" or (config.engine.kind == "zero" and config.engine.stage > 0)
     if needs_deepspeed and find_spec("deepspeed") is None:
         raise MissingPackageError("deepspeed", f"engine.kind {config.engine.kind}", "deepspeed")
+
+
+def settle_precision(config: RunConfig, device: torch.device, began_with: Mapping[str, Any] | None = None) -> RunConfig:
+    """The config with `train.precision` and `model.vision.compute` as this run has them, told in the log.
+
+    Rank 0 decides, so that machines of different kinds compute alike. A run goes on as it began, on any machine.
+
+    Args:
+        began_with: the identity in the checkpoint that the run resumes from.
+    """
+    began, wanted = began_with or {}, config.train.precision
+    if wanted == "auto" and "train.precision" in began:
+        chosen = began["train.precision"]
+        log(f"precision: {chosen}, as the run began")
+    else:
+        chosen = on_main(lambda: precision.resolve(wanted, device))
+        log(precision.describe(wanted, chosen, device))
+    if is_main() and (problem := precision.complaint(chosen, device)):
+        warn(problem)
+    changes: dict[str, Any] = {"train": config.train.model_copy(update={"precision": chosen})}
+    if config.model.vision is not None and config.model.vision.compute == "auto" and VISION_COMPUTE in began:
+        vision = config.model.vision.model_copy(update={"compute": began[VISION_COMPUTE]})
+        changes["model"] = config.model.model_copy(update={"vision": vision})
+    return config.model_copy(update=changes)
 
 
 def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) -> Prepared:
@@ -78,6 +102,8 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
     Args:
         calibrate: set the projector's statistics from data; a checkpoint brings its own.
     """
+    if config.train.precision == "auto":  # a caller with a checkpoint has settled it before
+        config = settle_precision(config, device)
     plan = layout(config.engine)
     no_plan = _tell_plan(config, plan) if is_main() else ""
     stage = _build_stage(config, plan, device)
@@ -95,6 +121,8 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
     else:
         shapes, trained = dict(stage.shapes), set(stage.trained)
     log(f"model: {describe_sizes(shapes, trained, config.train)}, on {device.type}")
+    if built.model.vision is not None and built.model.vision.compute is not None:
+        log(f"vision encoder: computes in {built.model.vision.compute.name}")
     log(f"engine: {plan.describe()}")
     _refuse_different_data(data, max_steps)
     _describe_data(config, data, max_steps)
@@ -106,7 +134,7 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
         objective,
         plan,
         device=device,
-        autocast_dtype=autocast_dtype(config.train.precision),
+        autocast_dtype=precision.autocast_dtype(config.train.precision),
         accumulation_steps=data.train.microbatches_per_step,
         loss_scale=loss_scale_for(config.train.precision),
     )
@@ -142,10 +170,6 @@ def _tell_plan(config: RunConfig, plan: Layout) -> str:
         reason = str(error).partition("\n")[0]
         return reason if isinstance(error, VLMError) else f"{type(error).__name__}: {reason}"
     return ""
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    return {"fp32": None, "fp16": torch.float16}.get(precision, torch.bfloat16)
 
 
 def _build_whole(config: RunConfig, device: torch.device) -> Assembled:
@@ -199,10 +223,11 @@ def assemble_checkpoint(config: RunConfig, checkpoint: Path, device: torch.devic
 
 def _build_data(config: RunConfig, built: Assembled, device: torch.device, plan: Layout) -> Data:
     """The streams; with `data.cache_features`, every picture is encoded first. Rank 0 fills the caches on disk."""
-    vision, spec, dtype = built.model.vision, built.image_spec, autocast_dtype(config.train.precision)
+    vision, spec = built.model.vision, built.image_spec
     store = None
     if config.data.cache_features and spec is not None:  # rank 0 has the encoder under every engine
-        store = on_main(lambda: open_store(config.data.cache, vision, spec, dtype))  # type: ignore[arg-type]
+        kept = precision.DTYPES[config.data.cache_dtype]
+        store = on_main(lambda: open_store(config.data.cache, vision, spec, kept))  # type: ignore[arg-type]
     with main_first():
         data = build_data(
             config.data,
@@ -225,7 +250,7 @@ def _build_data(config: RunConfig, built: Assembled, device: torch.device, plan:
                 spec,
                 max_pixels=config.data.max_pixels,
                 device=device,
-                autocast_dtype=dtype,
+                autocast_dtype=precision.autocast_dtype(config.train.precision),
             )
     return data
 
@@ -269,8 +294,9 @@ def _initialize_projector(config: RunConfig, built: Assembled, data: Data, devic
             projector, embedding, built.image_token_id, _with_features(config, built, data, device, num_steps)
         )
         log(
-            f"projector: least squares over {found.num_images:,} images (ridge {found.ridge:g}); of {found.num_held_out} "
-            f"held out: variance explained {found.explained:.2f}, own words the nearest of {CANDIDATES} {found.found:.2f}"
+            f"projector: least squares over {found.num_images:,} images (ridge {found.ridge:g}); of "
+            f"{found.num_held_out} held out: variance explained {found.explained:.2f}, own words the nearest of "
+            f"{CANDIDATES} {found.found:.2f}"
         )
         return {name: parameter.detach().cpu() for name, parameter in projector.named_parameters()}
 
@@ -302,10 +328,10 @@ def _with_features(
     """The batches of all ranks in the first steps that have images, with the encoder's features [N, P, C] of these."""
     vision = built.model.vision
     assert vision is not None
-    dtype = autocast_dtype(config.train.precision)
+    dtype = precision.autocast_dtype(config.train.precision)
     for _, batches in zip(range(num_steps), data.train.for_rank(0, 1).iterate(0), strict=False):
         for batch in (batch.to(device) for batch in batches if batch.num_images):
-            with torch.no_grad(), torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            with torch.no_grad(), precision.autocast(device.type, dtype):
                 features = vision(batch.pixel_values) if batch.image_features is None else batch.image_features
             yield batch, features
 

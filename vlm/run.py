@@ -18,8 +18,12 @@ from vlm.logs import log, warn
 from vlm.models.build import Assembled
 from vlm.objectives.lm import LanguageModeling
 from vlm.plan.estimate import estimate
-from vlm.prepare import assemble_checkpoint, autocast_dtype, check_available, prepare
-from vlm.train.checkpoint import newest_verified
+from vlm.precision import autocast_dtype
+from vlm.prepare import VISION_COMPUTE, assemble_checkpoint, check_available, prepare, settle_precision
+from vlm.proof.checks import Proof
+from vlm.proof.prove import Parts, prove, prove_run
+from vlm.schema import section_defaults
+from vlm.train.checkpoint import newest_verified, read_info
 from vlm.train.engines.build import choose_device, layout
 from vlm.train.events import RunEvents
 from vlm.train.interrupt import StopRequest
@@ -52,18 +56,21 @@ def train(config: RunConfig, config_text: str) -> Path:
     """
     device = choose_device(config.engine.device)
     check_available(config, device)
-    identity = run_identity(config)
     with (
         process_group(device, config.engine.timeout_seconds, always=layout(config.engine).needs_group),
         RunFolder(config.output_dir) as run,
         _explain_out_of_memory(config),
     ):
         checkpoint = on_main(lambda: newest_verified(run.path))
+        config = settle_precision(config, device, None if checkpoint is None else read_info(checkpoint)["identity"])
+        identity = run_identity(config)
         if checkpoint is not None:
-            refuse_other_run(checkpoint, identity)
+            refuse_other_run(checkpoint, identity, defaults_of(config))
         torch.manual_seed(config.seed + rank())  # dropout differs between ranks, as it does between rows
         parts = prepare(config, device, calibrate=checkpoint is None)
         built, data, engine, max_steps = parts.built, parts.data, parts.engine, parts.max_steps
+        if built.model.vision is not None and built.model.vision.compute is not None:
+            identity[VISION_COMPUTE] = built.model.vision.compute.name
         data_settings = flatten(config.data.model_dump(mode="json", include=_DATA_SETTINGS), "data")
         state = RunState(run.path, engine, data.train.fingerprint, identity, data_settings)
         start_step = 0
@@ -72,6 +79,8 @@ def train(config: RunConfig, config_text: str) -> Path:
             log(f"resuming after step {start_step} from {checkpoint}")
         run.write_config(config_text)  # not before: a refused resume leaves the run as it was
         if start_step < max_steps:
+            if config.train.prove:
+                prove_run(Parts(config, built, data, engine, parts.objective, device, max_steps, start_step), run.path)
             with StopRequest() as stop_request:
                 loop, events = _build_loop(config, run, state, built, data, device, start_step, max_steps)
                 if checkpoint is not None:
@@ -89,6 +98,18 @@ def train(config: RunConfig, config_text: str) -> Path:
         return run.path
 
 
+def prove_alone(config: RunConfig) -> Proof:
+    """What `train` checks before its first step, without a run folder and without a step."""
+    device = choose_device(config.engine.device)
+    check_available(config, device)
+    group = process_group(device, config.engine.timeout_seconds, always=layout(config.engine).needs_group)
+    with group, _explain_out_of_memory(config):
+        config = settle_precision(config, device)
+        torch.manual_seed(config.seed + rank())
+        parts = prepare(config, device)
+        return prove(Parts(config, parts.built, parts.data, parts.engine, parts.objective, device, parts.max_steps))
+
+
 def _agree_to_stop(request: StopRequest) -> str | None:
     """The signal that any rank got, on every rank at once."""
     return next((name for name in gather_objects(request.signal_name) if name), None)
@@ -97,7 +118,8 @@ def _agree_to_stop(request: StopRequest) -> str | None:
 def run_identity(config: RunConfig) -> dict[str, Any]:
     """What must not change between a checkpoint and its resumption, as flat keys. The data has its own fingerprint."""
     model = flatten(config.model.model_dump(mode="json", exclude={"gradient_checkpointing"}), "model")
-    model.pop("model.llm.attention", None)
+    for changeable in ("model.llm.attention", VISION_COMPUTE):
+        model.pop(changeable, None)
     return {
         **model,
         "seed": config.seed,
@@ -106,6 +128,11 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         "train.precision": config.train.precision,
         "train.optimizer": OPTIMIZER_STATE[config.train.has_8bit_state],
     }
+
+
+def defaults_of(config: RunConfig) -> dict[str, Any]:
+    """What keys of the identity mean where a checkpoint of an earlier version does not name them."""
+    return {"train.optimizer": OPTIMIZER_STATE[0], **flatten(section_defaults(config.model), "model")}
 
 
 def _build_loop(
@@ -117,7 +144,6 @@ def _build_loop(
     rewind_to = start_step or -1  # -1: drop all of a run that was killed before its first checkpoint
     for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
         run.rewind(name, rewind_to)
-    dtype = autocast_dtype(settings.precision)
     listed = run.path / "skipped.jsonl" if is_main() else None
     skips = SkipLog(listed, config.data.max_skipped_share, config.data.max_skipped_in_a_row)
     if start_step == 0:
@@ -129,7 +155,13 @@ def _build_loop(
         state=state,
         reporter=Reporter(run, settings, schedule, data.train.epoch_at, start_step=start_step, max_steps=max_steps),
         skips=skips,
-        sampler=Sampler(data.conversation_tokenizer, built.image_spec, device, dtype, settings.max_new_tokens),
+        sampler=Sampler(
+            data.conversation_tokenizer,
+            built.image_spec,
+            device,
+            autocast_dtype(settings.precision),
+            settings.max_new_tokens,
+        ),
         assemble=lambda checkpoint: assemble_checkpoint(config, checkpoint, device),
         held_out=data.held_out,
     )

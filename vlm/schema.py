@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic_core import to_jsonable_python
 
 
 def _at_home(path: str) -> str:
@@ -14,6 +15,18 @@ def _at_home(path: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_at_home)]
 """A file, folder, or name that a library resolves. `~` is the home directory, as in a shell."""
+
+
+def section_defaults(section: Section) -> dict[str, Any]:
+    """The default of each key that has one, as JSON has it; sections within as dicts, as far as `section` has them."""
+    found: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            found[name] = section_defaults(value)
+        elif not field.is_required():
+            found[name] = to_jsonable_python(field.get_default(call_default_factory=True))
+    return found
 
 
 class Section(BaseModel):

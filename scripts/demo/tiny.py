@@ -87,6 +87,11 @@ def write_encoder(folder: Path, seed: int = 0) -> None:
         patch_size=14,
     )
     CLIPVisionModel(config).save_pretrained(folder)
+    normalisation = {
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(normalisation), encoding="utf-8")
 
 
 def draw(colour: str, shape: str, rng: random.Random) -> Image.Image:

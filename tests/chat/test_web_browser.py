@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from browser_user import MARKS, SENTENCE, Page
+from browser_user import MARKS, SENTENCE, Page, endless_answers
 
 from vlm.data.config import SourceConfig
 from vlm.data.conversation import IMAGE
@@ -31,15 +31,11 @@ def test_upload_ask_and_see_the_answer_with_its_numbers(visit: Callable[..., Pag
 def test_the_answer_streams_and_stop_keeps_what_was_written(visit: Callable[..., Page]):
     user = visit()
     user.ask("Hello")
-    user.set_length(4096)
-    user.type(SENTENCE)
-    user.page.wait_for_selector("#box button[data-name=Stop]")
-    sizes = set()
-    while len(sizes) < 3:
-        sizes.add(len(user.page.inner_text("#chat")))
-        user.page.wait_for_timeout(100)
-    user.page.click("#box button[data-name=Stop]")
-    user.answered(2)
+    with endless_answers():
+        user.type(SENTENCE)
+        user.see_it_grow()
+        user.page.click("#box button[data-name=Stop]")
+        user.answered(2)
     assert user.stats()[1].endswith("stopped")
     tokens = int(re.search(r"(\d+) tokens", user.stats()[1]).group(1))
     assert 0 < tokens < 4000
@@ -106,10 +102,14 @@ def test_all_texts_change_with_the_language_and_stay_so(visit: Callable[..., Pag
     assert not any(re.search("[一-鿿]", text) for text in english - {"中文"})
     user.page.click("#language")
     user.page.wait_for_function("document.documentElement.lang === 'zh'")
-    user.page.wait_for_timeout(600)
-    left = {text for text in texts(user) & english if re.search("[A-Za-z]{2}", text)}
-    assert left <= {"Hello", "first", "Top-p", "Top-k", *user.page.locator("#chat .md").all_inner_texts()}
-    assert "个词元" in user.stats()[0]
+    user.page.wait_for_function("document.querySelector('#chat .stats').innerText.includes('个词元')")
+
+    def is_chinese() -> bool:
+        left = {text for text in texts(user) & english if re.search("[A-Za-z]{2}", text)}
+        return left <= {"Hello", "first", "Top-p", "Top-k", *user.page.locator("#chat .md").all_inner_texts()}
+
+    user.until(is_chinese)
+    user.page.wait_for_function("document.cookie.includes('vlm_language=zh')")
     user.open()  # a reload remembers
     assert user.page.inner_text("#language").strip() == "English"
     user.page.click("#language")
@@ -179,7 +179,9 @@ def test_a_phone_shows_all_of_it(visit: Callable[..., Page], root: Path):
         assert box["x"] + box["width"] <= 390
         assert box["y"] + box["height"] <= 844
     user.open_panel()
-    user.page.wait_for_timeout(600)  # it slides in
-    box = user.page.locator("#model").bounding_box()
-    assert box["x"] >= 0
-    assert box["x"] + box["width"] <= 390
+
+    def is_inside() -> bool:  # it slides in
+        box = user.page.locator("#model").bounding_box()
+        return box["x"] >= 0 and box["x"] + box["width"] <= 390
+
+    user.until(is_inside)

@@ -8,13 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from browser_user import LEAK, MARKS, SENTENCE, WAIT, Page
+from browser_user import LEAK, MARKS, SENTENCE, WAIT, Page, endless_answers
 
 from vlm.chat.web import RunningPage, WebOptions, serve
 from vlm.chat.web_guard import COOKIE
@@ -233,13 +234,24 @@ def test_an_error_of_the_model_is_told_without_details(
 def test_a_page_that_is_closed_makes_room_for_the_next(visit: Callable[..., Page]):
     gone, next_one = visit(), visit()
     gone.ask("Hello")
-    gone.set_length(4096)
-    gone.type(SENTENCE)
-    gone.page.wait_for_timeout(1500)
+    with endless_answers():
+        gone.type(SENTENCE)
+        gone.see_it_grow()
     gone.page.close()
-    begun = time.monotonic()
     next_one.ask("My turn")
-    assert time.monotonic() - begun < 30
+
+
+class CountedModels(ModelStore):
+    """Knows how many answers wait for their turn."""
+
+    num_waiting = 0
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        self.num_waiting += 1
+        with super().turn():
+            self.num_waiting -= 1
+            yield
 
 
 def test_more_questions_than_may_wait_are_refused_and_can_be_asked_again(
@@ -247,16 +259,16 @@ def test_more_questions_than_may_wait_are_refused_and_can_be_asked_again(
 ):
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
         monkeypatch.setenv(name, "")
-    models = ModelStore(find_exports(None, root / "runs"), device="cpu")
+    models = CountedModels(find_exports(None, root / "runs"), device="cpu")
     running = serve(models, WebOptions(port=0, max_waiting=1, settings=GenerationSettings(max_new_tokens=4)))
     users = [Page(chromium, running.url) for _ in range(3)]
     try:
         users[0].ask("Hello")
         with models.turn():  # somebody is being answered
             users[0].type("I am next")
-            users[0].page.wait_for_timeout(700)
-            users[1].type("I wait")
-            users[1].page.wait_for_timeout(700)
+            users[0].until(lambda: models.num_waiting == 1)  # out of the queue
+            with users[1].page.expect_response("**/gradio_api/queue/join**"):
+                users[1].type("I wait")
             users[2].type("One too many")
             assert "Too many questions wait." in users[2].notice()
             users[2].page.wait_for_function("document.querySelector('#box textarea').value === 'One too many'")

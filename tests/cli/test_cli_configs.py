@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from model_folders import write_llm_folder
 
 from vlm.cli.configs import path_problems
-from vlm.models.hub import is_local
 from vlm.config import load_config, shipped_projects
+from vlm.models.hub import is_local
 
 CONFIG = """\
 output_dir: runs/a
@@ -33,8 +34,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def complete() -> Path:
     """A config all of whose paths exist."""
-    Path("models/llm").mkdir(parents=True)
-    Path("models/llm/config.json").write_text('{"model_type": "llama"}')
+    write_llm_folder("models/llm")
     Path("pictures").mkdir()
     Path("a.json").write_text("[]")
     Path("a.yaml").write_text(CONFIG)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
+from model_folders import write_encoder_folder, write_llm_folder
 
 from vlm.cli.configs import load_checked, path_problems
 from vlm.config import load_config
@@ -24,17 +24,12 @@ train: {epochs: 1}
 """
 
 
-def write_model(folder: str, **settings: object) -> None:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "config.json").write_text(json.dumps(settings))
-
-
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Of two models that are there; the data and the export to start from are missing."""
     monkeypatch.chdir(tmp_path)
-    write_model("models/llm", model_type="llama", architectures=["LlamaForCausalLM"])
-    write_model("models/clip", model_type="clip_vision_model", architectures=["CLIPVisionModel"])
+    write_llm_folder("models/llm")
+    write_encoder_folder("models/clip")
     Path("a.yaml").write_text(CONFIG)
     return "a.yaml"
 
@@ -59,10 +54,12 @@ def test_swapped_models_are_told_by_their_config_json(config):
 
 
 def test_every_encoder_that_can_be_loaded_is_known_as_one():
-    from vlm.cli.configs import is_encoder_type
+    from vlm.cli.model_checks import is_encoder_type
+    from vlm.models.folder import ENCODER_TYPES
     from vlm.models.vision import _HF_TOWERS
 
     assert all(map(is_encoder_type, _HF_TOWERS))
+    assert tuple(_HF_TOWERS) == ENCODER_TYPES
 
 
 def test_a_folder_without_config_json_names_the_one_inside_that_would_do(config):

@@ -170,7 +170,7 @@ def test_what_fits_in_no_memory_is_read_from_the_offload_folder(
         ({"device_map": "balanced"}, "known is auto"),
         ({"offload_folder": "x"}, "add --device-map auto"),
         ({"precision": "fp64"}, "'fp64' is not known"),
-        ({"precision": "fp16"}, "fp16 on a CPU"),
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_anything_is_read(options: dict[str, object], message: str):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_export import model_config, save_run, write_llm, write_picture, write_run
+from warm import run_warm
 
 from vlm.errors import CheckpointError, ConfigError
 from vlm.export.load import load
@@ -208,10 +206,8 @@ def test_the_newest_intact_checkpoint_is_taken(tmp_path: Path):
 
 def test_kill_9_while_exporting_leaves_the_run_as_it_was_and_the_next_export_works(tmp_path: Path):
     write_run(tmp_path / "run", model_config(tmp_path))
-    command = f"from vlm.export.weights import export_run; export_run({str(tmp_path / 'run')!r})"
-    environment = {**os.environ, "VLM_FAULT": "export:weights=kill"}
-    killed = subprocess.run([sys.executable, "-c", command], env=environment, check=False, capture_output=True)
-    assert killed.returncode == -9
+    code, _ = run_warm(export_run, tmp_path / "run", VLM_FAULT="export:weights=kill")
+    assert code == -9
     left = [path for path in (tmp_path / "run").iterdir() if "export" in path.name]
     assert [path.name.startswith(".tmp-export-") for path in left] == [True]
     with pytest.raises(CheckpointError, match="is a run, not an export"):

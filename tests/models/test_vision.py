@@ -263,6 +263,22 @@ def test_a_cnn_gives_its_last_map_and_nothing_else(tmp_path: Path):
         encoder("timm", folder, layer=-2)
 
 
+def test_a_cnn_waits_in_float32_until_its_format_is_chosen(tmp_path: Path):
+    import timm
+
+    folder = write_timm(tmp_path / "lite0", "tf_efficientnet_lite0", timm.create_model("tf_efficientnet_lite0"))
+    config = VisionConfig(backend="timm", path=str(folder), image_size=64, compute="auto")
+    built = build_vision(config, torch.bfloat16).requires_grad_(False)
+    assert next(built.parameters()).dtype == torch.float32
+    pictures = torch.randn(1, 3, 64, 64)
+    expected = built(pictures)
+    built.settle(config.model_copy(update={"compute": "fp32_channels_last"}), torch.bfloat16, torch.device("cpu"))
+    got = built(pictures)
+    assert built.trunk.model.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)
+    assert difference(got, expected) < 1e-5 * float(expected.abs().max())  # worst seen: 2.4e-6
+    assert got.dtype == torch.float32
+
+
 # frozen and trained
 
 

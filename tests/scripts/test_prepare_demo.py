@@ -243,7 +243,9 @@ def test_an_svg_is_drawn_in_colour_on_white_the_right_way_up(tmp_path):
 
 
 def test_pictures_that_look_alike_are_one_family_whatever_their_names():
-    thumbnails = [np.full((32, 32, 3), colour, dtype=np.uint8) for colour in ((255, 220, 0), (255, 215, 5), (0, 0, 255))]
+    thumbnails = [
+        np.full((32, 32, 3), colour, dtype=np.uint8) for colour in ((255, 220, 0), (255, 215, 5), (0, 0, 255))
+    ]
     joined = pictures.join_look_alikes([picture(0), picture(1), picture(2)], thumbnails)
     assert [p.family for p in joined] == ["thing 0", "thing 0", "thing 2"]
 

@@ -17,11 +17,26 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def config_writer(tiny):
+    """Makes writers of configs for a folder."""
+
+    def writer(folder):
+        return lambda name="config.yaml", **changes: write_config(folder / name, settings_of(tiny, folder), changes)
+
+    return writer
+
+
 @pytest.fixture
-def settings(tiny, tmp_path):
+def config_file(config_writer, tmp_path):
+    """Writes a config with changes by dotted key; returns its path. JSON is YAML."""
+    return config_writer(tmp_path)
+
+
+def settings_of(tiny, folder):
     """Values of a config that trains projector and adapters of the tiny model for 12 steps."""
     return {
-        "output_dir": str(tmp_path / "run"),
+        "output_dir": str(folder / "run"),
         "seed": 5,
         "model": {
             "vision": {"backend": "hf", "path": str(tiny / "encoder"), "layer": -2},
@@ -33,7 +48,7 @@ def settings(tiny, tmp_path):
         "data": {
             "template": "chatml",
             "sources": [{"path": str(tiny / "data/finetune.jsonl"), "images": str(tiny / "data/images")}],
-            "cache": str(tmp_path / "cache"),
+            "cache": str(folder / "cache"),
             "max_length": 96,
             "held_out": 0.1,
         },
@@ -48,20 +63,12 @@ def settings(tiny, tmp_path):
     }
 
 
-@pytest.fixture
-def config_file(settings, tmp_path):
-    """Writes a config with changes by dotted key; returns its path. JSON is YAML."""
-
-    def write(name="config.yaml", **changes):
-        values = json.loads(json.dumps(settings))
-        for key, value in changes.items():
-            *path, last = key.split("__")
-            target = values
-            for part in path:
-                target = target[part]
-            target[last] = value
-        path = tmp_path / name
-        path.write_text(json.dumps(values))
-        return path
-
-    return write
+def write_config(path, settings, changes):
+    for key, value in changes.items():
+        *parts, last = key.split("__")
+        target = settings
+        for part in parts:
+            target = target[part]
+        target[last] = value
+    path.write_text(json.dumps(settings))
+    return path

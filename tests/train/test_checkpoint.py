@@ -2,15 +2,14 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from warm import run_warm
 
 from vlm.errors import CheckpointError
+from vlm.faults import fault, set_step
 from vlm.train.checkpoint import (
     clean_temporary,
     list_checkpoints,
@@ -123,22 +122,15 @@ def test_list_names_each_checkpoint_with_its_problems(tmp_path):
     assert (second.step, second.problems) == (10, [])
 
 
-CHILD = textwrap.dedent(
-    """
-    import sys, pathlib, torch
-    from safetensors.torch import save_file
-    from vlm.faults import fault, set_step
-    from vlm.train.checkpoint import save_checkpoint
-    run = pathlib.Path(sys.argv[1])
+def save_three(run):
     def write(folder):
         save_file({"w": torch.full((4,), 2.0)}, folder / "weights.safetensors")
         fault("save:shard")
         save_file({"o": torch.zeros(4)}, folder / "optimizer.safetensors")
+
     for step in (10, 15, 20):
         set_step(step)
         save_checkpoint(run, step, write, {}, keep_last=2)
-    """
-)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +144,8 @@ CHILD = textwrap.dedent(
     ],
 )
 def test_a_kill_at_any_point_of_a_save_leaves_a_loadable_checkpoint(tmp_path, point, newest):
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path)], env={**os.environ, "VLM_FAULT": f"{point}=kill"}, check=False
-    )
-    assert child.returncode == -9
+    code, _ = run_warm(save_three, tmp_path, VLM_FAULT=f"{point}=kill")
+    assert code == -9
     assert newest_verified(tmp_path).name == newest
     clean_temporary(tmp_path)
     assert not [name for name in names(tmp_path) if name.startswith(".tmp")]

@@ -1,75 +1,74 @@
 """Decisions that all processes of a launch take together, with processes of their own."""
 
+import os
 import re
 import sys
 import time
 
 import pytest
-from launched import run_launcher
-
-WORKER = """
-import sys, time
 import torch
-from vlm import distributed
-from vlm.distributed import gather_objects, main_first, note, on_main, process_group, rank
-from vlm.errors import DataError
+from warm import run_warm
 
-with process_group(torch.device("cpu"), 3):
-    def slow():
-        time.sleep(5)  # longer than a collective may take
-        return "from " + str(rank())
-    sys.stdout.write(f"{rank()} {on_main(slow)}\\n")  # in one piece: both ranks write into one pipe
-    order = []
-    with main_first():
-        if rank() == 0:
-            time.sleep(4)
-        order = time.monotonic()
-    times = gather_objects(order)
-    assert times[0] < times[1]
-    try:
-        on_main(lambda: (_ for _ in ()).throw(DataError("no such file")))
-    except DataError as error:
-        sys.stdout.write(f"{rank()} caught {error} {error.everywhere}\\n")
-"""
+from vlm.distributed import gather_objects, main_first, on_main, process_group, rank
+from vlm.errors import DataError, DistributedError
+
+TIMEOUT = 4.0  # seconds that a collective may take
+
+
+def decide():
+    """What each process says, it says in one piece: both write at once."""
+    with process_group(torch.device("cpu"), TIMEOUT):
+
+        def slow():
+            time.sleep(TIMEOUT + 2)
+            return f"from {rank()}"
+
+        sys.stdout.write(f"{rank()} {on_main(slow)}\n")
+        with main_first():
+            if rank() == 0:
+                time.sleep(TIMEOUT + 1)
+            order = time.monotonic()
+        times = gather_objects(order)
+        assert times[0] < times[1]
+
+        def fail():
+            raise DataError("no such file")
+
+        try:
+            on_main(fail)
+        except DataError as error:
+            sys.stdout.write(f"{rank()} caught {error} {error.everywhere}\n")
 
 
 @pytest.mark.slow
-def test_others_wait_for_rank_0_longer_than_for_a_rank_that_hangs(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def test_others_wait_for_rank_0_longer_than_for_a_rank_that_hangs():
     started = time.monotonic()
-    done = run_launcher([*command, str(tmp_path / "worker.py")])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert time.monotonic() - started > 9
-    said = sorted(done.stdout.splitlines())
-    assert said == [
-        "0 caught no such file True", "0 from 0", "1 caught no such file True", "1 from 0",
-    ]  # fmt: skip
+    code, output = run_warm(decide, nproc=2)
+    assert code == 0, output[-3000:]
+    assert time.monotonic() - started > 2 * TIMEOUT + 3
+    said = sorted(re.findall(r"^[01] .*", output, re.MULTILINE))
+    assert said == ["0 caught no such file True", "0 from 0", "1 caught no such file True", "1 from 0"]
 
 
-GROUP_WORKER = """
-import os, sys, time
-import torch
-from vlm.distributed import process_group, rank
-from vlm.errors import DistributedError
-from vlm.train.engines.zero import start_deepspeed
+def wait_in_a_group_of_deepspeed():
+    from vlm.train.engines.zero import start_deepspeed
 
-try:
-    with process_group(torch.device("cpu"), 5):
-        group = start_deepspeed(torch.device("cpu")).comm.new_group([0, 1])
-        if rank() == 1:
-            time.sleep(12)
-        started = time.monotonic()
-        torch.distributed.all_reduce(torch.ones(1), group=group)
-except DistributedError:
-    if os.environ["RANK"] == "0":
-        sys.stdout.write(f"gave up after {time.monotonic() - started:.0f} s")
-"""
+    try:
+        with process_group(torch.device("cpu"), TIMEOUT):
+            group = start_deepspeed(torch.device("cpu")).comm.new_group([0, 1])
+            if rank() == 1:
+                time.sleep(TIMEOUT + 8)
+            started = time.monotonic()
+            torch.distributed.all_reduce(torch.ones(1), group=group)
+    except DistributedError:
+        if os.environ["RANK"] == "0":
+            sys.stdout.write(f"gave up after {time.monotonic() - started:.1f} s\n")
 
 
 @pytest.mark.slow
-def test_a_group_that_deepspeed_makes_waits_no_longer_than_the_others(tmp_path):
-    (tmp_path / "worker.py").write_text(GROUP_WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run_launcher([*command, str(tmp_path / "worker.py")])
-    assert re.search("gave up after [4-8] s", done.stdout), done.stdout + done.stderr[-3000:]
+def test_a_group_that_deepspeed_makes_waits_no_longer_than_the_others():
+    """Without that, rank 0 would wait until the other comes, and both would end well."""
+    _, output = run_warm(wait_in_a_group_of_deepspeed, nproc=2)
+    seconds = re.search(r"gave up after ([\d.]+) s", output)
+    assert seconds, output[-3000:]
+    assert TIMEOUT - 1 < float(seconds[1]) < TIMEOUT + 7

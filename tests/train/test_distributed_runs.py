@@ -9,7 +9,9 @@ import time
 
 import pytest
 import torch
-from launched import run_launcher
+import warm
+from launched import kill_tree, run_launcher
+from warm import run_warm
 
 from vlm.train.checkpoint import list_checkpoints, newest_verified
 from vlm.train.fragments import read_weights
@@ -17,14 +19,22 @@ from vlm.train.fragments import read_weights
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def run(path, *options, nproc=2, fault="", check=None, extra=()):
-    """`vlm train` in a launch of its own; returns the exit code and what it printed."""
-    environment = {**os.environ, "VLM_FAULT": fault, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vlm.cli.main", "train", str(path), f"--nproc={nproc}", *extra]
-    command += [part for option in options for part in ("--options", option)]
-    done = run_launcher(command, environment)
-    if check is not None:
-        assert done.returncode == check, done.stderr[-3000:]
+def overrides(options):
+    return [part for option in options for part in ("--options", option)]
+
+
+def run(path, *options, nproc=2, fault="", check=0):
+    """`vlm train` on every process of a launch; returns what they printed."""
+    code, output = run_warm(warm.train, str(path), *overrides(options), nproc=nproc, VLM_FAULT=fault)
+    assert code == check, output[-3000:]
+    return output
+
+
+def launch(path, *options, fault, check, extra=()):
+    """`vlm train --nproc=2`, where torchrun sees what becomes of the processes; returns what was printed."""
+    command = [sys.executable, "-m", "vlm.cli.main", "train", str(path), "--nproc=2", *extra, *overrides(options)]
+    done = run_launcher(command, {**os.environ, "VLM_FAULT": fault})
+    assert done.returncode == check, done.stderr[-3000:]
     return done.stderr
 
 
@@ -51,10 +61,10 @@ def test_a_killed_rank_ends_the_launch_and_the_rerun_ends_equal_to_the_bit(path,
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     kind = (f"engine.kind={engine[0]}", *(f"engine.{option}" for option in engine[1:]))
     kind += ('train.samples=[{prompt: "What is this?"}]', "train.sample_every=10", "train.eval_every=6")
-    run(path, *kind, f"output_dir={straight}", check=0)
-    run(path, *kind, f"output_dir={broken}", fault="step@8/1=kill", check=137)
+    run(path, *kind, f"output_dir={straight}")
+    launch(path, *kind, f"output_dir={broken}", fault="step@8/1=kill", check=137)
     assert [info.step for info in list_checkpoints(broken)] == [5]
-    run(path, *kind, f"output_dir={broken}", check=0)
+    run(path, *kind, f"output_dir={broken}")
     assert equal(weights(straight), weights(broken))
     assert losses(straight) == losses(broken)
     samples = [(folder / "samples.jsonl").read_text() for folder in (straight, broken)]
@@ -65,26 +75,26 @@ def test_a_killed_rank_ends_the_launch_and_the_rerun_ends_equal_to_the_bit(path,
 @pytest.mark.parametrize("point", ["save:shard@10/1", "save:rename@10/0"])
 def test_a_kill_inside_a_save_leaves_a_checkpoint_that_resumes(path, tmp_path, point):
     """What rank 0 does alone after that is tested with one process, in test_runs.py."""
-    run(path, "engine.kind=zero", "engine.stage=2", fault=f"{point}=kill", check=137)
+    launch(path, "engine.kind=zero", "engine.stage=2", fault=f"{point}=kill", check=137)
     folder = tmp_path / "run"
     assert [info.step for info in list_checkpoints(folder) if not info.problems] == [5]
-    errors = run(path, "engine.kind=zero", "engine.stage=2", check=0)
+    errors = run(path, "engine.kind=zero", "engine.stage=2")
     assert "resuming after step 5" in errors
     assert not list((folder / "checkpoints").glob(".tmp-*"))
 
 
 def test_sigterm_to_one_rank_saves_once_and_every_rank_ends_with_143(path, tmp_path):
-    errors = run(path, fault="step@7/1=term", check=143, extra=("--max-restarts=1",))  # which changes nothing
+    errors = launch(path, fault="step@7/1=term", check=143, extra=("--max-restarts=1",))  # which changes nothing
     assert errors.count("stopped after step 7 and saved") == 1
     assert [info.step for info in list_checkpoints(tmp_path / "run")] == [5, 7]
     assert "Traceback" not in errors
 
 
 def test_a_nan_on_one_rank_stops_all_before_the_update_and_names_the_records(path, tmp_path):
-    for engine in ("ddp", "zero"):
+    for engine, start in (("ddp", launch), ("zero", run)):
         folder = tmp_path / engine
         kind = (f"engine.kind={engine}", "engine.stage=2", f"output_dir={folder}")
-        errors = run(path, *kind, "train.save_every=6", fault="loss@7/1=nan", check=4)
+        errors = start(path, *kind, "train.save_every=6", fault="loss@7/1=nan", check=4)
         assert "step 7: loss nan" in errors or "step 7: loss inf" in errors
         assert "finetune.jsonl: line" in errors
         assert [info.step for info in list_checkpoints(folder)] == [6]
@@ -92,21 +102,21 @@ def test_a_nan_on_one_rank_stops_all_before_the_update_and_names_the_records(pat
 
 def test_a_bad_step_that_is_allowed_changes_no_weight_under_zero(path, tmp_path):
     options = ("engine.kind=zero", "train.max_bad_steps=1", "train.save_every=11")
-    run(path, *options, fault="loss@12/1=nan", check=0)
+    run(path, *options, fault="loss@12/1=nan")
     before, after = (read_weights(tmp_path / f"run/checkpoints/step-0000{step}") for step in (11, 12))
     assert equal(before, after)
 
 
 def test_a_rank_that_hangs_is_named_within_the_timeout(path):
-    errors = run(path, "engine.timeout_seconds=10", fault="step@3/1=sleep", check=1)  # it would sleep for an hour
+    errors = launch(path, "engine.timeout_seconds=10", fault="step@3/1=sleep", check=1)  # it would sleep for an hour
     assert "rank 0 waited for another rank in vain" in errors
     assert "rank 1: step 3: reading data" in errors
 
 
 def test_torchrun_restarts_a_lost_rank_and_the_run_completes(path, tmp_path):
     straight = tmp_path / "straight"
-    run(path, f"output_dir={straight}", check=0)
-    errors = run(path, fault="step@8/1=kill", check=0, extra=("--max-restarts=3",))
+    run(path, f"output_dir={straight}")
+    errors = launch(path, fault="step@8/1=kill", check=0, extra=("--max-restarts=3",))
     assert "resuming after step 5" in errors
     assert equal(weights(straight), weights(tmp_path / "run"))
 
@@ -121,15 +131,8 @@ def test_any_engine_goes_on_from_any_other(path, tmp_path):
 
     def train(where, steps, kind, nproc, *options):
         options = (f"engine.kind={kind}", *(f"engine.{option}" for option in options), f"train.max_steps={steps}")
-        run(
-            path,
-            *options,
-            f"output_dir={where}",
-            "model.lora.dropout=0",
-            "train.schedule=constant",
-            nproc=nproc,
-            check=0,
-        )
+        common = (f"output_dir={where}", "model.lora.dropout=0", "train.schedule=constant")
+        run(path, *options, *common, nproc=nproc)
 
     train(straight, 12, "local", 1)
     for number, engine in enumerate(engines, 1):
@@ -141,13 +144,15 @@ def test_any_engine_goes_on_from_any_other(path, tmp_path):
 
 def test_sigterm_to_the_launcher_saves_and_ends_with_143(path, tmp_path):
     command = [sys.executable, "-m", "vlm.cli.main", "train", str(path), "--nproc=2"]
-    command += ["--options", "train.max_steps=100000", "--options", "train.save_every=100000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        launcher.send_signal(signal.SIGTERM)
-        _, errors = launcher.communicate(timeout=120)
+    command += overrides(["train.max_steps=100000", "train.save_every=100000"])
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as launcher:
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            launcher.send_signal(signal.SIGTERM)
+            _, errors = launcher.communicate(timeout=120)
+        finally:
+            kill_tree(launcher.pid)
     assert launcher.returncode == 143, errors[-2000:]
     assert len(list_checkpoints(tmp_path / "run")) == 1

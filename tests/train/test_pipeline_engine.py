@@ -1,20 +1,16 @@
-"""The pipeline trains as one process does: losses, gradient norms and weights, however it is cut.
-
-The file is also the program that each rank of a launch runs.
-"""
+"""The pipeline trains as one process does: losses, gradient norms and weights, however it is cut."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import run_launcher
+from warm import run_warm
 
 STEPS = 8
 LORA = ("model.lora={rank: 4, alpha: 8}", "model.trainable=[projector, llm.lora]")
@@ -150,16 +146,13 @@ def run(config: Path, cases: list[Case], folder: Path) -> list[Outcome]:
     (processes,) = {case.stages * case.data_ranks for case in cases}
     folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps({"config": str(config), "cases": [asdict(case) for case in cases]}))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), __file__, str(folder)]
-    paths = [str(Path(__file__).parents[2]), *sys.path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = run_launcher(command, environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    code, output = run_warm(work, folder, nproc=processes)
+    assert code == 0, output[-6000:]
     return [Outcome(**values) for values in json.loads((folder / "outcomes.json").read_text())]
 
 
-def main(folder: Path) -> None:
+def work(folder: Path) -> None:
+    """What each process of a launch does."""
     import torch
 
     from vlm.config import load_config
@@ -251,7 +244,3 @@ def test_a_tied_head_goes_from_one_process_to_stages_and_back(config, tmp_path):
         case = Case(FULL, num_stages, start=half, load=before.folder)
         (found,) = run(config, [case], tmp_path / f"onto-{num_stages}")
         assert_equal(found, rest, 1e-5, 1e-5)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -3,12 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+import warm
+from warm import run_warm, started
 
 from vlm.config import load_config
 from vlm.errors import CheckpointError, MissingPackageError, Preempted, TrainingDiverged, VLMError
@@ -17,29 +17,13 @@ from vlm.train.checkpoint import list_checkpoints, newest_verified
 from vlm.train.fragments import read_weights
 from vlm.train.metrics import plot_loss
 
-CHILD = """
-import sys
-from vlm.config import load_config
-from vlm.errors import VLMError
-from vlm.run import train
-try:
-    train(load_config(sys.argv[1]), "output_dir: x")
-except VLMError as error:
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
-"""
-
 
 def run_here(path):
     return train(load_config(path), path.read_text())
 
 
 def run_child(path, fault):
-    environment = {**os.environ, "VLM_FAULT": fault}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(path)], env=environment, capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stderr
+    return run_warm(warm.train, str(path), VLM_FAULT=fault)
 
 
 def final_weights(run):
@@ -51,10 +35,10 @@ def steps_logged(run):
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-@pytest.fixture
-def straight(config_file, tmp_path):
+@pytest.fixture(scope="module")
+def straight(config_writer, tmp_path_factory):
     """The uninterrupted run that others must equal."""
-    return run_here(config_file("straight.yaml", output_dir=str(tmp_path / "straight")))
+    return run_here(config_writer(tmp_path_factory.mktemp("straight"))())
 
 
 @pytest.mark.parametrize("fault", ["step@8=kill", "save:shard@10=kill", "save:rename@10=kill", "save:prune@12=kill"])
@@ -247,14 +231,22 @@ def test_bfloat16_learns_too(config_file, precision):
 
 
 def test_cached_features_train_as_the_encoder_does_and_are_made_once(config_file, straight, tmp_path):
-    path = config_file(data__cache_features=True)
+    path = config_file(data__cache_features=True, data__cache_dtype="fp32")
     expected, got = steps_logged(straight), steps_logged(run_here(path))
     assert [loss for _, loss in got] == pytest.approx([loss for _, loss in expected], rel=1e-5)  # worst seen 2e-7
     files = list((tmp_path / "cache/vision").rglob("*.safetensors"))
     assert len(files) == 72  # pictures of all records, the held-out ones too
     made = {file: file.stat().st_mtime_ns for file in files}
-    run_here(config_file("again.yaml", data__cache_features=True, output_dir=str(tmp_path / "again")))
+    changes = {"data__cache_features": True, "data__cache_dtype": "fp32", "output_dir": str(tmp_path / "again")}
+    run_here(config_file("again.yaml", **changes))
     assert {file: file.stat().st_mtime_ns for file in files} == made
+
+
+def test_features_kept_in_bfloat16_move_the_losses_by_rounding_only(config_file, straight):
+    expected = [loss for _, loss in steps_logged(straight)]
+    got = [loss for _, loss in steps_logged(run_here(config_file(data__cache_features=True)))]
+    assert got == pytest.approx(expected, rel=5e-4)  # worst seen 2.8e-5
+    assert got != expected
 
 
 def test_a_replaced_picture_is_encoded_again(tmp_path):
@@ -298,15 +290,13 @@ def test_a_last_save_that_fails_is_no_success(config_file, monkeypatch, fault):
 def test_a_signal_to_the_whole_group_leaves_the_loader_processes_time_to_save(config_file):
     path = config_file(data__workers=1, train__max_steps=100_000, train__save_every=100_000)
     run = type(path)(load_config(path).output_dir)
-    with subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(path)], stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as child:
+    with started(warm.train, str(path)) as child:
         deadline = time.monotonic() + 120
         while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        os.killpg(child.pid, signal.SIGTERM)
-        _, errors = child.communicate(timeout=120)
-    assert child.returncode == 143, errors[-500:]
+        os.killpg(child.processes[0].pid, signal.SIGTERM)
+        child.wait(120)
+        assert child.codes == [143], child.output[-500:]
     assert len(list_checkpoints(run)) == 1
 
 

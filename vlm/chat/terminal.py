@@ -42,7 +42,10 @@ def run_terminal(
     screen = Screen()
     if prompt is None and screen.is_terminal:
         screen.say("Loading the model  正在加载模型 ...", "dim")
-    talk = Talk(ChatSession(load()), settings or GenerationSettings(), screen, tuple(stop_words), streams, bot_name)
+    loaded = load()
+    if prompt is None and screen.is_terminal:
+        screen.say(f"The model {loaded.describe_compute()}.", "dim")
+    talk = Talk(ChatSession(loaded), settings or GenerationSettings(), screen, tuple(stop_words), streams, bot_name)
     if system is not None:
         talk.set_system(system)
     for image in images:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from vlm.models.generate import GenerationSettings
 if TYPE_CHECKING:
     import gradio as gr
 
+_START_SECONDS = 60.0  # a busy machine takes more than the 5 seconds that gradio gives its server
 Example = tuple[str, Path | None]  # a question to click, and its picture if it has one
 
 # Environment variables by which gradio would open what this module closes.
@@ -131,11 +133,12 @@ def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) ->
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read when components are made and when the app is
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        import gradio  # noqa: F401
+        import gradio.http_server
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         raise MissingPackageError("gradio", "the browser chat", "serve") from None
+    setattr(gradio.http_server.Server, "run_in_thread", _run_in_thread)
     from vlm.chat.web_look import theme
     from vlm.chat.web_page import build_page
     from vlm.chat.web_state import MAX_PICTURES
@@ -166,6 +169,17 @@ def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) ->
         theme=theme(),
     )
     return page
+
+
+def _run_in_thread(server: Any) -> None:
+    """Start gradio's server and wait until it serves. Raises OSError if it ended instead: the port is taken."""
+    server.thread = threading.Thread(target=server.run, daemon=True)
+    server.thread.start()
+    end = time.monotonic() + _START_SECONDS
+    while not server.started:
+        if not server.thread.is_alive() or time.monotonic() > end:
+            raise OSError("the server did not start")
+        time.sleep(0.01)
 
 
 def _in_url(host: str) -> str:

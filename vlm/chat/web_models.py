@@ -8,10 +8,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vlm.export.load import LoadedModel, load
 from vlm.export.manifest import NAME
+from vlm.logs import log
 
 OnProgress = Callable[[float], None]
 Load = Callable[[Path, OnProgress], LoadedModel]
@@ -54,7 +56,7 @@ class ModelStore:
     ) -> None:
         self.exports = list(exports)
         self.max_loaded = max_loaded
-        self._load = load_export or (lambda path, on_progress: load(path, device=device, on_progress=on_progress))
+        self._load = load_export or partial(_load_and_tell, device=device)
         self._loaded: OrderedDict[int, LoadedModel] = OrderedDict()
         self._turn = threading.Lock()
 
@@ -94,6 +96,12 @@ class ModelStore:
         loaded = self._load(self.exports[number].path, on_progress)
         self._loaded[number] = loaded
         return loaded
+
+
+def _load_and_tell(path: Path, on_progress: OnProgress, device: str) -> LoadedModel:
+    loaded = load(path, device=device, on_progress=on_progress)
+    log(f"{path}: {loaded.describe_compute()}")
+    return loaded
 
 
 def _label(path: Path, runs: Path | None) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from vlm.cli.model_checks import READS, model_notes, model_problems
 from vlm.config import (
     RunConfig,
     find_config,
@@ -27,7 +28,6 @@ from vlm.layered_yaml import Key, dotted, spans_of
 from vlm.models.hub import is_local
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or a shipped project such as quickstart/pretrain.")]
-_SWAPPED = "Usually model.llm.path and model.vision.path are swapped"
 _NO_HUB_NAME = "A name for a model hub has no leading . / ~ or cache/, and at most one /"
 Options = Annotated[
     list[str] | None,
@@ -87,11 +87,13 @@ def show(config: Config, options: Options = None) -> None:
 
 
 def validate(config: Config, options: Options = None) -> None:
-    """Check a config and the existence of every path in it, loading nothing."""
+    """Check a config, every path in it, and what its models' folders hold, loading nothing."""
     checked = load_checked(config, options or ())
     for key, path in model_paths(checked):
         if not Path(path).exists():
             print(f"note: {dotted(key)} {path} is taken for a name, found or fetched when the run starts")
+    for note in model_notes(checked):
+        print(f"note: {note}")
     print(f"{config}: valid")
 
 
@@ -100,11 +102,14 @@ def config_schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-def load_checked(config: str, options: Sequence[str] = (), sections: Collection[str] = ()) -> RunConfig:
+def load_checked(
+    config: str, options: Sequence[str] = (), sections: Collection[str] = (), reads: Collection[str] = READS
+) -> RunConfig:
     """Read a config and see whether its paths exist, as `vlm validate` does, before anything heavy is imported.
 
     Args:
         sections: check only paths below these keys, e.g. ("model", "data"), where a command reads no others.
+        reads: of models' folders besides config.json, "weights" and "tokenizer".
 
     Raises:
         ConfigError: names every problem with its file and line.
@@ -114,7 +119,7 @@ def load_checked(config: str, options: Sequence[str] = (), sections: Collection[
     except ConfigError as error:
         raise error.on_every_rank() from None
     source = read_source(config, options)
-    found = [(key, text) for key, text in path_problems(checked) if not sections or key[0] in sections]
+    found = [(key, text) for key, text in path_problems(checked, reads) if not sections or key[0] in sections]
     problems = [f"{source.place(key)}: {dotted(key)}: {text}" for key, text in found]
     if problems:
         try:
@@ -127,8 +132,12 @@ def load_checked(config: str, options: Sequence[str] = (), sections: Collection[
     return checked
 
 
-def path_problems(config: RunConfig) -> list[tuple[Key, str]]:
-    """Paths that do not exist or hold no model, as (key, message). Nothing is opened but models' config.json."""
+def path_problems(config: RunConfig, reads: Collection[str] = READS) -> list[tuple[Key, str]]:
+    """Paths that do not exist or hold no model, as (key, message). Of models, text files are opened, weights not.
+
+    Args:
+        reads: what the command will read of models' folders besides config.json.
+    """
     problems: list[tuple[Key, str]] = []
     for key, path, what in _paths(config):
         if path is not None and not Path(path).exists():
@@ -136,7 +145,7 @@ def path_problems(config: RunConfig) -> list[tuple[Key, str]]:
     for key, path in model_paths(config):
         if is_local(path) and not Path(path).exists():
             problems.append((key, f"{path} does not exist. {_NO_HUB_NAME}"))
-    problems += _model_folder_problems(config)
+    problems += model_problems(config, reads)
     if config.init_from is not None and not Path(config.init_from).exists():
         problems.append((("init_from",), f"{config.init_from} does not exist; train and export the stage before first"))
     output = Path(config.output_dir)
@@ -155,55 +164,6 @@ def model_paths(config: RunConfig) -> Iterator[tuple[Key, str]]:
         yield ("model", "vision", "path"), config.model.vision.path
         if config.model.vision.pretrained is not None:
             yield ("model", "vision", "pretrained"), config.model.vision.pretrained
-
-
-def _model_folder_problems(config: RunConfig) -> Iterator[tuple[Key, str]]:
-    """Of the folders here that transformers will read."""
-    vision = config.model.vision
-    folders: list[tuple[Key, str, bool]] = [(("model", "llm", "path"), config.model.llm.path, False)]
-    if vision is not None and vision.backend == "hf":
-        folders.append((("model", "vision", "path"), vision.path, True))
-    for key, path, is_encoder in folders:
-        problem = _misfit(Path(path), is_encoder) if Path(path).exists() else None
-        if problem is not None:
-            yield key, problem
-
-
-def _misfit(folder: Path, is_encoder: bool) -> str | None:
-    """Why a folder cannot be the encoder, or the language model, by its config.json alone."""
-    wanted = "a vision encoder" if is_encoder else "a language model"
-    file = folder / "config.json"
-    if not file.is_file():
-        below = [found.parent for found in sorted(folder.glob("*/config.json"))]
-        inside = next((str(child) for child in below if _misfit(child, is_encoder) is None), None)
-        hint = (
-            f"Did you mean {inside}?" if inside else "Usually another folder was meant, or the download is incomplete"
-        )
-        return f"{folder} holds no config.json, so it is not the folder of {wanted}. {hint}"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        return f"{file} is not readable ({str(error)[:100]}). Usually the download is incomplete"
-    kind = settings.get("model_type") if isinstance(settings, dict) else None
-    if not isinstance(kind, str):
-        return f"{file} names no model_type, so transformers does not know how to read it"
-    names = settings.get("architectures")
-    decodes = isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
-    sees = is_encoder_type(kind) and not decodes
-    if is_encoder and decodes and "vision_config" not in settings:
-        return f"{folder} holds a language model ({kind}), expected {wanted}. {_SWAPPED}"
-    if sees and not is_encoder:
-        return f"{folder} holds a vision encoder ({kind}), expected {wanted}. {_SWAPPED}"
-    return None
-
-
-def is_encoder_type(model_type: str) -> bool:
-    """Whether it is one of transformers' names for models that see.
-
-    >>> is_encoder_type("siglip_vision_model"), is_encoder_type("dinov2"), is_encoder_type("qwen2")
-    (True, True, False)
-    """
-    return model_type.endswith("_vision_model") or model_type.startswith(("clip", "siglip", "dinov2", "vit"))
 
 
 def _paths(config: RunConfig) -> Iterator[tuple[Key, str | None, str]]:

@@ -26,7 +26,7 @@ def check(
     out: Annotated[Path | None, typer.Option(help="Write all bad records here, as JSON lines.")] = None,
 ) -> None:
     """Go through every record and decode every picture. Exit code 3 when more are bad than the config allows."""
-    checked = load_checked(config, options or (), _READ)
+    checked = load_checked(config, options or (), _READ, ("tokenizer",))
     from vlm.data.report import check_records
 
     tokenizer, spec = _tokenizer_and_spec(checked)
@@ -41,7 +41,7 @@ def preview(
     out: Annotated[Path, typer.Option(help="Contact sheet of what the encoder will see.")] = Path("preview.png"),
 ) -> None:
     """Print records with their supervised tokens coloured, and save their pictures as the encoder will see them."""
-    checked = load_checked(config, options or (), _READ)
+    checked = load_checked(config, options or (), _READ, ("tokenizer",))
     from vlm.data.report import preview_records
 
     tokenizer, spec = _tokenizer_and_spec(checked)
@@ -51,7 +51,7 @@ def preview(
 @app.command()
 def stats(config: Config, options: Options = None) -> None:
     """Histograms of lengths and turns, and how full packed rows are."""
-    checked = load_checked(config, options or (), _READ)
+    checked = load_checked(config, options or (), _READ, ("tokenizer",))
     from vlm.data.report import print_stats
 
     tokenizer, _ = _tokenizer_and_spec(checked)

@@ -68,8 +68,10 @@ def _print_devices() -> None:
         print(f"FlashAttention: {'yes' if has_flash else 'not installed; sdpa is used instead'}")
     else:
         print(f"no GPU that torch sees; {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        print(f"bf16 in hardware: {'yes' if fast else 'no; train.precision: fp32 is faster here'}")
+    from vlm.precision import describe, resolve
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(describe("auto", resolve("auto", device), device))
 
 
 def _torchvision_state() -> str:

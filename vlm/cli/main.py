@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from vlm import __version__
-from vlm.cli import chat, ckpt, configs, data, doctor, export, plan, serve, train, webui
+from vlm.cli import chat, ckpt, configs, data, doctor, export, plan, prove, serve, train, webui
 from vlm.errors import DistributedError, Preempted, VLMError
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (configs, plan, train, export, chat, webui, serve):
+for module in (configs, plan, prove, train, export, chat, webui, serve):
     module.register(app)
 app.add_typer(data.app, name="data", help="Look at training data without a model.")
 app.add_typer(ckpt.app, name="ckpt", help="List and verify the checkpoints of a run.")

@@ -22,12 +22,18 @@ def plan(
     options: Options = None,
 ) -> None:
     """Print what each device would hold at the peak, whether that fits, and what else would. Loads no weights."""
-    checked = load_checked(config, options or (), ("model",))  # data and init_from may be made later
+    checked = load_checked(config, options or (), ("model",), ())  # the rest may be made later
     count = gpus if gpus is not None else int(os.environ.get("WORLD_SIZE", "1"))
     if count < 1:
         raise ConfigError(f"--gpus {count}: expected at least 1")
     from vlm.plan.memory import device_memory, parse_memory
     from vlm.plan.report import full_report
+    from vlm.precision import fast_precision
+    from vlm.train.engines.build import choose_device
 
+    if checked.train.precision == "auto":  # --memory describes a GPU; what is here can be asked
+        device = choose_device(checked.engine.device)
+        chosen = "bf16" if memory and checked.engine.device != "cpu" else fast_precision(device)
+        checked = checked.model_copy(update={"train": checked.train.model_copy(update={"precision": chosen})})
     size, name = (parse_memory(memory), "as --memory says") if memory else device_memory(checked.engine.device, count)
     print("\n".join(full_report(checked, count, size, name)))

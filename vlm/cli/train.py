@@ -17,6 +17,13 @@ from vlm.cli.configs import Config, Options, load_checked
 from vlm.config import resolve_for_log
 from vlm.errors import ConfigError, RunLocked, VLMError
 
+DeepSpeed = Annotated[
+    str | None, typer.Option(help="zero0, zero1, zero2, zero3, or a DeepSpeed JSON: engine.kind zero with it.")
+]
+Nproc = Annotated[int | None, typer.Option(help="Processes on this machine, started with torchrun.")]
+Nnodes = Annotated[int, typer.Option(help="Machines; start the same command on each.")]
+Endpoint = Annotated[str | None, typer.Option(help="host:port of one of the machines, where all meet.")]
+
 
 def register(app: typer.Typer) -> None:
     app.command()(train)
@@ -27,27 +34,35 @@ def register(app: typer.Typer) -> None:
 def train(
     config: Config,
     options: Options = None,
-    deepspeed: Annotated[
-        str | None, typer.Option(help="zero0, zero1, zero2, zero3, or a DeepSpeed JSON: engine.kind zero with it.")
-    ] = None,
-    nproc: Annotated[int | None, typer.Option(help="Processes on this machine, started with torchrun.")] = None,
-    nnodes: Annotated[int, typer.Option(help="Machines; start the same command on each.")] = 1,
-    rdzv_endpoint: Annotated[str | None, typer.Option(help="host:port of one of the machines, where all meet.")] = None,
+    deepspeed: DeepSpeed = None,
+    nproc: Nproc = None,
+    nnodes: Nnodes = 1,
+    rdzv_endpoint: Endpoint = None,
     max_restarts: Annotated[int, typer.Option(help="How often to start again when a process is lost.")] = 0,
 ) -> int:
     """Train. The same command resumes from the newest intact checkpoint of its output_dir."""
+    chosen = [*(options or ()), *deepspeed_options(deepspeed)]
+    code = launched(["train", config], chosen, nproc, nnodes, rdzv_endpoint, max_restarts)
+    if code is None:
+        start_training(config, chosen)
+    return code or 0
+
+
+def launched(
+    command: Sequence[str], options: Sequence[str], nproc: int | None, nnodes: int, endpoint: str | None,
+    max_restarts: int = 0,
+) -> int | None:  # fmt: skip
+    """Run a command on a config in several processes, if that is asked for. Returns its exit code, else None."""
     for flag, number, least in (("--nproc", nproc, 1), ("--nnodes", nnodes, 1), ("--max-restarts", max_restarts, 0)):
         if number is not None and number < least:
             raise ConfigError(f"{flag} {number}: expected at least {least}")
-    chosen = [*(options or ()), *deepspeed_options(deepspeed)]
     if nproc is None and nnodes == 1:
-        start_training(config, chosen)
-        return 0
+        return None
     from vlm.cli.launch import Launch, launch
 
-    load_checked(config, chosen)  # once, rather than in every process
-    arguments = ["train", config, *(part for option in chosen for part in ("--options", option))]
-    return launch(Launch(nproc or 1, nnodes, rdzv_endpoint, max_restarts), arguments)
+    load_checked(command[-1], options)  # once, rather than in every process
+    arguments = [*command, *(part for option in options for part in ("--options", option))]
+    return launch(Launch(nproc or 1, nnodes, endpoint, max_restarts), arguments)
 
 
 def evaluate(
@@ -58,7 +73,7 @@ def evaluate(
 ) -> None:
     """Run the evaluation tasks of a config on an export: own pictures, shuffled pictures, baseline."""
     path, found = _config_and_export(config)
-    checked = load_checked(path, options or (), ("evaluation",))  # the export says which models it needs
+    checked = load_checked(path, options or (), ("evaluation",), ())  # the export names its models
     from vlm.evaluation.report import evaluate_run
 
     evaluate_run(checked, export or found, out)

@@ -53,3 +53,5 @@ class DataConfig(Section):
     """Where record indexes, length tables and encoder features are kept."""
     cache_features: bool = False
     """Encode every picture once, before training, and keep the frozen encoder's features on disk."""
+    cache_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Number format of those features, whatever the encoder computes in; bf16 rounds them to 8 bits of mantissa."""

@@ -26,6 +26,7 @@ class FeatureStore:
 
     folder: Path
     key: str
+    dtype: torch.dtype = torch.bfloat16  # that they are kept in, whatever they were computed in
 
     def get(self, image: str | bytes) -> Tensor | None:
         """The features of a picture, or None when they are not there or damaged.
@@ -56,7 +57,7 @@ class FeatureStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{secrets.token_hex(4)}")
         try:
-            save_file({"features": features.detach().cpu().contiguous()}, temporary)
+            save_file({"features": features.detach().to("cpu", self.dtype).contiguous()}, temporary)
             temporary.replace(path)
         except SafetensorError as error:
             temporary.unlink(missing_ok=True)

@@ -20,7 +20,6 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,9 +27,10 @@ import numpy as np
 
 from vlm.data.spans import MAX_RECORD_BYTES, Span, find_json_array, find_lines, find_rows
 from vlm.errors import DataError, RecordError
-from vlm.logs import warn
+from vlm.logs import Progress, warn
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_TOLD_EVERY = 10_000  # records between looks at the clock
 _VERSION = 2  # of the stored spans; a higher one makes older caches unread
 
 
@@ -236,7 +236,8 @@ def _spans(path: Path, cache: Path, scan: Callable[[mmap.mmap], Iterator[Span]])
         return spans, stored
     with path.open("rb") as file:
         text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with its last reader
-    spans = np.fromiter(chain.from_iterable(scan(text)), dtype=np.int64).reshape(-1, 3)
+    with Progress(f"data: indexed {path.name}:", len(text), "bytes") as progress:
+        spans = np.fromiter(_flat(scan(text), progress), dtype=np.int64).reshape(-1, 3)
     temporary = stored.with_name(f".{secrets.token_hex(4)}.npy")
     try:
         stored.parent.mkdir(parents=True, exist_ok=True)
@@ -249,6 +250,13 @@ def _spans(path: Path, cache: Path, scan: Callable[[mmap.mmap], Iterator[Span]])
         return spans, None
     mapped = _load_spans(stored, path.stat().st_size)
     return (spans, None) if mapped is None else (mapped, stored)
+
+
+def _flat(spans: Iterator[Span], progress: Progress) -> Iterator[int]:
+    for number, span in enumerate(spans):
+        if number % _TOLD_EVERY == 0:
+            progress.show(span[1])
+        yield from span
 
 
 def _load_spans(stored: Path, file_size: int) -> np.ndarray | None:

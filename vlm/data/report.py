@@ -53,7 +53,7 @@ def check_records(
     skips: list[Skip] = []
     num_images = 0
     work = partial(_decode_all, max_pixels=config.max_pixels, spec=spec)
-    for _, (found, decoded) in in_chunks(reader, np.arange(len(reader)), work, config.workers, CHUNK):
+    for _, (found, decoded) in in_chunks(reader, np.arange(len(reader)), work, config.workers, "data: checked", CHUNK):
         skips += found
         num_images += decoded
     for skip in skips[:limit]:

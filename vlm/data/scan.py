@@ -28,7 +28,7 @@ from vlm.data import skips as skip_rules
 from vlm.data.records import RecordSource
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError, RecordError
-from vlm.logs import live, log, warn
+from vlm.logs import Progress, log, warn
 
 CHUNK = 2000  # records per task of a scanning process
 STORE_SECONDS = 30.0  # between writes of a table that is not finished; an interrupted scan goes on from there
@@ -107,13 +107,11 @@ def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) ->
     again = np.flatnonzero(table[:, 0] == 0)
     skips: list[Skip] = []
     written = time.monotonic()
-    for start, (rows, skipped) in in_chunks(reader, again, measure, workers):
+    for start, (rows, skipped) in in_chunks(reader, again, measure, workers, "data: measured"):
         table[again[start : start + len(rows)]] = rows
         skips += skipped
-        if time.monotonic() - written > STORE_SECONDS:
-            log(f"data: measured {start + len(rows):,} of {len(again):,} records")
-            if stored is not None:
-                _store(stored, table)
+        if stored is not None and time.monotonic() - written > STORE_SECONDS:
+            _store(stored, table)
             written = time.monotonic()
     if stored is not None and len(again):
         _store(stored, table)
@@ -142,12 +140,13 @@ def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, lis
 
 
 def in_chunks(
-    reader: ExampleReader, numbers: np.ndarray, work: Work[Result], workers: int, chunk: int | None = None
+    reader: ExampleReader, numbers: np.ndarray, work: Work[Result], workers: int, what: str, chunk: int | None = None
 ) -> Iterator[tuple[int, Result]]:
     """Do `work` to `numbers`, `chunk` records at a time, in `workers` processes when there is enough of it.
 
     Args:
         work: a function that another process can import.
+        what: begins the lines that tell the progress.
         chunk: None means CHUNK.
 
     Yields:
@@ -160,24 +159,24 @@ def in_chunks(
     starts = range(0, len(numbers), size)
     chunks = [numbers[start : start + size] for start in starts]
     if workers == 0 or len(chunks) < 2 * workers:  # a process takes seconds to start
-        for start, some in zip(starts, chunks, strict=True):
-            yield start, work(reader, some)
-            _show(start + len(some), len(numbers))
+        with Progress(what, len(numbers), "records") as progress:
+            for start, some in zip(starts, chunks, strict=True):
+                yield start, work(reader, some)
+                progress.show(start + len(some))
         return
     context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads in a broken state
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_keep, initargs=(reader, work)) as pool:
+    with (
+        Progress(what, len(numbers), "records") as progress,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_keep, initargs=(reader, work)) as pool,
+    ):
         try:
             for start, result in zip(starts, pool.map(_do_kept, chunks), strict=True):
                 yield start, result
-                _show(min(start + size, len(numbers)), len(numbers))
+                progress.show(min(start + size, len(numbers)))
         except BrokenProcessPool:
             raise DataError(
                 f"a process that reads records died, usually for want of memory. Lower data.workers (now {workers})"
             ) from None
-
-
-def _show(done: int, total: int) -> None:
-    live(f"data: {done:,} of {total:,} records" if done < total else "")
 
 
 _kept: list[tuple[ExampleReader, Work]] = []  # in a helping process: what it works on

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
@@ -173,6 +173,11 @@ TEMPLATES: dict[str, ChatTemplate] = {
 }
 
 
+NO_CHAT_TEMPLATE = "data.template is tokenizer, but this tokenizer has no chat template. Name one of: " + ", ".join(
+    TEMPLATES
+)
+
+
 def match_tokenizer_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
     """The template of ours that writes what the tokenizer's own chat template writes, default system prompt included.
 
@@ -180,9 +185,7 @@ def match_tokenizer_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate
         ConfigError: the tokenizer has no chat template, or none of ours writes the same.
     """
     if not tokenizer.chat_template:
-        raise ConfigError(
-            "data.template is tokenizer, but this tokenizer has no chat template. Name one of: " + ", ".join(TEMPLATES)
-        )
+        raise ConfigError(NO_CHAT_TEMPLATE)
     spoken: tuple[tuple[Role, str], ...] = (("user", "Hi"), ("assistant", "Yes?"), ("user", "Go"))
     asked = [{"role": role, "content": text} for role, text in spoken]
     turns = tuple(Turn(role, (text,)) for role, text in spoken)
@@ -232,15 +235,46 @@ def check_template(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -
 
     The words then are learned as text, which trains, but usually means that the template is of another family.
     """
+    words = control_words(template)
+    return warn_of_split(template, [w for w in words if len(tokenizer(w, add_special_tokens=False).input_ids) != 1])
+
+
+def control_words(template: ChatTemplate) -> list[str]:
+    """Words of a template that are single tokens of the model family it is of.
+
+    >>> control_words(TEMPLATES["chatml"]), control_words(TEMPLATES["llama2"])
+    (['<|im_start|>', '<|im_end|>'], [])
+    """
     formats = (template.system, template.user, template.assistant)
     control = "".join(text for form in formats for text in (form.before, form.after))
-    words = dict.fromkeys(_CONTROL_WORD.findall(control))
-    split = [word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) != 1]
+    return list(dict.fromkeys(_CONTROL_WORD.findall(control)))
+
+
+def warn_of_split(template: ChatTemplate, split: list[str]) -> str:
+    """A warning naming control words that are several tokens, or an empty string."""
     if not split:
         return ""
     return (
         f"data.template {template.name}: {', '.join(split)} {'is' if len(split) == 1 else 'are'} no single token of "
         "this tokenizer. Usually the template belongs to another model family"
+    )
+
+
+def why_no_end(template: ChatTemplate, has_eos: bool, is_token: Callable[[str], bool]) -> str | None:
+    """Why replies under a template would have no end that can be learned.
+
+    Args:
+        has_eos: the tokenizer has an end token of its own.
+        is_token: whether a word is a single token of it.
+    """
+    if EOS in template.stop:
+        return None if has_eos else f"template {template.name} ends replies with the tokenizer's end token; it has none"
+    control = template.stop.strip()
+    if is_token(control):
+        return None
+    return (
+        f"template {template.name} ends replies with {control}, which is no token of this tokenizer. Choose the "
+        "template of this model's family with data.template"
     )
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from vlm.batch import IGNORE_INDEX, Example
 from vlm.data.conversation import Conversation, ImageSlot
-from vlm.data.template import BOS, EOS, ChatTemplate, Piece, adds_bos
+from vlm.data.template import BOS, EOS, ChatTemplate, Piece, adds_bos, why_no_end
 from vlm.errors import ConfigError, RecordError
 
 if TYPE_CHECKING:
@@ -121,6 +121,16 @@ class ConversationTokenizer:
         """Text with control tokens shown, for previews."""
         return str(self._decoder.decode(ids))
 
+    @property
+    def special_texts(self) -> dict[str, str]:
+        """What the template's marks for the begin and end token stand for here."""
+        begin = (self._decoder.bos_token or "") if self._bos else ""
+        return {BOS: str(begin), EOS: str(self._decoder.eos_token or "")}
+
+    def round_trip(self, text: str) -> str:
+        """A text encoded as a whole and decoded again: what the tokenizer by itself changes of it."""
+        return self.text(self._decoder(text, add_special_tokens=False).input_ids)
+
     def fingerprint(self) -> dict[str, Any]:
         """All that decides the ids, as JSON."""
         return {
@@ -180,20 +190,13 @@ class ConversationTokenizer:
         return [tokenizer.bos_token_id] if wanted and tokenizer.bos_token_id is not None else []
 
     def _find_stop_ids(self, tokenizer: PreTrainedTokenizerFast) -> set[int]:
-        if EOS in self.template.stop:
-            if not self._eos:
-                raise ConfigError(
-                    f"template {self.template.name} ends replies with the tokenizer's end token; it has none"
-                )
-            return set(self._eos)
-        control = self.template.stop.strip()
-        stop = self._encode_control(control)
-        if len(stop) != 1:
-            raise ConfigError(
-                f"template {self.template.name} ends replies with {control}, which is no token of this tokenizer "
-                f"(it becomes {len(stop)} tokens). Choose the template of this model's family with data.template"
-            )
-        return {*stop, *self._eos}
+        if problem := why_no_end(self.template, bool(self._eos), lambda word: len(self._encode_control(word)) == 1):
+            raise ConfigError(problem)
+        return (
+            set(self._eos)
+            if EOS in self.template.stop
+            else {*self._encode_control(self.template.stop.strip()), *self._eos}
+        )
 
 
 def _encoder(backend: dict[str, Any], *, keep_added_tokens: bool, keep_prefix: bool) -> Tokenizer:
@@ -212,7 +215,7 @@ def _encoder(backend: dict[str, Any], *, keep_added_tokens: bool, keep_prefix: b
 
 
 def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
-    if step is None or step["type"] == "Prepend":
+    if step is None or step["type"] == "Prepend" or _edits_the_start(step):
         return None
     if step["type"] == "Metaspace":
         return {**step, "prepend_scheme": "never"}
@@ -222,3 +225,8 @@ def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
         key = "normalizers" if "normalizers" in step else "pretokenizers"
         return {**step, key: [kept for kept in map(_without_prefix, step[key]) if kept is not None]}
     return step
+
+
+def _edits_the_start(step: dict[str, Any]) -> bool:
+    """A SentencePiece model's removal of blanks around a text: around a segment they are part of the text."""
+    return step["type"] == "Replace" and str(step["pattern"].get("Regex", "")).startswith(r"\A")

@@ -22,7 +22,7 @@ from vlm.evaluation.metrics import Figure, accuracy, derangement, loss_per_token
 from vlm.evaluation.predict import PictureFeatures, score_candidates
 from vlm.evaluation.tasks import Question, read_task
 from vlm.export.load import LoadedModel, load
-from vlm.logs import live, log
+from vlm.logs import Progress, log
 from vlm.train.checkpoint import write_atomically
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
     folder = Path(config.output_dir) / "export" if export is None else export
     started = time.monotonic()
     loaded = load(folder)
+    log(f"evaluation: {folder} {loaded.describe_compute()}")
     rows = [row.as_json() for row in run_tasks(loaded, config.evaluation, Path(config.data.cache))]
     target = folder.parent if out is None else out
     target = target if target.suffix == ".json" else target / "evaluation.json"
@@ -146,16 +147,9 @@ def _run_task(loaded: LoadedModel, task: TaskConfig, pictures: PictureFeatures, 
 def _scores(
     loaded: LoadedModel, name: str, questions: Sequence[Question], pictures: PictureFeatures
 ) -> list[list[float]]:
-    started = time.monotonic()
-
-    def on_progress(done: int) -> None:
-        live(f"evaluation: {name}: {done} of {len(questions)} questions, {time.monotonic() - started:.0f} s")
-
-    try:
-        scores = score_candidates(loaded, questions, pictures, on_progress=on_progress)
-    finally:
-        live("")
-    log(f"evaluation: {name}: {len(questions)} questions, {time.monotonic() - started:.1f} s")
+    with Progress(f"evaluation: {name}:", len(questions), "questions") as progress:
+        scores = score_candidates(loaded, questions, pictures, on_progress=progress.show)
+    log(f"evaluation: {name}: {len(questions)} questions, {progress.seconds:.1f} s")
     return scores
 
 

@@ -16,7 +16,7 @@ from vlm.export.adapter import Adapter, check_loaded_base, fold_adapter
 from vlm.export.fingerprint import fingerprint_files, refuse_other_base
 from vlm.export.manifest import Manifest, inside
 from vlm.export.parts import ADAPTER_CONFIG, read_parts
-from vlm.models.build import Assembled, assemble
+from vlm.models.build import Assembled, assemble, settle_vision
 from vlm.models.config import ModelConfig
 from vlm.models.llm import choose_attention, load_llm, load_tokenizer, pad_vocabulary
 from vlm.models.trainable import load_weights, part_of, part_weights
@@ -59,9 +59,10 @@ def assemble_export(
             check_loaded_base(model, adapter, folder)
         fold_adapter(model, adapter.lora, adapter.tensors, f"--adapter {adapter.folder}")
     model.llm.to(dtype)
-    if model.vision is not None:
-        model.vision.to(dtype)
     model.requires_grad_(False).eval()
+    settle_vision(model, manifest.model, dtype, str(device))
+    if model.vision is not None and model.vision.compute is None:
+        model.vision.to(dtype)
     on_progress(0.9)
     return replace(built, image_spec=manifest.image_spec)
 

@@ -40,12 +40,12 @@ from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.generate import GenerationSettings, generate
 from vlm.models.trainable import has_lora, load_weights, merge_adapter, part_of, part_weights
 from vlm.models.vlm import VisionLanguageModel
+from vlm.precision import DTYPES, autocast, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SETTINGS = {field.name for field in fields(GenerationSettings)}
 _END = object()
 MERGED = "llm.lora: {} tensors merged into the language model, as this config trains no adapter"
@@ -74,10 +74,16 @@ class LoadedModel:
         """Tokens, prompt and reply, that the language model was made for."""
         return int(getattr(self.model.llm.config, "max_position_embeddings", None) or 1 << 20)
 
+    def describe_compute(self) -> str:
+        """In which number formats it computes, for a log."""
+        (name,) = [name for name, dtype in DTYPES.items() if dtype == self.compute_dtype]
+        vision = self.model.vision
+        own = "" if vision is None or vision.compute is None else f", vision encoder {vision.compute.name}"
+        return f"computes in {name}{own} on {self.device.type}"
+
     def autocast(self) -> AbstractContextManager[Any]:
         """What every forward runs under."""
-        enabled = self.compute_dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
+        return autocast(self.device.type, self.compute_dtype)
 
     def chat(
         self,
@@ -347,19 +353,9 @@ def choose_device(name: str) -> str:
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Raises ConfigError for an unknown name, and for float16 on a CPU."""
-    if precision != "auto":
-        if precision not in _DTYPES:
-            raise ConfigError(f"dtype {precision!r} is not known; there are auto, {', '.join(_DTYPES)}")
-        if precision == "fp16" and device.type == "cpu":
-            raise ConfigError("fp16 on a CPU takes about 100 times as long as fp32. Use bf16, fp32 or auto")
-        return _DTYPES[precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    # without these instructions bfloat16 is computed in software, slower than float32
-    native = any(
-        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
-    return torch.bfloat16 if native else torch.float32
+    if precision not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype {precision!r} is not known; there are auto, {', '.join(DTYPES)}")
+    return DTYPES[resolve(precision, device)]
 
 
 def _known_template(name: str) -> str:

@@ -17,11 +17,13 @@ from vlm.models.llm import (
     load_llm,
     load_tokenizer,
     pad_vocabulary,
+    refuse_beyond_embedding,
 )
 from vlm.models.projector import build_projector
 from vlm.models.trainable import set_trainable
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.vlm import VisionLanguageModel
+from vlm.precision import autocast_dtype, frozen_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -56,16 +58,22 @@ def build_model(
     if config.llm.pad_vocab_to_multiple_of:
         num_real = len(tokenizer) - 1  # the placeholder has no row of its own
         pad_vocabulary(llm, num_real, config.llm.pad_vocab_to_multiple_of)
+    embeddings: Any = llm.get_input_embeddings().weight
+    refuse_beyond_embedding(tokenizer, len(embeddings), config.llm.path)
     vision = None if config.vision is None else build_vision(config.vision, dtype)
     with forked_random_state():
         torch.manual_seed(seed)
         model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
+    settle_vision(model, config, autocast_dtype(precision), device)
     return Assembled(model.to(device), tokenizer, spec, image_token_id)
 
 
-def frozen_dtype(precision: str) -> torch.dtype:
-    """Of weights that do not train."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+def settle_vision(
+    model: VisionLanguageModel, config: ModelConfig, compute_dtype: torch.dtype | None, device: str
+) -> None:
+    """Choose how a frozen encoder computes; one that trains computes as the rest of the model does."""
+    if model.vision is not None and config.vision is not None and model.vision.is_frozen:
+        model.vision.settle(config.vision, compute_dtype or torch.float32, torch.device(device))
 
 
 def forked_random_state() -> AbstractContextManager[None]:

@@ -28,6 +28,9 @@ class VisionConfig(Section):
     """How a picture becomes a square: padded, its middle cut out, or squashed."""
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB, 0-255, under transparent pixels and around padded pictures."""
+    compute: Literal["auto", "fp32", "fp32_channels_last", "bf16", "bf16_channels_last"] = "auto"
+    """How it computes while it is frozen. auto: as train.precision says, but a convolutional network in the number and
+    memory format that is fastest here, measured once per machine."""
 
 
 class ProjectorConfig(Section):

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,11 @@ from vlm.compat import prepare, quiet_progress
 from vlm.errors import CheckpointError, ConfigError
 from vlm.logs import warn
 from vlm.models.config import LLMConfig
+from vlm.models.folder import why_beyond_embedding, why_no_tokenizer, why_no_weights
 from vlm.models.hub import check_hub
+from vlm.models.native import why_not_a_decoder, why_not_native
+from vlm.models.spm import differences
+from vlm.models.tokenizer_files import COMPANIONS, VOCABULARY, why_not_converted, write_converted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -34,17 +39,17 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """The tokenizer of a model folder, with one more special token for picture placeholders, and with a padding token.
 
     Neither needs a row in the embedding: placeholders are masked before the lookup, and padding is a token it has.
+    A folder with `tokenizer.model` alone needs no code of its own: the vocabulary is converted (see
+    `vlm.models.tokenizer_files`).
 
     Raises:
         CheckpointError: it cannot be loaded without running its own code, or at all.
         ConfigError: it has no fast version, which the labels need.
     """
     prepare()
-    from transformers import AutoTokenizer
-
     check_hub(path, "model.llm.path")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = _read_tokenizer(path, trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(path, error, "its tokenizer") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
@@ -70,6 +75,8 @@ def load_llm(
     from transformers import AutoModelForCausalLM
 
     refuse_foreign_code(config.path, trust_remote_code)
+    if Path(config.path).is_dir() and (reason := why_no_weights(Path(config.path))):
+        raise CheckpointError(f"model.llm.path {config.path}: cannot load its weights: {reason}")
     attention = choose_attention(config.attention, device)
     arguments: dict[str, Any] = {
         "dtype": dtype,
@@ -125,16 +132,10 @@ def refuse_foreign_code(path: str, trust_remote_code: bool) -> None:
         settings = PretrainedConfig.get_config_dict(path)[0]
     except (OSError, ValueError) as error:
         raise _cannot_load(path, error, "its config.json") from error
-    if "auto_map" not in settings:
-        return
-    is_native = settings.get("model_type") in CONFIG_MAPPING
-    if not trust_remote_code and not is_native:
-        raise CheckpointError(
-            f"model.llm.path {path}: model type {settings.get('model_type')!r} is not native to transformers and asks "
-            "to run its own code (auto_map). Refused. Take a native family (Qwen2/2.5/3, InternLM3, Llama, Mistral, "
-            "SmolLM2), or, after reading that code, set model.trust_remote_code: true"
-        )
-    if trust_remote_code:
+    is_known = settings.get("model_type") in CONFIG_MAPPING  # registered by another package, perhaps
+    if not is_known and (reason := why_not_native(settings, trust_remote_code)):
+        raise CheckpointError(f"model.llm.path {path}: {reason}")
+    if trust_remote_code and "auto_map" in settings:
         warn(f"RUNNING THE PYTHON CODE of {path}, because model.trust_remote_code is true")
 
 
@@ -150,6 +151,17 @@ def choose_attention(name: str, device: str) -> str:
     if name == "flex_attention" and not on_gpu:
         raise ConfigError("model.llm.attention flex_attention has no backward pass on the CPU. auto takes sdpa here")
     return name
+
+
+def refuse_beyond_embedding(tokenizer: PreTrainedTokenizerFast, num_rows: int, path: str) -> None:
+    """Raises ConfigError where ids of text, or of the tokenizer's begin, end or padding token, have no row."""
+    added = tokenizer.added_tokens_decoder
+    size = 1 + max((number for number in tokenizer.get_vocab().values() if number not in added), default=-1)
+    named = (
+        (str(getattr(tokenizer, f"{n}_token")), getattr(tokenizer, f"{n}_token_id")) for n in ("bos", "eos", "pad")
+    )
+    if reason := why_beyond_embedding(size, named, num_rows):
+        raise ConfigError(f"model.llm.path {path}: {reason}")
 
 
 def enable_gradient_checkpointing(llm: PreTrainedModel) -> None:
@@ -186,6 +198,43 @@ def fingerprint_llm(config: PretrainedConfig) -> dict[str, Any]:
     return {**shape, "sha256": digest}
 
 
+def _read_tokenizer(path: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if Path(path).is_dir() and (reason := why_no_tokenizer(Path(path), trust_remote_code)):
+        raise CheckpointError(f"model.llm.path {path}: cannot load its tokenizer: {reason}")
+    vocabulary = None if _find_file(path, "tokenizer.json") else _find_file(path, VOCABULARY)
+    if vocabulary is None:
+        try:
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except ValueError:
+            if _find_file(path, "tokenizer.json") is None or trust_remote_code:
+                raise
+            # its class is of code beside the weights, which tokenizer.json makes unnecessary
+            return PreTrainedTokenizerFast.from_pretrained(path)
+    if trust_remote_code and why_not_converted(vocabulary):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    for name in COMPANIONS:
+        _find_file(path, name)  # of a hub's model, brings it here
+    with tempfile.TemporaryDirectory() as folder:
+        write_converted(vocabulary.parent, Path(folder))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.name_or_path = path
+    if texts := differences(vocabulary, tokenizer.backend_tokenizer):
+        warn(f"model.llm.path {path}: converted from {VOCABULARY}, its tokenizer writes {texts[0]!r} with other ids")
+    return tokenizer
+
+
+def _find_file(path: str, name: str) -> Path | None:
+    """A file of a model folder, or of a model that the hub or its cache has."""
+    if Path(path).is_dir():
+        return Path(path) / name if (Path(path) / name).is_file() else None
+    from transformers.utils import cached_file
+
+    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
 def _special(text: str) -> Any:
     from transformers import AddedToken
 
@@ -200,13 +249,7 @@ def _cannot_load(path: str, error: Exception, what: str) -> CheckpointError:
         hint = "Expected a language model as transformers' save_pretrained writes it. Usually another folder was meant"
     elif "Unrecognized configuration class" in reason:  # and then the names of all classes
         named = re.search(r"\.(\w+)'>", reason)
-        reason = f"{named[1] if named else 'its config'} is of no language model that transformers has"
-        hint = "Usually it is an encoder, and model.llm.path and model.vision.path are swapped"
-    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")) and what == "its weights":
-        hint = (
-            "The folder holds no .safetensors. Pickled weights (.bin, .pth) are not loaded, as they can run code: "
-            "convert them once with transformers' save_pretrained, then name the new folder here"
-        )
+        return CheckpointError(f"model.llm.path {path}: {why_not_a_decoder(named[1] if named else 'its config')}")
     if "attention implementation" in str(error) or "Flash Attention" in str(error):
         hint = "Set model.llm.attention to another one"
     return CheckpointError(f"model.llm.path {path}: cannot load {what} ({reason}). {hint}")

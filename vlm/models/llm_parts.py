@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from vlm.compat import cache_argument
 from vlm.errors import ConfigError
 
 
@@ -87,7 +88,7 @@ def block_inputs(llm: Any, windowed: Collection[bool], hidden_states: Tensor, po
         "config": llm.config,
         "inputs_embeds": hidden_states,
         "attention_mask": None,
-        "past_key_values": None,
+        cache_argument(create_causal_mask): None,
         "position_ids": position_ids,
     }
     return BlockInputs(

@@ -61,7 +61,6 @@ class BlockLayer(PipelineLayer):
             hidden_states,
             attention_mask=inputs.window_mask if self.has_window else inputs.full_mask,
             position_ids=inputs.position_ids,
-            past_key_values=None,
             use_cache=False,
             position_embeddings=inputs.position_embeddings,
         )

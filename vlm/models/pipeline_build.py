@@ -14,14 +14,22 @@ from torch import Tensor, nn
 
 from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
-from vlm.models.build import Assembled, assemble, forked_random_state, frozen_dtype
+from vlm.logs import Progress
+from vlm.models.build import Assembled, assemble, forked_random_state, settle_vision
 from vlm.models.config import ModelConfig
-from vlm.models.llm import choose_attention, llm_from_config, load_tokenizer, pad_vocabulary
+from vlm.models.llm import (
+    choose_attention,
+    llm_from_config,
+    load_tokenizer,
+    pad_vocabulary,
+    refuse_beyond_embedding,
+)
 from vlm.models.llm_parts import llm_parts
 from vlm.models.pipeline import PipelineLayer, num_layers, pipeline_layers
 from vlm.models.trainable import PARTS, load_weights, part_of, part_weights, trained_weights
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.weight_files import WeightFiles
+from vlm.precision import autocast_dtype, frozen_dtype
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -134,6 +142,7 @@ def build_stage(
     num_real = len(tokenizer) - 1  # the placeholder has no row of its own
     if config.llm.pad_vocab_to_multiple_of:
         pad_vocabulary(llm, num_real, config.llm.pad_vocab_to_multiple_of)
+    refuse_beyond_embedding(tokenizer, llm.config.vocab_size, config.llm.path)
     own = _own_modules(llm, first, stop)
     later = [] if spread is None else [name for name in _block_names(llm) if name in own]
     _read_own_weights(llm, own - set(later), files, dtype, num_real)
@@ -144,10 +153,13 @@ def build_stage(
         model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
     shapes, trained = _describe(model, is_tied)
     _remove_other_stages(model, own, keep_vision=number == 0)
-    for name in later:
-        assert spread is not None
-        _read_own_weights(llm, [name], files, dtype, num_real)
-        spread(llm.get_submodule(name).to(device))
+    settle_vision(model, config, autocast_dtype(precision), device)
+    with Progress("model: loaded", len(later), "blocks") as progress:
+        for done, name in enumerate(later):
+            assert spread is not None
+            _read_own_weights(llm, [name], files, dtype, num_real)
+            spread(llm.get_submodule(name).to(device))
+            progress.show(done + 1)
     built = Assembled(model.to(device), tokenizer, spec, image_token_id)
     stage = Stage(built, number, tuple(cuts), shapes, trained, is_tied)
     stage.layers.extend(pipeline_layers(model, first, stop))

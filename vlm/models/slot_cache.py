@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vlm.compat import cache_argument
 from vlm.models.llm_parts import LLM_PARTS
 from vlm.models.vlm import VisionLanguageModel
 
@@ -151,6 +152,7 @@ class BatchedDecoder:
         self._is_eager = config._attn_implementation == "eager"
         self._window = getattr(config, "sliding_window", None)
         self._rule = LLM_PARTS[config.model_type].window
+        self._cache_argument = cache_argument(self._decoder.forward)
         self.cache = SlotCache()
 
     @property
@@ -188,8 +190,8 @@ class BatchedDecoder:
             inputs_embeds=embeddings,
             position_ids=positions,
             attention_mask=self._masks(positions, end, embeddings.dtype),
-            past_key_values=self.cache,
             use_cache=True,
+            **{self._cache_argument: self.cache},
         )
         return output.last_hidden_state[:, -1]
 
@@ -218,6 +220,7 @@ class RowByRowDecoder:
 
     def __init__(self, model: VisionLanguageModel) -> None:
         self._decoder = model.llm.get_decoder()
+        self._cache_argument = cache_argument(self._decoder.forward)
         self._config = model.llm.config
         self._caches: dict[int, Any] = {}
 
@@ -234,9 +237,8 @@ class RowByRowDecoder:
         if start == 0:
             self._caches[slot] = DynamicCache(config=self._config)
         positions = torch.arange(start, start + embeddings.shape[1], device=embeddings.device)[None]
-        output = self._decoder(
-            inputs_embeds=embeddings, position_ids=positions, past_key_values=self._caches[slot], use_cache=True
-        )
+        cache = {self._cache_argument: self._caches[slot]}
+        output = self._decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=True, **cache)
         return output.last_hidden_state[:, -1]
 
     def decode(self, embeddings: Tensor, lengths: list[int], first_slot: int = 0) -> Tensor:

@@ -25,8 +25,11 @@ from torch import Tensor, nn
 
 from vlm.compat import prepare, quiet_progress
 from vlm.errors import CheckpointError, ConfigError
+from vlm.logs import warn
 from vlm.models.config import VisionConfig
+from vlm.models.folder import NO_PREPROCESSOR, lacks_preprocessor, why_no_encoder, why_no_weights
 from vlm.models.hub import check_hub, quiet_retries
+from vlm.models.vision_compute import EncoderCompute, choose_compute, converted, is_convolutional, read_compute
 
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -55,6 +58,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, trunk: nn.Module, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.trunk: Any = trunk  # its class is the library's
+        self.compute: EncoderCompute | None = None  # while frozen; None: as the weights and the autocast around say
         self.image_size = image_size
         self.mean = _rgb(mean)
         self.std = _rgb(std)
@@ -74,7 +78,23 @@ class VisionEncoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, S, S], any float dtype -> [N, P, C]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
+            if self.compute is not None and self.is_frozen:
+                return self.compute.run(self.trunk, pixel_values)
             return self.trunk(pixel_values.to(next(self.trunk.parameters()).dtype))
+
+    def settle(self, config: VisionConfig, dtype: torch.dtype, device: torch.device) -> None:
+        """Choose how a frozen encoder computes, and convert its weights to that.
+
+        Args:
+            dtype: what the rest of the model computes in.
+            device: where it will run.
+        """
+        if config.compute != "auto":
+            self.compute = read_compute(config.compute)
+        elif is_convolutional(self.trunk):
+            self.compute = choose_compute(self.trunk, self.image_size, dtype, device)
+        if self.compute is not None:
+            converted(self.trunk, self.compute)
 
     def unused_parameters(self) -> list[str]:
         """Names of trained weights that no feature depends on, such as a pooling head's. Found by one backward."""
@@ -90,7 +110,7 @@ class VisionEncoder(nn.Module):
 
 
 def build_vision(config: VisionConfig, dtype: torch.dtype = torch.float32, *, weights: bool = True) -> VisionEncoder:
-    """The encoder that `config` names.
+    """The encoder that `config` names, its weights in `dtype`; a convolutional one waits for `settle` in float32.
 
     Args:
         weights: false builds the shape only, random; for the meta device.
@@ -101,7 +121,10 @@ def build_vision(config: VisionConfig, dtype: torch.dtype = torch.float32, *, we
     """
     prepare()
     quiet_retries()
-    return _BUILDERS[config.backend](config, dtype, weights).to(dtype)
+    if config.compute != "auto":
+        dtype = read_compute(config.compute).dtype
+    encoder = _BUILDERS[config.backend](config, dtype, weights)
+    return encoder if config.compute == "auto" and is_convolutional(encoder.trunk) else encoder.to(dtype)
 
 
 def save_architecture(encoder: VisionEncoder, config: VisionConfig, folder: Path) -> VisionConfig:
@@ -203,11 +226,8 @@ def _build_hf(config: VisionConfig, dtype: torch.dtype, weights: bool) -> Vision
     # trust_remote_code is not offered for encoders: all known here are native
     settings = _load(lambda: transformers.AutoConfig.from_pretrained(config.path, trust_remote_code=False), config)
     settings = getattr(settings, "vision_config", settings)
-    if settings.model_type not in _HF_TOWERS:
-        raise ConfigError(
-            f"model.vision.path {config.path}: model type {settings.model_type!r} is no encoder known here; "
-            f"known: {', '.join(_HF_TOWERS)}. See docs/extending.md to add one"
-        )
+    if reason := why_no_encoder(settings.model_type):
+        raise ConfigError(f"model.vision.path {config.path}: {reason}")
     class_name, normalisation = _HF_TOWERS[settings.model_type]
     cls = getattr(transformers, class_name)
     model = _hf_weights(config, cls, settings, dtype) if weights else cls(settings)
@@ -225,11 +245,10 @@ def _build_hf(config: VisionConfig, dtype: torch.dtype, weights: bool) -> Vision
 
 def _hf_weights(config: VisionConfig, cls: Any, settings: Any, dtype: torch.dtype) -> nn.Module:
     quiet_progress()
-    if Path(config.path).is_dir() and not list(Path(config.path).glob("*.safetensors")):
-        raise CheckpointError(
-            f"model.vision.path {config.path}: no .safetensors here. Pickled weights (.bin) are not loaded, as they "
-            "can run code: save the model once more with transformers' save_pretrained and name the new folder"
-        )
+    if Path(config.path).is_dir() and (reason := why_no_weights(Path(config.path))):
+        raise CheckpointError(f"model.vision.path {config.path}: cannot load its weights: {reason}")
+    if lacks_preprocessor(config.path):
+        warn(f"model.vision.path {config.path}: {NO_PREPROCESSOR}")
     model, report = _load(
         lambda: cls.from_pretrained(
             config.path, config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True

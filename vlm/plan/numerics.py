@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from vlm.data.config import DataConfig
 from vlm.models.config import ModelConfig
+from vlm.precision import fast_precision
 from vlm.train.config import EngineConfig, TrainConfig
 
 FLOAT32 = 4  # bytes
@@ -80,8 +83,10 @@ def read_numerics(config: Settings, has_flash_attention: bool) -> Numerics:
         has_flash_attention: what `attention: auto` takes on the GPU.
     """
     precision, attention = config.train.precision, config.model.llm.attention
-    frozen = 2 if precision in ("bf16", "fp16") else FLOAT32
     on_gpu = config.engine.device != "cpu"
+    if precision == "auto":
+        precision = "bf16" if on_gpu else fast_precision(torch.device("cpu"))
+    frozen = 2 if precision in ("bf16", "fp16") else FLOAT32
     if attention == "auto":
         attention = "flash_attention_2" if on_gpu and has_flash_attention else "sdpa"
     return Numerics(

@@ -47,9 +47,10 @@ class TrainConfig(Section):
     """AdamW's."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this norm; null never."""
-    precision: Literal["fp32", "bf16", "bf16_autocast", "fp16"] = "bf16"
-    """bf16: frozen weights bf16, trained ones fp32, computed in bf16. bf16_autocast: all weights fp32. fp16: as bf16
-    in float16, the loss scaled; needs a GPU."""
+    precision: Literal["auto", "fp32", "bf16", "bf16_autocast", "fp16"] = "auto"
+    """auto: bf16 where the device has it natively and it is faster, measured once per machine, else fp32. bf16: frozen
+    weights bf16, trained ones fp32, computed in bf16. bf16_autocast: all weights fp32. fp16: as bf16 in float16, the
+    loss scaled; needs a GPU."""
     log_every: PositiveInt = 1
     """Steps per line of metrics.jsonl."""
     save_every: PositiveInt = 500
@@ -68,6 +69,8 @@ class TrainConfig(Section):
     """Length of the sampled answers."""
     max_bad_steps: NonNegativeInt = 0
     """Steps with a non-finite loss or gradient that may be skipped before the run stops with exit code 4."""
+    prove: bool = True
+    """Before the first step, check on the run's own model and records what a run must honour; see docs/proof.md."""
     tensorboard: bool = False
     """Write TensorBoard events too; needs vlm[track]."""
 

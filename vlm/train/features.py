@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vlm.batch import ImageSpec
 from vlm.data.features import FeatureStore, encoder_key
 from vlm.data.images import load_image, to_pixels
 from vlm.data.scan import Scan
 from vlm.errors import RecordError
-from vlm.logs import live, log
+from vlm.logs import Progress, log
 from vlm.models.vision import VisionEncoder
-from vlm.train.metrics import format_seconds
+from vlm.precision import autocast
 
-BATCH = 16  # pictures per forward
+BATCH = 16  # images per forward
 
 
-def open_store(cache: str, encoder: VisionEncoder, spec: ImageSpec, dtype: torch.dtype | None) -> FeatureStore:
-    """The store of this very encoder's features; another weight, picture size or number type is another store."""
-    return FeatureStore(Path(cache) / "vision", encoder_key(encoder, (spec, str(dtype))))
+def open_store(cache: str, encoder: VisionEncoder, spec: ImageSpec, dtype: torch.dtype) -> FeatureStore:
+    """The store of this very encoder's features; another weight, image size or number format is another store.
+
+    Args:
+        dtype: that the features are kept in. What the encoder computes in makes no other store: it may differ between
+            the machines that fill it.
+    """
+    return FeatureStore(Path(cache) / "vision", encoder_key(encoder, (spec, str(dtype))), dtype)
 
 
 def fill_store(
@@ -36,31 +41,37 @@ def fill_store(
     device: torch.device,
     autocast_dtype: torch.dtype | None,
 ) -> None:
-    """Encode every picture of the scanned records that is not in the store yet. Unreadable ones are left out."""
+    """Encode every image of the scanned records that is not in the store yet. Unreadable ones are left out.
+
+    Args:
+        autocast_dtype: of the computation, where the encoder has not chosen its own.
+    """
     missing = list(dict.fromkeys(_missing(store, scans)))
     if not missing:
         return
-    log(f"data: encoding {len(missing):,} pictures once, into {store.folder}")
-    started = time.monotonic()
-    for start in range(0, len(missing), BATCH):
-        images, pixels = [], []
-        for image in missing[start : start + BATCH]:
-            try:
-                pixels.append(to_pixels(load_image(image, max_pixels, spec.background), spec))
-                images.append(image)
-            except RecordError:
-                continue  # training skips its record, counts it and names it
-        if images:
-            with (
-                torch.no_grad(),
-                torch.autocast(device.type, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None),
-            ):
-                features = encoder(torch.stack(pixels).to(device))
-            for image, feature in zip(images, features, strict=True):
-                store.put(image, feature)
-        live(f"encoded {start + len(images):,} of {len(missing):,} pictures")
-    live("")
-    log(f"data: encoded in {format_seconds(time.monotonic() - started)}")
+    log(f"data: encoding {len(missing):,} images once, into {store.folder}")
+    with Progress("data: encoded", len(missing), "images") as progress:
+        for start in range(0, len(missing), BATCH):
+            chunk = missing[start : start + BATCH]
+            images, pixels = _decode(chunk, max_pixels, spec)
+            if images:
+                with torch.no_grad(), autocast(device.type, autocast_dtype):
+                    features = encoder(torch.stack(pixels).to(device))
+                for image, feature in zip(images, features, strict=True):
+                    store.put(image, feature)
+            progress.show(start + len(chunk))
+
+
+def _decode(images: Sequence[str | bytes], max_pixels: int, spec: ImageSpec) -> tuple[list[str | bytes], list[Tensor]]:
+    """Those that can be read, and their pixels [3, S, S]. Training skips and names the records of the others."""
+    readable, pixels = [], []
+    for image in images:
+        try:
+            pixels.append(to_pixels(load_image(image, max_pixels, spec.background), spec))
+            readable.append(image)
+        except RecordError:
+            continue
+    return readable, pixels
 
 
 def _missing(store: FeatureStore, scans: Iterable[Scan]) -> Iterator[str | bytes]:

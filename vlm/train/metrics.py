@@ -14,7 +14,7 @@ import psutil
 
 from vlm.distributed import is_main
 from vlm.errors import DataError
-from vlm.logs import live, log
+from vlm.logs import format_seconds, live, log
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import StepOutput
 from vlm.train.loop import StepCounts
@@ -169,17 +169,6 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:
             continue
-
-
-def format_seconds(seconds: float) -> str:
-    """
-    >>> format_seconds(75), format_seconds(3700)
-    ('1m15s', '1h01m')
-    """
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def _or_dash(value: float | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from vlm.train.checkpoint import read_info, save_checkpoint
 from vlm.train.engines.base import Engine
 from vlm.train.fragments import save_tensors
 
+_BESIDE_CONFIG = {"model.vision.compute"}  # found by measuring; the checkpoint's own rules
 OPTIMIZER_STATE = ("any with float32 state", "any with 8-bit state")  # optimizers of one kind read each other's
 
 
@@ -97,13 +98,18 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     return _read_json(checkpoint / "progress.json")
 
 
-def refuse_other_run(checkpoint: Path, identity: dict[str, Any]) -> None:
+def refuse_other_run(checkpoint: Path, identity: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     """Compare a checkpoint's run with this one before anything heavy is loaded.
+
+    Args:
+        defaults: of keys that a checkpoint of an earlier version does not have yet.
 
     Raises:
         CheckpointError: lists every key that differs, checkpoint -> now.
     """
-    old = {"train.optimizer": OPTIMIZER_STATE[0]} | read_info(checkpoint)["identity"]  # there was no other before
+    old = read_info(checkpoint)["identity"]
+    missing = {key: value for key, value in defaults.items() if key in identity and key not in old}
+    old = {**missing, **{key: value for key, value in old.items() if key in identity or key not in _BESIDE_CONFIG}}
     if differences := _differences(old, identity):
         raise CheckpointError(
             f"{checkpoint} belongs to another config (checkpoint -> now):\n" + "\n".join(differences) + "\nRestore "

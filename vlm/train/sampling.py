@@ -12,6 +12,7 @@ from vlm.data.images import load_image, to_pixels
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.models.generate import GenerationSettings, generate
 from vlm.models.vlm import VisionLanguageModel
+from vlm.precision import autocast
 from vlm.train.config import SampleConfig
 
 
@@ -33,9 +34,7 @@ class Sampler:
         """
         input_ids = self.tokenizer.prompt(sample_conversation(sample))
         settings = GenerationSettings(max_new_tokens=self.max_new_tokens)
-        with torch.autocast(
-            self.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=self.autocast_dtype is not None
-        ):
+        with autocast(self.device.type, self.autocast_dtype):
             new_ids = generate(model, input_ids, pixel_values, self.tokenizer.stop_ids, settings)
         return self.tokenizer.decode(new_ids)
 

@@ -176,6 +176,8 @@ def test_health_and_metrics_tell_what_goes_on(loaded: LoadedModel):
             await client.post(CHAT, json=ask(logit_bias={"2": -100}))
             await client.post(CHAT, json=ask(temperature=9))
             await client.get("/a/path/that/is/not")
+            while service.scheduler.num_running or service.scheduler.num_reserved:
+                await asyncio.sleep(0.01)  # the model's thread puts its last reply away
             return (await client.get("/health")).json(), (await client.get("/metrics")).text
 
     health, metrics = asyncio.run(talk())

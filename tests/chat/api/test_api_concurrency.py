@@ -120,8 +120,8 @@ def test_a_client_that_leaves_frees_its_slot(loaded: LoadedModel, stream: bool):
             talk()  # the first bytes, then gone
         else:
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{server.url}{CHAT}", json=ask(**ENDLESS), timeout=1)
-        server.wait_until(lambda service: not generator.running and service.num_open == 0, seconds=5)
+                httpx.post(f"{server.url}{CHAT}", json=ask(**ENDLESS), timeout=httpx.Timeout(60, read=1))
+        server.wait_until(lambda service: not generator.running and service.num_open == 0)
         assert complete(server).choices[0].message.content
         assert b"vlm_cancelled_total 1.0" in httpx.get(f"{server.url}/metrics").content
 
@@ -131,7 +131,7 @@ def test_a_client_that_leaves_the_queue_is_forgotten(loaded: LoadedModel):
         first = in_thread(lambda: complete(server))
         server.wait_until(lambda service: service.num_open == 1)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}{CHAT}", json=ask(**ENDLESS), timeout=0.5)
+            httpx.post(f"{server.url}{CHAT}", json=ask(**ENDLESS), timeout=httpx.Timeout(60, read=0.5))
         server.wait_until(lambda service: service.num_open == 1)
         gate.open.set()
         assert first().choices[0].message.content
@@ -238,7 +238,7 @@ def test_an_error_of_our_own_code_is_told_in_general(loaded: LoadedModel, monkey
 
 
 def test_a_request_that_takes_too_long_is_ended(loaded: LoadedModel):
-    with gated(loaded, request_seconds=0.5) as (server, gate):
+    with gated(loaded, request_seconds=3.0) as (server, gate):
         waiting = httpx.post(f"{server.url}{CHAT}", json=ask())
         assert waiting.status_code == 504
         assert waiting.json()["error"]["code"] == "timeout"
@@ -246,10 +246,10 @@ def test_a_request_that_takes_too_long_is_ended(loaded: LoadedModel):
         gate.open.set()
         pieces: list[Any] = []
         stream = complete(server, stream=True, **ENDLESS)
-        with pytest.raises(openai.APIError, match=r"longer than the 0\.5 seconds"):
+        with pytest.raises(openai.APIError, match=r"longer than the 3 seconds"):
             pieces.extend(stream)
         assert len(pieces) > 1
-        server.wait_until(lambda service: not service.scheduler.num_running and service.num_open == 0, seconds=5)
+        server.wait_until(lambda service: not service.scheduler.num_running and service.num_open == 0)
         gate._step = step
         assert complete(server).choices[0].message.content
 
@@ -281,7 +281,7 @@ def test_a_client_that_does_not_read_holds_its_place_no_longer_than_allowed(
             await app(scope, receive, send)
             return time.monotonic() - started
 
-    assert asyncio.run(talk()) < 5
+    assert asyncio.run(talk()) < 30  # it would take 60
     assert service.num_open == 0
 
 

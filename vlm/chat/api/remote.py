@@ -25,6 +25,7 @@ from vlm.errors import ConfigError
 Resolve = Callable[[str, int], list[str]]  # host and port -> its addresses
 Connect = Callable[[str, int, float], socket.socket]  # address, port, seconds -> an open connection
 
+LAST_RESORT_SECONDS = 1.0  # looking a name up cannot be interrupted: its thread is left behind then
 _PORTS = {"http": 80, "https": 443}
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _HOST = re.compile(rf"(?=.{{1,253}}\Z)(?:{_LABEL}\.)*(?!\d+\Z|0x){_LABEL}\Z", re.ASCII)  # ends in a name: no number
@@ -145,7 +146,7 @@ class Fetcher:
         assert self._threads is not None
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._seconds + 1):  # looking a name up cannot be interrupted
+            async with asyncio.timeout(self._seconds + LAST_RESORT_SECONDS):
                 return await loop.run_in_executor(self._threads, self._fetch, target)
         except TimeoutError:
             raise _failed("took too long") from None

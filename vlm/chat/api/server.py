@@ -58,7 +58,9 @@ def serve(
     loader = MediaLoader(media)
     listener = bind(host, port)
     with listener:
-        service = build_service(load_model(), name, loader, limits)
+        loaded = load_model()
+        log(f"{name}: {loaded.describe_compute()}")
+        service = build_service(loaded, name, loader, limits)
         config = uvicorn.Config(
             build_app(service, access),
             http=Connection,

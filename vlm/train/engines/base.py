@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from vlm.errors import CheckpointError
 from vlm.faults import fault
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.lm import Objective
+from vlm.precision import autocast
 from vlm.train.bitsandbytes_adamw import QUANTIZED
 from vlm.train.fragments import Fragment, FragmentReader, state_files, write_fragments
 from vlm.train.scaling import LossScale
@@ -40,12 +41,24 @@ class Engine(Protocol):
 
     data_rank: int  # which share of the stream this process takes; equal for all stages of one pipeline
     num_data_ranks: int
+    holds_whole_model: bool  # each process holds every weight whole, and `optimizer` the trained ones themselves
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Of the computation; None computes in the weights' own dtype."""
 
     def share(self, batches: list[Batch]) -> list[Batch]:
         """The batches that all processes of one share of the data work on; each has read them by itself."""
 
     def train_step(self, microbatches: list[Batch], weight: float, learning_rate: float) -> StepOutput:
         """Forward and backward over the micro-batches, clip, update. `weight` divides the summed loss."""
+
+    def rehearse(
+        self, microbatches: list[Batch], weight: float, look: Callable[[], T]
+    ) -> tuple[float, float, T] | None:
+        """A step without its update, in the mode that the model is in: loss, gradient norm, and what `look` returned
+        while the gradients were there. Every rank gives the same batches. None where the engine cannot do without."""
 
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """Summed loss and weight over all data ranks, without a gradient."""
@@ -82,9 +95,7 @@ class LossModule(nn.Module):
 
     def forward(self, batch: Batch, num_chunks: int = 1) -> Tensor:
         """Float32 scalar. `num_chunks`: the loss is computed in at least so many pieces, so that ranks agree."""
-        enabled = self.autocast_dtype is not None
-        device = batch.input_ids.device.type
-        with torch.autocast(device, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
+        with autocast(batch.input_ids.device.type, self.autocast_dtype):
             loss = self.objective.loss(self.model, batch, num_chunks)
         return spoil(loss)
 
@@ -104,8 +115,20 @@ class FragmentState:
     Both methods yield live views: writing into `values` changes the engine's state.
     """
 
+    loss_module: LossModule
+    holds_whole_model = False
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return self.loss_module.autocast_dtype
+
     def share(self, batches: list[Batch]) -> list[Batch]:
         return batches
+
+    def rehearse(
+        self, microbatches: list[Batch], weight: float, look: Callable[[], T]
+    ) -> tuple[float, float, T] | None:
+        return None
 
     loss_scale: LossScale | None = None
     _used_factor: float | None = None

@@ -42,6 +42,8 @@ def shard(module: LossModule, device: torch.device) -> None:
 class FullyShardedEngine(LocalEngine):
     """See `Engine`. Its module has been through `shard`."""
 
+    holds_whole_model = False
+
     @contextmanager
     def whole_model(self) -> Iterator[VisionLanguageModel | None]:
         self._wrapped.unshard()  # all but the blocks, which gather themselves when they are called

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -54,16 +54,12 @@ class LocalEngine(FragmentState):
         self._wrapped: Any = self._wrap(module)
         self.parameters = list(trained_names(self.model))
 
+    holds_whole_model = True
+
     def train_step(self, microbatches: list[Batch], weight: float, learning_rate: float) -> StepOutput:
         self.model.train()
         factor = self.start_step()
-        summed = 0.0
-        for number, batch in enumerate(microbatches):
-            with self._reduction(number == len(microbatches) - 1):
-                loss = self._wrapped(batch.to(self.device))
-                (loss * (factor * self.num_data_ranks / weight)).backward()
-            summed += loss.item()
-        summed = self.sum_over_data_ranks([summed])[0]
+        summed = self._backward(self._wrapped, microbatches, factor * self.num_data_ranks / weight)
         grad_norm = self._grad_norm() / factor
         finite = math.isfinite(summed) and math.isfinite(grad_norm)
         if finite:
@@ -74,6 +70,14 @@ class LocalEngine(FragmentState):
         # DistributedDataParallel's gradients are views of its buckets; dropping them would cost a second copy
         self.optimizer.zero_grad(set_to_none=self._wrapped is self.loss_module)
         return self.step_output(summed / weight, grad_norm, finite)
+
+    def rehearse(self, microbatches: list[Batch], weight: float, look: Callable[[], T]) -> tuple[float, float, T]:
+        """Around DistributedDataParallel, whose buckets take their order from the first backward: all ranks have the
+        same gradients here."""
+        summed = self._backward(self.loss_module, microbatches, self.num_data_ranks / weight)
+        seen = summed / weight, self._grad_norm(), look()
+        self.optimizer.zero_grad(set_to_none=True)
+        return seen
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
@@ -105,6 +109,16 @@ class LocalEngine(FragmentState):
     def save(self, folder: Any) -> None:
         if is_main():
             super().save(folder)
+
+    def _backward(self, forward: Callable[[Batch], Tensor], microbatches: list[Batch], scale: float) -> float:
+        """Add up the gradients of `scale` times the loss. Returns the summed loss of all ranks."""
+        summed = 0.0
+        for number, batch in enumerate(microbatches):
+            with self._reduction(number == len(microbatches) - 1):
+                loss = forward(batch.to(self.device))
+                (loss * scale).backward()
+            summed += loss.item()
+        return self.sum_over_data_ranks([summed])[0]
 
     def _wrap(self, module: LossModule) -> Any:
         if self.num_data_ranks == 1:

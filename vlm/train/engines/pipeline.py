@@ -81,6 +81,10 @@ class PipelineEngine(FragmentState):
         self._zero: Any = self._engine.optimizer  # DeepSpeed's, around ours
         self.data_rank = self._engine.grid.get_data_parallel_rank()
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return self._run.autocast_dtype
+
     def train_step(self, microbatches: list[Batch], weight: float, learning_rate: float) -> StepOutput:
         count = len(microbatches)
         if self._engine.micro_batches != count:

@@ -16,6 +16,7 @@ from vlm.batch import Batch
 from vlm.models.pipeline import InputsLayer, OutputLayer, num_layers, run_layers
 from vlm.models.pipeline_build import Stage
 from vlm.models.trainable import part_of
+from vlm.precision import autocast
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import spoil
 from vlm.train.optim import parameter_groups
@@ -48,8 +49,7 @@ class StageRun:
             batch = dataclasses.replace(batch, pixel_values=None, image_features=None)
         batch = batch.to(self.device)
         hidden_states = None if self.stage.is_first else received
-        enabled = self.autocast_dtype is not None
-        with torch.autocast(self.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
+        with autocast(self.device.type, self.autocast_dtype):
             output = run_layers(self.stage.built.model, self.stage.layers, batch, hidden_states)
         if self.stage.is_last:
             return self._keep_loss(output)

@@ -1,0 +1,159 @@
+"""No shipped project is refused: each is proven with the kinds of its parts at toy size, and tiny with its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_data, write_encoder, write_llm
+
+from vlm.cli.main import app, run
+from vlm.config import load_config, shipped_projects
+from vlm.prepare import prepare
+from vlm.proof.prove import Parts, prove
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+REPOSITORY = Path(__file__).parents[2]
+RECIPES = [name for name in shipped_projects() if not name.startswith("tiny/")]
+
+
+def family_of(path: str) -> str:
+    """Model type by the name of a shipped model."""
+    names = {"qwen3": "qwen3", "qwen2": "qwen2", "internlm3": "internlm3", "smollm2": "llama"}
+    return next(family for part, family in names.items() if part in path.lower())
+
+
+def toy_llm(root: Path, family: str) -> str:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = root / family
+    if not folder.exists():
+        tokenizer = AutoTokenizer.from_pretrained(root / "llm")
+        tokenizer.bos_token = "<|endoftext|>"
+        torch.manual_seed(0)
+        settings = AutoConfig.for_model(
+            family, vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def toy_vision(root: Path, vision: dict[str, Any]) -> dict[str, Any]:
+    """The same library and class at toy size; what else the recipe says of the encoder is kept."""
+    kind = "siglip_vision_model" if "siglip" in vision["path"] else "clip_vision_model"
+    if vision["backend"] == "hf":
+        return {**vision, "path": hf_encoder(root, kind), "image_size": None}
+    if "efficientnet" in vision["path"]:
+        return {**vision, "path": str(timm_folder(root, "test_efficientnet")), "image_size": 128}
+    folder = timm_folder(root, "eva02_tiny_patch14_224")
+    if vision["backend"] == "timm":
+        return {**vision, "path": str(folder), "image_size": 56}
+    return {**vision, "path": str(open_clip_folder(root)), "pretrained": None, "image_size": 56}
+
+
+def hf_encoder(root: Path, kind: str) -> str:
+    from transformers import AutoConfig, AutoModel
+
+    folder = root / kind
+    if not folder.exists():
+        torch.manual_seed(1)
+        settings = AutoConfig.for_model(
+            kind, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+            image_size=84, patch_size=14,
+        )  # fmt: skip
+        AutoModel.from_config(settings).save_pretrained(folder)
+    return str(folder)
+
+
+def timm_folder(root: Path, architecture: str) -> Path:
+    import timm
+    from safetensors.torch import save_file
+
+    folder = root / architecture
+    if not folder.exists():
+        torch.manual_seed(1)
+        model = timm.create_model(architecture, pretrained=False)
+        folder.mkdir()
+        keys = ("input_size", "mean", "std", "first_conv", "classifier")
+        settings = {key: model.pretrained_cfg[key] for key in keys} | {"num_classes": 1000}
+        record = {"architecture": architecture, "num_classes": 1000, "pretrained_cfg": settings}
+        (folder / "config.json").write_text(json.dumps(record))
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def open_clip_folder(root: Path) -> Path:
+    import open_clip
+    from safetensors.torch import save_file
+
+    folder = root / "open_clip"
+    if not folder.exists():
+        folder.mkdir()
+        shape = {"image_size": 56, "timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": None}
+        text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+        settings = {"model_cfg": {"embed_dim": 192, "vision_cfg": shape, "text_cfg": text}, "preprocess_cfg": {}}
+        (folder / "open_clip_config.json").write_text(json.dumps(settings))
+        torch.manual_seed(1)
+        tensors = open_clip.create_model(f"local-dir:{folder}", load_weights=False).state_dict()
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Path:
+    from vlm.compat import prepare as prepare_libraries
+
+    prepare_libraries()
+    folder = tmp_path_factory.mktemp("toys")
+    write_llm(folder / "llm", write_data(folder / "data"))
+    return folder
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_is_not_refused_at_toy_size(name, toys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    values = load_config(name).model_dump(mode="json")
+    values["model"]["llm"]["path"] = toy_llm(toys, family_of(values["model"]["llm"]["path"]))
+    values["model"]["vision"] = toy_vision(toys, values["model"]["vision"])
+    values["init_from"] = None
+    part = "pretrain" if values["data"]["template"] == "plain" else "finetune"
+    source = {"path": str(toys / f"data/{part}.jsonl"), "images": str(toys / "data/images")}
+    values["data"] |= {"sources": [source], "eval_sources": [], "held_out": 0, "workers": 0, "cache": f"{toys}/cache"}
+    values["train"] |= {"precision": "fp32", "samples": [], "global_batch_size": 8, "micro_batch_size": 2}
+    values["evaluation"] = {}
+    values["engine"] = {"device": "cpu"}  # the engines have a test of their own
+    path = toys / "run.yaml"
+    path.write_text(json.dumps(values))
+    config = load_config(path)
+    made = prepare(config, torch.device("cpu"))
+    parts = Parts(config, made.built, made.data, made.engine, made.objective, torch.device("cpu"), made.max_steps)
+    proof = prove(parts, seconds=math.inf)
+    assert proof.failed == [], proof.table()
+    assert [name for name, finding in proof.findings.items() if finding.passed is None] == ["initial_weights"]
+
+
+def test_both_stages_of_tiny_are_not_refused(tmp_path, monkeypatch):
+    from vlm.compat import prepare as prepare_libraries
+
+    prepare_libraries()
+    monkeypatch.chdir(tmp_path)
+    write_llm(Path("cache/tiny/llm"), write_data(Path("cache/tiny/data")))
+    write_encoder(Path("cache/tiny/encoder"))
+
+    def vlm(*words: str) -> int:
+        return run(lambda: app(list(words), standalone_mode=False))
+
+    assert vlm("train", "tiny/pretrain") == 0
+    assert vlm("export", "cache/runs/tiny/pretrain") == 0
+    assert vlm("train", "tiny/finetune", "--options", "train.max_steps=2") == 0
+    for stage, passed in (("pretrain", 19), ("finetune", 20)):
+        proof = json.loads(Path(f"cache/runs/tiny/{stage}/proof.json").read_text())
+        assert sum(check["passed"] is True for check in proof["checks"]) == passed

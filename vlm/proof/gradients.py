@@ -1,0 +1,175 @@
+"""Checks of one step's loss and gradient. For engines whose processes hold the whole model.
+
+The step that is looked at is the engine's own, without its update: two micro-batches of one record each. It is compared
+with the mean over all labelled tokens, computed here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm.batch import IGNORE_INDEX, Batch
+from vlm.models.trainable import canonical_name, part_of
+from vlm.models.vlm import VisionLanguageModel
+from vlm.objectives.lm import Objective
+from vlm.proof.checks import Finding, at_most, holds, not_made
+from vlm.proof.forward import Bounds, Rows
+from vlm.proof.probe import StateProbe
+from vlm.proof.records import Record, Subject
+from vlm.proof.state import without_dropout
+from vlm.train.engines.base import Engine
+
+SAMPLED = 512  # elements of each tensor's gradient that are kept, evenly spaced; beside its norm
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What is kept of the gradients of all parameters, by name."""
+
+    norms: dict[str, float]
+    samples: dict[str, Tensor]  # float32 [at most SAMPLED]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Gradients:
+        norms, samples = {}, {}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                flat = parameter.grad.detach().flatten()
+                norms[name] = flat.float().norm().item()
+                samples[name] = flat[:: max(1, len(flat) // SAMPLED)].float()
+        return cls(norms, samples)
+
+    def distance(self, expected: Gradients) -> float:
+        """Worst of the trained parts: norm of the difference over the norm, and of norms over norms."""
+        if self.norms.keys() != expected.norms.keys():
+            return math.inf
+        worst = 0.0
+        for part in {part_of(name) for name in self.norms}:
+            names = [name for name in self.norms if part_of(name) == part]
+            of_samples = (torch.cat([each.samples[name] for name in names]) for each in (self, expected))
+            of_norms = (torch.tensor([each.norms[name] for name in names]) for each in (self, expected))
+            for found, wanted in (of_samples, of_norms):
+                difference, size = (found - wanted).norm().item(), wanted.norm().item()
+                worst = max(worst, 0.0 if difference == 0 else difference / max(size, 1e-12))
+                worst = worst if math.isfinite(difference) else math.inf
+        return worst
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The step computed here: summed loss, number of labelled tokens, and the gradient of their mean."""
+
+    summed: float
+    count: int
+    gradients: Gradients
+
+
+def reference_step(probe: StateProbe, rows: Rows) -> Reference:
+    """Forward and backward of each record alone. Keeps their hidden states for the checks of forward passes."""
+    model, summed = probe.model, 0.0
+    count = sum(len(_targets(record)) for record in rows.records)
+    with without_dropout(model):
+        for record, batch in zip(rows.records, rows.alone, strict=True):
+            states = probe.forward(batch)
+            probe.keep(batch, states)
+            loss = _summed_loss(probe, states[0], record)
+            summed += loss.item()
+            if loss.requires_grad:
+                (loss / count).backward()
+    gradients = Gradients.of(model)
+    model.zero_grad(set_to_none=True)
+    return Reference(summed, count, gradients)
+
+
+def check_loss(engine: Engine, subject: Subject, reference: Reference, bounds: Bounds) -> dict[str, Finding]:
+    """The engine's loss of both records, a row each, against the one computed here."""
+    summed, weight = engine.evaluate(subject.batch([[record] for record in subject.computed]))
+    ranks = engine.num_data_ranks
+    if weight != reference.count * ranks:
+        return {"loss": holds(f"it counts {weight / ranks:g} tokens, the replies have {reference.count}")}
+    return {"loss": at_most(_apart(summed / ranks, reference.summed), bounds.loss)}
+
+
+def check_loss_by_records(engine: Engine, rows: Rows, joined: Batch, bounds: Bounds) -> dict[str, Finding]:
+    """The engine's loss of both records together against that of each by itself, where nothing else can be computed."""
+
+    def evaluate(batch: Batch) -> tuple[float, int]:
+        return engine.evaluate(engine.share([batch])[0])
+
+    (summed, weight), alone = evaluate(joined), [evaluate(batch) for batch in rows.alone]
+    count = sum(len(_targets(record)) for record in rows.records) * engine.num_data_ranks
+    if weight != count or sum(each[1] for each in alone) != count:
+        return {"loss": holds(f"it counts {weight} tokens, the replies have {count} on all ranks")}
+    return {"loss": at_most(_apart(summed, sum(each[0] for each in alone)), bounds.loss)}
+
+
+def check_step(
+    engine: Engine, model: VisionLanguageModel, objective: Objective, rows: Rows, reference: Reference, bounds: Bounds
+) -> dict[str, Finding]:
+    if not reference.gradients.norms:
+        return {"gradients": holds("the loss depends on nothing that trains"), "micro_batches": not_made("no gradient")}
+    weight = sum(map(objective.weight, rows.alone)) * engine.num_data_ranks
+    with without_dropout(model):
+        rehearsed = engine.rehearse(rows.alone, max(1, weight), lambda: Gradients.of(model))
+    assert rehearsed is not None
+    loss, _, gradients = rehearsed
+    expected = reference.summed / reference.count
+    apart = max(_apart(loss, expected), gradients.distance(reference.gradients))
+    note = f"loss {loss:.6g}, of all tokens {expected:.6g}"
+    return {
+        "gradients": _presence(model, gradients, any(rows.num_images)),
+        "micro_batches": at_most(apart, bounds.gradients, note),
+    }
+
+
+def check_step_size(
+    engine: Engine, objective: Objective, rows: Rows, joined: Batch, bounds: Bounds
+) -> dict[str, Finding]:
+    """Loss and gradient norm of two micro-batches against those of one, where gradients are spread over processes."""
+    weight = max(1, objective.weight(joined) * engine.num_data_ranks)
+    one, two = (engine.rehearse(batches, weight, lambda: None) for batches in ([joined], rows.alone))
+    if one is None or two is None:
+        return {"micro_batches": not_made("this engine makes a step with its update only")}
+    apart = max(_apart(two[0], one[0]), _apart(two[1], one[1]))
+    return {"micro_batches": at_most(apart, bounds.gradients)}
+
+
+def _presence(model: VisionLanguageModel, gradients: Gradients, has_image: bool) -> Finding:
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = sorted(gradients.norms.keys() - trained)
+    if frozen:
+        return holds(f"frozen, with a gradient: {canonical_name(frozen[0])} and {len(frozen) - 1} more")
+    # of a mixture's experts some get no token
+    missing = sorted(name for name in trained - gradients.norms.keys() if ".experts." not in name)
+    if missing:
+        return holds(f"trained, without a gradient: {canonical_name(missing[0])} and {len(missing) - 1} more")
+    for part in sorted({part_of(name) for name in trained}):
+        norms = [norm for name, norm in gradients.norms.items() if part_of(name) == part]
+        if not all(map(math.isfinite, norms)):
+            return holds(f"the gradient of {part} is not finite")
+        if not any(norms) and (has_image or part.startswith("llm")):
+            return holds(f"the gradient of {part} is 0")
+    return holds("")
+
+
+def _summed_loss(probe: StateProbe, states: Tensor, record: Record) -> Tensor:
+    """Written out once more, from the record itself: the token at n is predicted by the state at n - 1."""
+    places = _targets(record)
+    targets = torch.tensor([record.example.input_ids[place] for place in places], device=states.device)
+    with probe.autocast():
+        logits = probe.model.logits(states[torch.tensor(places, device=states.device) - 1])
+        return F.cross_entropy(logits.float(), targets, reduction="none").sum()
+
+
+def _targets(record: Record) -> list[int]:
+    return [place for place, label in enumerate(record.example.labels) if place and label != IGNORE_INDEX]
+
+
+def _apart(found: float, expected: float) -> float:
+    difference = abs(found - expected) / max(abs(expected), 1e-6)
+    return difference if math.isfinite(difference) else math.inf

@@ -1,0 +1,60 @@
+"""Leaving a model as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vlm.models.build import forked_random_state
+
+
+@contextmanager
+def unchanged(model: nn.Module, seed: int) -> Iterator[None]:
+    """Afterwards modes, buffers and torch's random state are what they were, and no parameter has a gradient.
+
+    Args:
+        seed: of the random numbers inside, which are thrown away.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = buffers_of(model)
+    with forked_random_state():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+            restore(model, buffers)
+            for module, was in modes:
+                module.training = was
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, but blocks that compute their activations again in the backward pass still do."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):  # it is asked for the mode of the block alone
+            module.training = True
+    try:
+        yield
+    finally:
+        for module, was in modes:
+            module.training = was
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what a forward pass may change besides its output: statistics. Tables are left out."""
+    stored = model.state_dict(keep_vars=True).keys()
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name in stored}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for name, values in buffers.items():
+        buffer = model.get_buffer(name)
+        if not torch.equal(buffer, values):
+            buffer.copy_(values)
