@@ -28,6 +28,8 @@ if $tiny; then scripts/setup_venv.sh ""; else scripts/setup_venv.sh demo; fi
 python=.venv/bin/python
 vlm="$python -m vlm.cli.main"
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=false
+# glibc would hand every large tensor's memory back to the kernel and take it again: a fifth of a training step
+export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 
 if $tiny; then
     project=tiny data=cache/tiny/data test=eval_shape
