@@ -145,7 +145,7 @@ def test_a_template_whose_words_are_no_tokens_is_a_problem_or_a_note(vlm):
         "data.template: template chatml ends replies with <|im_end|>, which is no token of this tokenizer"
     )
     assert problems("data.template=vicuna") == []  # ends with the tokenizer's own end token
-    Path("llm/tokenizer_config.json").write_text("{}")
+    Path("llm/tokenizer_config.json").write_text('{"eos_token": null}')
     assert problems("data.template=vicuna")[0].endswith("ends replies with the tokenizer's end token; it has none")
     assert "this tokenizer has no chat template" in problems("data.template=tokenizer")[0]
     Path("llm/chat_template.jinja").write_text("x")
