@@ -89,9 +89,10 @@ def read_record(scan: Scan, number: int) -> Record:
 
 
 def _as_far_as(conversation: Conversation, scan: Scan) -> Conversation:
-    """The turns that training kept of a record that is too long."""
+    """The turns that training kept of a record that is too long: up to the last reply that fits."""
     reader = scan.reader
-    for count in range(len(conversation.turns), 1, -1):
+    ends = [count for count, turn in enumerate(conversation.turns, 1) if turn.role == "assistant"]
+    for count in [len(conversation.turns), *reversed(ends)]:
         turns = conversation.first_turns(count)
         if len(turns.images) <= reader.max_images and len(reader.tokenizer.encode(turns)[0]) <= reader.max_length:
             return turns
