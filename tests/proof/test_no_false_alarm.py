@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 from proof_setups import make_parts
 
 from vlm.proof.prove import prove
@@ -32,3 +33,20 @@ def test_records_that_were_cut_end_with_the_last_reply_that_fits(root, records):
     proof = prove(make_parts(root, "lora", data=data), seconds=math.inf)
     assert proof.failed == []
     assert proof.findings["text"].passed is True
+
+
+def test_a_trained_encoder_may_move_its_own_statistics_beside_a_frozen_language_model(root):
+    changes = {"path": "{root}/resnet", "backend": "timm", "image_size": 64}
+    parts = make_parts(root, "batch norm", model={"vision": changes, "trainable": ["projector", "vision"], "lora": None})
+    proof = prove(parts, seconds=math.inf)
+    assert proof.failed == []
+    assert proof.findings["frozen_steady"].passed is True
+
+
+def test_a_proof_puts_back_statistics_that_moved_before_it_goes_on(root):
+    """The checks that follow compare what was computed before with what is computed after."""
+    parts = make_parts(root, "batch norm")
+    vision = parts.built.model.vision
+    vision.train = lambda mode=True: torch.nn.Module.train(vision, mode)  # the fault: it leaves evaluation mode
+    proof = prove(parts, seconds=math.inf)
+    assert proof.failed == ["frozen_steady"]
