@@ -50,3 +50,32 @@ def test_a_proof_puts_back_statistics_that_moved_before_it_goes_on(root):
     vision.train = lambda mode=True: torch.nn.Module.train(vision, mode)  # the fault: it leaves evaluation mode
     proof = prove(parts, seconds=math.inf)
     assert proof.failed == ["frozen_steady"]
+
+
+TALK = ("What is a circle?", "A round shape.")
+LATE = ("What is a circle?", "A round shape.", "<image>\nAnd this?")
+
+
+@pytest.mark.parametrize("setup", ["lora", "projector"])
+def test_first_records_without_an_image_do_not_make_a_projector_a_fault(root, records, setup):
+    projector = {"kind": "linear", "normalize": False}  # no image to take statistics from
+    data = records((False, *TALK), (False, *TALK))
+    proof = prove(make_parts(root, setup, data=data, model={"projector": projector}), seconds=math.inf)
+    assert proof.failed == []
+    gradients = proof.findings["gradients"]
+    assert gradients.passed is (True if setup == "lora" else None)
+    assert gradients.note == ("" if setup == "lora" else "no image in the first records")
+
+
+@pytest.mark.parametrize("setup", ["lora", "projector"])
+def test_an_image_after_the_last_reply_is_not_asked_to_change_it(root, records, setup):
+    proof = prove(make_parts(root, setup, data=records((True, *LATE), (True, *LATE))), seconds=math.inf)
+    assert proof.failed == []
+    assert proof.findings["image_read"].note == "no image stands before a reply in the first records"
+
+
+def test_of_the_first_records_one_is_computed_whose_reply_follows_its_image(root, records):
+    asked = ("<image>\nWhat is this? Say all that you see.", "A red circle beside a blue square.")
+    proof = prove(make_parts(root, "lora", data=records((True, *LATE), (True, *asked))), seconds=math.inf)
+    assert proof.failed == []
+    assert proof.findings["image_read"].passed is True

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from vlm.batch import Batch
 from vlm.proof.checks import Finding, at_least, at_most, not_made
 from vlm.proof.probe import Probe, StateProbe, relative
-from vlm.proof.records import Record, Subject, images_moved, other_images
+from vlm.proof.records import Record, Subject, images_moved, other_images, reads_image
 
 NO_SECOND = "there is only one record that can be read"
 NO_IMAGE = "no image in the first records"
+NOT_READ = "no image stands before a reply in the first records"
 FEW_TOKENS = "the record has too few words"
 # What reads its input must differ by this when the input does. What does not read it computes the same numbers again:
 # 0 in every dtype. Smallest seen: 0.02 of states, 0.003 nats (untrained toy models).
@@ -69,6 +70,9 @@ class Rows:
         """bool [1, L]: the tokens of a record that have labels."""
         batch = self.packed if packed else self.alone[number]
         return self.words(number, packed) & (batch.labels >= 0)
+
+    def reads_image(self, number: int) -> bool:
+        return reads_image(self.records[number].example, self.image_token_id)
 
     @property
     def num_images(self) -> list[int]:
@@ -147,7 +151,11 @@ def check_images(probe: Probe, rows: Rows, bounds: Bounds) -> dict[str, Finding]
     if len(rows.records) > 1 and rows.words(1, True).any():
         words = rows.words(1, True)
         findings["own_image"] = at_most(probe.difference(changed, words, rows.packed, words), bounds.states)
-    findings["image_read"] = at_least(probe.difference(changed, replies, rows.packed, replies), READS)
+    findings["image_read"] = (
+        at_least(probe.difference(changed, replies, rows.packed, replies), READS)
+        if rows.reads_image(0)
+        else not_made(NOT_READ)
+    )
     return findings
 
 

@@ -18,12 +18,13 @@ from vlm.models.trainable import canonical_name, part_of
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.lm import Objective
 from vlm.proof.checks import Finding, at_most, holds, not_made
-from vlm.proof.forward import Bounds, Rows
+from vlm.proof.forward import NO_IMAGE, NOT_READ, Bounds, Rows
 from vlm.proof.probe import StateProbe
 from vlm.proof.records import Record, Subject
 from vlm.proof.state import without_dropout
 from vlm.train.engines.base import Engine
 
+IMAGE_PARTS = {"vision", "projector"}  # what trains on records with images only
 SAMPLED = 512  # elements of each tensor's gradient that are kept, evenly spaced; beside its norm
 
 
@@ -111,6 +112,10 @@ def check_loss_by_records(engine: Engine, rows: Rows, joined: Batch, bounds: Bou
 def check_step(
     engine: Engine, model: VisionLanguageModel, objective: Objective, rows: Rows, reference: Reference, bounds: Bounds
 ) -> dict[str, Finding]:
+    reads = any(map(rows.reads_image, range(len(rows.records))))
+    trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not reads and trained <= IMAGE_PARTS:
+        return dict.fromkeys(("gradients", "micro_batches"), not_made(NOT_READ if any(rows.num_images) else NO_IMAGE))
     if not reference.gradients.norms:
         return {"gradients": holds("the loss depends on nothing that trains"), "micro_batches": not_made("no gradient")}
     weight = sum(map(objective.weight, rows.alone)) * engine.num_data_ranks
@@ -122,7 +127,7 @@ def check_step(
     apart = max(_apart(loss, expected), gradients.distance(reference.gradients))
     note = f"loss {loss:.6g}, of all tokens {expected:.6g}"
     return {
-        "gradients": _presence(model, gradients, any(rows.num_images)),
+        "gradients": _presence(model, gradients, reads),
         "micro_batches": at_most(apart, bounds.gradients, note),
     }
 
@@ -139,20 +144,21 @@ def check_step_size(
     return {"micro_batches": at_most(apart, bounds.gradients)}
 
 
-def _presence(model: VisionLanguageModel, gradients: Gradients, has_image: bool) -> Finding:
+def _presence(model: VisionLanguageModel, gradients: Gradients, reads_image: bool) -> Finding:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     frozen = sorted(gradients.norms.keys() - trained)
     if frozen:
         return holds(f"frozen, with a gradient: {canonical_name(frozen[0])} and {len(frozen) - 1} more")
     # of a mixture's experts some get no token
     missing = sorted(name for name in trained - gradients.norms.keys() if ".experts." not in name)
+    missing = [name for name in missing if reads_image or part_of(name) not in IMAGE_PARTS]
     if missing:
         return holds(f"trained, without a gradient: {canonical_name(missing[0])} and {len(missing) - 1} more")
     for part in sorted({part_of(name) for name in trained}):
         norms = [norm for name, norm in gradients.norms.items() if part_of(name) == part]
         if not all(map(math.isfinite, norms)):
             return holds(f"the gradient of {part} is not finite")
-        if not any(norms) and (has_image or part.startswith("llm")):
+        if not any(norms) and (reads_image or part not in IMAGE_PARTS):
             return holds(f"the gradient of {part} is 0")
     return holds("")
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm.batch import Batch, Example
+from vlm.batch import IGNORE_INDEX, Batch, Example
 from vlm.data.build import Data
 from vlm.data.collate import Collator
 from vlm.data.conversation import Conversation
@@ -60,8 +60,10 @@ def choose(data: Data) -> tuple[list[int], list[int]]:
     short = _readable(data, first[order], NUM_SHORT, with_images=True)
     if not short:
         raise DataError("none of the first records can be read; `vlm data check CONFIG` says why")
-    (number, example), *others = short.items()
-    others = sorted(others, key=lambda entry: _likeness(example, entry[1]))
+    image_token_id = plan.scan.reader.tokenizer.image_token_id
+    number = next((number for number, example in short.items() if reads_image(example, image_token_id)), next(iter(short)))
+    example = short.pop(number)
+    others = sorted(short.items(), key=lambda entry: _likeness(example, entry[1]))
     computed = [number, *(other for other, _ in others)][:NUM_COMPUTED]
     return computed, [number for number in _readable(data, first, NUM_FIRST) if number not in computed]
 
@@ -78,6 +80,13 @@ def _readable(data: Data, numbers: np.ndarray, count: int, with_images: bool = F
                 Subject([record], [], data.train.collator).batch([[record]])
             found[number] = record.example
     return found
+
+
+def reads_image(example: Example, image_token_id: int | None) -> bool:
+    """Whether an image stands before a label, so that what is learned depends on it."""
+    if image_token_id not in example.input_ids:
+        return False
+    return any(label != IGNORE_INDEX for label in example.labels[example.input_ids.index(image_token_id) :])
 
 
 def read_record(scan: Scan, number: int) -> Record:
