@@ -7,6 +7,7 @@ import pytest
 import torch
 from proof_setups import make_parts
 
+from vlm.proof.gradients import Gradients, _presence
 from vlm.proof.prove import prove
 
 
@@ -79,3 +80,20 @@ def test_of_the_first_records_one_is_computed_whose_reply_follows_its_image(root
     proof = prove(make_parts(root, "lora", data=records((True, *LATE), (True, *asked))), seconds=math.inf)
     assert proof.failed == []
     assert proof.findings["image_read"].passed is True
+
+
+@pytest.mark.parametrize(
+    ("name", "is_found"),
+    [
+        ("mlp.gate.e_score_correction_bias", False),
+        ("mlp.expert_bias", False),
+        ("attn.indexer.weight", False),
+        ("attn.q.weight", True),
+    ],
+)
+def test_what_only_selects_needs_no_gradient(name, is_found):
+    """Experts, or the tokens that attention sees: no loss depends on such weights."""
+    model = torch.nn.Module()
+    model.named_parameters = lambda: [(f"llm.model.layers.0.{each}", torch.nn.Parameter(torch.ones(1))) for each in (name, "mlp.up")]
+    gradients = Gradients({"llm.model.layers.0.mlp.up": 1.0}, {})
+    assert (_presence(model, gradients, reads_image=False).passed is False) == is_found

@@ -24,6 +24,8 @@ from vlm.proof.records import Record, Subject
 from vlm.proof.state import without_dropout
 from vlm.train.engines.base import Engine
 
+# Of a mixture's experts some get no token; the others only choose experts, or the tokens that attention sees.
+MAY_LACK_GRADIENT = {"experts", "e_score_correction_bias", "expert_bias", "indexer"}
 IMAGE_PARTS = {"vision", "projector"}  # what trains on records with images only
 SAMPLED = 512  # elements of each tensor's gradient that are kept, evenly spaced; beside its norm
 
@@ -149,8 +151,7 @@ def _presence(model: VisionLanguageModel, gradients: Gradients, reads_image: boo
     frozen = sorted(gradients.norms.keys() - trained)
     if frozen:
         return holds(f"frozen, with a gradient: {canonical_name(frozen[0])} and {len(frozen) - 1} more")
-    # of a mixture's experts some get no token
-    missing = sorted(name for name in trained - gradients.norms.keys() if ".experts." not in name)
+    missing = sorted(name for name in trained - gradients.norms.keys() if not MAY_LACK_GRADIENT & set(name.split(".")))
     missing = [name for name in missing if reads_image or part_of(name) not in IMAGE_PARTS]
     if missing:
         return holds(f"trained, without a gradient: {canonical_name(missing[0])} and {len(missing) - 1} more")
