@@ -7,8 +7,12 @@ import pytest
 import torch
 from proof_setups import make_parts
 
+from vlm.proof.checks import Proof, at_most
+from vlm.proof.forward import has_experts
 from vlm.proof.gradients import Gradients, _presence
 from vlm.proof.prove import prove
+from vlm.proof.text import _windows
+from vlm.train.engines.local import LocalEngine
 
 
 @pytest.fixture
@@ -38,7 +42,9 @@ def test_records_that_were_cut_end_with_the_last_reply_that_fits(root, records):
 
 def test_a_trained_encoder_may_move_its_own_statistics_beside_a_frozen_language_model(root):
     changes = {"path": "{root}/resnet", "backend": "timm", "image_size": 64}
-    parts = make_parts(root, "batch norm", model={"vision": changes, "trainable": ["projector", "vision"], "lora": None})
+    parts = make_parts(
+        root, "batch norm", model={"vision": changes, "trainable": ["projector", "vision"], "lora": None}
+    )
     proof = prove(parts, seconds=math.inf)
     assert proof.failed == []
     assert proof.findings["frozen_steady"].passed is True
@@ -94,6 +100,62 @@ def test_of_the_first_records_one_is_computed_whose_reply_follows_its_image(root
 def test_what_only_selects_needs_no_gradient(name, is_found):
     """Experts, or the tokens that attention sees: no loss depends on such weights."""
     model = torch.nn.Module()
-    model.named_parameters = lambda: [(f"llm.model.layers.0.{each}", torch.nn.Parameter(torch.ones(1))) for each in (name, "mlp.up")]
+    model.named_parameters = lambda: [
+        (f"llm.model.layers.0.{each}", torch.nn.Parameter(torch.ones(1))) for each in (name, "mlp.up")
+    ]
     gradients = Gradients({"llm.model.layers.0.mlp.up": 1.0}, {})
     assert (_presence(model, gradients, reads_image=False).passed is False) == is_found
+
+
+def test_a_model_that_rounding_moves_without_limit_is_not_judged_by_widened_bounds(root, monkeypatch):
+    monkeypatch.setattr("vlm.proof.prove.measure_rounding", lambda *_: math.inf)
+    proof = prove(make_parts(root, "lora"), seconds=math.inf)
+    assert proof.failed == []
+    rough = {name for name, finding in proof.findings.items() if finding.note.startswith("rounding alone")}
+    assert rough == {"packed_alone", "feature_order", "loss", "micro_batches", "frozen_steady"}
+    json.dumps(proof.as_json(), allow_nan=False)
+
+
+def test_proof_json_has_no_infinity():
+    proof = Proof({"loss": at_most(math.inf, 1e-5)}, 1.0, {})
+    (check,) = json.loads(json.dumps(proof.as_json(), allow_nan=False))["checks"]
+    assert (check["passed"], check["measured"]) == (False, None)
+
+
+@pytest.mark.parametrize(("rounding", "bound"), [(0.01, 0.04), (math.inf, 0.3)])
+def test_experts_may_round_other_tokens_another_way(root, monkeypatch, rounding, bound):
+    """Which tokens an expert gets decides the shape of its product."""
+    monkeypatch.setattr("vlm.proof.prove.measure_rounding", lambda *_: rounding)
+    monkeypatch.setattr("vlm.proof.prove.has_experts", lambda _: True)
+    proof = prove(make_parts(root, "lora"), seconds=math.inf)
+    assert [proof.findings[name].bound for name in ("causal", "own_image")] == [bound, bound]
+
+
+def test_a_mixture_has_experts_and_llama_has_none():
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
+    assert has_experts(MixtralForCausalLM(MixtralConfig(num_key_value_heads=2, num_local_experts=2, **sizes)))
+    assert not has_experts(LlamaForCausalLM(LlamaConfig(**sizes)))
+
+
+def test_a_proof_ends_in_time_where_no_process_holds_the_whole_model_too(root, monkeypatch):
+    monkeypatch.setattr(LocalEngine, "holds_whole_model", False)
+    findings = prove(make_parts(root, "lora"), seconds=0).findings
+    assert findings["labels"].passed is True
+    assert findings["packed_alone"].note == "the 0 s that a proof may take here were over"
+
+
+def test_long_texts_are_compared_near_their_first_difference():
+    same = "a circle " * 5000
+    found, expected = _windows(same + "red" + same, same + "blue" + same)
+    assert len(found) == len(expected) == 2000
+    assert found[1000:1003] == "red"
+    assert expected[1000:1004] == "blue"
+    assert _windows("red", "blue") == ["red", "blue"]

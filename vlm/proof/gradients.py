@@ -17,8 +17,8 @@ from vlm.batch import IGNORE_INDEX, Batch
 from vlm.models.trainable import canonical_name, part_of
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.lm import Objective
-from vlm.proof.checks import Finding, at_most, holds, not_made
-from vlm.proof.forward import NO_IMAGE, NOT_READ, Bounds, Rows
+from vlm.proof.checks import Finding, holds, not_made
+from vlm.proof.forward import NO_IMAGE, NOT_READ, Bounds, Rows, within
 from vlm.proof.probe import StateProbe
 from vlm.proof.records import Record, Subject
 from vlm.proof.state import without_dropout
@@ -95,7 +95,7 @@ def check_loss(engine: Engine, subject: Subject, reference: Reference, bounds: B
     ranks = engine.num_data_ranks
     if weight != reference.count * ranks:
         return {"loss": holds(f"it counts {weight / ranks:g} tokens, the replies have {reference.count}")}
-    return {"loss": at_most(_apart(summed / ranks, reference.summed), bounds.loss)}
+    return {"loss": within(_apart(summed / ranks, reference.summed), bounds.loss)}
 
 
 def check_loss_by_records(engine: Engine, rows: Rows, joined: Batch, bounds: Bounds) -> dict[str, Finding]:
@@ -108,7 +108,7 @@ def check_loss_by_records(engine: Engine, rows: Rows, joined: Batch, bounds: Bou
     count = sum(len(_targets(record)) for record in rows.records) * engine.num_data_ranks
     if weight != count or sum(each[1] for each in alone) != count:
         return {"loss": holds(f"it counts {weight} tokens, the replies have {count} on all ranks")}
-    return {"loss": at_most(_apart(summed, sum(each[0] for each in alone)), bounds.loss)}
+    return {"loss": within(_apart(summed, sum(each[0] for each in alone)), bounds.loss)}
 
 
 def check_step(
@@ -130,7 +130,7 @@ def check_step(
     note = f"loss {loss:.6g}, of all tokens {expected:.6g}"
     return {
         "gradients": _presence(model, gradients, reads),
-        "micro_batches": at_most(apart, bounds.gradients, note),
+        "micro_batches": within(apart, bounds.gradients, note),
     }
 
 
@@ -143,7 +143,7 @@ def check_step_size(
     if one is None or two is None:
         return {"micro_batches": not_made("this engine makes a step with its update only")}
     apart = max(_apart(two[0], one[0]), _apart(two[1], one[1]))
-    return {"micro_batches": at_most(apart, bounds.gradients)}
+    return {"micro_batches": within(apart, bounds.gradients)}
 
 
 def _presence(model: VisionLanguageModel, gradients: Gradients, reads_image: bool) -> Finding:

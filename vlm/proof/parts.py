@@ -16,7 +16,7 @@ from vlm.models.partition import full_shape
 from vlm.models.trainable import canonical_name, part_of, part_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.proof.checks import Finding, at_most, holds, not_made
-from vlm.proof.forward import Bounds, Rows
+from vlm.proof.forward import Bounds, Rows, within
 from vlm.proof.probe import StateProbe, relative
 from vlm.proof.state import buffers_of, restore
 
@@ -74,7 +74,7 @@ def check_frozen(probe: StateProbe, rows: Rows, bounds: Bounds) -> Finding:
         return holds(f"{canonical_name(moved[0])} and {len(moved) - 1} more statistics moved in a forward pass")
     pairs = [(features, expected_features), (states, expected)]
     differences = [relative(found, wanted) for found, wanted in pairs if found is not None and wanted is not None]
-    return at_most(max(differences), bounds.states)
+    return within(max(differences), bounds.states)
 
 
 def check_initial_weights(model: VisionLanguageModel, init_from: str) -> Finding:

@@ -61,7 +61,9 @@ def choose(data: Data) -> tuple[list[int], list[int]]:
     if not short:
         raise DataError("none of the first records can be read; `vlm data check CONFIG` says why")
     image_token_id = plan.scan.reader.tokenizer.image_token_id
-    number = next((number for number, example in short.items() if reads_image(example, image_token_id)), next(iter(short)))
+    number = next(
+        (number for number, example in short.items() if reads_image(example, image_token_id)), next(iter(short))
+    )
     example = short.pop(number)
     others = sorted(short.items(), key=lambda entry: _likeness(example, entry[1]))
     computed = [number, *(other for other, _ in others)][:NUM_COMPUTED]
