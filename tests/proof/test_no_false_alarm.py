@@ -158,4 +158,4 @@ def test_long_texts_are_compared_near_their_first_difference():
     assert len(found) == len(expected) == 2000
     assert found[1000:1003] == "red"
     assert expected[1000:1004] == "blue"
-    assert _windows("red", "blue") == ["red", "blue"]
+    assert _windows("red", "blue") == ("red", "blue")

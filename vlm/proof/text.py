@@ -211,13 +211,14 @@ def _difference(found: str, expected: str, tokens: ConversationTokenizer) -> flo
     if _plain(found) == _plain(expected):
         return 0.0
     given = _plain(tokens.round_trip(expected))
-    difference = 1 - difflib.SequenceMatcher(None, *_windows(_plain(found), given), autojunk=False).ratio()
+    near, near_given = _windows(_plain(found), given)
+    difference = 1 - difflib.SequenceMatcher(None, near, near_given, autojunk=False).ratio()
     return 0.0 if given != _plain(expected) and difference <= LOSSY_TEXT else difference
 
 
-def _windows(*texts: str) -> list[str]:
+def _windows(one: str, other: str) -> tuple[str, str]:
     """At most `WINDOW` characters of each, the first difference in the middle: comparing takes the square of them."""
-    pairs = enumerate(zip(*texts, strict=False))
-    first = next((place for place, (one, other) in pairs if one != other), min(map(len, texts)))
+    pairs = enumerate(zip(one, other, strict=False))
+    first = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
     start = max(0, first - WINDOW // 2)
-    return [text[start : start + WINDOW] for text in texts]
+    return one[start : start + WINDOW], other[start : start + WINDOW]
