@@ -79,14 +79,6 @@ def test_an_encoder_that_trains_is_float32_and_leaves_unused_weights_alone(confi
     assert frozen == ["trunk.model.post_layernorm.weight", "trunk.model.post_layernorm.bias"]
 
 
-def test_a_language_model_that_trains_leaves_an_encoder_of_its_own_alone(config: ModelConfig):
-    model = model_of(config, ["projector"])
-    model.llm.vision_tower = torch.nn.Linear(2, 2)
-    set_trainable(model, ["llm"])
-    frozen = [name for name, parameter in model.llm.named_parameters() if not parameter.requires_grad]
-    assert frozen == ["vision_tower.weight", "vision_tower.bias"]
-
-
 def test_freezing_takes_an_encoder_out_of_train_mode(config: ModelConfig):
     model = model_of(config, ["vision"]).train()
     assert model.vision.training

@@ -88,23 +88,20 @@ def test_of_the_first_records_one_is_computed_whose_reply_follows_its_image(root
     assert proof.findings["image_read"].passed is True
 
 
-@pytest.mark.parametrize(
-    ("name", "is_found"),
-    [
-        ("mlp.gate.e_score_correction_bias", False),
-        ("mlp.expert_bias", False),
-        ("attn.indexer.weight", False),
-        ("attn.q.weight", True),
-    ],
-)
-def test_what_only_selects_needs_no_gradient(name, is_found):
-    """Experts, or the tokens that attention sees: no loss depends on such weights."""
-    model = torch.nn.Module()
-    model.named_parameters = lambda: [
-        (f"llm.model.layers.0.{each}", torch.nn.Parameter(torch.ones(1))) for each in (name, "mlp.up")
-    ]
-    gradients = Gradients({"llm.model.layers.0.mlp.up": 1.0}, {})
-    assert (_presence(model, gradients, reads_image=False).passed is False) == is_found
+@pytest.mark.parametrize("name", ["gate.e_score_correction_bias", "expert_bias", "attn.indexer.weight", "tower.weight"])
+def test_weights_that_no_loss_reaches_need_no_gradient(root, name):
+    """They only choose experts, or the tokens that attention sees; or they are an encoder inside a composite class."""
+    model = make_parts(root, "full").built.model
+    gradients = Gradients({name: 1.0 for name, weight in model.named_parameters() if weight.requires_grad}, {})
+    owner = model.llm if name.startswith("tower") else model.llm.model.layers[0]
+    *modules, leaf = name.split(".")
+    for module in modules:
+        owner.add_module(module, torch.nn.Module())
+        owner = owner.get_submodule(module)
+    owner.register_parameter(leaf, torch.nn.Parameter(torch.ones(2)))
+    assert _presence(model, gradients, reads_image=True).passed is True
+    model.llm.model.layers[0].forgotten = torch.nn.Linear(2, 2)
+    assert "forgotten" in _presence(model, gradients, reads_image=True).note
 
 
 def test_a_model_that_rounding_moves_without_limit_is_not_judged_by_widened_bounds(root, monkeypatch):

@@ -7,7 +7,6 @@ Canonical names, the same in every engine and file: `projector.*`, `vision.*`, `
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.config import LoRAConfig
-from vlm.models.decoders import find_decoder, find_linears, is_transposed
+from vlm.models.decoders import find_linears, is_transposed
 from vlm.models.partition import add, full_shape, write
 from vlm.models.vlm import VisionLanguageModel
 
@@ -41,8 +40,8 @@ def canonical_name(name: str) -> str:
 def set_trainable(model: VisionLanguageModel, parts: Collection[str], lora: LoRAConfig | None = None) -> None:
     """Freeze everything but `parts`, adding adapters if `llm.lora` is one. Trained weights become float32.
 
-    Weights that no loss reaches stay frozen, so that every trained weight gets a gradient in every step: of a trained
-    encoder a pooling head's, of a trained language model those outside its decoder and head (an encoder of its own).
+    Of a trained encoder, weights that no feature depends on (a pooling head's) stay frozen, so that every trained
+    weight gets a gradient in every step.
     """
     if "llm.lora" in parts:
         assert lora is not None
@@ -50,21 +49,12 @@ def set_trainable(model: VisionLanguageModel, parts: Collection[str], lora: LoRA
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts)
     keep_trained_in_float32(model)
-    for name, parameter in _outside_decoder(model.llm):
-        if ".lora_" not in name:
-            parameter.requires_grad_(False)
     if model.vision is not None:
         if "vision" in parts:
             model.vision.float()  # its statistics too: a batch norm of two dtypes does not compute
             for name in model.vision.unused_parameters():
                 model.vision.get_parameter(name).requires_grad_(False)
         model.vision.train(model.training)  # a frozen encoder leaves train mode
-
-
-def _outside_decoder(llm: Any) -> list[tuple[str, nn.Parameter]]:
-    modules = (find_decoder(llm), llm.get_input_embeddings(), llm.get_output_embeddings())
-    used = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
-    return [(name, parameter) for name, parameter in llm.named_parameters() if id(parameter) not in used]
 
 
 def keep_trained_in_float32(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.batch import IGNORE_INDEX, Batch
+from vlm.models.decoders import outside_decoder
 from vlm.models.trainable import canonical_name, part_of
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.lm import Objective
@@ -151,7 +152,9 @@ def _presence(model: VisionLanguageModel, gradients: Gradients, reads_image: boo
     frozen = sorted(gradients.norms.keys() - trained)
     if frozen:
         return holds(f"frozen, with a gradient: {canonical_name(frozen[0])} and {len(frozen) - 1} more")
-    missing = sorted(name for name in trained - gradients.norms.keys() if not MAY_LACK_GRADIENT & set(name.split(".")))
+    unused = {f"llm.{name}" for name in outside_decoder(model.llm)}
+    missing = sorted(trained - gradients.norms.keys() - unused)
+    missing = [name for name in missing if not MAY_LACK_GRADIENT & set(name.split("."))]
     missing = [name for name in missing if reads_image or part_of(name) not in IMAGE_PARTS]
     if missing:
         return holds(f"trained, without a gradient: {canonical_name(missing[0])} and {len(missing) - 1} more")
