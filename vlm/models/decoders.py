@@ -25,6 +25,13 @@ def find_decoder(llm: Any) -> Any:
     return inner[0] if inner else llm
 
 
+def outside_decoder(llm: Any) -> set[str]:
+    """Names of parameters that no loss here reaches: neither the decoder's nor the head's (an encoder of its own)."""
+    modules = (find_decoder(llm), llm.get_input_embeddings(), llm.get_output_embeddings())
+    used = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+    return {name for name, parameter in llm.named_parameters() if id(parameter) not in used}
+
+
 def find_blocks(llm: Any) -> dict[str, nn.Module]:
     """Name inside `llm` -> block, in the order of the model.
 

@@ -119,7 +119,8 @@ class VisionLanguageModel(nn.Module):
         longest = self.packing.longest
         if not self.packing.by_positions:
             return decode_one_by_one(self._decoder, embeddings, position_ids, self._agree)
-        if longest is not None and int(position_ids.max()) >= longest:  # its rotations would be those of all records
+        # a longer record's rotations would be those of all records of its row
+        if longest is not None and self._agree(int(int(position_ids.max()) >= longest)):
             return decode_one_by_one(self._decoder, embeddings, position_ids, self._agree, most_tokens=1)
         shape = embeddings.shape
         if "flash" in self.llm.config._attn_implementation:
@@ -137,7 +138,7 @@ class VisionLanguageModel(nn.Module):
         return output.last_hidden_state
 
     def _agree(self, num_forwards: int) -> int:
-        """The most forwards that any rank needs, where one rank's forward waits for the others."""
+        """The most forwards (or 1 for yes) that any rank needs, where one rank's forward waits for the others."""
         if not self.gathers_blocks or not dist.is_initialized():
             return num_forwards
         count = torch.tensor(num_forwards, device=self.llm.device)

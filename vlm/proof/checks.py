@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from vlm.errors import ConfigError
@@ -157,8 +158,8 @@ class Proof:
             {
                 "name": name,
                 "passed": finding.passed,
-                "measured": finding.measured,
-                "bound": finding.bound,
+                "measured": _finite(finding.measured),
+                "bound": _finite(finding.bound),
                 "bound_is": "least" if finding.at_least else "most",
                 "meaning": CHECKS[name].meaning,
                 "note": finding.note,
@@ -211,6 +212,11 @@ def _remark(name: str, finding: Finding) -> str:
 
 
 _RESULTS = {True: "ok", False: "FAIL", None: "not made"}
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON knows no infinity and no NaN."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _number(value: float | None) -> str:

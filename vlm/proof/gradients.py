@@ -14,16 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.batch import IGNORE_INDEX, Batch
+from vlm.models.decoders import outside_decoder
 from vlm.models.trainable import canonical_name, part_of
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.lm import Objective
-from vlm.proof.checks import Finding, at_most, holds, not_made
-from vlm.proof.forward import Bounds, Rows
+from vlm.proof.checks import Finding, holds, not_made
+from vlm.proof.forward import NO_IMAGE, NOT_READ, Bounds, Rows, within
 from vlm.proof.probe import StateProbe
 from vlm.proof.records import Record, Subject
 from vlm.proof.state import without_dropout
 from vlm.train.engines.base import Engine
 
+# Of a mixture's experts some get no token; the others only choose experts, or the tokens that attention sees.
+MAY_LACK_GRADIENT = {"experts", "e_score_correction_bias", "expert_bias", "indexer"}
+IMAGE_PARTS = {"vision", "projector"}  # what trains on records with images only
 SAMPLED = 512  # elements of each tensor's gradient that are kept, evenly spaced; beside its norm
 
 
@@ -92,7 +96,7 @@ def check_loss(engine: Engine, subject: Subject, reference: Reference, bounds: B
     ranks = engine.num_data_ranks
     if weight != reference.count * ranks:
         return {"loss": holds(f"it counts {weight / ranks:g} tokens, the replies have {reference.count}")}
-    return {"loss": at_most(_apart(summed / ranks, reference.summed), bounds.loss)}
+    return {"loss": within(_apart(summed / ranks, reference.summed), bounds.loss)}
 
 
 def check_loss_by_records(engine: Engine, rows: Rows, joined: Batch, bounds: Bounds) -> dict[str, Finding]:
@@ -105,12 +109,16 @@ def check_loss_by_records(engine: Engine, rows: Rows, joined: Batch, bounds: Bou
     count = sum(len(_targets(record)) for record in rows.records) * engine.num_data_ranks
     if weight != count or sum(each[1] for each in alone) != count:
         return {"loss": holds(f"it counts {weight} tokens, the replies have {count} on all ranks")}
-    return {"loss": at_most(_apart(summed, sum(each[0] for each in alone)), bounds.loss)}
+    return {"loss": within(_apart(summed, sum(each[0] for each in alone)), bounds.loss)}
 
 
 def check_step(
     engine: Engine, model: VisionLanguageModel, objective: Objective, rows: Rows, reference: Reference, bounds: Bounds
 ) -> dict[str, Finding]:
+    reads = any(map(rows.reads_image, range(len(rows.records))))
+    trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not reads and trained <= IMAGE_PARTS:
+        return dict.fromkeys(("gradients", "micro_batches"), not_made(NOT_READ if any(rows.num_images) else NO_IMAGE))
     if not reference.gradients.norms:
         return {"gradients": holds("the loss depends on nothing that trains"), "micro_batches": not_made("no gradient")}
     weight = sum(map(objective.weight, rows.alone)) * engine.num_data_ranks
@@ -122,8 +130,8 @@ def check_step(
     apart = max(_apart(loss, expected), gradients.distance(reference.gradients))
     note = f"loss {loss:.6g}, of all tokens {expected:.6g}"
     return {
-        "gradients": _presence(model, gradients, any(rows.num_images)),
-        "micro_batches": at_most(apart, bounds.gradients, note),
+        "gradients": _presence(model, gradients, reads),
+        "micro_batches": within(apart, bounds.gradients, note),
     }
 
 
@@ -136,23 +144,25 @@ def check_step_size(
     if one is None or two is None:
         return {"micro_batches": not_made("this engine makes a step with its update only")}
     apart = max(_apart(two[0], one[0]), _apart(two[1], one[1]))
-    return {"micro_batches": at_most(apart, bounds.gradients)}
+    return {"micro_batches": within(apart, bounds.gradients)}
 
 
-def _presence(model: VisionLanguageModel, gradients: Gradients, has_image: bool) -> Finding:
+def _presence(model: VisionLanguageModel, gradients: Gradients, reads_image: bool) -> Finding:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     frozen = sorted(gradients.norms.keys() - trained)
     if frozen:
         return holds(f"frozen, with a gradient: {canonical_name(frozen[0])} and {len(frozen) - 1} more")
-    # of a mixture's experts some get no token
-    missing = sorted(name for name in trained - gradients.norms.keys() if ".experts." not in name)
+    unused = {f"llm.{name}" for name in outside_decoder(model.llm)}
+    missing = sorted(trained - gradients.norms.keys() - unused)
+    missing = [name for name in missing if not MAY_LACK_GRADIENT & set(name.split("."))]
+    missing = [name for name in missing if reads_image or part_of(name) not in IMAGE_PARTS]
     if missing:
         return holds(f"trained, without a gradient: {canonical_name(missing[0])} and {len(missing) - 1} more")
     for part in sorted({part_of(name) for name in trained}):
         norms = [norm for name, norm in gradients.norms.items() if part_of(name) == part]
         if not all(map(math.isfinite, norms)):
             return holds(f"the gradient of {part} is not finite")
-        if not any(norms) and (has_image or part.startswith("llm")):
+        if not any(norms) and (reads_image or part not in IMAGE_PARTS):
             return holds(f"the gradient of {part} is 0")
     return holds("")
 

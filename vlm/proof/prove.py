@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from vlm.precision import autocast
 from vlm.proof.checks import CHECKS, Finding, Proof, at_most, holds, not_made
 from vlm.proof.forward import (
     NO_IMAGE,
+    ROUGHEST,
     Bounds,
     Rows,
     check_causality,
@@ -35,6 +36,7 @@ from vlm.proof.forward import (
     check_images,
     check_order_by_loss,
     check_packing,
+    has_experts,
     measure_rounding,
 )
 from vlm.proof.gradients import check_loss, check_loss_by_records, check_step, check_step_size, reference_step
@@ -170,7 +172,10 @@ class _Work:
             for name in ("gradients", "frozen_steady", "projector_scale"):
                 self.findings[name] = not_made(NOT_HERE)
             losses = LossProbe(engine)
+            began = time.monotonic()
             self._widen(losses)
+            # two forward passes of one record; forward and backward of both take three times as long
+            self._set_limit(3 * (time.monotonic() - began))
             self._check_forward(losses)
             self._make("feature_order", lambda: check_order_by_loss(losses, rows, self.bounds))
             joined = self.subject.batch([[record] for record in self.subject.computed])
@@ -206,6 +211,9 @@ class _Work:
         embedding = self.parts.built.model.llm.get_input_embeddings()
         rounding = measure_rounding(probe, self.rows, embedding, self.dtype)
         self.bounds = self.bounds.widened(rounding)
+        if any(gather_objects(has_experts(self.parts.built.model))):
+            # another word sends other tokens to an expert, whose product then rounds the rest another way too
+            self.strict = replace(self.strict, states=min(self.bounds.states, ROUGHEST))
 
     def _check_forward(self, probe: StateProbe | LossProbe) -> None:
         rows = self.rows

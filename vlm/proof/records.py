@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm.batch import Batch, Example
+from vlm.batch import IGNORE_INDEX, Batch, Example
 from vlm.data.build import Data
 from vlm.data.collate import Collator
 from vlm.data.conversation import Conversation
@@ -60,8 +60,12 @@ def choose(data: Data) -> tuple[list[int], list[int]]:
     short = _readable(data, first[order], NUM_SHORT, with_images=True)
     if not short:
         raise DataError("none of the first records can be read; `vlm data check CONFIG` says why")
-    (number, example), *others = short.items()
-    others = sorted(others, key=lambda entry: _likeness(example, entry[1]))
+    image_token_id = plan.scan.reader.tokenizer.image_token_id
+    number = next(
+        (number for number, example in short.items() if reads_image(example, image_token_id)), next(iter(short))
+    )
+    example = short.pop(number)
+    others = sorted(short.items(), key=lambda entry: _likeness(example, entry[1]))
     computed = [number, *(other for other, _ in others)][:NUM_COMPUTED]
     return computed, [number for number in _readable(data, first, NUM_FIRST) if number not in computed]
 
@@ -80,6 +84,13 @@ def _readable(data: Data, numbers: np.ndarray, count: int, with_images: bool = F
     return found
 
 
+def reads_image(example: Example, image_token_id: int | None) -> bool:
+    """Whether an image stands before a label, so that what is learned depends on it."""
+    if image_token_id not in example.input_ids:
+        return False
+    return any(label != IGNORE_INDEX for label in example.labels[example.input_ids.index(image_token_id) :])
+
+
 def read_record(scan: Scan, number: int) -> Record:
     """Raises RecordError."""
     source, local = scan.reader.locate(number)
@@ -89,9 +100,10 @@ def read_record(scan: Scan, number: int) -> Record:
 
 
 def _as_far_as(conversation: Conversation, scan: Scan) -> Conversation:
-    """The turns that training kept of a record that is too long."""
+    """The turns that training kept of a record that is too long: up to the last reply that fits."""
     reader = scan.reader
-    for count in range(len(conversation.turns), 1, -1):
+    ends = [count for count, turn in enumerate(conversation.turns, 1) if turn.role == "assistant"]
+    for count in [len(conversation.turns), *reversed(ends)]:
         turns = conversation.first_turns(count)
         if len(turns.images) <= reader.max_images and len(reader.tokenizer.encode(turns)[0]) <= reader.max_length:
             return turns

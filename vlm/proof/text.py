@@ -20,6 +20,7 @@ from vlm.proof.records import Record, Subject
 
 IMAGE_TEXT = "<image>"
 LOSSY_TEXT = 0.1  # see `_difference`; a tokenizer that gives text back as it is must be right to the letter
+WINDOW = 2000  # characters of a long record that are compared where it differs
 PIXEL_BOUND = 2e-3  # of normalised pixels; worst seen 2.4e-7. A mean of another encoder is 0.1 off.
 
 
@@ -205,10 +206,19 @@ def _difference(found: str, expected: str, tokens: ConversationTokenizer) -> flo
     """Share of both texts that is not in the other, 0 to 1.
 
     A tokenizer that does not give `expected` back as it is (words it does not know, letters it changes) is compared
-    with what it gives back of the whole, and may differ a little.
+    with what it gives back of the whole, and may differ a little. Of long texts a window is compared.
     """
     if _plain(found) == _plain(expected):
         return 0.0
     given = _plain(tokens.round_trip(expected))
-    difference = 1 - difflib.SequenceMatcher(None, _plain(found), given, autojunk=False).ratio()
+    near, near_given = _windows(_plain(found), given)
+    difference = 1 - difflib.SequenceMatcher(None, near, near_given, autojunk=False).ratio()
     return 0.0 if given != _plain(expected) and difference <= LOSSY_TEXT else difference
+
+
+def _windows(one: str, other: str) -> tuple[str, str]:
+    """At most `WINDOW` characters of each, the first difference in the middle: comparing takes the square of them."""
+    pairs = enumerate(zip(one, other, strict=False))
+    first = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    start = max(0, first - WINDOW // 2)
+    return one[start : start + WINDOW], other[start : start + WINDOW]
