@@ -296,7 +296,7 @@ def step_loss(model: Any, batch: Any, case: Case, device: str) -> Tensor:
         if case.stage and case.stage[0]:
             shape = (*batch.input_ids.shape, case.llm["hidden_size"])
             received = torch.zeros(shape, dtype=torch.bfloat16, device=device, requires_grad=True)
-            hidden = model._decode(received, batch.position_ids)
+            hidden = model.decode(received, batch.position_ids)
         else:
             hidden = model(batch.input_ids, batch.position_ids, batch.pixel_values)
         if case.stage and not case.stage[0]:

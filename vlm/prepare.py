@@ -86,7 +86,7 @@ def settle_precision(config: RunConfig, device: torch.device, began_with: Mappin
         chosen = began["train.precision"]
         log(f"precision: {chosen}, as the run began")
     else:
-        chosen = on_main(lambda: precision.resolve(wanted, device))
+        chosen = wanted if wanted != "auto" else on_main(lambda: precision.resolve(wanted, device))
         log(precision.describe(wanted, chosen, device))
     if is_main() and (problem := precision.complaint(chosen, device)):
         warn(problem)
@@ -169,16 +169,25 @@ def _describe_packing(config: RunConfig, model: VisionLanguageModel, plan: Layou
     """Say that packing is slower with this decoder, if it is.
 
     Raises:
-        ConfigError: a pipeline would rotate the records of a row by the length of the longest.
+        ConfigError: the engine cannot decode records one by one, or by the length of the longest, as this model needs.
     """
     longest, line = model.packing.longest, describe_packing(model.llm.config)
+    kind = model.llm.config.model_type
+    gathers = plan.kind == "fsdp" or (plan.kind == "zero" and plan.zero_stage == 3)
+    is_spread = gathers and plan.num_data_ranks > 1
+    if line is not None and is_spread:  # seen to hang: ranks with other records gather blocks another number of times
+        raise ConfigError(
+            f"engine.kind {plan.kind}: model type {kind} is decoded record by record, and ranks that gather a model's "
+            "parts would wait for each other. Set engine.kind to ddp, or to zero with stage 2"
+        )
     if line is not None and config.data.packing:
         log(line)
-    if plan.kind == "pipeline" and config.data.packing and longest is not None and config.data.max_length > longest:
+    depends = longest is not None and config.data.max_length > longest
+    if depends and (is_spread or (plan.kind == "pipeline" and config.data.packing)):
         raise ConfigError(
-            f"data.max_length {config.data.max_length}: beyond {longest} tokens the rotary embedding of "
-            f"{model.llm.config.model_type} depends on the longest record of a row, which a pipeline does not keep "
-            f"apart. Set data.max_length to {longest}, data.packing to false, or engine.kind to zero or fsdp"
+            f"data.max_length {config.data.max_length}: beyond {longest} tokens the rotary embedding of {kind} depends "
+            f"on the longest record of a row, which engine.kind {plan.kind} does not keep apart. Set data.max_length "
+            f"to {longest}, or engine.kind to ddp or to zero with stage 2"
         )
 
 

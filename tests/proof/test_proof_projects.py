@@ -51,7 +51,7 @@ def toy_vision(root: Path, vision: dict[str, Any]) -> dict[str, Any]:
     if vision["backend"] == "hf":
         return {**vision, "path": hf_encoder(root, kind), "image_size": None}
     if "efficientnet" in vision["path"]:
-        return {**vision, "path": str(timm_folder(root, "test_efficientnet")), "image_size": 128}
+        return {**vision, "path": str(timm_folder(root, "test_efficientnet")), "image_size": 192}
     folder = timm_folder(root, "eva02_tiny_patch14_224")
     if vision["backend"] == "timm":
         return {**vision, "path": str(folder), "image_size": 56}

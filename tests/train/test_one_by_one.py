@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,12 @@ from prove_engines import Case, run_cases, worst_differences
 from tokenizers_for_tests import byte_level_bpe
 from toy_decoders import toy_decoder
 
-ENGINES = ("ddp*2", "zero3*2", "fsdp*2")
+from vlm.errors import ConfigError
+from vlm.models.vlm import VisionLanguageModel
+from vlm.prepare import _describe_packing
+from vlm.train.engines.build import Layout
+
+ENGINES = ("ddp*2", "zero2*2")
 STEPS = 2
 
 
@@ -57,3 +63,13 @@ def test_ranks_that_need_unequal_numbers_of_forwards_wait_for_each_other_and_tra
         assert loss < 1e-5
         assert norm < 1e-4
         assert weights < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("zero", 3), ("fsdp", 0)])
+def test_engines_whose_ranks_gather_parts_refuse_such_a_decoder_by_name(kind: str, stage: int):
+    llm = toy_decoder("mamba", vocab_size=64)
+    model = VisionLanguageModel(llm)
+    config = SimpleNamespace(data=SimpleNamespace(packing=True, max_length=64))
+    _describe_packing(config, model, Layout("ddp", 0, 2))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"engine.kind {kind}: model type mamba is decoded record by record"):
+        _describe_packing(config, model, Layout(kind, 0, 2, zero_stage=stage))  # type: ignore[arg-type]
