@@ -284,7 +284,8 @@ decoded one by one, and its head is compared with its own forward when it is loa
 
 - packed rows: `positions`: records of a packed row are kept apart by restarting positions. `one by one`: the class
   would let them see each other, so each is a row of its own inside the forward: slower, and one line of the log says
-  so. No class's segment arguments (`seq_idx`, `cu_seq_lens_q`) are honoured on a CPU, so they are not used.
+  so. No class's segment arguments (`seq_idx`, `cu_seq_lens_q`) are honoured on a CPU, so they are not used. ZeRO 3 and
+  fsdp on several ranks refuse these types by name.
 - logits: of records in packed rows, as `vlm` computes them, against transformers' own forward of each record alone,
   scale and soft cap of the head included: the largest difference, relative to the largest logit.
 - gradient: the same for the gradient of every weight.
