@@ -91,9 +91,8 @@ def settle_precision(config: RunConfig, device: torch.device, began_with: Mappin
     if is_main() and (problem := precision.complaint(chosen, device)):
         warn(problem)
     changes: dict[str, Any] = {"train": config.train.model_copy(update={"precision": chosen})}
-    is_older = (
-        bool(began) and FIRST_WITH_CHOICE not in began
-    )  # then all computed, and was cached, as the precision says
+    # an older run computed and cached all as its precision says
+    is_older = bool(began) and FIRST_WITH_CHOICE not in began
     dtype = "fp32" if chosen == "fp32" else "bf16"
     compute = began.get(VISION_COMPUTE, dtype if is_older and chosen != "fp16" else "auto")
     if config.model.vision is not None and config.model.vision.compute == "auto":

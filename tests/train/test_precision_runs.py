@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from vlm import precision
 from vlm.config import load_config
 from vlm.errors import CheckpointError
 from vlm.precision import CpuSpeed
+from vlm.prepare import settle_precision
 from vlm.run import defaults_of, run_identity, train
 from vlm.train.checkpoint import MANIFEST, newest_verified, read_info
 from vlm.train.resume import refuse_other_run
@@ -75,6 +77,18 @@ def test_a_checkpoint_from_before_a_key_existed_means_its_default(config_file, k
     else:  # the default is linear
         with pytest.raises(CheckpointError, match=r"model\.projector\.kind: 'linear' -> 'mlp'"):
             refuse_other_run(tmp_path, identity, defaults_of(config))
+
+
+@pytest.mark.parametrize(("began", "dtype"), [("fp32", "fp32"), ("bf16", "bf16")])
+def test_a_run_from_before_encoders_chose_goes_on_as_its_precision_says(config_file, machine, began, dtype):
+    machine(NEWER)
+    config = load_config(config_file(train__precision="auto"))
+    old = settle_precision(config, torch.device("cpu"), {"train.precision": began})
+    assert (old.train.precision, old.model.vision.compute, old.data.cache_dtype) == (began, dtype, dtype)
+    newer = {"train.precision": began, "model.projector.pool": 1, "model.vision.compute": "fp32_channels_last"}
+    assert settle_precision(config, torch.device("cpu"), newer).model.vision.compute == "fp32_channels_last"
+    fresh = settle_precision(config, torch.device("cpu"))
+    assert (fresh.model.vision.compute, fresh.data.cache_dtype) == ("auto", "bf16")
 
 
 def _losses(folder):
