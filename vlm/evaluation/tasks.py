@@ -39,8 +39,7 @@ def read_task(task: TaskConfig, tokenizer: ConversationTokenizer, cache: Path, s
     """Read and tokenize the records of a task.
 
     Args:
-        seed: which other answers a ranking record gets as candidates. Each record's draw depends on the seed and its
-            place only.
+        seed: which answers of a ranking stand against each other.
 
     Raises:
         DataError: no records, or one that cannot be used (with its place).
@@ -51,17 +50,29 @@ def read_task(task: TaskConfig, tokenizer: ConversationTokenizer, cache: Path, s
         return [_loss_question(source.conversation(number), tokenizer) for number in range(count)]
     records = [_read(source, number, task) for number in range(count)]
     if task.kind == "choice":
-        return [_choice(record, tokenizer) for record in records]
+        return [_among(record, record.choices, tokenizer) for record in records]
     answers = sorted({record.answer for record in records})
     if len(answers) < task.num_candidates:
         raise DataError(
             f"evaluation task {task.name}: {task.path} has {len(answers)} different answers, num_candidates is "
             f"{task.num_candidates}. Lower num_candidates or give it more records"
         )
-    return [
-        _ranking(record, answers, task.num_candidates, [seed, number], tokenizer)
-        for number, record in enumerate(records)
-    ]
+    groups = _groups(answers, task.num_candidates, seed)
+    candidates = {answer: group for group in reversed(groups) for answer in group}  # the last has some of others
+    return [_among(record, candidates[record.answer], tokenizer) for record in records]
+
+
+def _groups(answers: Sequence[str], size: int, seed: int) -> list[tuple[str, ...]]:
+    """Groups of `size` answers, drawn: whoever asks for one of a group is offered all of it.
+
+    So an image that is shown for another of its group is asked nothing new. The last is filled up from the others.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [answers[place] for place in rng.permutation(len(answers))]
+    groups = [tuple(drawn[start : start + size]) for start in range(0, len(drawn), size)]
+    last = groups.pop()
+    fill = rng.choice(len(drawn) - len(last), size - len(last), replace=False)
+    return [*groups, (*last, *(drawn[place] for place in fill))]
 
 
 @dataclass(frozen=True)
@@ -96,16 +107,8 @@ def _read(source: RecordSource, number: int, task: TaskConfig) -> _Record:
     return _Record(raw["prompt"], raw["answer"], tuple(choices), images, where)
 
 
-def _choice(record: _Record, tokenizer: ConversationTokenizer) -> Question:
-    return _question(record, record.choices, record.choices.index(record.answer), tokenizer)
-
-
-def _ranking(
-    record: _Record, answers: Sequence[str], num_candidates: int, seed: list[int], tokenizer: ConversationTokenizer
-) -> Question:
-    others = [answer for answer in answers if answer != record.answer]
-    drawn = np.random.default_rng(seed).choice(len(others), num_candidates - 1, replace=False)
-    return _question(record, (record.answer, *(others[i] for i in drawn)), 0, tokenizer)
+def _among(record: _Record, candidates: Sequence[str], tokenizer: ConversationTokenizer) -> Question:
+    return _question(record, candidates, candidates.index(record.answer), tokenizer)
 
 
 def _question(record: _Record, candidates: Sequence[str], answer: int, tokenizer: ConversationTokenizer) -> Question:
