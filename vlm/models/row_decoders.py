@@ -19,7 +19,8 @@ from vlm.models.decoders import accepts, find_decoder
 from vlm.models.vlm import VisionLanguageModel
 
 _NAMES = ("cache", "past_key_values", "cache_params", "state")  # of the argument, over transformers' versions
-_PIECES = (5, 4, 1, 1, 1)  # tokens of the trial: a prompt in two pieces, then one by one
+# Tokens of the trial: a prompt in three pieces, then one by one. The third is shorter than a convolution's kernel.
+_PIECES = (5, 4, 2, 1, 1, 1)
 
 
 @dataclass(frozen=True)
