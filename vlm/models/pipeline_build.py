@@ -19,6 +19,7 @@ from vlm.models.build import Assembled, assemble, forked_random_state
 from vlm.models.config import ModelConfig
 from vlm.models.decay import undecayed
 from vlm.models.families import llm_parts
+from vlm.models.head import find_logits_rule
 from vlm.models.llm import (
     choose_attention,
     llm_from_config,
@@ -149,6 +150,8 @@ def build_stage(
     later = [] if spread is None else [name for name in _block_names(llm) if name in own]
     _read_own_weights(llm, own - set(later), files, dtype, num_real)
     _stand_in(llm, later, torch.float32 if "llm" in config.trainable else dtype)
+    if llm_parts(llm.config).head in own:
+        find_logits_rule(llm, config.llm.path)
     vision = _build_vision(config, dtype, is_own=number == 0)
     with forked_random_state():
         torch.manual_seed(seed)

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlm.models.decoders import accepts, find_decoder
-from vlm.models.families import logits_rule, packing_of
-from vlm.models.head import head_logits
+from vlm.models.families import packing_of
+from vlm.models.head import find_logits_rule, head_logits
 from vlm.models.projector import Projector
 from vlm.models.segments import decode_one_by_one
 from vlm.models.vision import VisionEncoder
@@ -39,7 +39,7 @@ class VisionLanguageModel(nn.Module):
         self.llm: Any = llm  # a PreTrainedModel, whose methods are typed too loosely to check
         self.image_token_id = image_token_id
         self.packing = packing_of(llm.config)
-        self.logits_rule = logits_rule(llm.config)
+        self.logits_rule = find_logits_rule(llm)
         self.gathers_blocks = False  # ranks hold pieces of each block, so all must run the decoder equally often
         self.always_encode = False  # run encoder and projector without a picture too, so that all ranks call the same
 
