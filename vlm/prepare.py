@@ -23,6 +23,7 @@ from vlm.export.load_stage import load_init_stage
 from vlm.export.manifest import read_manifest
 from vlm.logs import Progress, log, warn
 from vlm.models.build import Assembled, build_model, forked_random_state
+from vlm.models.decoders import embedding_scale
 from vlm.models.families import describe_packing, has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
 from vlm.models.trainable import load_weights
@@ -337,11 +338,13 @@ def _initialize_projector(config: RunConfig, built: Assembled, data: Data, devic
     def fit() -> dict[str, Tensor]:
         assert projector is not None
         assert built.image_token_id is not None
-        embedding = built.model.llm.get_input_embeddings().weight
+        llm = built.model.llm
         num_steps = data.train.steps_in(1)
         with Progress("projector: least squares,", num_steps, "steps") as progress:
             batches = _with_features(config, built, data, device, num_steps, progress.show)
-            found = fit_least_squares(projector, embedding, built.image_token_id, batches)
+            found = fit_least_squares(
+                projector, llm.get_input_embeddings().weight, built.image_token_id, batches, embedding_scale(llm)
+            )
         log(
             f"projector: least squares over {found.num_images:,} images (ridge {found.ridge:g}); of "
             f"{found.num_held_out} held out: variance explained {found.explained:.2f}, own words the nearest of "

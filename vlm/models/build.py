@@ -10,6 +10,7 @@ import torch
 
 from vlm.batch import ImageSpec
 from vlm.models.config import ModelConfig, VisionConfig
+from vlm.models.decoders import embedding_std
 from vlm.models.llm import (
     IMAGE_TOKEN,
     enable_gradient_checkpointing,
@@ -110,7 +111,7 @@ def assemble(
             num_patches=vision.num_patches,
             in_width=vision.width,
             out_width=embeddings.shape[1],
-            output_std=1.0 if embeddings.is_meta else embeddings.float().std().item(),
+            output_std=embedding_std(llm),
         )
         spec = _image_spec(config.vision, vision, projector.num_tokens)
     if config.gradient_checkpointing:
