@@ -253,6 +253,8 @@ def assemble_checkpoint(config: RunConfig, checkpoint: Path, device: torch.devic
         return None
     with forked_random_state():
         model = build_model(config.model, precision=config.train.precision, device=str(device), seed=config.seed).model
+        if config.init_from is not None:  # what of it does not train is not in the checkpoint
+            load_init(model, Path(config.init_from))
         if model.vision is not None and config.model.vision is not None and model.vision.is_frozen:
             dtype = precision.autocast_dtype(config.train.precision) or torch.float32
             model.vision.settle(model.vision.choose(config.model.vision, dtype, device))
