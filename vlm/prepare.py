@@ -27,7 +27,7 @@ from vlm.models.decoders import embedding_scale
 from vlm.models.families import describe_packing, has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
 from vlm.models.trainable import load_weights
-from vlm.models.vlm import VisionLanguageModel
+from vlm.models.vlm import VisionLanguageModel, evaluating
 from vlm.objectives.lm import LanguageModeling, Objective
 from vlm.plan.estimate import estimate
 from vlm.plan.memory import device_memory
@@ -384,14 +384,17 @@ def _with_features(
     num_steps: int,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """The batches of all ranks in the first steps that have images, with the encoder's features [N, P, C] of these."""
+    """The batches of all ranks in the first steps that have images, with the encoder's features [N, P, C] of these.
+
+    A trained encoder is asked in evaluation mode: looking at it moves no statistics, and rank 0 alone does.
+    """
     vision = built.model.vision
     assert vision is not None
     dtype = precision.autocast_dtype(config.train.precision)
     for step, batches in zip(range(num_steps), data.train.for_rank(0, 1).iterate(0), strict=False):
         on_step(step)
         for batch in (batch.to(device) for batch in batches if batch.num_images):
-            with torch.no_grad(), precision.autocast(device.type, dtype):
+            with torch.no_grad(), precision.autocast(device.type, dtype), evaluating(vision):
                 features = vision(batch.pixel_values) if batch.image_features is None else batch.image_features
             yield batch, features
 

@@ -21,6 +21,7 @@ from vlm.models.llm import (
     refuse_beyond_embedding,
 )
 from vlm.models.projector import build_projector
+from vlm.models.recompute import checkpoint_blocks
 from vlm.models.trainable import set_trainable
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.vlm import VisionLanguageModel
@@ -118,6 +119,8 @@ def assemble(
         enable_gradient_checkpointing(llm)
     model = VisionLanguageModel(llm, vision, projector, image_token_id)
     set_trainable(model, config.trainable, config.lora)
+    if config.gradient_checkpointing and vision is not None and not vision.is_frozen:
+        checkpoint_blocks(vision.trunk)
     return model, spec, image_token_id
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,19 +150,32 @@ class VisionLanguageModel(nn.Module):
     def _zero_from_a_dummy_picture(self) -> Tensor | None:
         """0, with a graph to every weight that would train if the batch had a picture; None if none would.
 
-        Ranks whose batch has none must still take part in the reduction of these gradients.
+        Ranks whose batch has none must still take part in the reduction of these gradients. The encoder computes it in
+        evaluation mode: an image of zeros is none of the data, so batch norms must not keep its statistics.
         """
         assert self.projector is not None
         assert self.vision is not None
         reference = next(self.vision.parameters())
         if not self.vision.is_frozen or self.always_encode:
             size = self.vision.image_size
-            features = self.vision(torch.zeros(1, 3, size, size, device=reference.device))
+            with evaluating(self.vision):
+                features = self.vision(torch.zeros(1, 3, size, size, device=reference.device))
         elif any(parameter.requires_grad for parameter in self.projector.parameters()):
             features = torch.zeros(1, self.vision.num_patches, self.vision.width, device=reference.device)
         else:
             return None
         return (self.projector(features).sum() * 0.0).to(reference.dtype)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and then the mode that it was in."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def splice_image_features(inputs_embeds: Tensor, image_features: Tensor, is_image: Tensor) -> Tensor:
