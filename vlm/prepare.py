@@ -23,7 +23,7 @@ from vlm.export.load_stage import load_init_stage
 from vlm.export.manifest import read_manifest
 from vlm.logs import Progress, log, warn
 from vlm.models.build import Assembled, build_model, forked_random_state
-from vlm.models.decoders import embedding_scale
+from vlm.models.entry import embedding_scale
 from vlm.models.families import describe_packing, has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
 from vlm.models.trainable import load_weights

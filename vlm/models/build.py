@@ -10,7 +10,7 @@ import torch
 
 from vlm.batch import ImageSpec
 from vlm.models.config import ModelConfig, VisionConfig
-from vlm.models.decoders import embedding_std
+from vlm.models.entry import embedding_std
 from vlm.models.llm import (
     IMAGE_TOKEN,
     enable_gradient_checkpointing,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import nn
 
 
@@ -24,28 +23,6 @@ def find_decoder(llm: Any) -> Any:
 
     inner = [module for module in llm.children() if isinstance(module, PreTrainedModel)]
     return inner[0] if inner else llm
-
-
-@torch.no_grad()
-def embedding_scale(llm: Any) -> float:
-    """What the token embedding multiplies its rows by before the decoder reads them: Gemma's by the root of the width.
-
-    Found by looking up some tokens. 1 for most models, and for one without weights.
-    """
-    embedding = llm.get_input_embeddings()
-    if embedding.weight.is_meta:
-        return 1.0
-    ids = torch.arange(min(256, len(embedding.weight)), device=embedding.weight.device)
-    rows, read = embedding.weight[ids], embedding(ids)
-    if torch.equal(rows, read):
-        return 1.0
-    return float(read.float().std() / rows.float().std().clamp_min(1e-12))
-
-
-def embedding_std(llm: Any) -> float:
-    """Standard deviation of the token embeddings as the decoder reads them, which is the size of a word. 1 on meta."""
-    weight = llm.get_input_embeddings().weight
-    return 1.0 if weight.is_meta else embedding_scale(llm) * weight.float().std().item()
 
 
 def outside_decoder(llm: Any) -> set[str]:

@@ -82,11 +82,14 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
 
 def _own_logits(llm: Any, hidden_states: Tensor) -> Tensor:
     decoder = find_decoder(llm)
+    before = vars(decoder).get("forward")  # accelerate's, where layers are spread over devices
     decoder.forward = lambda *_, **__: _Output(last_hidden_state=hidden_states)
     try:
         logits: Tensor = llm(inputs_embeds=hidden_states, use_cache=False).logits
     finally:
         del decoder.forward  # the class's own is below it
+        if before is not None:
+            decoder.forward = before
     return logits
 
 

@@ -48,7 +48,7 @@ def find_units(trunk: nn.Module) -> dict[str, nn.Module]:
     """
     units = dict(_repeated(trunk, ""))
     while len(units) < _FEWEST:
-        inner = {}
+        inner: dict[str, nn.Module] = {}
         for name, unit in units.items():
             inner |= dict(_repeated(unit, f"{name}.")) or {name: unit}
         if len(inner) <= len(units):

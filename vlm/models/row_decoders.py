@@ -53,7 +53,7 @@ def build_row_decoder(model: VisionLanguageModel) -> RowByRowDecoder | PlainDeco
 def _is_right(model: VisionLanguageModel, decoder: RowByRowDecoder) -> bool:
     weight = model.llm.get_input_embeddings().weight
     ids = torch.arange(1, sum(_PIECES) + 1, device=weight.device) * 7 % (weight.shape[0] - 1)
-    embeddings = model.llm.get_input_embeddings()(ids)[None]
+    embeddings = model.embed(ids[None])
     plain, cached = PlainDecoder(model), []
     expected, start = [], 0
     try:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlm.models.decoders import accepts, find_decoder
+from vlm.models.entry import find_embedding_factor
 from vlm.models.families import packing_of
 from vlm.models.head import find_logits_rule, head_logits
 from vlm.models.projector import Projector
@@ -42,6 +43,7 @@ class VisionLanguageModel(nn.Module):
         self.image_token_id = image_token_id
         self.packing = packing_of(llm.config)
         self.logits_rule = find_logits_rule(llm)
+        self.embedding_factor = find_embedding_factor(llm)
         self.gathers_blocks = False  # ranks hold pieces of each block, so all must run the decoder equally often
         self.always_encode = False  # run encoder and projector without a picture too, so that all ranks call the same
 
@@ -73,11 +75,15 @@ class VisionLanguageModel(nn.Module):
         if self.image_token_id is None:
             if image_features is not None:
                 raise ValueError("pictures for a model without a placeholder token; give image_token_id")
-            return self.llm.get_input_embeddings()(input_ids)
+            return self._words(input_ids)
         is_image = input_ids == self.image_token_id
-        embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        embeddings = self._words(input_ids.masked_fill(is_image, 0))
         features = embeddings.new_zeros(0, embeddings.shape[-1]) if image_features is None else image_features
         return splice_image_features(embeddings, features.flatten(0, -2), is_image)
+
+    def _words(self, input_ids: Tensor) -> Tensor:
+        embeddings = self.llm.get_input_embeddings()(input_ids)
+        return embeddings if self.embedding_factor == 1 else embeddings * self.embedding_factor
 
     def forward(
         self,

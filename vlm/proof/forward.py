@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.batch import Batch
-from vlm.models.decoders import embedding_std
+from vlm.models.entry import embedding_std
 from vlm.proof.checks import Finding, at_least, at_most, not_made
 from vlm.proof.probe import Probe, StateProbe, relative
 from vlm.proof.records import Record, Subject, images_moved, other_images, reads_image
