@@ -34,7 +34,7 @@ from vlm.models.batched_generate import BatchedGenerator, Reply
 from vlm.models.config import LLMConfig, LoRAConfig, ModelConfig
 from vlm.models.families import LLM_PARTS, REFUSED, refuse_decoder
 from vlm.models.generate import GenerationSettings, generate
-from vlm.models.head import check_head
+from vlm.models.head import find_logits_rule
 from vlm.models.llm import enable_gradient_checkpointing
 from vlm.models.row_decoders import PlainDecoder, RowByRowDecoder
 from vlm.models.sampling import SamplingSettings
@@ -91,7 +91,7 @@ def measure(model_type: str) -> Measured:
 
 
 def _measure_packing(row: Measured, llm: Any) -> None:
-    check_head(llm, "toy")
+    find_logits_rule(llm, "toy")
     model = VisionLanguageModel(llm)
     row.packing = "positions" if model.packing.by_positions else "one by one"
     torch.manual_seed(1)

@@ -23,10 +23,11 @@ from vlm.export.load_stage import load_init_stage
 from vlm.export.manifest import read_manifest
 from vlm.logs import Progress, log, warn
 from vlm.models.build import Assembled, build_model, forked_random_state
+from vlm.models.entry import embedding_scale
 from vlm.models.families import describe_packing, has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
 from vlm.models.trainable import load_weights
-from vlm.models.vlm import VisionLanguageModel
+from vlm.models.vlm import VisionLanguageModel, evaluating
 from vlm.objectives.lm import LanguageModeling, Objective
 from vlm.plan.estimate import estimate
 from vlm.plan.memory import device_memory
@@ -252,6 +253,8 @@ def assemble_checkpoint(config: RunConfig, checkpoint: Path, device: torch.devic
         return None
     with forked_random_state():
         model = build_model(config.model, precision=config.train.precision, device=str(device), seed=config.seed).model
+        if config.init_from is not None:  # what of it does not train is not in the checkpoint
+            load_init(model, Path(config.init_from))
         if model.vision is not None and config.model.vision is not None and model.vision.is_frozen:
             dtype = precision.autocast_dtype(config.train.precision) or torch.float32
             model.vision.settle(model.vision.choose(config.model.vision, dtype, device))
@@ -337,11 +340,13 @@ def _initialize_projector(config: RunConfig, built: Assembled, data: Data, devic
     def fit() -> dict[str, Tensor]:
         assert projector is not None
         assert built.image_token_id is not None
-        embedding = built.model.llm.get_input_embeddings().weight
+        llm = built.model.llm
         num_steps = data.train.steps_in(1)
         with Progress("projector: least squares,", num_steps, "steps") as progress:
             batches = _with_features(config, built, data, device, num_steps, progress.show)
-            found = fit_least_squares(projector, embedding, built.image_token_id, batches)
+            found = fit_least_squares(
+                projector, llm.get_input_embeddings().weight, built.image_token_id, batches, embedding_scale(llm)
+            )
         log(
             f"projector: least squares over {found.num_images:,} images (ridge {found.ridge:g}); of "
             f"{found.num_held_out} held out: variance explained {found.explained:.2f}, own words the nearest of "
@@ -379,14 +384,17 @@ def _with_features(
     num_steps: int,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """The batches of all ranks in the first steps that have images, with the encoder's features [N, P, C] of these."""
+    """The batches of all ranks in the first steps that have images, with the encoder's features [N, P, C] of these.
+
+    A trained encoder is asked in evaluation mode: looking at it moves no statistics, and rank 0 alone does.
+    """
     vision = built.model.vision
     assert vision is not None
     dtype = precision.autocast_dtype(config.train.precision)
     for step, batches in zip(range(num_steps), data.train.for_rank(0, 1).iterate(0), strict=False):
         on_step(step)
         for batch in (batch.to(device) for batch in batches if batch.num_images):
-            with torch.no_grad(), precision.autocast(device.type, dtype):
+            with torch.no_grad(), precision.autocast(device.type, dtype), evaluating(vision):
                 features = vision(batch.pixel_values) if batch.image_features is None else batch.image_features
             yield batch, features
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_export import model_config, write_picture, write_run
+from toy_decoders import toy_decoder
 
 from vlm.batch import IGNORE_INDEX
 from vlm.config import RunConfig
@@ -18,12 +19,13 @@ from vlm.data.images import load_image, to_pixels
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation import predict
 from vlm.evaluation.config import EvaluationConfig, TaskConfig
-from vlm.evaluation.predict import PictureFeatures, score_candidates
+from vlm.evaluation.predict import PictureFeatures, _merge, _Scorer, score_candidates
 from vlm.evaluation.report import evaluate_run, run_tasks
 from vlm.evaluation.tasks import Question, read_task
 from vlm.export.evidence import figures_table
 from vlm.export.load import LoadedModel, load
 from vlm.export.weights import export_run
+from vlm.models.vlm import VisionLanguageModel
 
 COLORS = ["red", "green", "blue", "yellow"]
 
@@ -93,6 +95,61 @@ def test_sharing_the_prompt_gives_the_log_likelihoods_of_one_forward_per_candida
     # worst difference seen: 7.6e-6, of sums from -47 to -16
     assert torch.tensor(found).sub(torch.tensor(expected)).abs().max().item() < 1e-4
     assert len({round(score, 3) for scores in found for score in scores}) > 12
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+SHARES = {
+    "qwen2": ({}, True),
+    "opt": ({}, True),
+    "bloom": ({}, False),  # distances along the row
+    "gpt_neo": ({}, False),  # every other block attends within a window of its own
+    "mistral": ({"sliding_window": 8}, False),
+    "gemma3_text": ({"sliding_window": 8}, False),
+    "cohere2": ({"sliding_window": 8}, False),
+    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2}, False),
+    "mamba": ({}, False),
+    "llama": ({"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, False),
+}
+
+
+def toy(kind: str, **changes: Any) -> LoadedModel:
+    cpu, nothing = torch.device("cpu"), dict.fromkeys(("tokenizer", "conversation_tokenizer", "image_spec", "system"))
+    model = VisionLanguageModel(toy_decoder(kind, **changes)).eval()
+    return LoadedModel(
+        model=model, image_token_id=None, config=None, device=cpu, compute_dtype=torch.float32, **nothing
+    )  # type: ignore[arg-type]
+
+
+def toy_question(prompt: int, replies: int) -> Question:
+    """Of random words; the prompt has so many tokens, and each of the replies five."""
+    draw = torch.Generator().manual_seed(1)
+    ids = [torch.randint(3, 60, (count,), generator=draw).tolist() for count in (prompt, *[5] * replies)]
+    return Question(ids[0], ids[1:], ids[1:], 0, "", (), "")
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_candidates_share_a_prompt_only_where_this_model_gives_each_what_it_gets_alone(kind: str):
+    changes, shares = SHARES[kind]
+    loaded, question = toy(kind, **changes), toy_question(prompt=20, replies=4)
+    shorter = toy_question(prompt=9, replies=3)
+    found = score_candidates(loaded, [question, shorter], PictureFeatures(loaded))
+    for each, scores in ((question, found[0]), (shorter, found[1])):
+        for reply, score in zip(each.replies, scores, strict=True):
+            ids = torch.tensor([each.prompt_ids + reply[:-1]])  # the last token predicts nothing
+            logits = loaded.model.llm(input_ids=ids, use_cache=False).logits[0]
+            logs = logits.double().log_softmax(-1)[len(each.prompt_ids) - 1 :]
+            own = sum(logs[place, token].item() for place, token in enumerate(reply))
+            assert score == pytest.approx(own, abs=1e-3)  # worst seen: 3.1e-6
+    rows = _Scorer(loaded, _merge([question, shorter])[0], PictureFeatures(loaded)).choose_rows(1024)
+    assert len(rows) == (2 if shares else 7)
+
+
+def test_a_window_that_no_row_reaches_forbids_nothing(capsys: pytest.CaptureFixture[str]):
+    loaded, question = toy("mistral", sliding_window=64), toy_question(prompt=20, replies=4)
+    score_candidates(loaded, [question], PictureFeatures(loaded))
+    assert "one by one" not in "".join(capsys.readouterr())
+    score_candidates(loaded, [toy_question(prompt=70, replies=4)], PictureFeatures(loaded))
+    assert "one by one" in "".join(capsys.readouterr())
 
 
 def test_candidates_do_not_see_each_other(root: Path, loaded: LoadedModel):

@@ -54,6 +54,18 @@ def test_the_projector_starts_at_the_size_of_the_embeddings(config: ModelConfig)
     assert out / embeddings == pytest.approx(1, abs=0.15)  # worst seen: WORST
 
 
+@pytest.mark.parametrize("family", ["qwen2", "granite", "gemma", "gemma2", "gemma3_text"])
+def test_images_start_as_large_as_words_whatever_the_embedding_multiplies_by(
+    config: ModelConfig, tmp_path: Path, family: str
+):
+    """Gemma's embedding multiplies what it looks up by the root of the width; Granite's decoder multiplies both."""
+    llm = write_llm(tmp_path / family, family)
+    model = build_model(changed(config, llm={"path": str(llm)})).model
+    words = model.embed(torch.arange(28)[None]).std().item()
+    images = model.projector(torch.randn(64, 16, 24)).std().item()
+    assert images / words == pytest.approx(1, abs=0.15)  # worst seen: 0.03 off
+
+
 def test_a_projector_that_does_not_fit_the_patches_is_refused_before_weights_are_loaded(config: ModelConfig):
     with pytest.raises(ConfigError, match="unshuffle 3: the encoder yields 16 patches"):
         build_on_meta(changed(config, projector={"unshuffle": 3}))

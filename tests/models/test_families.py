@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,13 +22,14 @@ from vlm.models.families import (
     ONE_BY_ONE,
     PACKS_BY_POSITIONS,
     REFUSED,
+    LogitsRule,
     describe_packing,
     logits_rule,
     packing_of,
     refuse_decoder,
 )
 from vlm.models.generate import GenerationSettings, generate
-from vlm.models.head import check_head
+from vlm.models.head import find_logits_rule
 from vlm.models.row_decoders import PlainDecoder, RowByRowDecoder, build_row_decoder
 from vlm.models.sampling import SamplingSettings
 from vlm.models.trainable import merge_lora, set_trainable
@@ -107,7 +109,8 @@ def test_logits_are_scaled_and_capped_as_the_family_does(model_type: str, settin
 @pytest.mark.parametrize("model_type", ["hyperclovax", "xlstm", "minicpm3", "inkling_text"])
 def test_a_head_that_is_known_passes_the_comparison_with_the_models_own_forward(model_type: str):
     changes = {"logits_scaling": 0.125} if model_type == "hyperclovax" else {}
-    check_head(toy_decoder(model_type, **changes), "toy")
+    llm = toy_decoder(model_type, **changes)
+    assert find_logits_rule(llm, "toy") == logits_rule(llm.config)
 
 
 def test_a_head_that_is_not_known_is_refused_with_the_size_of_the_difference():
@@ -116,7 +119,39 @@ def test_a_head_that_is_not_known_is_refused_with_the_size_of_the_difference():
     llm.lm_head = nn.Sequential(head, nn.Tanh())
     llm.get_output_embeddings = lambda: head
     with pytest.raises(ConfigError, match=r"llama changes its logits after the last matrix.*they differ by"):
-        check_head(llm, "toy")
+        find_logits_rule(llm, "toy")
+
+
+class Halved(nn.Module):
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits / 2
+
+
+def test_the_models_own_forward_decides_and_not_what_its_config_says_or_leaves_out():
+    llm = toy_decoder("llama")
+    llm.config.logits_scaling = 8.0  # which Llama does not read
+    assert find_logits_rule(llm) == LogitsRule()
+    other = toy_decoder("llama")
+    head = other.lm_head
+    other.lm_head = nn.Sequential(head, Halved())
+    other.get_output_embeddings = lambda: head
+    assert find_logits_rule(other).factor == pytest.approx(0.5)
+
+
+def test_a_cap_that_no_config_names_is_not_taken_for_nothing():
+    llm = toy_decoder("gemma2", final_logit_softcapping=60.0)
+    assert find_logits_rule(llm).cap == 60.0
+    other = toy_decoder("gemma2", final_logit_softcapping=60.0)
+    other.forward = partial(_capped, other, 60.0)
+    other.config.final_logit_softcapping = None
+    with pytest.raises(ConfigError, match="changes its logits"):
+        find_logits_rule(other)
+
+
+def _capped(llm, cap: float, **arguments):
+    output = type(llm).forward(llm, **arguments)
+    output.logits = torch.tanh(output.logits / cap) * cap
+    return output
 
 
 # packing

@@ -42,6 +42,44 @@ def test_a_model_folders_own_generation_settings_do_not_leak_in(config: ModelCon
     assert generate(model, PROMPT, PICTURE, [], GenerationSettings(max_new_tokens=8)) == expected
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"min_length": 60},
+        {"min_new_tokens": 7},
+        {"suppress_tokens": [*range(20)]},
+        {"begin_suppress_tokens": [*range(20)]},
+        {"bad_words_ids": [[token] for token in range(20)]},
+        {"sequence_bias": [[[5], 100.0]]},
+        {"forced_bos_token_id": 5},
+        {"forced_eos_token_id": 5},
+        {"exponential_decay_length_penalty": [1, 8.0]},
+        {"encoder_repetition_penalty": 1.5},
+        {"guidance_scale": 1.5},
+        {"stop_strings": ["a"]},
+        {"max_time": 0.0},
+        {"watermarking_config": {"greenlist_ratio": 0.5, "bias": 50.0}},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "low"},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"cache_implementation": "static"},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"custom_entry": 3},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_nothing_that_a_base_model_asks_for_changes_a_reply_or_stops_it(model: VisionLanguageModel, settings: dict):
+    """`vlm chat` and `train.samples` write what `vlm serve` writes, which never reads generation_config.json."""
+    from transformers import GenerationConfig
+
+    own = model.llm.generation_config = GenerationConfig.from_dict({"eos_token_id": 5, **settings})
+    expected = likeliest(model, 6)
+    assert generate(model, PROMPT, PICTURE, [], GenerationSettings(max_new_tokens=6)) == expected
+    assert model.llm.generation_config is own
+
+
 def test_a_stop_token_ends_the_reply_and_is_not_part_of_it(model: VisionLanguageModel):
     free = likeliest(model, 8)
     stop = free[3]

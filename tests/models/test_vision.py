@@ -220,6 +220,31 @@ def test_timm_takes_a_weight_file_and_interpolates_positions(tmp_path: Path):
     assert difference(built(pictures), expected) < 1e-4  # worst seen: 0.0; another CPU may add up in another order
 
 
+@pytest.mark.parametrize(
+    ("architecture", "size"),
+    [
+        ("swin_tiny_patch4_window7_224", 448),
+        ("swin_s3_tiny_224", 448),
+        ("swinv2_cr_tiny_224", 288),
+        ("maxvit_pico_rw_256", 512),
+        ("efficientvit_m0", 448),
+    ],
+)
+def test_windows_stay_as_they_were_trained_whatever_the_image_size(architecture: str, size: int):
+    import timm
+
+    def windows(model: torch.nn.Module) -> list[object]:
+        names = ("partition_size", "window_size", "window_resolution")
+        return [getattr(module, name) for module in model.modules() for name in names if hasattr(module, name)]
+
+    with torch.device("meta"):
+        config = VisionConfig(backend="timm", path=architecture, image_size=size)
+        built = build_vision(config, weights=False).trunk.model
+        own = timm.create_model(architecture, num_classes=0)
+    assert windows(built) == windows(own)
+    assert len(windows(own)) > 3
+
+
 def test_a_network_of_one_size_names_it(tmp_path: Path):
     with pytest.raises(ConfigError, match="image_size 64: mixer_s32_224 takes only 224"):
         encoder("timm", "mixer_s32_224", pretrained=timm_file(tmp_path, "mixer_s32_224"), image_size=64)

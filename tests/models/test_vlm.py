@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import changed
+from tiny_models import changed, write_timm
 
 from vlm.batch import IGNORE_INDEX
 from vlm.models.build import Assembled, build_model
@@ -169,3 +169,18 @@ def test_logits_are_scaled_as_the_family_does(tmp_path, family: str, changes: di
     expected = model.llm(input_ids=ids, use_cache=False).logits
     assert getattr(model.llm.config, field) == next(iter(changes.values()))
     assert torch.equal(model.logits(model(ids, torch.arange(4)[None])), expected)
+
+
+def test_an_image_that_is_not_there_moves_no_statistics_of_a_trained_cnn(config: ModelConfig, tmp_path):
+    """A batch of text alone, and the empty rows that fill an epoch's last step."""
+    import timm
+
+    cnn = write_timm(tmp_path / "cnn", "test_resnet", timm.create_model("test_resnet"))
+    vision = {"backend": "timm", "path": str(cnn), "image_size": 64}
+    model = build_model(changed(config, vision=vision, trainable=["projector", "vision"])).model.train()
+    before = {name: buffer.clone() for name, buffer in model.vision.named_buffers()}
+    model(torch.tensor([[2, 3, 4, 5]]), torch.arange(4)[None]).sum().backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.vision.named_buffers())
+    assert all(module.training for module in model.vision.modules())  # as it was
+    model(torch.tensor([[2, *[IMAGE] * 4]]), torch.arange(5)[None], torch.randn(1, 3, 64, 64))
+    assert not all(torch.equal(buffer, before[name]) for name, buffer in model.vision.named_buffers())

@@ -71,6 +71,16 @@ def test_the_output_is_as_large_as_the_embeddings():
     assert spread == pytest.approx(EMBEDDING.std().item(), rel=0.05)  # seen: 0.4 % off, for the held-out tenth
 
 
+def test_embeddings_that_the_model_multiplies_are_aimed_at_as_the_decoder_reads_them():
+    """A projector fitted to words four times as large gives tokens four times as large."""
+    fitted = [projector_of(pool=2), projector_of(pool=2)]
+    features, words = eight_things(400)
+    for projector, scale in zip(fitted, (1.0, 4.0), strict=True):
+        fit_least_squares(projector, EMBEDDING, IMAGE, [(batch_of(words, 1), features)], scale)
+    plain, scaled = (projector(features) for projector in fitted)
+    assert torch.allclose(scaled, 4 * plain, rtol=1e-3, atol=1e-5)
+
+
 def test_the_target_is_the_mean_of_the_words_and_the_batches_add_up():
     """Of two images that alternate, "0 1" is said about one and "2" about the other: half of each word, or a whole."""
     projector = projector_of(pool=2)

@@ -8,10 +8,14 @@ import time
 import pytest
 import torch
 import warm
+from safetensors.torch import load_file
 from warm import run_warm, started
 
 from vlm.config import load_config
 from vlm.errors import CheckpointError, MissingPackageError, Preempted, TrainingDiverged, VLMError
+from vlm.export.weights import export_run
+from vlm.models.trainable import part_weights
+from vlm.prepare import assemble_checkpoint
 from vlm.run import train
 from vlm.train.checkpoint import list_checkpoints, newest_verified
 from vlm.train.fragments import read_weights
@@ -354,3 +358,18 @@ def test_an_error_that_stops_the_run_too_is_not_said_by_the_plan(config_file, tm
     with pytest.raises(CheckpointError, match=r"model.llm.path .*empty: cannot load its"):
         run_here(config_file(model__llm={"path": str(tmp_path / "empty")}))
     assert "no memory plan" not in "".join(capsys.readouterr())
+
+
+def test_a_model_put_together_from_a_checkpoint_has_what_init_from_brought_too(config_file, straight, tmp_path):
+    """Samples of a pipeline, none of whose processes holds the whole model: the projector stays frozen here."""
+    export_run(straight)
+    changes = {"output_dir": str(tmp_path / "next"), "init_from": str(straight / "export"), "train__max_steps": 1}
+    path = config_file(model__trainable=["llm.lora"], **changes)
+    run = run_here(path)
+    model = assemble_checkpoint(load_config(path), newest_verified(run), torch.device("cpu"))
+    before = load_file(straight / "export" / "projector.safetensors")
+    after = part_weights(model, "projector")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    trained = read_weights(newest_verified(run))
+    own = part_weights(model, "llm.lora")
+    assert all(torch.equal(own[name], tensor) for name, tensor in trained.items())

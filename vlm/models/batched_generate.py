@@ -246,7 +246,7 @@ class BatchedGenerator:
         """Logits [B, V] after the last token of each, float32."""
         ids = torch.tensor([[reply.new_ids[-1]] for reply in replies], device=self.model.llm.device)
         lengths = [len(reply.input_ids) + len(reply.new_ids) - 1 for reply in replies]
-        embeddings = self.model.llm.get_input_embeddings()(ids)
+        embeddings = self.model.embed(ids)
         return self.model.logits(self.decoder.decode(embeddings, lengths, first_slot)).float()
 
     def _try_to_choose(self, reply: Reply, logits: Tensor) -> None:

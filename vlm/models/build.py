@@ -10,6 +10,7 @@ import torch
 
 from vlm.batch import ImageSpec
 from vlm.models.config import ModelConfig, VisionConfig
+from vlm.models.entry import embedding_std
 from vlm.models.llm import (
     IMAGE_TOKEN,
     enable_gradient_checkpointing,
@@ -20,6 +21,7 @@ from vlm.models.llm import (
     refuse_beyond_embedding,
 )
 from vlm.models.projector import build_projector
+from vlm.models.recompute import checkpoint_blocks
 from vlm.models.trainable import set_trainable
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.vlm import VisionLanguageModel
@@ -110,13 +112,15 @@ def assemble(
             num_patches=vision.num_patches,
             in_width=vision.width,
             out_width=embeddings.shape[1],
-            output_std=1.0 if embeddings.is_meta else embeddings.float().std().item(),
+            output_std=embedding_std(llm),
         )
         spec = _image_spec(config.vision, vision, projector.num_tokens)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(llm)
     model = VisionLanguageModel(llm, vision, projector, image_token_id)
     set_trainable(model, config.trainable, config.lora)
+    if config.gradient_checkpointing and vision is not None and not vision.is_frozen:
+        checkpoint_blocks(vision.trunk)
     return model, spec, image_token_id
 
 

@@ -23,7 +23,7 @@ class VisionConfig(Section):
     keep_class_token: bool = False
     """Give the class token to the projector too, before the patches."""
     image_size: PositiveInt | None = None
-    """Pixels per side; null takes the encoder's own. Position embeddings are interpolated."""
+    """Pixels per side; null takes the encoder's own. Position embeddings are interpolated; windows (Swin) stay."""
     resize: Literal["pad", "crop", "squash"] = "pad"
     """How a picture becomes a square: padded, its middle cut out, or squashed."""
     background: tuple[int, int, int] = (255, 255, 255)

@@ -148,7 +148,7 @@ class LogitsRule:
 
 
 def logits_rule(config: Any) -> LogitsRule:
-    """From settings of the config, and by type where one setting means different things. `check_head` compares."""
+    """From settings of the config, and by type where one setting means several things. `find_logits_rule` compares."""
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     kind = text.model_type
     scaling = getattr(text, "logits_scaling", None) or 1.0  # Granite divides

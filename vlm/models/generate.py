@@ -125,7 +125,6 @@ def _write_one_by_one(
 
 
 def _generation_config(model: VisionLanguageModel, stop_ids: Collection[int], settings: GenerationSettings) -> Any:
-    """Every value that transformers would else take from the model's own generation_config.json."""
     from transformers import GenerationConfig
 
     sampling: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' defaults
@@ -162,8 +161,13 @@ class _Follower:
 
 @contextmanager
 def _undisturbed(model: VisionLanguageModel, seed: int | None) -> Iterator[None]:
-    was_training = model.training
+    """Evaluation mode, random numbers of our own, and none of what the base model's generation_config.json asks for:
+    transformers would take from it whatever is not set, and `vlm serve` reads none of it."""
+    from transformers import GenerationConfig
+
+    was_training, own = model.training, model.llm.generation_config
     model.eval()
+    model.llm.generation_config = GenerationConfig()
     devices = [model.llm.device] if model.llm.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         if seed is None:
@@ -174,3 +178,4 @@ def _undisturbed(model: VisionLanguageModel, seed: int | None) -> Iterator[None]
             yield
         finally:
             model.train(was_training)
+            model.llm.generation_config = own

@@ -20,7 +20,7 @@ from vlm.logs import warn
 from vlm.models.config import LLMConfig
 from vlm.models.families import refuse_decoder
 from vlm.models.folder import why_beyond_embedding, why_no_tokenizer, why_no_weights
-from vlm.models.head import check_head
+from vlm.models.head import find_logits_rule
 from vlm.models.hub import check_hub
 from vlm.models.native import why_not_a_decoder, why_not_native
 from vlm.models.spm import differences
@@ -98,7 +98,7 @@ def load_llm(
             f"model.llm.path {config.path}: its weights lack {len(report['missing_keys'])} tensors of "
             f"{type(llm).__name__}, e.g. {min(report['missing_keys'])}. Usually a shard was not downloaded"
         )
-    check_head(llm, config.path)
+    find_logits_rule(llm, config.path)
     return llm.eval()
 
 

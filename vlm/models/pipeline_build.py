@@ -17,7 +17,9 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.logs import Progress
 from vlm.models.build import Assembled, assemble, forked_random_state
 from vlm.models.config import ModelConfig
+from vlm.models.decay import undecayed
 from vlm.models.families import llm_parts
+from vlm.models.head import find_logits_rule
 from vlm.models.llm import (
     choose_attention,
     llm_from_config,
@@ -26,7 +28,7 @@ from vlm.models.llm import (
     refuse_beyond_embedding,
 )
 from vlm.models.pipeline import PipelineLayer, num_layers, pipeline_layers
-from vlm.models.trainable import PARTS, load_weights, part_of, part_weights, trained_weights
+from vlm.models.trainable import PARTS, canonical_name, load_weights, part_of, part_weights, trained_weights
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.weight_files import WeightFiles
 from vlm.precision import frozen_dtype
@@ -47,6 +49,7 @@ class Stage:
     cuts: tuple[int, ...]  # index of the first layer of each stage but the first
     shapes: Shapes  # canonical name -> shape of all weights of the whole model
     trained: frozenset[str]  # canonical names of what trains in the whole model
+    undecayed: frozenset[str]  # and of what weight decay leaves alone
     is_tied: bool  # the head is the token embedding
     layers: list[PipelineLayer] = field(default_factory=list)
 
@@ -147,11 +150,14 @@ def build_stage(
     later = [] if spread is None else [name for name in _block_names(llm) if name in own]
     _read_own_weights(llm, own - set(later), files, dtype, num_real)
     _stand_in(llm, later, torch.float32 if "llm" in config.trainable else dtype)
+    if llm_parts(llm.config).head in own:
+        find_logits_rule(llm, config.llm.path)
     vision = _build_vision(config, dtype, is_own=number == 0)
     with forked_random_state():
         torch.manual_seed(seed)
         model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
     shapes, trained = _describe(model, is_tied)
+    left_alone = frozenset(map(canonical_name, undecayed(model)))
     _remove_other_stages(model, own, keep_vision=number == 0)
     with Progress("model: loaded", len(later), "blocks") as progress:
         for done, name in enumerate(later):
@@ -160,7 +166,7 @@ def build_stage(
             spread(llm.get_submodule(name).to(device))
             progress.show(done + 1)
     built = Assembled(model.to(device), tokenizer, spec, image_token_id)
-    stage = Stage(built, number, tuple(cuts), shapes, trained, is_tied)
+    stage = Stage(built, number, tuple(cuts), shapes, trained, left_alone, is_tied)
     stage.layers.extend(pipeline_layers(model, first, stop))
     return stage
 

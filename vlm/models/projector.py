@@ -24,8 +24,8 @@ class Projector(nn.Module):
         pool: side of the square of patches that is averaged first.
         unshuffle: side of the square of (averaged) patches that becomes one token.
         normalize: keep per-channel statistics and standardise with them; see `calibrate`.
-        output_std: standard deviation that the output starts with, for inputs of unit variance. Take the token
-            embeddings', so that pictures do not drown or vanish among words.
+        output_std: standard deviation that the output starts with, for inputs of unit variance. Take that of the token
+            embeddings as the decoder reads them, so that images neither outweigh words nor vanish among them.
 
     Raises:
         ConfigError: the patches do not form a square that `pool` times `unshuffle` divides.

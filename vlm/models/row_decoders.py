@@ -19,7 +19,8 @@ from vlm.models.decoders import accepts, find_decoder
 from vlm.models.vlm import VisionLanguageModel
 
 _NAMES = ("cache", "past_key_values", "cache_params", "state")  # of the argument, over transformers' versions
-_PIECES = (5, 4, 1, 1, 1)  # tokens of the trial: a prompt in two pieces, then one by one
+# Tokens of the trial: a prompt in three pieces, then one by one. The third is shorter than a convolution's kernel.
+_PIECES = (5, 4, 2, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def build_row_decoder(model: VisionLanguageModel) -> RowByRowDecoder | PlainDeco
 def _is_right(model: VisionLanguageModel, decoder: RowByRowDecoder) -> bool:
     weight = model.llm.get_input_embeddings().weight
     ids = torch.arange(1, sum(_PIECES) + 1, device=weight.device) * 7 % (weight.shape[0] - 1)
-    embeddings = model.llm.get_input_embeddings()(ids)[None]
+    embeddings = model.embed(ids[None])
     plain, cached = PlainDecoder(model), []
     expected, start = [], 0
     try:

@@ -355,8 +355,25 @@ def _build_timm(config: VisionConfig, dtype: torch.dtype, weights: bool) -> Visi
     settings = model.pretrained_cfg
     size = settings["input_size"][-1]
     if config.image_size not in (None, size) and hasattr(model, "set_input_size"):  # a CNN takes any and has none
-        model.set_input_size(img_size=(config.image_size, config.image_size))
+        model.set_input_size(img_size=(config.image_size, config.image_size), **_own_windows(model))
     return _encoder(_timm_tower(model, config), config, size, settings["mean"], settings["std"])
+
+
+def _own_windows(model: Any) -> dict[str, Any]:
+    """Arguments of timm's `set_input_size` that keep a network's windows, which would else grow with the image.
+
+    The table of a window's relative positions was trained for that window (Swin, MaxViT).
+    """
+    parameters = inspect.signature(model.set_input_size).parameters
+    if "grid_size" in parameters:  # MaxViT; None without windows (CoAtNet)
+        size = next((module.partition_size for module in model.modules() if hasattr(module, "partition_size")), None)
+        return {"window_size": size, "grid_size": size}
+    if "window_size" not in parameters:
+        return {}
+    stages = getattr(model, "layers", None) or model.stages
+    # the windows asked for, of which a small last stage may have had no room
+    sizes = getattr(model, "_ref_window_sizes", None) or [stage.blocks[0].window_size for stage in stages]
+    return {"window_size": sizes[0] if len(set(sizes)) == 1 else sizes}
 
 
 _BUILDERS = {"hf": _build_hf, "open_clip": _build_open_clip, "timm": _build_timm}

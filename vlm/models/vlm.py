@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlm.models.decoders import accepts, find_decoder
-from vlm.models.families import logits_rule, packing_of
-from vlm.models.head import head_logits
+from vlm.models.entry import find_embedding_factor
+from vlm.models.families import packing_of
+from vlm.models.head import find_logits_rule, head_logits
 from vlm.models.projector import Projector
 from vlm.models.segments import decode_one_by_one
 from vlm.models.vision import VisionEncoder
@@ -39,7 +42,8 @@ class VisionLanguageModel(nn.Module):
         self.llm: Any = llm  # a PreTrainedModel, whose methods are typed too loosely to check
         self.image_token_id = image_token_id
         self.packing = packing_of(llm.config)
-        self.logits_rule = logits_rule(llm.config)
+        self.logits_rule = find_logits_rule(llm)
+        self.embedding_factor = find_embedding_factor(llm)
         self.gathers_blocks = False  # ranks hold pieces of each block, so all must run the decoder equally often
         self.always_encode = False  # run encoder and projector without a picture too, so that all ranks call the same
 
@@ -71,11 +75,15 @@ class VisionLanguageModel(nn.Module):
         if self.image_token_id is None:
             if image_features is not None:
                 raise ValueError("pictures for a model without a placeholder token; give image_token_id")
-            return self.llm.get_input_embeddings()(input_ids)
+            return self._words(input_ids)
         is_image = input_ids == self.image_token_id
-        embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        embeddings = self._words(input_ids.masked_fill(is_image, 0))
         features = embeddings.new_zeros(0, embeddings.shape[-1]) if image_features is None else image_features
         return splice_image_features(embeddings, features.flatten(0, -2), is_image)
+
+    def _words(self, input_ids: Tensor) -> Tensor:
+        embeddings = self.llm.get_input_embeddings()(input_ids)
+        return embeddings if self.embedding_factor == 1 else embeddings * self.embedding_factor
 
     def forward(
         self,
@@ -148,19 +156,32 @@ class VisionLanguageModel(nn.Module):
     def _zero_from_a_dummy_picture(self) -> Tensor | None:
         """0, with a graph to every weight that would train if the batch had a picture; None if none would.
 
-        Ranks whose batch has none must still take part in the reduction of these gradients.
+        Ranks whose batch has none must still take part in the reduction of these gradients. The encoder computes it in
+        evaluation mode: an image of zeros is none of the data, so batch norms must not keep its statistics.
         """
         assert self.projector is not None
         assert self.vision is not None
         reference = next(self.vision.parameters())
         if not self.vision.is_frozen or self.always_encode:
             size = self.vision.image_size
-            features = self.vision(torch.zeros(1, 3, size, size, device=reference.device))
+            with evaluating(self.vision):
+                features = self.vision(torch.zeros(1, 3, size, size, device=reference.device))
         elif any(parameter.requires_grad for parameter in self.projector.parameters()):
             features = torch.zeros(1, self.vision.num_patches, self.vision.width, device=reference.device)
         else:
             return None
         return (self.projector(features).sum() * 0.0).to(reference.dtype)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and then the mode that it was in."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def splice_image_features(inputs_embeds: Tensor, image_features: Tensor, is_image: Tensor) -> Tensor:

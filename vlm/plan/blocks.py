@@ -244,8 +244,14 @@ def projector(shape: ModelShape, work: Workload, numerics: Numerics, is_trained:
     )
 
 
-def vision(shape: VisionShape, work: Workload, numerics: Numerics, *, is_trained: bool, is_cached: bool) -> Part:
-    """The encoder. Frozen, nothing of it stays; with cached features it does not run."""
+def vision(
+    shape: VisionShape, work: Workload, numerics: Numerics, *,
+    is_trained: bool, is_cached: bool, checkpointing: bool = False,
+) -> Part:  # fmt: skip
+    """The encoder. Frozen, nothing of it stays; with cached features it does not run.
+
+    With checkpointing its blocks keep their inputs, and one at a time has the rest.
+    """
     weight = FLOAT32 if is_trained else numerics.frozen
     if is_cached:
         return Part(name="vision", weights=shape.numel * weight)
@@ -258,7 +264,7 @@ def vision(shape: VisionShape, work: Workload, numerics: Numerics, *, is_trained
     inputs = 4 * c * width if numerics.is_autocast else 2 * FLOAT32 * width
     per_block = 2 * FLOAT32 * width + inputs + 4 * c * width + (shape.activation_copies + 1) * c * mlp
     copies = 2 * shape.numel if numerics.is_autocast else 0
-    return Part(
+    part = Part(
         name="vision",
         weights=shape.numel * weight,
         trained=shape.numel,
@@ -269,6 +275,10 @@ def vision(shape: VisionShape, work: Workload, numerics: Numerics, *, is_trained
         saved_copies=copies,
         making=_made(width * mlp, numerics),
     )
+    if not checkpointing or not shape.num_blocks:
+        return part
+    kept, again = tokens * FLOAT32 * width, tokens * per_block + copies // shape.num_blocks
+    return replace(part, saved=kept * shape.num_blocks, recomputed=again, saved_copies=0)
 
 
 def batch_bytes(shape: ModelShape, work: Workload, numerics: Numerics, is_cached: bool) -> int:

@@ -154,8 +154,12 @@ def model_layers(config: Settings, shape: ModelShape, work: Workload, numerics: 
     if shape.vision is not None:
         trains_vision = "vision" in trainable
         inputs.append(
-            blocks.vision(shape.vision, work, numerics, is_trained=trains_vision, is_cached=config.data.cache_features)
-        )
+            blocks.vision(
+                shape.vision, work, numerics,
+                is_trained=trains_vision, is_cached=config.data.cache_features,
+                checkpointing=model.gradient_checkpointing,
+            )
+        )  # fmt: skip
         keeps = trains_vision or "projector" in trainable
         inputs.append(blocks.projector(shape, work, numerics, "projector" in trainable, keeps))
     inputs.append(blocks.embedding(shape.llm, work, numerics, is_trained))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.batch import Batch
+from vlm.models.entry import embedding_std
 from vlm.proof.checks import Finding, at_least, at_most, not_made
 from vlm.proof.probe import Probe, StateProbe, relative
 from vlm.proof.records import Record, Subject, images_moved, other_images, reads_image
@@ -197,7 +198,7 @@ def check_features(probe: StateProbe, rows: Rows, bounds: Bounds) -> dict[str, F
             if batch.num_images
         ]  # fmt: skip
     found = embeddings[packed.input_ids == rows.image_token_id]
-    scale = found.float().std() / model.llm.get_input_embeddings().weight.float().std().clamp_min(1e-12)
+    scale = found.float().std() / max(embedding_std(model.llm), 1e-12)
     return {
         "feature_order": within(relative(found, torch.cat(expected)), bounds.states),
         "projector_scale": _scale(scale.item()),

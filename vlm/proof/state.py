@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vlm.models.build import forked_random_state
+from vlm.models.recompute import RECOMPUTES
+
+_MARKS = ("gradient_checkpointing", RECOMPUTES)  # of transformers' blocks, and of an encoder's
 
 
 @contextmanager
@@ -35,7 +38,7 @@ def unchanged(model: nn.Module, seed: int) -> Iterator[None]:
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, but blocks that compute their activations again in the backward pass still do."""
     modes = [(module, module.training) for module in model.modules()]
-    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    blocks = [module for module in model.modules() if any(getattr(module, mark, False) for mark in _MARKS)]
     own = [(block, block.dropout) for block in blocks if isinstance(getattr(block, "dropout", None), float)]  # OPT
     model.eval()
     for block in blocks:  # it is asked for the mode of the block alone

@@ -40,7 +40,7 @@ class TrainConfig(Section):
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The schedule's floor, as a share of the peak."""
     weight_decay: NonNegativeFloat = 0.0
-    """Of matrices; norms, biases and other vectors are not decayed."""
+    """Of matrices; norms, biases, class tokens, tables of positions and other vectors are not decayed."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     """adamw: torch's. The others are bitsandbytes': state in 8 bits, in pages that may leave the GPU, or both."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -75,7 +75,11 @@ class Moments:
 
 @torch.no_grad()
 def fit_least_squares(
-    projector: Projector, embedding: Tensor, image_token_id: int, batches: Iterable[tuple[Batch, Tensor]]
+    projector: Projector,
+    embedding: Tensor,
+    image_token_id: int,
+    batches: Iterable[tuple[Batch, Tensor]],
+    scale: float = 1.0,
 ) -> Fit:
     """Set the projector's last layer; the layers before it stay as they are.
 
@@ -84,6 +88,7 @@ def fit_least_squares(
     Args:
         embedding: [V, D], of the language model's input tokens.
         batches: with the encoder's features [N, P, C] of each one's images. Gone through once.
+        scale: what the model multiplies looked-up embeddings by; see `embedding_scale`.
 
     Raises:
         ConfigError: the last layer reads too many channels; no image has a reply; or too few to hold some out.
@@ -99,6 +104,7 @@ def fit_least_squares(
     num_images = 0
     for batch, features in batches:
         targets, has_reply = _targets(batch, embedding, image_token_id, projector.num_tokens)
+        targets = targets * scale
         inputs = projector.layers[:-1](projector.inputs(features)).float()
         keep = torch.tensor([_is_held_out(each) for each in features], dtype=torch.bool, device=inputs.device)
         moments.add(inputs[has_reply & ~keep], targets[has_reply & ~keep])
@@ -114,7 +120,7 @@ def fit_least_squares(
     fits = [(ridge, *moments.solve(ridge)) for ridge in RIDGES]
     ridge, weight, mean, target = max(fits, key=lambda fit: _explained(inputs, targets, *fit[1:]))
     predicted_std = (moments.covariance().float() @ weight).mul(weight).sum(0).mean().sqrt()
-    factor = embedding.float().std().cpu() / predicted_std
+    factor = scale * embedding.float().std().cpu() / predicted_std
     last.weight.copy_(factor * weight.T)
     last.bias.copy_(target - factor * (mean @ weight))
     found = _found(inputs, targets, weight, mean, target)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.models.partition import full_shape
+from vlm.models.decay import undecayed
 from vlm.models.trainable import part_of
 from vlm.train.bitsandbytes_adamw import bitsandbytes_adamw
 from vlm.train.config import TrainConfig
@@ -58,21 +58,23 @@ def build_schedule(config: TrainConfig, max_steps: int) -> Schedule:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """One group per trainable part and decay. Norms, biases and other vectors are not decayed.
+    """One group per trainable part and decay; see `vlm.models.decay` for what is decayed.
 
     Each group's learning rate is `lr_scale` times the schedule's: `learning_rates[part] / learning_rate`.
     """
+    left_alone = undecayed(model)
     rates: dict[str, float] = {str(part): rate for part, rate in config.learning_rates.items()}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((part_of(name), len(full_shape(parameter)) >= 2), []).append(parameter)
+            groups.setdefault((part_of(name), name not in left_alone), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": config.weight_decay if decays else 0.0,
             "lr_scale": rates.get(part, config.learning_rate) / config.learning_rate,
             "part": part,
+            "decays": decays,
         }
         for (part, decays), parameters in groups.items()
     ]

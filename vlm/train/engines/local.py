@@ -28,6 +28,7 @@ from vlm.train.engines.base import (
 from vlm.train.fragments import Fragment
 from vlm.train.optim import set_learning_rate
 from vlm.train.scaling import LossScale
+from vlm.train.statistics import average_statistics
 
 
 class LocalEngine(FragmentState):
@@ -69,6 +70,7 @@ class LocalEngine(FragmentState):
             self.optimizer.step()
         # DistributedDataParallel's gradients are views of its buckets; dropping them would cost a second copy
         self.optimizer.zero_grad(set_to_none=self._wrapped is self.loss_module)
+        average_statistics(self.model)
         return self.step_output(summed / weight, grad_norm, finite)
 
     def rehearse(self, microbatches: list[Batch], weight: float, look: Callable[[], T]) -> tuple[float, float, T]:
@@ -125,7 +127,7 @@ class LocalEngine(FragmentState):
             return module
         with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, 2.10 knows no other name
             warnings.simplefilter("ignore", FutureWarning)
-            # a copy of the gradients would double their memory; buffers never change while training
+            # a copy of the gradients would double their memory; buffers that change are averaged after each step
             return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def _reduction(self, is_last: bool) -> Any:

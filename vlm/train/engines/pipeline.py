@@ -31,6 +31,7 @@ from vlm.train.engines.zero import initialize_deepspeed, scale_deepspeed, start_
 from vlm.train.fragments import Fragment, FragmentReader, state_files
 from vlm.train.optim import build_optimizer, set_learning_rate
 from vlm.train.scaling import LossScale
+from vlm.train.statistics import average_statistics
 
 
 class PipelineEngine(FragmentState):
@@ -97,6 +98,7 @@ class PipelineEngine(FragmentState):
         applied = bool(self._engine.was_step_applied())
         grad_norm = float(self._engine.get_global_grad_norm()) if applied else math.inf
         (summed,) = sum_over_ranks([sum(self._run.losses)])  # only last stages have some
+        average_statistics(self.model, self._engine.grid.get_data_parallel_group())
         return self.step_output(summed / weight, grad_norm, applied)
 
     def share(self, batches: list[Batch]) -> list[Batch]:

@@ -71,9 +71,9 @@ def stage_groups(stage: Stage, train: TrainConfig) -> list[dict[str, Any]]:
     DeepSpeed sums the norm group by group over the stages, so every stage needs the same groups in the same order. A
     group of which it holds nothing gets a parameter that nothing uses.
     """
-    own = {(group["part"], group["params"][0].ndim >= 2): group for group in parameter_groups(stage.built.model, train)}
+    own = {(group["part"], group["decays"]): group for group in parameter_groups(stage.built.model, train)}
     wanted = dict.fromkeys(
-        (part_of(name), len(shape) >= 2) for name, shape in stage.shapes.items() if name in stage.trained
+        (part_of(name), name not in stage.undecayed) for name in stage.shapes if name in stage.trained
     )
     return [
         own.get(key) or {"params": [nn.Parameter(torch.zeros(1))], "weight_decay": 0.0, "lr_scale": 1.0, "part": key[0]}

@@ -36,6 +36,7 @@ from vlm.train.engines.base import (
 from vlm.train.fragments import Fragment, FragmentReader, state_files
 from vlm.train.optim import set_learning_rate
 from vlm.train.scaling import LossScale
+from vlm.train.statistics import average_statistics
 
 
 class ZeroEngine(FragmentState):
@@ -79,6 +80,7 @@ class ZeroEngine(FragmentState):
             self._engine.step()  # updates after the last micro-batch only
         applied = bool(self._engine.was_step_applied())
         grad_norm = float(self._engine.get_global_grad_norm()) if applied else math.inf
+        average_statistics(self.model)
         return self.step_output(self.sum_over_data_ranks([summed])[0] / weight, grad_norm, applied)
 
     @torch.no_grad()
