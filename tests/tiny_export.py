@@ -176,7 +176,7 @@ def write_run(
 
 def save_run(
     run: Path, config: ModelConfig, weights: dict[str, torch.Tensor], *, template: str = "chatml",
-    init_from: Path | None = None, step: int = 7,
+    init_from: Path | None = None, step: int = 7, info: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     whole = {
@@ -191,4 +191,4 @@ def save_run(
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
         save_file(tensors, folder / "weights.safetensors")
 
-    save_checkpoint(run, step, write, {}, keep_last=2)
+    save_checkpoint(run, step, write, info or {}, keep_last=2)

@@ -112,7 +112,7 @@ def write_llava(
     model = _build_asked(built, config.vision.keep_class_token, tokens, expected)
     cast_weights(model, dtype)
     model.generation_config = generation_config(built, tokens)
-    model.config.text_config.eos_token_id = sorted(tokens.stop_ids)
+    model.config.eos_token_id = model.config.text_config.eos_token_id = sorted(tokens.stop_ids)
     model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=_checkpoint_names(model))
     _processor(built, model.config, spec, tokens).save_pretrained(folder)
     write_preprocessor(folder, spec)

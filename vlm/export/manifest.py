@@ -16,6 +16,10 @@ from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig
 
 NAME = "vlm.json"
+PROJECTOR = "projector.safetensors"
+VISION = "vision.safetensors"
+ADAPTER = "adapter/adapter_model.safetensors"
+LLM = "llm"  # a folder
 FORMAT = "vlm"
 FORMAT_VERSION = 1
 # version -> what turns a manifest of that version into one of the next
