@@ -173,6 +173,8 @@ TEMPLATES: dict[str, ChatTemplate] = {
 }
 
 
+# as exports write them: their tokenizers leave the begin token to the template
+_WITH_BEGIN = [replace(template, bos="always") for template in TEMPLATES.values() if template.bos == "tokenizer"]
 NO_CHAT_TEMPLATE = "data.template is tokenizer, but this tokenizer has no chat template. Name one of: " + ", ".join(
     TEMPLATES
 )
@@ -200,7 +202,7 @@ def match_tokenizer_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate
             f"({error}). Name one of: {', '.join(TEMPLATES)}"
         ) from None
     nearest, agreement = "", -1
-    for template in TEMPLATES.values():
+    for template in (*TEMPLATES.values(), *_WITH_BEGIN):
         candidate = _with_system_of(template, tokenizer, turns, expected[0])
         rendered = [render_text(candidate, tokenizer, turns, system) for system in (None, "Be brief.")]
         if rendered == expected:

@@ -36,6 +36,7 @@ from vlm.export.parts import read_parts
 from vlm.export.placement import check_device_map, spread
 from vlm.export.quantize import check_bits, quantize_linears
 from vlm.export.streaming import TextStream
+from vlm.models.build import Assembled
 from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.generate import GenerationSettings, generate
 from vlm.models.trainable import has_lora, load_weights, merge_adapter, part_of, part_weights
@@ -254,26 +255,35 @@ def load(
         target = spread(built.model, offload_folder, only_cpu=target.type == "cpu")
     else:
         built.model.to(target)
-    spec = manifest.image_spec
-    tokens = ConversationTokenizer(
-        built.tokenizer,
-        build_template(name, built.tokenizer),
-        image_token_id=built.image_token_id,
-        tokens_per_image=0 if spec is None else spec.num_tokens,
-        system=manifest.system,
-    )
+    tokens = build_tokens(built, manifest, name)
     on_progress(1.0)
     return LoadedModel(
         model=built.model,
         tokenizer=built.tokenizer,
         conversation_tokenizer=tokens,
-        image_spec=spec,
+        image_spec=manifest.image_spec,
         image_token_id=built.image_token_id,
         config=found.model,
         system=manifest.system,
         device=target,
         compute_dtype=dtype,
     )
+
+
+def build_tokens(built: Assembled, manifest: Manifest, template_name: str) -> ConversationTokenizer:
+    """How an export's prompts are written, and what ends its replies."""
+    template, spec = build_template(template_name, built.tokenizer), manifest.image_spec
+    if template.bos == "tokenizer" and manifest.begins is not None:  # the exported tokenizer leaves it to the template
+        template = replace(template, bos="always" if manifest.begins else "never")
+    tokens = ConversationTokenizer(
+        built.tokenizer,
+        template,
+        image_token_id=built.image_token_id,
+        tokens_per_image=0 if spec is None else spec.num_tokens,
+        system=manifest.system,
+    )
+    tokens.stop_ids |= set(manifest.stop_ids)
+    return tokens
 
 
 def load_init(model: VisionLanguageModel, path: str | Path) -> list[str]:
