@@ -46,6 +46,12 @@ class Conversation:
     def num_slots(self) -> int:
         return sum(turn.num_images for turn in self.turns)
 
+    @property
+    def begun_reply(self) -> str:
+        """Text of a reply that the conversation ends with, for the model to go on with; empty when it says nothing."""
+        text = self.turns[-1].text if self.turns and self.turns[-1].role == "assistant" else ""
+        return text if text.strip() else ""
+
     def first_turns(self, count: int) -> Conversation:
         """The conversation cut after `count` turns, with the pictures of those turns only."""
         turns = self.turns[:count]
@@ -96,7 +102,13 @@ def check_conversation(conversation: Conversation) -> Conversation:
             rule = "assistant_first" if number == first_number else "role_repeated"
             raise RecordError(rule, f"turn {number} is {turn.role}, expected {expected}", where)
         expected = "assistant" if turn.role == "user" else "user"
-    if any(turn.num_images for turn in turns if turn.role != "user"):
+    return check_images(conversation)
+
+
+def check_images(conversation: Conversation) -> Conversation:
+    """Return the conversation if its pictures can be shown. Raises RecordError: rules image_in_answer, image_count."""
+    where = conversation.where
+    if any(turn.num_images for turn in conversation.turns if turn.role != "user"):
         raise RecordError("image_in_answer", "a picture stands in a system or assistant turn", where)
     if conversation.num_slots != len(conversation.images):
         raise RecordError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
@@ -86,6 +86,34 @@ class ChatTemplate:
         """Control text that ends a reply."""
         return self.assistant.after
 
+    def why_not(self, turns: Sequence[Turn]) -> str | None:
+        """Why turns in this order cannot be written with this template; None when they can.
+
+        Beyond the order that is trained on (a system turn first, then user and assistant in turns), replies may come
+        first or in a row and system turns later, where the template marks the beginning of such a turn.
+
+        >>> TEMPLATES["llama2"].why_not([Turn("assistant", ("Hello!",)), Turn("user", ("Hi",))])
+        'turn 1 is an assistant turn without a user turn before it, which the template llama2 cannot write'
+        """
+        before = "system"
+        for number, turn in enumerate(turns, 1):
+            if turn.role == "system" and number > 1 and not self._can_repeat_system:
+                return f"turn {number} is a system turn; with the template {self.name} it may only come first"
+            if turn.role == "assistant" and before != "user" and not self.assistant.before:
+                return (
+                    f"turn {number} is an assistant turn without a user turn before it, which the template "
+                    f"{self.name} cannot write"
+                )
+            before = turn.role
+        if self.system_in_first_user and turns[0].role == "system" and all(turn.role != "user" for turn in turns):
+            return f"there is no user turn, in which the template {self.name} writes the system text"
+        return None
+
+    @property
+    def _can_repeat_system(self) -> bool:
+        """Whether a system turn stands between marks of its own, so that it is told from what is around it."""
+        return bool(self.system.before) and not self.system_in_first_user and not self.only_images_of_user
+
     def jinja(self, bos_token: str | None, eos_token: str | None, tokenizer_adds_bos: bool) -> str:
         """The same template in the form that transformers keeps in chat_template.jinja.
 
@@ -108,6 +136,9 @@ class ChatTemplate:
             yield Piece(self.assistant.prefix + turn.text, is_reply=True)
             yield Piece(self.assistant.after, is_control=True, is_reply=True)
             yield Piece(self.separator, is_control=True)
+            return
+        if turn.role == "system":  # not the first turn: `why_not` says where that can be written
+            yield from self._system(turn.text)
             return
         yield Piece(self.user.before, is_control=True)
         yield from head
@@ -332,7 +363,22 @@ def _jinja(template: ChatTemplate, start: str, bos_token: str, eos_token: str) -
         f"{{%- generation -%}}{{{{- {text(assistant.prefix)} + flat(message['content'], false)"
         f" + {text(assistant.after)} -}}}}{{%- endgeneration -%}}",
         f"{{{{- {text(template.separator)} -}}}}",
+        *_later_system(template, text),
+        "{%- elif not (message['role'] == 'system' and loop.first) -%}",
+        f"{{{{- raise_exception('the chat template {template.name} cannot write a turn of role ' ~ message['role']"
+        " ~ ' here') -}}",
         "{%- endif -%}{%- endfor -%}",
         f"{{%- if add_generation_prompt -%}}{{{{- {text(assistant.before)} -}}}}{{%- endif -%}}",
     ]
     return "".join(lines)
+
+
+def _later_system(template: ChatTemplate, text: Callable[[str], str]) -> list[str]:
+    """The loop's branch for a system turn that is not the first; none where that cannot be written."""
+    if not template._can_repeat_system:
+        return []
+    before, after = text(template.system.before + template.system.prefix), text(template.system.after)
+    return [
+        "{%- elif message['role'] == 'system' and not loop.first -%}",
+        f"{{{{- {before} + flat(message['content'], false) + {after} -}}}}",
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +111,16 @@ class ConversationTokenizer:
         )
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """Token ids up to and with what stands before a reply, for generation."""
+        """Token ids up to and with what stands before a reply, for generation.
+
+        Of a reply that the conversation ends with, its text too and not its end: the model goes on with it.
+        """
+        begun = conversation.begun_reply
+        if conversation.turns and conversation.turns[-1].role == "assistant":
+            conversation = replace(conversation, turns=conversation.turns[:-1])
         pieces = self.template.render(conversation, self.system, add_generation_prompt=True)
+        if begun:
+            pieces.append(Piece(self.template.assistant.prefix + begun))
         return self._encode(pieces, conversation.where)[0]
 
     def decode(self, ids: list[int]) -> str:

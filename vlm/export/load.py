@@ -35,7 +35,7 @@ from vlm.export.messages import Messages, Picture, to_conversation
 from vlm.export.parts import read_parts
 from vlm.export.placement import check_device_map, spread
 from vlm.export.quantize import check_bits, quantize_linears
-from vlm.export.streaming import TextStream
+from vlm.export.streaming import CONTEXT, TextStream
 from vlm.models.build import Assembled
 from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.generate import GenerationSettings, generate
@@ -96,7 +96,7 @@ class LoadedModel:
         """The reply to a question or a list of messages; see `to_conversation` for both forms.
 
         Args:
-            messages: a plain string, or messages as OpenAI's API writes them.
+            messages: a plain string, or messages as OpenAI's API writes them. A reply at their end is gone on with.
             images: paths or PIL pictures, shown before the first question unless the messages place them.
             stop: texts that end the reply; they are not part of it.
             settings: fields of `GenerationSettings`, e.g. max_new_tokens=64, do_sample=True, seed=1.
@@ -105,9 +105,10 @@ class LoadedModel:
             RecordError: a picture or a message cannot be used.
             ConfigError: an unknown setting, or the conversation is longer than the model can read.
         """
-        conversation = to_conversation(messages, images)
+        conversation = to_conversation(messages, images, self.template)
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        return "".join(self.stream(conversation, make_settings(settings), stop)).strip()
+        reply = "".join(self.stream(conversation, make_settings(settings), stop))
+        return reply.rstrip() if conversation.begun_reply else reply.strip()
 
     def stream(
         self,
@@ -121,7 +122,7 @@ class LoadedModel:
         Closing the iterator ends the generation.
 
         Args:
-            conversation: its last turn is the user's.
+            conversation: ends with a question, or with the beginning of the reply.
             should_stop: asked before every token; may answer from another thread.
 
         Raises:
@@ -136,7 +137,9 @@ class LoadedModel:
                 f"model reads at most {self.max_tokens:,}. Clear it, or ask again with fewer turns or pictures"
             )
         settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, left))
-        return self._stream(input_ids, self._pixels(conversation), settings, stop, should_stop)
+        before = input_ids[-CONTEXT:] if conversation.begun_reply else ()
+        text = TextStream(self.conversation_tokenizer.decode, stop, before)
+        return self._stream(input_ids, self._pixels(conversation), settings, text, should_stop)
 
     def _pixels(self, conversation: Conversation) -> Tensor | None:
         if not conversation.images:
@@ -152,12 +155,11 @@ class LoadedModel:
         input_ids: list[int],
         pixel_values: Tensor | None,
         settings: GenerationSettings,
-        stop: Sequence[str],
+        text: TextStream,
         should_stop: Callable[[], bool],
     ) -> Generator[str, None, None]:
         """transformers generates with callbacks; a thread and a queue turn them into an iterator."""
         pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        text = TextStream(self.conversation_tokenizer.decode, stop)
         closed = threading.Event()
         seen = 0
 
