@@ -426,6 +426,8 @@ def test_every_list_and_every_jsonl_is_read_back_as_json_reads_it(records, data)
     delimiter=st.sampled_from([",", "\t"]),
 )
 def test_every_table_is_read_back_as_csv_reads_it(rows, delimiter):
+    if delimiter == "\t":  # a TSV file has no tabs in its cells
+        rows = [["x", "y"], *([cell.replace("\t", " ") for cell in row] for row in rows)]
     out = io.StringIO(newline="")
     csv.writer(out, delimiter=delimiter).writerows(rows)
     text = out.getvalue().encode()

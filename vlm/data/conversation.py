@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from vlm.errors import RecordError
@@ -23,6 +24,7 @@ Part = str | ImageSlot
 class Turn:
     role: Role
     parts: tuple[Part, ...]
+    is_learned: bool = True  # false: a reply that is read, not learned
 
     @property
     def text(self) -> str:
@@ -41,6 +43,7 @@ class Conversation:
     turns: tuple[Turn, ...]
     images: tuple[str | bytes, ...] = ()
     where: str = ""  # file and record, for errors
+    unread: tuple[str, ...] = field(default=(), compare=False)  # keys and marks of its record that nothing read
 
     @property
     def num_slots(self) -> int:
@@ -58,13 +61,28 @@ class Conversation:
         return replace(self, turns=turns, images=self.images[: sum(turn.num_images for turn in turns)])
 
 
+def join_texts(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Texts that follow each other as one: what is written together is encoded together.
+
+    >>> join_texts(("a", "b", IMAGE, "", "c"))
+    ('ab', ImageSlot(), 'c')
+    """
+    joined: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        elif part != "":
+            joined.append(part)
+    return tuple(joined)
+
+
 def normalise_turns(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     """Mend what can only have been meant in one way: an empty system turn is left out, users in a row become one.
 
     Two replies in a row stay: whether the second continues or replaces the first cannot be known.
 
     >>> normalise_turns((Turn("user", ("Look.",)), Turn("user", ("What is it?",))))
-    (Turn(role='user', parts=('Look.', '\\n', 'What is it?')),)
+    (Turn(role='user', parts=('Look.', '\\n', 'What is it?'), is_learned=True),)
     """
     normal: list[Turn] = []
     for turn in turns:

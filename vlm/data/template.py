@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import jinja2
 
-from vlm.data.conversation import IMAGE, Conversation, ImageSlot, Role, Turn
+from vlm.data.conversation import IMAGE, Conversation, ImageSlot, Role, Turn, join_texts
 from vlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,6 +81,22 @@ class ChatTemplate:
             pieces.append(Piece(self.assistant.before, is_control=True))
         return [piece for piece in pieces if isinstance(piece, ImageSlot) or piece.text]
 
+    def leaves_out(self, conversation: Conversation) -> tuple[str, ...]:
+        """What of a conversation is not written down, beyond the words with the first picture.
+
+        >>> turns = [Turn("user", (IMAGE, "What?")), Turn("assistant", ("A dog.",)), Turn("user", ("Sure?",))]
+        >>> TEMPLATES["plain"].leaves_out(Conversation(tuple(turns)))
+        ("questions (template plain writes the user's pictures only)",)
+        """
+        if not self.only_images_of_user:
+            return ()
+        roles = [turn.role for turn in conversation.turns]
+        users = [turn for turn in conversation.turns if turn.role == "user"]
+        is_silent = all(not turn.text.strip() or (turn is users[0] and turn.num_images) for turn in users)
+        why = f"(template {self.name} writes the user's pictures only)"
+        left_out = [] if is_silent else [f"questions {why}"]
+        return tuple([*left_out, f"system prompts {why}"] if "system" in roles else left_out)
+
     @property
     def stop(self) -> str:
         """Control text that ends a reply."""
@@ -133,8 +149,8 @@ class ChatTemplate:
     def _turn(self, turn: Turn, head: list[Piece | ImageSlot]) -> Iterator[Piece | ImageSlot]:
         if turn.role == "assistant":
             yield Piece(self.assistant.before, is_control=True)
-            yield Piece(self.assistant.prefix + turn.text, is_reply=True)
-            yield Piece(self.assistant.after, is_control=True, is_reply=True)
+            yield Piece(self.assistant.prefix + turn.text, is_reply=turn.is_learned)
+            yield Piece(self.assistant.after, is_control=True, is_reply=turn.is_learned)
             yield Piece(self.separator, is_control=True)
             return
         if turn.role == "system":  # not the first turn: `why_not` says where that can be written
@@ -143,7 +159,7 @@ class ChatTemplate:
         yield Piece(self.user.before, is_control=True)
         yield from head
         prefix = self.user.prefix
-        for part in turn.parts:
+        for part in join_texts(turn.parts):
             if part == IMAGE:
                 yield from (Piece(prefix), IMAGE)
                 prefix = ""

@@ -66,13 +66,20 @@ class ConversationTokenizer:
         """Tokenize a whole conversation.
 
         Raises:
-            RecordError: rules no_supervised_tokens (no reply, or only empty ones), image_without_encoder.
+            RecordError: rules no_supervised_tokens (no reply, or only empty ones), empty_reply (some are empty: the
+                model would learn to say nothing), image_without_encoder.
         """
         ids, labels = self.encode(conversation)
-        says_nothing = all(turn.role != "assistant" or not turn.text.strip() for turn in conversation.turns)
-        if says_nothing or all(label == IGNORE_INDEX for label in labels):
+        replies = [turn for turn in conversation.turns if turn.role == "assistant" and turn.is_learned]
+        empty = [not turn.text.strip() for turn in replies]
+        if all(empty) or all(label == IGNORE_INDEX for label in labels):
             raise RecordError("no_supervised_tokens", "no reply to learn from", conversation.where)
-        return Example(ids, labels, conversation.images, conversation.where)
+        if any(empty):
+            raise RecordError(
+                "empty_reply", f"reply {empty.index(True) + 1} of {len(replies)} is empty", conversation.where
+            )
+        unread = (*conversation.unread, *self.template.leaves_out(conversation))
+        return Example(ids, labels, conversation.images, conversation.where, unread)
 
     def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Ids and labels, whether or not there is anything to learn."""
