@@ -1,4 +1,4 @@
-"""What differs between versions and builds of the libraries: torchvision beside a CPU torch, renamed arguments.
+"""What differs between versions and builds of the libraries: torchvision beside a CPU torch, renamed arguments, modes.
 
 The package index ships torchvision with CUDA kernels only. Beside a CPU torch its extension cannot load, and
 `import torchvision` fails with "operator torchvision::nms does not exist", which takes transformers' model classes,
@@ -89,6 +89,13 @@ def _define_missing() -> None:
         for schema in missing:
             library.define(schema)
         _libraries.append(library)
+
+
+def follow_umask(file: Path) -> None:
+    """Give a file the mode of any new file. safetensors 0.8 writes files that only their owner may read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 def _loads(package: Path) -> bool:

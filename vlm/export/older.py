@@ -7,10 +7,10 @@ transformers 5 writes `rope_parameters` alone. transformers 4, MLX-VLM and conve
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from vlm.compat import follow_umask
 from vlm.export.tokenizer import make_readable
 
 # per model type: older names of what rope_parameters holds
@@ -26,25 +26,37 @@ def finish_folder(folder: Path) -> None:
     for file in sorted(folder.rglob("config.json")):
         values = json.loads(file.read_text(encoding="utf-8"))
         if "model_type" in values:
-            _add_older_names(file, values)
+            _rewrite(file, _without_paths(values))
     make_readable(folder)
-    _follow_umask(folder)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            follow_umask(file)
 
 
-def _add_older_names(file: Path, values: dict[str, Any]) -> None:
-    """Add them unless transformers then reads other settings than before."""
+def _rewrite(file: Path, values: dict[str, Any]) -> None:
+    """Add the older names, unless transformers then reads other settings than before."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    changed = {**values, **older_rope(values)}
+    _write(file, values)
+    older = {**values, **older_rope(values)}
     if isinstance(text_config := values.get("text_config"), dict):
-        changed["text_config"] = {**text_config, **older_rope(text_config)}
-    if changed == values or values["model_type"] not in CONFIG_MAPPING:
+        older["text_config"] = {**text_config, **older_rope(text_config)}
+    if older == values or values["model_type"] not in CONFIG_MAPPING:
         return
-    before = file.read_text(encoding="utf-8")
     rope = _rope_of(AutoConfig.from_pretrained(file.parent).to_dict())
-    file.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(file, older)
     if _rope_of(AutoConfig.from_pretrained(file.parent).to_dict()) != rope:
-        file.write_text(before, encoding="utf-8")
+        _write(file, values)
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """transformers writes where the parts of a model of several were loaded from."""
+    kept = {key: value for key, value in values.items() if key != "_name_or_path"}
+    return {key: _without_paths(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def older_rope(settings: dict[str, Any]) -> dict[str, Any]:
@@ -80,12 +92,3 @@ def _without_type(rope: Any) -> Any:
     if not isinstance(rope, dict):
         return rope
     return {key: _without_type(value) for key, value in rope.items() if key != "type"}
-
-
-def _follow_umask(folder: Path) -> None:
-    """safetensors writes files that only their owner may read."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(0o666 & ~umask)
