@@ -280,7 +280,7 @@ kernels. {versions}; {seconds:.0f} s.
 
 **{right} types are right, {one_by_one} of them with records decoded one by one; {wrong} leak in silence; {refused} are
 refused by name; {left} could not be built at toy size.** A type that is not listed (newer, or with code of its own) is
-decoded one by one, and its head is compared with its own forward when it is loaded.
+decoded one by one. Of every type, head and embeddings are compared with its own forward when it is loaded.
 
 - packed rows: `positions`: records of a packed row are kept apart by restarting positions. `one by one`: the class
   would let them see each other, so each is a row of its own inside the forward: slower, and one line of the log says

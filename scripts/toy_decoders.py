@@ -72,7 +72,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dots1": {"layer_types": _WINDOW_THEN_FULL, "n_shared_experts": 1},
-    "falcon_h1": {"mamba_d_ssm": WIDTH},
+    "falcon_h1": {"mamba_d_ssm": WIDTH, "embedding_multiplier": 4.0},  # of given embeddings it does without
     "gemma3_text": {"layer_types": _WINDOW_THEN_FULL},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": _WINDOW_THEN_FULL},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},

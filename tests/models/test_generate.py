@@ -80,6 +80,16 @@ def test_nothing_that_a_base_model_asks_for_changes_a_reply_or_stops_it(model: V
     assert model.llm.generation_config is own
 
 
+def test_a_class_that_cannot_generate_by_itself_answers_all_the_same(
+    model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+):
+    """A folder's own code under transformers 5, whose models generate only if they say so."""
+    expected = likeliest(model, 6)
+    monkeypatch.setattr(type(model.llm), "prepare_inputs_for_generation", None)
+    monkeypatch.setattr(model.llm, "generation_config", None)
+    assert generate(model, PROMPT, PICTURE, [], GenerationSettings(max_new_tokens=6)) == expected
+
+
 def test_a_stop_token_ends_the_reply_and_is_not_part_of_it(model: VisionLanguageModel):
     free = likeliest(model, 8)
     stop = free[3]

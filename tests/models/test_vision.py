@@ -245,6 +245,19 @@ def test_windows_stay_as_they_were_trained_whatever_the_image_size(architecture:
     assert len(windows(own)) > 3
 
 
+def test_windows_stay_in_a_network_that_open_clip_wraps(tmp_path: Path):
+    name = "swin_tiny_patch4_window7_224"
+    shape = {"image_size": 224, "timm_model_name": name, "timm_pool": "avg", "timm_proj": None}
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
+    settings = {"model_cfg": {"embed_dim": 768, "vision_cfg": shape, "text_cfg": text}, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    with torch.device("meta"):
+        config = VisionConfig(backend="open_clip", path=str(tmp_path), image_size=448)
+        built = build_vision(config, weights=False)
+    assert (built.image_size, built.num_patches) == (448, 14 * 14)
+    assert {module.window_size for module in built.trunk.modules() if hasattr(module, "window_size")} == {(7, 7)}
+
+
 def test_a_network_of_one_size_names_it(tmp_path: Path):
     with pytest.raises(ConfigError, match="image_size 64: mixer_s32_224 takes only 224"):
         encoder("timm", "mixer_s32_224", pretrained=timm_file(tmp_path, "mixer_s32_224"), image_size=64)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vlm.models.config import LoRAConfig
-from vlm.plan.blocks import decoder_block, head
+from vlm.plan.blocks import decoder_block, head, vision
 from vlm.plan.numerics import Numerics, Workload
+from vlm.plan.shapes import VisionShape
 
 FROZEN = Numerics(frozen=2, compute=2, residual=2, attention="sdpa", on_gpu=False)
 TRAINED = Numerics(frozen=2, compute=2, residual=4, attention="sdpa", on_gpu=False)
@@ -83,3 +84,16 @@ def test_logits_of_one_chunk_stay_and_of_several_are_made_again(shape):
     chunked = head(shape, WORK, FROZEN, is_trained=False, chunk_tokens=5)
     assert chunked.saved == norm + 10 * 8 * 2
     assert chunked.backward == 12 * 5 * 32 + 10 * 8 * 2
+
+
+def test_blocks_of_a_trained_encoder_keep_their_inputs_only_with_checkpointing():
+    shape = VisionShape(
+        numel=100, width=8, num_patches=4, num_tokens=5, num_blocks=3, block_width=8, intermediate=16,
+        activation_copies=1, image_size=14,
+    )  # fmt: skip
+    work = Workload(rows=1, length=10, num_images=2, supervised=10)
+    plain = vision(shape, work, FLOAT32, is_trained=True, is_cached=False)
+    again = vision(shape, work, FLOAT32, is_trained=True, is_cached=False, checkpointing=True)
+    assert again.saved == 3 * 2 * 5 * 8 * 4  # blocks, images, tokens, width, bytes
+    assert again.recomputed == plain.saved / 3  # one block at a time
+    assert vision(shape, work, FLOAT32, is_trained=False, is_cached=False, checkpointing=True).saved == 0

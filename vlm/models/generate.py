@@ -90,7 +90,8 @@ def generate(
 
 def _can_generate(llm: Any) -> bool:
     """Whether transformers' own generation takes embeddings and is right, for this class."""
-    takes_embeddings = "inputs_embeds" in inspect.signature(llm.prepare_inputs_for_generation).parameters
+    prepare = getattr(llm, "prepare_inputs_for_generation", None)  # code of a folder's own may have none
+    takes_embeddings = prepare is not None and "inputs_embeds" in inspect.signature(prepare).parameters
     kind = llm.config.model_type
     return takes_embeddings and kind in PACKS_BY_POSITIONS | ONE_BY_ONE and kind not in GENERATES_WRONGLY
 
@@ -165,7 +166,7 @@ def _undisturbed(model: VisionLanguageModel, seed: int | None) -> Iterator[None]
     transformers would take from it whatever is not set, and `vlm serve` reads none of it."""
     from transformers import GenerationConfig
 
-    was_training, own = model.training, model.llm.generation_config
+    was_training, own = model.training, getattr(model.llm, "generation_config", None)
     model.eval()
     model.llm.generation_config = GenerationConfig()
     devices = [model.llm.device] if model.llm.device.type == "cuda" else []

@@ -296,12 +296,15 @@ def _build_open_clip(config: VisionConfig, dtype: torch.dtype, weights: bool) ->
                 require_pretrained=weights,  # it would go on with random ones
                 pretrained_text=False,
                 device="cpu" if weights else torch.get_default_device(),
-                force_image_size=config.image_size,
+                # of a network of timm, open_clip would scale the windows too
+                force_image_size=None if _wraps_timm(name) else config.image_size,
             ),
             config,
         )
     visual = model.visual
     if hasattr(visual, "trunk"):  # EVA-CLIP, SigLIP and others: open_clip wraps timm
+        if config.image_size is not None:
+            _resize(visual.trunk, config.image_size)
         tower: nn.Module = _timm_tower(visual.trunk, config)
     elif hasattr(visual, "transformer"):
         num_blocks = len(visual.transformer.resblocks)
@@ -360,9 +363,27 @@ def _build_timm(config: VisionConfig, dtype: torch.dtype, weights: bool) -> Visi
     model = _load(lambda: timm.create_model(name, **arguments), config)
     settings = model.pretrained_cfg
     size = settings["input_size"][-1]
-    if config.image_size not in (None, size) and hasattr(model, "set_input_size"):  # a CNN takes any and has none
-        model.set_input_size(img_size=(config.image_size, config.image_size), **_own_windows(model))
+    if config.image_size is not None and config.image_size != size:
+        _resize(model, config.image_size)
     return _encoder(_timm_tower(model, config), config, size, settings["mean"], settings["std"])
+
+
+def _wraps_timm(name: str) -> bool:
+    """Whether open_clip's architecture of this name, or in this folder, is one of timm. False for one in a hub."""
+    import open_clip
+
+    if name.startswith("local-dir:"):
+        file = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))["model_cfg"] if file.is_file() else {}
+    else:
+        settings = {} if ":" in name else open_clip.get_model_config(name) or {}
+    return "timm_model_name" in settings.get("vision_cfg", {})
+
+
+def _resize(model: Any, size: int) -> None:
+    """Let a network of timm take another image size; a CNN takes any."""
+    if hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=(size, size), **_own_windows(model))
 
 
 def _own_windows(model: Any) -> dict[str, Any]:
