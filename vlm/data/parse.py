@@ -20,6 +20,7 @@ from vlm.data.conversation import IMAGE, Conversation, Role, Turn, check_convers
 from vlm.data.fields import Fields, has_content, renamed, short
 from vlm.data.marks import find_marks
 from vlm.data.media import Image, read_image
+from vlm.data.notes import ABSENT_COLUMN
 from vlm.data.places import Placed, RawTurn, Shown, place_images, refuse_embedded
 from vlm.data.unread import CALLS_AS_TURNS, REPLY_KEYS, is_learned, judge, refuse_settings
 from vlm.errors import RecordError
@@ -48,6 +49,7 @@ class _Draft:
     fields: Fields
     config: SourceConfig
     images: list[Image]  # named beside the turns
+    absent: list[str]  # columns that the config names and the record lacks
     uses_prompt: bool = False  # data.sources[].prompt stands in it
 
 
@@ -70,7 +72,8 @@ def parse_record(record: dict[str, Any], config: SourceConfig, image_placement: 
     columns = {ours: theirs for ours, theirs in config.columns.items() if ours not in TURN_NAMES}
     fields = Fields(renamed(record, columns))
     refuse_settings(fields)
-    draft = _Draft(fields, config, _images_of(fields) if config.format != "text" else [])
+    absent = [column for column in columns.values() if column not in record]
+    draft = _Draft(fields, config, _images_of(fields) if config.format != "text" else [], absent)
     if config.format == "text":
         fields.take(*_IMAGE_KEYS)
     raw = _parser(draft)(draft)
@@ -90,6 +93,7 @@ def _settings_unread(draft: _Draft, placed: Placed) -> list[str]:
     names = list(dict.fromkeys(placed.unread))
     if draft.config.format == "text":
         names += draft.fields.given(_IMAGE_KEYS)
+    names += [ABSENT_COLUMN + column for column in draft.absent]
     if draft.config.prompt and not draft.uses_prompt:
         names.append("data.sources[].prompt")
     return names
@@ -254,10 +258,10 @@ def _caption_turns(draft: _Draft) -> list[RawTurn]:
 def _text_turns(draft: _Draft) -> list[RawTurn]:
     text = _text(draft.fields.take("text") or draft.fields.values["text"], "text")
     given = draft.fields.values.get("prompt")
-    if isinstance(given, str) and text.startswith(given):
-        draft.fields.take("prompt")  # the text holds it
-        given = None
+    is_within = isinstance(given, str) and "prompt" in draft.fields and text.startswith(given)
     asked = _question(draft)
+    if is_within:  # the text holds its prompt
+        asked = ""
     return [*_before(draft), RawTurn("user", (asked,) if asked else ()), _turn("assistant", text)]
 
 
