@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -276,6 +278,156 @@ def test_without_pictures_a_mark_in_an_answer_is_text():
         ("user", "How is SVG's tag called?"),
         ("assistant", "<image>"),
     ]
+
+
+# Names that others use
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"query": "Hi", "response": "Yes?"}, [("user", "Hi"), ("assistant", "Yes?")]),
+        ({"prompt": "Hi", "completion": "Yes?"}, [("user", "Hi"), ("assistant", "Yes?")]),
+        ({"question": "Hi", "answer": "Yes?"}, [("user", "Hi"), ("assistant", "Yes?")]),
+        ({"human": "Hi", "assistant": "Yes?"}, [("user", "Hi"), ("assistant", "Yes?")]),
+        ({"input": "Hi", "output": "Yes?"}, [("user", "Hi"), ("assistant", "Yes?")]),
+        ({"instruction": "Which?", "context": "A blue ball.", "response": "Blue."},
+         [("user", "Which?\nA blue ball."), ("assistant", "Blue.")]),
+        ({"conversation": [{"system": "Be brief.", "input": "Hi", "output": "Yes?"}, {"input": "Go", "output": "OK."}]},
+         [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Go"), ("assistant", "OK.")]),
+        ({"conversation": [{"human": "Hi", "assistant": "Yes?"}]}, [("user", "Hi"), ("assistant", "Yes?")]),
+        ({"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Yes?"}]},
+         [("user", "Hi"), ("assistant", "Yes?")]),
+        ({"instruction": "And doubled?", "input": "", "output": "8.", "history": [["2 and 2?", "4."]]},
+         [("user", "2 and 2?"), ("assistant", "4."), ("user", "And doubled?"), ("assistant", "8.")]),
+        ({"query": "b?", "response": "B", "history": [{"role": "user", "content": "a?"},
+                                                     {"role": "assistant", "content": "A"}]},
+         [("user", "a?"), ("assistant", "A"), ("user", "b?"), ("assistant", "B")]),
+        ({"prompt": "On lenses.", "text": "A lens bends."}, [("user", "On lenses."), ("assistant", "A lens bends.")]),
+        ({"prompt": "A lens", "text": "A lens bends."}, [("user",), ("assistant", "A lens bends.")]),
+        ({"image": "a.png", "prompt": "Which?", "caption": "Red."},
+         [("user", IMAGE, "\nWhich?"), ("assistant", "Red.")]),
+    ],
+)  # fmt: skip
+def test_questions_and_answers_are_read_under_their_usual_names(record, expected):
+    conversation = parse(record)
+    assert said(conversation) == expected
+    assert conversation.unread == ()
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message", "meta_instruction"])
+def test_a_system_prompt_has_several_names(key):
+    assert said(parse({key: "Be brief.", **llava("Hi", "Yes?")}))[0] == ("system", "Be brief.")
+
+
+def test_turns_of_tools_are_text_of_the_side_that_speaks():
+    record = turns(("human", "How large?"), ("function_call", "area()"), ("observation", "7"), ("gpt", "Seven."))
+    assert [turn.role for turn in parse(record).turns] == ["user", "assistant", "user", "assistant"]
+    roles = turns(
+        ("developer", "Be brief."), ("User", "Hi"), ("model", "Yes?"), ("tool", "4"), ("<|Assistant|>", "Four.")
+    )
+    assert [turn.role for turn in parse(roles).turns] == ["system", "user", "assistant", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": None, "image": "a.png", **llava("<image>\nWhat?", "A.")},
+        {"conversations": [], "instruction": "<image>\nWhat?", "input": None, "output": "A.", "image": "a.png"},
+        {"instruction": "<image>\nWhat?", "input": "", "output": "A.", "images": ["a.png"], "image": ""},
+        {"messages": [{"role": "user", "value": None, "content": [
+            {"type": "image", "image": None, "url": "a.png", "text": None}, {"type": "text", "text": "\nWhat?"}]},
+            {"role": "assistant", "content": "A.", "tool_calls": None}]},
+    ],
+)  # fmt: skip
+def test_what_is_null_or_empty_counts_as_absent(record):
+    conversation = parse(record)
+    assert said(conversation) == [("user", IMAGE, "\nWhat?"), ("assistant", "A.")]
+    assert conversation.images == ("a.png",)
+
+
+@pytest.mark.parametrize("empty", ["", [], [""], None, " "])
+def test_an_empty_picture_field_is_no_picture(empty):
+    assert parse(llava("Hi", "Yes?", image=empty)).images == ()
+    assert parse(llava("<image>\nHi", "Yes?", image="a.png", images=empty)).images == ("a.png",)
+
+
+def test_file_name_beside_image_names_no_second_picture():
+    assert parse({"file_name": "b.png", "image": "a.png", "text": "Red."}).images == ("a.png",)
+    assert parse({"file_name": "b.png", "text": "Red."}).images == ("b.png",)
+
+
+def test_parts_with_an_index_show_that_picture():
+    parts = [{"type": "image", "index": 1}, {"type": "text", "text": "then"}, {"type": "image", "index": 0}]
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A."}]}
+    assert parse(record | {"images": ["a.png", "b.png"]}).images == ("b.png", "a.png")
+    for images in (["a.png"], ["a.png", "b.png", "c.png"]):
+        assert rule_of(record | {"images": images}) == "bad_image_field"
+
+
+def test_a_turn_may_name_its_own_pictures():
+    messages = [
+        {"role": "user", "content": "<image_placeholder>Which?", "images": ["a.png"]},
+        {"role": "assistant", "content": "Red."},
+        {"role": "user", "content": "And this?", "image": "b.png"},
+        {"role": "assistant", "content": "Blue."},
+    ]
+    conversation = parse({"messages": messages})
+    assert [turn.num_images for turn in conversation.turns] == [1, 0, 1, 0]
+    assert conversation.images == ("a.png", "b.png")
+    messages[2]["image"] = ["b.png", "c.png"]
+    assert rule_of({"messages": messages}) == "image_count"
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ({"path": "a.png", "bytes": None}, "a.png"),
+        ({"bytes": base64.b64encode(b"\x89PNG...").decode(), "path": "a.png"}, b"\x89PNG..."),
+        ({"bytes": [137, 80, 78, 71], "path": None}, b"\x89PNG"),
+        ({"url": "a.png"}, "a.png"),
+        (base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(60)).decode(), b"\x89PNG\r\n\x1a\n" + bytes(60)),
+    ],
+)
+def test_pictures_come_as_objects_and_as_bare_base64(image, expected):
+    assert parse(llava("<image>\nWhat?", "A.", image=image)).images == (expected,)
+    assert parse({"image": [image], "caption": "A."}).images == (expected,)
+
+
+def test_columns_and_roles_map_other_names():
+    dialog = [{"speaker": "Kunde", "utterance": "<image>\nWas?"}, {"speaker": "Berater", "utterance": "Rot."}]
+    record = {"dialog": dialog, "bild": "a.png"}
+    columns = {"conversations": "dialog", "image": "bild", "from": "speaker", "value": "utterance"}
+    conversation = parse(record, columns=columns, roles={"Kunde": "user", "Berater": "assistant"})
+    assert said(conversation) == [("user", IMAGE, "\nWas?"), ("assistant", "Rot.")]
+    assert parse({"image": "a.png", "caption": "c"}, columns={"caption": "alt"}).unread == ("no column alt",)
+    assert rule_of({"image": "a.png", "caption": "c", "alt": "d"}, columns={"caption": "alt"}) == "mixed_keys"
+    with pytest.raises(ValueError, match="'picture' is not read; known: from, value"):
+        parse({}, columns={"picture": "x"})
+
+
+def test_a_format_takes_the_keys_of_its_kind():
+    record = {"instruction": "Hi", "output": "Yes?", "text": "Hi Yes?", **llava("A", "B")}
+    assert said(parse(record, format="instruction")) == [("user", "Hi"), ("assistant", "Yes?")]
+    assert rule_of(llava("A", "B"), format="instruction") == "unknown_format"
+
+
+def test_a_message_says_which_key_a_turn_lacks_and_which_it_has():
+    with pytest.raises(RecordError, match=r"no value or content.*It has text\..*columns: \{value: text\}"):
+        parse({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "text": "Red."}]})
+    with pytest.raises(RecordError, match=r"It has tool_calls\. Write calls as turns"):
+        parse(
+            {
+                "messages": [
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": None, "tool_calls": ["c"]},
+                ]
+            }
+        )
+
+
+def test_a_question_of_a_test_is_no_caption():
+    assert rule_of({"question_id": 1, "image": "a.png", "text": "Is there a dog?", "category": "x"}) == "unknown_format"
 
 
 # Anything

@@ -56,9 +56,19 @@ def test_names_of_the_record_s_own_picture_are_no_other_picture():
     assert rule_of(llava("<image>\nWhich?", "Red.", image="17.jpg", mask="17_mask.png")) == "unread_medium"
 
 
+def test_a_second_picture_beside_one_that_is_read_is_reported():
+    for more in ({"image_url": "b.png"}, {"image_url": ["b.png"]}, {"index": {"path": "b.png"}}, {"url": "b.png"}):
+        part = {"type": "image", "image": "a.png", **more}
+        assert rule_of({"messages": [{"role": "user", "content": [part]}]}) == "unread_medium"
+        assert rule_of({"image": "a.png", "caption": "Red."} | more) == "unread_medium"
+    assert rule_of({"image": {"path": "a.png", "url": "b.png"}, "caption": "Red."}) == "unread_medium"
+
+
 @pytest.mark.parametrize(
     ("extra", "names"),
     [
+        ({"task": "Answer in capitals."}, ("task",)),
+        ({"extra_info": {"a": "so"}}, ("extra_info",)),
         ({"tools": "[...]"}, ("tools",)),
         ({"notes": "long"}, ("notes",)),
         ({"objects": {"bbox": [[1, 2, 3, 4]]}}, ("objects",)),

@@ -45,9 +45,16 @@ class Fields:
         return [key for key in keys if key in self]
 
     def take(self, *keys: str) -> Any:
-        """The value of the first of `keys` that has content, else None. All of them count as read."""
+        """The value of the first of `keys` that has content, which counts as read; None without any."""
+        for key in keys:
+            if key in self:
+                self._taken.add(key)
+                return self.values[key]
+        return None
+
+    def settle(self, *keys: str) -> None:
+        """Count `keys` as read: they say what another key says, or nothing that matters here."""
         self._taken.update(keys)
-        return next((self.values[key] for key in keys if key in self), None)
 
     def inner(self, values: dict[str, Any], place: str) -> Fields:
         """An object within this one; what of it is not read is reported with the rest."""

@@ -45,6 +45,8 @@ _ABOUT = re.compile(  # words of keys that say something of a medium and are non
     r"|location|style|urls?|link|page|homepage|website)(?![a-z])"
 )
 _LINK = re.compile(r"(?<![a-z])(?:urls?|link|source|src|page|homepage|website|licen[cs]e|credit|href|ref)(?![a-z])")
+_REPEATS = re.compile(r"(?<![a-z])(?:ids?|names?|key|source|src|origin\w*|hash|title)(?![a-z])")
+_METADATA = re.compile(r"(?<![a-z])(?:meta|metadata|info)(?![a-z])")
 _MAX_VALUES = 2000  # of an unread key that are looked at
 
 
@@ -98,9 +100,12 @@ def find_medium(key: str, value: Any, images: Collection[str]) -> str:
         return f"the name of a medium ({short(value)})"
     is_about = _ABOUT.search(words) is not None
     known = {PurePosixPath(name).name for name in images}
+    is_link = _LINK.search(words) is not None
+    may_repeat = bool(images) and (_METADATA.search(words) or (isinstance(value, str) and _REPEATS.search(words)))
     for inner in _values(value):
-        named = _named(inner, bool(_LINK.search(words)))
-        if named and images and (is_about or PurePosixPath(inner).name in known):
+        named = _named(inner, is_link)
+        is_source = bool(images) and is_link and named.startswith("a link")
+        if named and (may_repeat or is_source or PurePosixPath(inner).name in known):
             named = ""
         if found := _held(inner) or named:
             return found
@@ -117,7 +122,8 @@ def embedded_medium(text: str) -> str:
 def _from_object(fields: Fields) -> Image:
     content = fields.take("bytes", "base64", "data")
     name = fields.take("path", "url", "file_name", "image", "image_url")
-    kind = fields.take("type", "media_type", "mime_type", "filename")
+    kind = fields.values.get("type")
+    fields.settle("type", "media_type", "mime_type", "filename")
     if isinstance(content, list) and all(isinstance(byte, int) and 0 <= byte < 256 for byte in content):
         return bytes(content)
     if isinstance(content, str):

@@ -20,6 +20,7 @@ from vlm.data.conversation import IMAGE, Conversation, Role, Turn, check_convers
 from vlm.data.fields import Fields, has_content, renamed, short
 from vlm.data.marks import find_marks
 from vlm.data.media import Image, read_image
+from vlm.data.notes import ABSENT_COLUMN
 from vlm.data.places import Placed, RawTurn, Shown, place_images, refuse_embedded
 from vlm.data.unread import CALLS_AS_TURNS, REPLY_KEYS, is_learned, judge, refuse_settings
 from vlm.errors import RecordError
@@ -48,6 +49,7 @@ class _Draft:
     fields: Fields
     config: SourceConfig
     images: list[Image]  # named beside the turns
+    absent: list[str]  # columns that the config names and the record lacks
     uses_prompt: bool = False  # data.sources[].prompt stands in it
 
 
@@ -70,9 +72,10 @@ def parse_record(record: dict[str, Any], config: SourceConfig, image_placement: 
     columns = {ours: theirs for ours, theirs in config.columns.items() if ours not in TURN_NAMES}
     fields = Fields(renamed(record, columns))
     refuse_settings(fields)
-    draft = _Draft(fields, config, _images_of(fields) if config.format != "text" else [])
+    absent = [column for column in columns.values() if column not in record]
+    draft = _Draft(fields, config, _images_of(fields) if config.format != "text" else [], absent)
     if config.format == "text":
-        fields.take(*_IMAGE_KEYS)
+        fields.settle(*_IMAGE_KEYS)  # named among the unread below
     raw = _parser(draft)(draft)
     refuse_embedded(raw)
     placed = place_images(raw, draft.images, image_placement)
@@ -90,6 +93,7 @@ def _settings_unread(draft: _Draft, placed: Placed) -> list[str]:
     names = list(dict.fromkeys(placed.unread))
     if draft.config.format == "text":
         names += draft.fields.given(_IMAGE_KEYS)
+    names += [ABSENT_COLUMN + column for column in draft.absent]
     if draft.config.prompt and not draft.uses_prompt:
         names.append("data.sources[].prompt")
     return names
@@ -133,7 +137,7 @@ def _chat_turns(draft: _Draft) -> list[RawTurn]:
     given = [key for key in given if has_content(draft.fields.values[key])] or given
     if len(given) > 1:
         raise RecordError("mixed_keys", f"both {given[0]} and {given[1]}")
-    draft.fields.take(*CHAT_KEYS)
+    draft.fields.settle(given[0])
     value = draft.fields.values[given[0]]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         kind = f"a list that holds {short(value[0])}" if isinstance(value, list) and value else short(value)
@@ -148,6 +152,7 @@ def _before(draft: _Draft) -> list[RawTurn]:
     if len(given) > 1 and len({str(fields.values[key]) for key in given}) > 1:
         raise RecordError("mixed_keys", f"both {given[0]} and {given[1]}")
     system = fields.take(*_SYSTEM_KEYS)
+    fields.settle(*given)
     turns = [] if system is None else [_turn("system", _text(system, given[0]))]
     history = fields.take("history")
     if history is None:
@@ -209,7 +214,7 @@ def _pair(fields: Fields, where: str, learned: bool) -> list[RawTurn]:
     key = questions_given[0] if questions_given else "instruction"
     beside = [fields.take(name) for name in _BESIDE_KEYS if name in fields]
     questions, answers = fields.take(*QUESTION_KEYS) if questions_given else "", fields.values[answer_key]
-    fields.take(*QUESTION_KEYS, *ANSWER_KEYS)
+    fields.settle(answer_key)
     questions = questions if isinstance(questions, list) else [questions]
     answers = answers if isinstance(answers, list) else [answers]
     if beside and len(questions) > 1:
@@ -241,7 +246,7 @@ def _caption_turns(draft: _Draft) -> list[RawTurn]:
         raise RecordError("image_count", f"a caption needs one picture, got {len(draft.images)}")
     fields = draft.fields
     key = "caption" if fields.values.get("caption") is not None else "text"
-    fields.take(key)
+    fields.settle(key)
     asked = _question(draft)
     question = ("\n", asked) if asked else ()
     return [
@@ -254,10 +259,10 @@ def _caption_turns(draft: _Draft) -> list[RawTurn]:
 def _text_turns(draft: _Draft) -> list[RawTurn]:
     text = _text(draft.fields.take("text") or draft.fields.values["text"], "text")
     given = draft.fields.values.get("prompt")
-    if isinstance(given, str) and text.startswith(given):
-        draft.fields.take("prompt")  # the text holds it
-        given = None
+    is_within = isinstance(given, str) and "prompt" in draft.fields and text.startswith(given)
     asked = _question(draft)
+    if is_within:  # the text holds its prompt
+        asked = ""
     return [*_before(draft), RawTurn("user", (asked,) if asked else ()), _turn("assistant", text)]
 
 
@@ -284,6 +289,7 @@ def _images_of(fields: Fields) -> list[Image]:
     if len(given) > 1:
         raise RecordError("bad_image_field", f"more than one of the keys {', '.join(_IMAGE_KEYS)}")
     value = fields.take(*_IMAGE_KEYS)
+    fields.settle("file_name")
     if value is None:
         return []
     return [read_image(entry, fields) for entry in (value if isinstance(value, list) else [value])]
@@ -291,7 +297,7 @@ def _images_of(fields: Fields) -> list[Image]:
 
 def _role(fields: Fields, config: SourceConfig, where: str) -> Role:
     names = [fields.values[key] for key in ("from", "role") if fields.values.get(key) is not None]
-    fields.take("from", "role")
+    fields.settle("from", "role")
     roles = {_known_role(name, config) if isinstance(name, str) else None for name in names}
     if len(roles) > 1:
         raise RecordError("mixed_keys", f"{where}: from is {short(names[0])}, role is {short(names[1])}")
@@ -326,16 +332,16 @@ def _part(part: Fields, where: str) -> list[Any]:
     kind = part.values.get("type")
     if kind is None:  # Qwen's {"text": ...} and {"image": ...}
         kind = next((key for key in ("image", "image_url", "text") if key in part), None)
-    part.take("type")
+    part.settle("type")
     if isinstance(kind, str) and kind in _TEXT_PARTS:
-        part.take("text")
+        part.settle("text")
         return list(find_marks(_text(part.values.get("text"), f"{where}: text of a part")))
     if not isinstance(kind, str) or kind not in _IMAGE_PARTS:
         raise RecordError("bad_turns", f"{where}: {_part_of(kind)}")
     source = part.take("image", "image_url", "url", "path", "source", "base64", "bytes", "data")
-    index = part.take("index")
     if source is not None:
         return [Shown(read_image({"bytes": source} if isinstance(source, list) else source, part))]
+    index = part.take("index")
     if index is not None and (not isinstance(index, int) or isinstance(index, bool) or index < 0):
         raise RecordError("bad_image_field", f"{where}: a part with index {short(index)}, expected 0, 1, ...")
     return [Shown(index=index)]
@@ -358,7 +364,7 @@ def _said(fields: Fields, where: str) -> Any:
         if set(REPLY_KEYS) & set(others):
             hint = f" {CALLS_AS_TURNS}"
         raise RecordError("bad_text", f"{where} has no value or content (null, or no such key).{there}{hint}")
-    fields.take("value", "content")
+    fields.settle("value", "content")
     return given[0]
 
 

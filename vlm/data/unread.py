@@ -25,7 +25,9 @@ _BOOKKEEPING = re.compile(  # keys that name, date or place a record; with short
     r"|has_\w+|similarity",
     re.IGNORECASE,
 )
+_SENTENCE_KEYS = re.compile(r"task\w*|title|comment|info|extra", re.IGNORECASE)  # may hold what matters
 _SHORT = 300  # letters
+_MOST_WORDS = 5
 CALLS_AS_TURNS = "Write calls as turns of their own, of role function_call"
 _PREFERENCE = "{}: a record of replies to be compared, which is not trained on"
 _OBJECT_MARKS = re.compile(r"<ref-object>|<bbox>")  # ms-swift: filled in from `objects`
@@ -125,8 +127,10 @@ def _as_flag(value: Any) -> bool | None:
 
 
 def _is_bookkeeping(unread: Unread) -> bool:
+    """Names, counts and dates: short, and not a sentence that may belong to what is learned."""
     if not _BOOKKEEPING.fullmatch(unread.key):
         return False
-    return (
-        sum(len(leaf) if isinstance(leaf, str) else 8 for leaf in leaves(unread.value) if has_content(leaf)) <= _SHORT
-    )
+    most = 1 if _SENTENCE_KEYS.fullmatch(unread.key) else _MOST_WORDS
+    given = [leaf for leaf in leaves(unread.value) if has_content(leaf)]
+    is_said = any(isinstance(leaf, str) and len(leaf.split()) > most for leaf in given)
+    return not is_said and sum(len(leaf) if isinstance(leaf, str) else 8 for leaf in given) <= _SHORT
