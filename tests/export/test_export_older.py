@@ -103,10 +103,11 @@ def test_the_tokenizer_is_of_a_class_that_every_transformers_has(tmp_path: Path)
 
 def test_what_images_look_like_is_said_where_older_programs_look(tmp_path: Path):
     write_run(tmp_path / "run", model_config(tmp_path))
-    export = export_run(tmp_path / "run", full=True)
-    settings, spec = read(export / "preprocessor_config.json"), read(export / "vlm.json")["image_spec"]
-    assert settings["image_processor_type"] == "LlavaImageProcessor"
-    assert settings["image_mean"] == spec["mean"]
+    for full in (False, True):
+        export = export_run(tmp_path / "run", full=full)
+        settings, spec = read(export / "preprocessor_config.json"), read(export / "vlm.json")["image_spec"]
+        assert settings["image_processor_type"] == "LlavaImageProcessor"
+        assert settings["image_mean"] == spec["mean"]
     write_run(tmp_path / "two", model_config(tmp_path, projector={"kind": "linear", "unshuffle": 2}))
     settings = read(export_run(tmp_path / "two", full=True) / "vision" / "preprocessor_config.json")
     assert (settings["size"], settings["do_pad"]) == ({"height": 28, "width": 28}, True)

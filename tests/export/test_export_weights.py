@@ -31,6 +31,7 @@ def test_the_default_export_holds_what_trained_and_no_base_weights(tmp_path: Pat
     assert names(export) == {
         "vlm.json", "README.md", "projector.safetensors", "adapter/adapter_model.safetensors",
         "adapter/adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "preprocessor_config.json",
     }  # fmt: skip
     assert set(load_file(export / "projector.safetensors")) == {
         "projector.layers.0.weight", "projector.layers.0.bias", "projector.feature_mean", "projector.feature_std",

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_models import changed, scramble, write_timm
+from toy_decoders import toy_decoder
 
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.build import build_model
 from vlm.models.config import LoRAConfig, ModelConfig
+from vlm.models.decoders import find_linears
 from vlm.models.trainable import (
     add_lora,
     canonical_name,
@@ -105,6 +107,15 @@ def test_named_targets_alone_get_adapters_and_an_unknown_one_is_refused(config: 
         add_lora(model, LoRAConfig(targets=("lm_head",)))
     add_lora(model, LoRAConfig(targets=("q_proj",)))
     assert {name.split(".")[-3] for name in part_weights(model, "llm.lora")} == {"q_proj"}
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_next", "qwen3_moe", "mixtral"])
+def test_adapters_stand_beside_the_linear_layers_that_are_named_and_not_beside_experts(model_type: str):
+    """peft takes `gate_proj` of a shared expert or a dense block for that of experts, and adapts their tensors then."""
+    model = VisionLanguageModel(toy_decoder(model_type))
+    expected = {f"llm.lora.{name}.lora_A.weight" for name in find_linears(model.llm)}
+    add_lora(model, LoRAConfig(rank=2))
+    assert {name for name in part_weights(model, "llm.lora") if "lora_A" in name} == expected
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])

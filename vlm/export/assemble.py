@@ -127,6 +127,9 @@ def _from_llava(folder: Path, manifest: Manifest, dtype: torch.dtype, device: to
 def read_llava(folder: Path, dtype: torch.dtype, attention: str) -> LlavaForConditionalGeneration:
     """transformers' own class around the weights of a folder, every one of which has its place.
 
+    Args:
+        attention: of the language model; sdpa leaves the choice to the few families that have none (RWKV, Gemma 2).
+
     Raises:
         CheckpointError: it does not load; or a weight is missing, or is one that the class does not have.
     """
@@ -134,8 +137,8 @@ def read_llava(folder: Path, dtype: torch.dtype, attention: str) -> LlavaForCond
 
     try:
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation={"text_config": attention}, use_safetensors=True,
-            output_loading_info=True,
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True,
+            attn_implementation=None if attention == "sdpa" else {"text_config": attention},
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot load its weights ({str(error)[:300]}). Export the run again") from None

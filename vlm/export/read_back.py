@@ -6,6 +6,7 @@ memory. All computes in float32: weights of 16 bits are widened block by block, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -107,17 +108,20 @@ def llava_logits(model: LlavaForConditionalGeneration, question: Question, reply
     return output.logits[0, -NUM_POSITIONS:].float()
 
 
-def check_readable(folder: Path, expected: Answers, dtype: torch.dtype) -> None:
+def check_readable(folder: Path, expected: Answers, dtype: torch.dtype) -> float:
     """Load an export from its folder, as `vlm.load` does, and compare its answers with the trained model's.
 
     Args:
         dtype: in which the language model is loaded.
 
+    Returns:
+        the largest difference of features and logits, relative to the largest of them.
+
     Raises:
         CheckpointError: it cannot be loaded, or answers in another way. Says how.
     """
     try:
-        lines = _read_again(folder, expected, dtype)
+        lines, worst = _read_again(folder, expected, dtype)
     except Exception as error:  # whatever it is, a reader of the folder would meet it too
         kind = "" if isinstance(error, VLMError) else f"{type(error).__name__}: "
         raise CheckpointError(f"the export cannot be read back: {kind}{str(error)[:600]}\n{_NOT_KEPT}") from error
@@ -127,9 +131,10 @@ def check_readable(folder: Path, expected: Answers, dtype: torch.dtype) -> None:
             + "\n".join(f"  {line}" for line in lines)
             + f"\n{_NOT_KEPT}"
         )
+    return worst
 
 
-def _read_again(folder: Path, expected: Answers, dtype: torch.dtype) -> list[str]:
+def _read_again(folder: Path, expected: Answers, dtype: torch.dtype) -> tuple[list[str], float]:
     manifest, cpu = read_manifest(folder), torch.device("cpu")
     if manifest.model.vision is not None:  # what is fastest here is not what the trained model was asked in
         vision = manifest.model.vision.model_copy(update={"compute": "fp32"})
@@ -137,15 +142,19 @@ def _read_again(folder: Path, expected: Answers, dtype: torch.dtype) -> list[str
     manifest = with_bases_found(manifest, folder)
     built = assemble_export(folder, manifest, dtype, cpu)
     tokens = build_tokens(built, manifest, manifest.template)
-    lines = differences(expected, ask(built, tokens, expected))
+    found = ask(built, tokens, expected)
+    lines, worst = differences(expected, found), relative(expected.logits, found.logits)
+    if expected.features is not None:
+        worst = max(worst, relative(expected.features, found.features))
     if lines or manifest.layout != "llava":
-        return lines
+        return lines, worst
     question = make_question(built, tokens)
     del built
     whole = read_llava(folder, dtype, choose_attention(manifest.model.llm.attention, "cpu"))
     with in_float32(whole.model.language_model, whole):
         logits = llava_logits(whole, question, expected.reply)
-    return compare(expected.logits, logits[:, : expected.logits.shape[1]], "the logits of transformers' own class")
+    lines = compare(expected.logits, logits, "the logits of transformers' own class")
+    return lines, max(worst, relative(expected.logits, logits))
 
 
 def differences(expected: Answers, found: Answers) -> list[str]:
@@ -161,7 +170,7 @@ def differences(expected: Answers, found: Answers) -> list[str]:
         lines.append(f"a reply ends at the tokens {sorted(found.stop_ids)}, not at {sorted(expected.stop_ids)}")
     if expected.features is not None:
         lines += compare(expected.features, found.features, "the features of an image")
-    lines += compare(expected.logits, found.logits[:, : expected.logits.shape[1]], "the logits")
+    lines += compare(expected.logits, found.logits, "the logits")
     if not lines and expected.reply != found.reply and not _is_tie(expected, found):
         lines.append(f"the greedy reply is {found.reply}, not {expected.reply}")
     return lines
@@ -169,11 +178,28 @@ def differences(expected: Answers, found: Answers) -> list[str]:
 
 def compare(expected: Tensor, found: Tensor | None, what: str) -> list[str]:
     """A line about two tensors that differ by more than TOLERANCE, or none."""
+    found = _narrowed(expected, found)
     if found is None or expected.shape != found.shape:
         shape = "absent" if found is None else f"of shape {list(found.shape)}"
         return [f"{what} are {shape}, not of shape {list(expected.shape)}"]
+    if relative(expected, found) <= TOLERANCE:
+        return []
     worst, largest = float((expected - found).abs().max()), float(expected.abs().max())
-    return [] if worst <= TOLERANCE * largest else [f"{what} differ by up to {worst:.3g}, of at most {largest:.3g}"]
+    return [f"{what} differ by up to {worst:.3g}, of at most {largest:.3g}"]
+
+
+def relative(expected: Tensor, found: Tensor | None) -> float:
+    """The largest difference, relative to the largest value; infinite between tensors of two shapes."""
+    found = _narrowed(expected, found)
+    if found is None or expected.shape != found.shape:
+        return math.inf
+    return float((expected - found).abs().max()) / max(float(expected.abs().max()), 1e-12)
+
+
+def _narrowed(expected: Tensor, found: Tensor | None) -> Tensor | None:
+    """Logits without those of rows that only fill the vocabulary up, as for the image placeholder in LLaVA's layout."""
+    wider = found is not None and found.ndim == 2 and found.shape[-1] > expected.shape[-1]
+    return found[:, : expected.shape[-1]] if found is not None and wider else found
 
 
 @contextmanager

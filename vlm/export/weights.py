@@ -77,14 +77,16 @@ def export_run(
         evidence = evidence_sections(copy_proof(run, folder), read_figures(run, trained.origin.get("steps")))
         (folder / CARD).write_text(draft_card(manifest, final.name, written.notes, evidence), encoding="utf-8")
         write_manifest(folder, manifest)
+        if manifest.image_spec is not None:
+            write_preprocessor(folder, manifest.image_spec)
         finish_folder(folder)
         trained.tensors.clear()
         gc.collect()  # the trained model, before the other one comes
-        check_readable(folder, written.answers, written.dtype)
+        worst = check_readable(folder, written.answers, written.dtype)
     size = sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
     log(
-        f"{final}: {', '.join(manifest.included)}, {size / 1e6:,.1f} MB; read back: answers as the trained model does; "
-        f"try: vlm chat {final}"
+        f"{final}: {', '.join(manifest.included)}, {size / 1e6:,.1f} MB; read back: the trained model's answers "
+        f"(largest difference {worst:.0e}); try: vlm chat {final}"
     )
     return final
 

@@ -6,7 +6,8 @@ Canonical names, the same in every engine and file: `projector.*`, `vision.*`, `
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +79,31 @@ def add_lora(model: VisionLanguageModel, config: LoRAConfig) -> None:
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(linears), bias="none",
         task_type="CAUSAL_LM", fan_in_fan_out=any(is_transposed(module) for module in linears.values()),
     )  # fmt: skip
-    inject_adapter_in_model(settings, model.llm)
+    with _targets_as_named():
+        inject_adapter_in_model(settings, model.llm)
     for name, parameter in model.named_parameters():
         if part_of(name) == "llm.lora":
             parameter.data = parameter.data.float()  # peft takes over the dtype of the layer beside it
+
+
+@contextmanager
+def _targets_as_named() -> Iterator[None]:
+    """Keep peft from taking names of linear layers for those of experts in transformers 4.
+
+    For types such as DeepSeek-V3 and Qwen3-Next it would move the adapters of every `gate_proj` and `up_proj`, those of
+    shared experts and dense blocks, to the tensors that experts lie in: other weights than the config names.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # earlier versions take names as they are
+        yield
+        return
+    convert = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = convert
 
 
 def has_lora(model: VisionLanguageModel) -> bool:
