@@ -16,6 +16,7 @@ from vlm.models.families import packing_of
 from vlm.models.head import find_logits_rule, head_logits
 from vlm.models.llm import recomputing_blocks
 from vlm.models.projector import Projector
+from vlm.models.recompute import RECOMPUTES
 from vlm.models.segments import decode_one_by_one
 from vlm.models.vision import VisionEncoder
 
@@ -181,9 +182,13 @@ class VisionLanguageModel(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and then the mode that it was in."""
+    """Evaluation mode, and then the mode that it was in. Blocks that compute their activations again still do: under
+    ZeRO-3 all ranks must gather weights equally often."""
     was_training = module.training
     module.eval()
+    for block in module.modules():
+        if getattr(block, RECOMPUTES, False):
+            block.training = was_training
     try:
         yield
     finally:
