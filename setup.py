@@ -36,6 +36,7 @@ core = [
 extras = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "serve": ["gradio>=6,<7", "fastapi>=0.115", "uvicorn>=0.34", "prometheus_client>=0.21", "httpx>=0.27"],
+    "json": ["llguidance>=1.9,<2"],  # replies of a form that a request asks for
     "track": ["tensorboard>=2.18"],
     "quant": ["bitsandbytes>=0.49", "accelerate>=1.10"],
     "demo": ["resvg-py==0.5.0", "emoji==2.16.0", "gguf>=0.17", "accelerate>=1.10"],
@@ -45,6 +46,7 @@ extras["test"] = [
     *extras["track"],
     *extras["deepspeed"],
     *extras["serve"],
+    *extras["json"],
     *extras["quant"],
     "pytest>=9",
     "pytest-timeout>=2.4",

@@ -33,6 +33,44 @@ def test_a_module_that_never_prepares_imports_no_torch():
     assert run("import sys, vlm.compat; print('torch' in sys.modules)") == "False"
 
 
+STUB = """
+import importlib.abc, sys
+class Finder(importlib.abc.MetaPathFinder):  # as a sitecustomize has it: when somebody looks for torchvision
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            import torch
+            self.library = sys.kept = torch.library.Library("torchvision", "FRAGMENT")
+            for schema in SCHEMAS:
+                self.library.define(schema)
+sys.meta_path.insert(0, Finder())
+"""
+FULL = ["nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"]  # fmt: skip
+
+
+@pytest.mark.parametrize("schemas", [FULL, FULL[:1]], ids=["both", "nms only"])
+@pytest.mark.parametrize("looks_first", [True, False], ids=["stub defines first", "stub defines while we look"])
+def test_operators_that_a_stub_has_defined_are_not_defined_again(schemas: list[str], looks_first: bool):
+    """A second definition raises: "Tried to register an operator with the same name"."""
+    look = "import importlib.util; importlib.util.find_spec('torchvision')" if looks_first else ""
+    code = f"SCHEMAS = {schemas!r}\n{STUB}\n{look}\nfrom vlm import compat; compat._loads = lambda package: False\n"
+    code += "compat.prepare(); import torch; print(hasattr(torch.ops.torchvision, 'qnms'), len(compat._libraries))"
+    assert run(code) == f"True {2 - len(schemas)}"
+
+
+def test_a_torchvision_that_was_imported_before_is_left_alone():
+    """A real one, or a stand-in without a spec, on which `find_spec` raises ValueError."""
+    code = """
+import sys, types
+sys.modules["torchvision"] = types.ModuleType("torchvision")
+from vlm import compat
+compat.prepare()
+print(len(compat._libraries), "torch" in sys.modules)
+"""
+    assert run(code) == "0 False"
+
+
 @pytest.mark.parametrize("loads", [True, False])
 def test_schemas_are_declared_only_where_the_kernels_do_not_load(monkeypatch: pytest.MonkeyPatch, loads: bool):
     import torch
@@ -46,6 +84,9 @@ def test_schemas_are_declared_only_where_the_kernels_do_not_load(monkeypatch: py
         def define(self, schema: str) -> None:
             defined.append(schema.partition("(")[0])
 
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(torch.ops, "torchvision", object(), raising=False)  # nobody has named any
     monkeypatch.setattr(compat, "_is_prepared", False)
     monkeypatch.setattr(compat, "_libraries", [])
     monkeypatch.setattr(compat, "_loads", lambda package: loads)

@@ -24,7 +24,7 @@ TEXT = [
 ]
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, eos: str = "<|im_end|>") -> None:
     """Byte-level BPE with the ChatML tokens; most Chinese characters are two or three tokens of it."""
     from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +39,7 @@ def write_tokenizer(folder: Path) -> None:
     )
     tokenizer.train_from_iterator([TEXT[0], TEXT[2]], trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|im_start|>"
+        tokenizer_object=tokenizer, eos_token=eos, pad_token="<|endoftext|>", bos_token="<|im_start|>"
     )
     fast.save_pretrained(folder)
 
@@ -65,6 +65,28 @@ def write_llm(folder: Path, *, width: int = 32, seed: int = 0, tied: bool = True
         initializer_range=0.3,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_decoder(folder: Path, family: str, *, eos: str = "<|im_end|>", seed: int = 0, **changes: Any) -> Path:
+    """A causal language model of any type of transformers; biases and norms are moved off their zeros and ones."""
+    prepare()
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder, eos)
+    sizes = {
+        "vocab_size": len(AutoTokenizer.from_pretrained(folder)), "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
     return folder
 
 
@@ -154,7 +176,7 @@ def write_run(
 
 def save_run(
     run: Path, config: ModelConfig, weights: dict[str, torch.Tensor], *, template: str = "chatml",
-    init_from: Path | None = None, step: int = 7,
+    init_from: Path | None = None, step: int = 7, info: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     whole = {
@@ -169,4 +191,4 @@ def save_run(
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
         save_file(tensors, folder / "weights.safetensors")
 
-    save_checkpoint(run, step, write, {}, keep_last=2)
+    save_checkpoint(run, step, write, info or {}, keep_last=2)

@@ -61,6 +61,7 @@ class Example:
     labels: list[int]  # the token where the model is trained to say it, else IGNORE_INDEX; labels[0] is IGNORE_INDEX
     images: tuple[str | bytes, ...] = ()  # resolved file paths or encoded pictures, in the order of their placeholders
     where: str = ""  # file and record, for errors
+    unread: tuple[str, ...] = ()  # what its record holds and nothing read
 
     @property
     def num_supervised(self) -> int:

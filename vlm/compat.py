@@ -1,9 +1,10 @@
-"""What differs between versions and builds of the libraries: torchvision beside a CPU torch, renamed arguments.
+"""What differs between versions and builds of the libraries: torchvision beside a CPU torch, renamed arguments, modes.
 
 The package index ships torchvision with CUDA kernels only. Beside a CPU torch its extension cannot load, and
 `import torchvision` fails with "operator torchvision::nms does not exist", which takes transformers' model classes,
 timm, open_clip and peft down with it. Nothing here uses these operators: naming their schemas is enough for
-torchvision's Python code to import.
+torchvision's Python code to import. Those that somebody else has named stay as they are: a second definition of an
+operator is an error.
 """
 
 from __future__ import annotations
@@ -35,17 +36,14 @@ def prepare() -> None:
     _is_prepared = True
     # on a CPU it warns of kernels for 4-bit weights whenever transformers or peft find it installed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None or os.name == "nt":  # Windows wheels have kernels that fit
+    if os.name == "nt" or "torchvision" in sys.modules:  # Windows wheels have kernels that fit; imported, it works
         return
-    import torch
-
+    spec = importlib.util.find_spec("torchvision")  # may run the finder of a stub, which defines them itself
+    if spec is None or spec.origin is None:
+        return
     # Only where the kernels cannot load: a second definition of an operator that they bring would end the process.
     if not _loads(Path(spec.origin).parent):
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in _SCHEMAS:
-            library.define(schema)
-        _libraries.append(library)
+        _define_missing()
 
 
 def quiet_progress() -> None:
@@ -79,6 +77,25 @@ def cache_argument(function: Callable[..., Any]) -> str:
     with `**kwargs` would take it in silence and start every token without the ones before.
     """
     return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
+
+
+def _define_missing() -> None:
+    """Name the operators that neither torchvision nor a stub of it (a sitecustomize, a plugin) has named yet."""
+    import torch
+
+    missing = [schema for schema in _SCHEMAS if not hasattr(torch.ops.torchvision, schema.partition("(")[0])]
+    if missing:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in missing:
+            library.define(schema)
+        _libraries.append(library)
+
+
+def follow_umask(file: Path) -> None:
+    """Give a file the mode of any new file. safetensors 0.8 writes files that only their owner may read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 def _loads(package: Path) -> bool:

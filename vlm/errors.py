@@ -64,6 +64,10 @@ class RecordError(DataError):
         """The same error with its place named; a place that is already known is kept."""
         return self if self.where else RecordError(self.rule, self.message, where)
 
+    def saying(self, more: str) -> RecordError:
+        """The same error with something added to its message."""
+        return RecordError(self.rule, self.message + more, self.where)
+
     def __reduce__(self) -> tuple[type[RecordError], tuple[str, str, str]]:  # crosses worker processes
         return RecordError, (self.rule, self.message, self.where)
 

@@ -14,6 +14,7 @@ from vlm.data.build import Data
 from vlm.data.skips import SkipLog
 from vlm.distributed import gather_objects, is_main, on_main, process_group, rank, world_size
 from vlm.errors import DataError, VLMError
+from vlm.export.pins import Pins, pin_start, places_of, refuse_replaced
 from vlm.logs import log, warn
 from vlm.models.build import Assembled
 from vlm.objectives.lm import LanguageModeling
@@ -66,13 +67,14 @@ def train(config: RunConfig, config_text: str) -> Path:
         identity = run_identity(config)
         if checkpoint is not None:
             refuse_other_run(checkpoint, identity, defaults_of(config))
+        start = on_main(lambda: _pin_start(config, checkpoint))
         torch.manual_seed(config.seed + rank())  # dropout differs between ranks, as it does between rows
         parts = prepare(config, device, calibrate=checkpoint is None)
         built, data, engine, max_steps = parts.built, parts.data, parts.engine, parts.max_steps
         if built.model.vision is not None and built.model.vision.compute is not None:
             identity[VISION_COMPUTE] = built.model.vision.compute.name
         data_settings = flatten(config.data.model_dump(mode="json", include=_DATA_SETTINGS), "data")
-        state = RunState(run.path, engine, data.train.fingerprint, identity, data_settings)
+        state = RunState(run.path, engine, data.train.fingerprint, identity, data_settings, start)
         start_step = 0
         if checkpoint is not None:
             start_step = state.load(checkpoint)
@@ -96,6 +98,15 @@ def train(config: RunConfig, config_text: str) -> Path:
             log(f"nothing to train: the run is beyond train.max_steps {max_steps} already")
         log(f"done: {max(start_step, max_steps)} steps in {run.path}; next: vlm export {run.path}")
         return run.path
+
+
+def _pin_start(config: RunConfig, checkpoint: Path | None) -> Pins:
+    """Sums of what the run begins with. Raises CheckpointError where the checkpoint names others."""
+    start = pin_start(config.model, config.init_from)
+    if checkpoint is not None:
+        places = places_of(config.model, config.init_from)
+        refuse_replaced(checkpoint, read_info(checkpoint).get("start"), start, places)
+    return start
 
 
 def prove_alone(config: RunConfig) -> Proof:

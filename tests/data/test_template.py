@@ -1,3 +1,4 @@
+import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -231,3 +232,70 @@ def test_a_begin_token_that_the_tokenizer_does_not_add_by_itself_is_not_expected
     assert own.count("<|endoftext|>") == 0
     tokenizer.chat_template = own
     assert match_tokenizer_template(tokenizer) == TEMPLATES["vicuna"]
+
+
+# Orders of turns that clients send and nobody trains on
+
+
+def turns(*roles):
+    return tuple(Turn(role, (f"{role} {number}.",)) for number, role in enumerate(roles, 1))
+
+
+LATER_SYSTEM = turns("user", "assistant", "system", "user")
+GREETING = turns("assistant", "user")
+
+
+def test_system_turns_may_come_later_and_replies_first_where_their_beginning_is_marked():
+    def able(order):
+        return [name for name, template in TEMPLATES.items() if template.why_not(order) is None]
+
+    assert able(LATER_SYSTEM) == ["chatml", "internlm2", "llama3"]
+    assert able(GREETING) == ["chatml", "internlm2", "llama3", "vicuna", "alpaca"]
+    assert able(turns("user", "assistant", "assistant", "user")) == able(GREETING)
+    assert able(turns("system")) == [name for name in TEMPLATES if name != "llama2"]
+    assert able(turns("system", "user", "assistant", "user")) == list(TEMPLATES)
+
+
+def test_a_later_system_turn_is_written_as_a_first_one():
+    assert written("chatml", Conversation(LATER_SYSTEM)).endswith(
+        "<|im_start|>system\nsystem 3.<|im_end|>\n<|im_start|>user\nuser 4.<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("order", [LATER_SYSTEM, GREETING], ids=["later system", "greeting"])
+def test_the_jinja_form_writes_the_same_order_or_refuses_it_too(name, order):
+    tokenizer, template = sentencepiece_like(), TEMPLATES[name]
+    tokenizer.chat_template = template.jinja("<s>", "</s>", tokenizer_adds_bos=True)
+    messages = [{"role": turn.role, "content": turn.text} for turn in order]
+    if template.why_not(order) is None:
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == written(name, Conversation(order))
+    elif order is LATER_SYSTEM:
+        with pytest.raises(jinja2.TemplateError, match=f"{name} cannot write a turn of role system here"):
+            tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_the_jinja_form_leaves_no_turn_out_in_silence():
+    tokenizer = sentencepiece_like()
+    tokenizer.chat_template = TEMPLATES["chatml"].jinja("<s>", "</s>", tokenizer_adds_bos=True)
+    with pytest.raises(jinja2.TemplateError, match="role tool"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}, {"role": "tool", "content": "5"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("chatml", byte_level_bpe), ("llama2", sentencepiece_like), ("vicuna", sentencepiece_like)],
+    ids=["chatml", "llama2", "vicuna"],
+)
+def test_a_begun_reply_is_written_as_the_beginning_of_a_learned_one(name, make):
+    """Up to the place where it was cut, where a tokenizer may have merged what stands on both sides."""
+    tokens = ConversationTokenizer(make(), TEMPLATES[name])
+    asked = Turn("user", ("Hi",))
+    whole, _ = tokens.encode(Conversation((asked, Turn("assistant", ("A red circle.",)))))
+    begun = tokens.prompt(Conversation((asked, Turn("assistant", ("A red",)))))
+    assert tokens.text(whole).startswith(tokens.text(begun))
+    assert tokens.text(begun).endswith("A red")
+    assert begun[: len(tokens.prompt(Conversation((asked,))))] == tokens.prompt(Conversation((asked,)))
+    assert len(begun) > len(tokens.prompt(Conversation((asked,))))
+    for nothing in ((), (" \n",)):
+        assert tokens.prompt(Conversation((asked, Turn("assistant", nothing)))) == tokens.prompt(Conversation((asked,)))

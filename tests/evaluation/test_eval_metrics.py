@@ -53,6 +53,21 @@ def test_a_derangement_depends_on_the_seed_only_and_not_on_the_order_or_repeats(
     assert derangement(items, 1) != derangement(items, 2)
 
 
+def test_a_derangement_stays_within_groups_and_those_who_are_alone_exchange_with_each_other():
+    groups = {"a": 1, "b": 1, "c": 2, "d": 2, "e": 2, "f": 3, "g": 4}
+    other = derangement([*groups], 5, groups)
+    assert [other["a"], other["b"]] == ["b", "a"]
+    assert {other[item] for item in "cde"} == set("cde")
+    assert [other["f"], other["g"]] == ["g", "f"]
+    assert all(other[item] != item for item in groups)
+
+
+def test_one_who_is_alone_in_its_group_joins_another():
+    other = derangement([*"abcf"], 5, {"a": 1, "b": 1, "c": 1, "f": 2})
+    assert sorted(other.values()) == [*"abcf"]
+    assert all(other[item] != item for item in "abcf")
+
+
 def test_a_single_picture_cannot_be_exchanged():
     with pytest.raises(ValueError, match="nothing to exchange"):
         derangement(["a.png", "a.png"], 0)

@@ -17,6 +17,7 @@ from vlm.batch import IGNORE_INDEX
 from vlm.config import RunConfig
 from vlm.data.images import load_image, to_pixels
 from vlm.errors import ConfigError, DataError
+from vlm.evaluation import predict
 from vlm.evaluation.config import EvaluationConfig, TaskConfig
 from vlm.evaluation.predict import PictureFeatures, _merge, _Scorer, score_candidates
 from vlm.evaluation.report import evaluate_run, run_tasks
@@ -199,12 +200,33 @@ def caption_records() -> list[dict[str, Any]]:
     return [{"image": f"{n}.png", "prompt": "Describe.", "answer": f"A {COLORS[n % 4]} thing {n}."} for n in range(6)]
 
 
-def test_ranking_draws_the_other_answers_without_the_true_one_and_the_same_every_time(root: Path, loaded: LoadedModel):
+def test_answers_are_ranked_in_groups_the_same_every_time_each_in_its_own(root: Path, loaded: LoadedModel):
     first, again = (read(root, "ranking", caption_records(), loaded, num_candidates=4) for _ in range(2))
     assert [question.replies for question in first] == [question.replies for question in again]
     for question in first:
-        assert question.answer == 0
         assert len({tuple(reply) for reply in question.replies}) == 4
+        assert question.answer_text in loaded.tokenizer.decode(question.replies[question.answer])
+    groups = [tuple(map(tuple, question.replies)) for question in first]
+    assert sorted(map(groups.count, set(groups))) == [2, 4]  # six answers: four, and two filled up
+
+
+def test_shuffled_images_of_a_ranking_cost_nothing_as_they_stay_in_their_group(
+    root: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+):
+    path = write_records(root / "caption.json", caption_records())
+    prompts: list[int] = []
+    merge = predict._merge
+
+    def counting(questions: Any) -> Any:
+        merged = merge(questions)
+        prompts.append(len(merged[0]))
+        return merged
+
+    monkeypatch.setattr(predict, "_merge", counting)
+    task = TaskConfig(name="caption", kind="ranking", num_candidates=3, path=path)
+    (row,) = run_tasks(loaded, EvaluationConfig(tasks=(task,)), root / "cache")
+    assert prompts == [6]  # not 12
+    assert row.shuffled is not None
 
 
 def test_the_loss_task_is_the_mean_cross_entropy_of_the_supervised_tokens(root: Path, loaded: LoadedModel):

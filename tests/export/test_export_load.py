@@ -91,6 +91,23 @@ def test_the_pieces_of_a_stream_are_the_reply(loaded: LoadedModel, root: Path):
     assert "".join(pieces).strip() == loaded.chat("这是什么？", [root / "cat.png"], max_new_tokens=20)
 
 
+def test_a_begun_reply_goes_on_and_its_next_word_keeps_its_space(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch):
+    seen: list[list[int]] = []
+    next_ids = loaded.tokenizer(" red square.").input_ids
+
+    def generate(model: Any, ids: list[int], *rest: Any) -> list[int]:
+        seen.append(ids)
+        return next_ids
+
+    monkeypatch.setattr(load_module, "generate", generate)
+    question = {"role": "user", "content": "What is this?"}
+    assert loaded.chat([question]) == "red square."
+    assert loaded.chat([question, {"role": "assistant", "content": "A"}]) == " red square."
+    assert loaded.chat([question, {"role": "assistant", "content": " "}]) == "red square."  # says nothing yet
+    assert loaded.tokenizer.decode(seen[1]) == loaded.tokenizer.decode(seen[0]) + "A"
+    assert seen[2] == seen[0]
+
+
 def test_sampling_with_a_seed_repeats_itself(loaded: LoadedModel):
     def sample(seed: int) -> str:
         return loaded.chat("Hello", max_new_tokens=10, do_sample=True, temperature=2.0, seed=seed)

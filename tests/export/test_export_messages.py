@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from vlm.data.conversation import IMAGE
+from vlm.data.template import TEMPLATES
 from vlm.errors import RecordError
 from vlm.export.messages import to_conversation
 
@@ -90,3 +91,20 @@ def test_what_cannot_be_read_is_refused_by_a_named_rule(messages: object, images
     with pytest.raises(RecordError) as caught:
         to_conversation(messages, images)
     assert caught.value.rule.startswith(rule)
+
+
+def test_a_template_decides_which_orders_a_prompt_may_have():
+    greeting = [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Hi"}]
+    with pytest.raises(RecordError, match="turn 1 is assistant"):
+        to_conversation(greeting)
+    assert [turn.role for turn in to_conversation(greeting, (), TEMPLATES["chatml"]).turns] == ["assistant", "user"]
+    with pytest.raises(RecordError, match="template llama2 cannot write") as caught:
+        to_conversation(greeting, (), TEMPLATES["llama2"])
+    assert caught.value.rule == "turn_order"
+    with pytest.raises(RecordError, match="picture stands in a system or assistant turn"):
+        to_conversation([{"role": "assistant", "content": [{"type": "image"}]}], [b""], TEMPLATES["chatml"])
+
+
+def test_users_in_a_row_are_one_turn_of_a_prompt():
+    rows = [{"role": "user", "content": "One"}, {"role": "user", "content": "two"}]
+    assert to_conversation(rows, (), TEMPLATES["chatml"]).turns[0].text == "One\ntwo"

@@ -25,6 +25,9 @@ def frequencies(draws: int = 4000, **settings: float) -> list[float]:
         ({"top_p": 0.69}, [0, 0, 3 / 7, 4 / 7]),  # 0.4 alone is not enough, with 0.3 it is
         ({"top_p": 0.0001}, [0, 0, 0, 1]),
         ({"top_k": 3, "top_p": 0.5}, [0, 0, 3 / 7, 4 / 7]),
+        ({"top_p": 0.0}, [0, 0, 0, 1]),
+        ({"min_p": 0.6}, [0, 0, 3 / 7, 4 / 7]),  # of 0.4: those of 0.24 and more
+        ({"min_p": 1.0, "top_p": 0.9}, [0, 0, 0, 1]),
     ],
 )
 def test_draws_follow_the_distribution(settings: dict[str, float], expected: list[float]):
@@ -83,3 +86,26 @@ def test_reported_logprobs_come_before_any_setting():
     assert token.logprob == pytest.approx(float(torch.tensor(0.1).log()))
     assert token.likeliest == ((3, pytest.approx(float(torch.tensor(0.4).log()))),)
     assert report(LOGITS, 2, None).logprob is None
+
+
+class OnlyInOrder:
+    """Allows each of its tokens in turn."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.left = list(tokens)
+
+    def allowed(self) -> torch.Tensor:
+        return torch.arange(4) == self.left[0]
+
+    def accept(self, token: int) -> None:
+        assert token == self.left.pop(0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_a_constraint_is_kept_to_whatever_is_likely_and_log_probabilities_stay_the_models(temperature: float):
+    settings = SamplingSettings(temperature=temperature, logit_bias={3: 50.0}, num_logprobs=1)
+    sampler = Sampler(settings, OnlyInOrder(0, 2, 0))
+    tokens = [sampler.choose(LOGITS, []) for _ in range(3)]
+    assert [token.id for token in tokens] == [0, 2, 0]
+    assert tokens[0].logprob == pytest.approx(float(LOGITS[0]))
+    assert tokens[0].likeliest[0][0] == 3

@@ -35,16 +35,3 @@ def test_gradients_reach_each_token_from_its_own_record_only():
     hidden = decode_one_by_one(running_sum, embeddings, torch.tensor([[0, 1, 2, 0, 1]]))
     hidden[0, 1].sum().backward()  # the second token of the first record
     assert embeddings.grad.flatten().tolist() == [1, 1, 0, 0, 0]
-
-
-def test_a_rank_makes_as_many_forwards_as_any_other_and_the_result_does_not_change():
-    calls = []
-
-    def forward(embeddings: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        calls.append(tuple(embeddings.shape))
-        return running_sum(embeddings, position_ids)
-
-    embeddings = torch.tensor([[1.0, 2, 3]], requires_grad=True)[..., None]
-    hidden = decode_one_by_one(forward, embeddings, torch.tensor([[0, 1, 2]]), agree=lambda _: 3)
-    assert calls == [(1, 3, 1), (1, 1, 1), (1, 1, 1)]
-    assert hidden.flatten().tolist() == [1, 103, 206]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launched import launch, run_launcher
+import warm
+from launched import launch
 from proof_setups import write_config
 from proven_here import prove_here
+from warm import run_warm
 
 from vlm.train.checkpoint import newest_verified
 from vlm.train.fragments import read_weights
@@ -69,9 +69,8 @@ def test_a_proven_run_ends_equal_to_the_bit_to_one_that_is_not(engine, root, tmp
     ends = []
     for prove in ("true", "false"):
         path = config_of(root, engine, output_dir=str(tmp_path / prove))
-        command = [sys.executable, "-m", "vlm.cli.main", "train", path, "--nproc=2", f"--options=train.prove={prove}"]
-        done = run_launcher(command, {**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
+        code, output = run_warm(warm.train, path, f"--options=train.prove={prove}", nproc=2)
+        assert code == 0, output[-3000:]
         ends.append(read_weights(newest_verified(tmp_path / prove)))
         assert (tmp_path / prove / "proof.json").exists() is (prove == "true")
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())

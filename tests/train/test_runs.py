@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
 import pytest
 import torch
 import warm
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from warm import run_warm, started
 
 from vlm.config import load_config
@@ -100,6 +101,20 @@ def test_another_model_is_refused_key_by_key_before_it_is_loaded(config_file):
     assert "model.lora.rank: 4 -> 8" in str(caught.value)
     assert "model.lora.dropout: 0.1 -> 0.0" in str(caught.value)
     assert "model.projector" not in str(caught.value)
+
+
+def test_a_replaced_base_model_is_refused_at_resume(config_file, tiny, tmp_path):
+    shutil.copytree(tiny / "llm", tmp_path / "llm")
+    llm = {"path": str(tmp_path / "llm")}
+    run = run_here(config_file(model__llm=llm, train__max_steps=2))
+    weights = tmp_path / "llm" / "model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[-1] += 0.01
+    save_file(tensors, weights, metadata={"format": "pt"})
+    again = config_file(model__llm=llm, train__max_steps=4)
+    with pytest.raises(CheckpointError, match=r"model\.llm\.path .*llm: model\.safetensors: \w{16} -> \w{16}"):
+        run_here(again)
+    assert newest_verified(run).name == "step-000002"
 
 
 def test_changed_data_is_refused_at_resume(config_file, tiny, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from vlm.chat.session import Exchange, Image
 from vlm.data.conversation import Turn
+from vlm.data.marks import without_marks
 from vlm.errors import RecordError
 from vlm.export.messages import show_pictures
 
@@ -35,7 +36,7 @@ def training_record(session: Talk) -> dict[str, Any]:
     """The conversation in OpenAI's form, complete in itself: pictures are in it as `data:` URLs.
 
     Read back by `vlm.data.records.parse_record`, it is the conversation that the model saw. One thing differs: a typed
-    `<image>` is written `< image>`, since in training data the former is the place of a picture.
+    `<image>`, or the like, is written `< image>`, since in training data the former is the place of a picture.
 
     Raises:
         RecordError: nothing was said yet (rule empty_conversation), or a picture is gone (image_missing).
@@ -50,10 +51,10 @@ def training_record(session: Talk) -> dict[str, Any]:
         raise RecordError("empty_conversation", "nothing was said yet, so there is nothing to save")
     messages: list[dict[str, Any]] = []
     if session.system:
-        messages.append({"role": "system", "content": _no_mark(session.system)})
+        messages.append({"role": "system", "content": without_marks(session.system)})
     for exchange in session.exchanges:
         messages.append({"role": "user", "content": _parts(exchange.question, exchange.images)})
-        messages.append({"role": "assistant", "content": _no_mark(exchange.reply)})
+        messages.append({"role": "assistant", "content": without_marks(exchange.reply)})
     return {"messages": messages}
 
 
@@ -66,15 +67,11 @@ def _parts(question: str, images: Sequence[Image]) -> list[dict[str, Any]]:
     turn = show_pictures(Turn("user", (question,) if question else ()), len(images))
     shown = iter(images)
     return [
-        {"type": "text", "text": _no_mark(part)}
+        {"type": "text", "text": without_marks(part)}
         if isinstance(part, str)
         else {"type": "image_url", "image_url": {"url": _data_url(next(shown))}}
         for part in turn.parts
     ]
-
-
-def _no_mark(text: str) -> str:
-    return text.replace("<image>", "< image>")
 
 
 def _data_url(image: Image) -> str:

@@ -16,7 +16,7 @@ from vlm.data.collate import Collator
 from vlm.data.config import DataConfig, SourceConfig
 from vlm.data.features import FeatureStore
 from vlm.data.packing import pack_in_windows
-from vlm.data.records import open_source
+from vlm.data.records import open_source, source_names
 from vlm.data.scan import ExampleReader, Scan, refuse_too_many, scan_records
 from vlm.data.skips import counts_by_rule
 from vlm.data.stream import BatchStream, EpochPlan, EvalBatches
@@ -52,6 +52,8 @@ def build_conversation_tokenizer(
 ) -> ConversationTokenizer:
     """Warns when the template's control words are no tokens of the tokenizer; raises ConfigError if its end is none."""
     template = build_template(config.template, tokenizer)
+    for key in _unused_settings(config, template):
+        warn(f"{key} is not used: template {template.name} writes the pictures of users only")
     if problem := check_template(tokenizer, template):
         warn(problem)
     return ConversationTokenizer(
@@ -63,11 +65,22 @@ def build_conversation_tokenizer(
     )
 
 
+def _unused_settings(config: DataConfig, template: ChatTemplate) -> list[str]:
+    if not template.only_images_of_user:
+        return []
+    sources = (*config.sources, *config.eval_sources)
+    prompts = [f"the prompt of {source.path}" for source in sources if source.prompt]
+    return [*prompts, "data.system"] if config.system else prompts
+
+
 def build_reader(
     config: DataConfig, sources: Sequence[SourceConfig], conversation_tokenizer: ConversationTokenizer
 ) -> ExampleReader:
     """Opens the sources. Raises DataError for a missing or unreadable file."""
-    opened = tuple(open_source(source, Path(config.cache), config.image_placement) for source in sources)
+    paths = [source.path for source in (*config.sources, *config.eval_sources)]
+    names = dict(zip(paths, source_names(paths), strict=True))
+    cache = Path(config.cache)
+    opened = tuple(open_source(source, cache, config.image_placement, names.get(source.path)) for source in sources)
     return ExampleReader(opened, conversation_tokenizer, config.max_length, config.max_images, config.over_long)
 
 
@@ -114,6 +127,11 @@ def build_data(
         workers=config.workers,
     )
     scans = [scan]
+    if config.eval_sources and config.held_out:
+        warn(
+            f"data.held_out keeps {len(held_out):,} records from training that nothing evaluates, as "
+            "data.eval_sources is set. Set it to 0"
+        )
     if config.eval_sources:
         eval_scan = scan_records(
             build_reader(config, config.eval_sources, conversation_tokenizer), Path(config.cache), config.workers
@@ -183,6 +201,8 @@ def _name_number(source: SourceConfig) -> int:
 
 
 def _tell_skips(key: str, scan: Scan) -> None:
+    for line in scan.warnings():
+        warn(line)
     if scan.skips:
         by_rule = Counter(skip.rule for skip in scan.skips)
         log(f"{key}: {len(scan.skips):,} of {len(scan):,} records skipped ({counts_by_rule(by_rule)})")

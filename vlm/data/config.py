@@ -4,21 +4,44 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from vlm.schema import PathText, Section
+
+TURN_NAMES = ("from", "value", "role", "content")  # of `columns`: keys of turns; the others are keys of records
+_RECORD_NAMES = (
+    "conversations", "messages", "image", "images", "caption", "text", "instruction", "input", "output", "query",
+    "response", "question", "answer", "prompt", "completion", "context", "history", "system", "label", "loss", "weight",
+)  # fmt: skip
 
 
 class SourceConfig(Section):
     path: PathText
-    """JSON, JSONL (.gz too), CSV, TSV, or a folder of pictures with .txt files beside them."""
+    """JSON, JSONL (.gz too), CSV, TSV, a folder of pictures with .txt files, or LLaMA-Factory's dataset_info.json."""
+    dataset: str | None = None
+    """Which entry of a dataset_info.json; null takes the only one."""
     images: PathText | None = None
     """Folder that every picture must lie in; null means the folder of `path`."""
-    format: Literal["auto", "conversation", "caption", "text"] = "auto"
+    links: tuple[PathText, ...] = ()
+    """Folders outside `images` that links in it may lead to. A Hugging Face cache's own blobs need not be named."""
+    format: Literal["auto", "conversation", "instruction", "caption", "text"] = "auto"
+    """The kind of every record; auto tells it by the keys. See docs/data.md."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Other names of keys: ours -> the file's, such as {image: img_path}; from, value, role, content are of turns."""
+    roles: dict[str, Literal["system", "user", "assistant"]] = Field(default_factory=dict)
+    """Other names of roles: the file's -> ours."""
     weight: PositiveFloat = 1.0
     """How often each record appears per epoch; 0.5 takes another half every epoch."""
     prompt: str | None = None
-    """Caption sources under a chat template: the user's turn that the caption answers."""
+    """Caption and text sources under a chat template: the user's turn that the caption answers."""
+
+    @field_validator("columns")
+    @classmethod
+    def _known(cls, columns: dict[str, str]) -> dict[str, str]:
+        unknown = [name for name in columns if name not in (*TURN_NAMES, *_RECORD_NAMES)]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is not read; known: {', '.join((*TURN_NAMES, *_RECORD_NAMES))}")
+        return columns
 
 
 class DataConfig(Section):

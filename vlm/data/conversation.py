@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from vlm.errors import RecordError
@@ -23,6 +24,7 @@ Part = str | ImageSlot
 class Turn:
     role: Role
     parts: tuple[Part, ...]
+    is_learned: bool = True  # false: a reply that is read, not learned
 
     @property
     def text(self) -> str:
@@ -41,15 +43,37 @@ class Conversation:
     turns: tuple[Turn, ...]
     images: tuple[str | bytes, ...] = ()
     where: str = ""  # file and record, for errors
+    unread: tuple[str, ...] = field(default=(), compare=False)  # keys and marks of its record that nothing read
 
     @property
     def num_slots(self) -> int:
         return sum(turn.num_images for turn in self.turns)
 
+    @property
+    def begun_reply(self) -> str:
+        """Text of a reply that the conversation ends with, for the model to go on with; empty when it says nothing."""
+        text = self.turns[-1].text if self.turns and self.turns[-1].role == "assistant" else ""
+        return text if text.strip() else ""
+
     def first_turns(self, count: int) -> Conversation:
         """The conversation cut after `count` turns, with the pictures of those turns only."""
         turns = self.turns[:count]
         return replace(self, turns=turns, images=self.images[: sum(turn.num_images for turn in turns)])
+
+
+def join_texts(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Texts that follow each other as one: what is written together is encoded together.
+
+    >>> join_texts(("a", "b", IMAGE, "", "c"))
+    ('ab', ImageSlot(), 'c')
+    """
+    joined: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        elif part != "":
+            joined.append(part)
+    return tuple(joined)
 
 
 def normalise_turns(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -58,7 +82,7 @@ def normalise_turns(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     Two replies in a row stay: whether the second continues or replaces the first cannot be known.
 
     >>> normalise_turns((Turn("user", ("Look.",)), Turn("user", ("What is it?",))))
-    (Turn(role='user', parts=('Look.', '\\n', 'What is it?')),)
+    (Turn(role='user', parts=('Look.', '\\n', 'What is it?'), is_learned=True),)
     """
     normal: list[Turn] = []
     for turn in turns:
@@ -96,7 +120,13 @@ def check_conversation(conversation: Conversation) -> Conversation:
             rule = "assistant_first" if number == first_number else "role_repeated"
             raise RecordError(rule, f"turn {number} is {turn.role}, expected {expected}", where)
         expected = "assistant" if turn.role == "user" else "user"
-    if any(turn.num_images for turn in turns if turn.role != "user"):
+    return check_images(conversation)
+
+
+def check_images(conversation: Conversation) -> Conversation:
+    """Return the conversation if its pictures can be shown. Raises RecordError: rules image_in_answer, image_count."""
+    where = conversation.where
+    if any(turn.num_images for turn in conversation.turns if turn.role != "user"):
         raise RecordError("image_in_answer", "a picture stands in a system or assistant turn", where)
     if conversation.num_slots != len(conversation.images):
         raise RecordError(

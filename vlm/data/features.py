@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlm.compat import follow_umask
 from vlm.errors import RecordError
 
 
@@ -58,6 +59,7 @@ class FeatureStore:
         temporary = path.with_name(f".{secrets.token_hex(4)}")
         try:
             save_file({"features": features.detach().to("cpu", self.dtype).contiguous()}, temporary)
+            follow_umask(temporary)
             temporary.replace(path)
         except SafetensorError as error:
             temporary.unlink(missing_ok=True)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import math
 import os
+import struct
+import unicodedata
 import warnings
-from pathlib import Path
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vlm.batch import ImageSpec
+from vlm.data.sniff import HEAD, describe, describe_text
 from vlm.errors import RecordError
 from vlm.logs import warn
 
@@ -35,17 +43,23 @@ _TURN_BACK = {
     8: Image.Transpose.ROTATE_90,
 }
 _told: set[str] = set()  # warnings given once per process
+_SUFFIXES = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_MAX_LISTED = 50_000  # files of a folder among which a near name is looked for
+_KNOWN = ", ".join(FORMATS)
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks that say nothing of pixels
 
 
-def resolve_image(root: Path, name: str) -> Path:
+def resolve_image(root: Path, name: str, links: Sequence[Path] = ()) -> Path:
     """The file `name` below `root`, links followed.
 
     Args:
         root: an absolute, resolved folder.
+        links: folders, resolved too, that links below `root` may lead to. The name itself must not lead out.
 
     Raises:
         RecordError: rules bad_image_field (empty, or with a NUL byte), image_missing, image_outside_root (`..`, an
-            absolute path or a link that leads out).
+            absolute path or a link that leads elsewhere).
     """
     if not name.strip() or "\0" in name:
         raise RecordError("bad_image_field", f"{name[:80]!r} is no file name")
@@ -55,11 +69,81 @@ def resolve_image(root: Path, name: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, half a surrogate pair
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise RecordError("image_missing", f"picture {name[:80]!r} cannot be looked up ({reason})") from None
-    if not inside:
-        raise RecordError("image_outside_root", f"picture {name[:200]!r} leads out of {root.name}/")
+    stays = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != ".."
+    if not inside and not (stays and any(path.is_relative_to(folder) for folder in links)):
+        raise RecordError("image_outside_root", f"picture {name[:200]!r} {_way_out(root, path, stays)}")
     if not exists:
         raise RecordError("image_missing", f"picture {name[:200]!r} is no file below {root.name}/")
     return path
+
+
+def cache_links(root: Path) -> tuple[Path, ...]:
+    """Where links of a Hugging Face cache lead: `blobs` beside the `snapshots` that `root` lies in."""
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
+            return ((folder.parent.parent / "blobs").resolve(),)
+    return ()
+
+
+def near_name(root: Path, name: str) -> str:
+    """The file that a name which is none probably means, as the end of a message; an empty text if none is found."""
+    slashed = name.replace("\\", "/")
+    path = PurePosixPath(slashed)
+    forms = {slashed: "with /, not \\"}
+    for form in ("NFC", "NFD"):
+        forms.setdefault(unicodedata.normalize(form, slashed), "in another Unicode form")
+    forms.setdefault(unquote(slashed), "without URL escapes")
+    forms.setdefault(slashed.strip(), "without the blanks")
+    if path.parts[:1] == (root.name,):
+        forms[str(PurePosixPath(*path.parts[1:]))] = f"without {root.name}/, which images: names already"
+    forms.setdefault(path.name, f"directly in {root.name}/")
+    for suffix in _SUFFIXES:
+        forms.setdefault(str(path.with_suffix(suffix)) if path.name else "", "with another ending")
+        forms.setdefault(f"{slashed}{suffix}", "with an ending")
+    found = next((form for form in forms if form and form != name and _is_file(root, form)), None)
+    if found is not None:
+        return f", but {found[:200]!r} is ({forms[found]})"
+    other = _in_other_case(root, slashed)
+    return f", but {other[:200]!r} is (in other letters)" if other else ""
+
+
+def _is_file(root: Path, name: str) -> bool:
+    try:
+        return (root / name).is_file() and ".." not in PurePosixPath(name).parts
+    except (OSError, ValueError):  # too long, half a surrogate pair
+        return False
+
+
+def _in_other_case(root: Path, name: str) -> str:
+    """The file of nearly this name in the same folder: upper and lower case apart, and forms of letters."""
+    parent, _, last = name.rpartition("/")
+    if ".." in parent.split("/"):
+        return ""
+    found = _names_by_folded(root / parent).get(_folded(last), "")
+    return f"{parent}/{found}" if parent and found else found
+
+
+@lru_cache(8)
+def _names_by_folded(folder: Path) -> dict[str, str]:
+    """Names of a folder's files by their folded form; of a very large folder none, as that takes too long."""
+    names: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
+        for entry in itertools.islice(entries, _MAX_LISTED):
+            names[_folded(entry.name)] = entry.name
+    return names if len(names) < _MAX_LISTED else {}
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold().strip()
+
+
+def _way_out(root: Path, path: Path, stays: bool) -> str:
+    if not stays:
+        return f"leads out of {root.name}/"
+    return (
+        f"is a link that leads out of {root.name}/, to {str(path)[:200]}. Name a folder that holds such files in "
+        "data.sources[].links to allow it"
+    )
 
 
 def load_image(
@@ -84,18 +168,68 @@ def load_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # malformed EXIF and the like; what matters raises
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-                _check_size(image.size, max_pixels, label)
-                image.load()
-                rgb = _to_rgb(_upright(image), background)
-                _tell_of_animation(image, label)  # looks at the second frame, so only now
-                return rgb
+            return _decoded(source, max_pixels, background, label)
     except RecordError:
         raise
     except Image.DecompressionBombError:
         raise RecordError("image_too_large", f"{label} is over Pillow's own limit of pixels") from None
     except Exception as error:  # decoders raise many types on damaged files
-        raise RecordError("image_unreadable", f"{label}: {type(error).__name__}: {_reason(error)}") from None
+        raise RecordError("image_unreadable", f"{label}{_what_it_is(source, error)}") from None
+
+
+def _decoded(source: str | bytes | Path, max_pixels: int, background: tuple[int, int, int], label: str) -> Image.Image:
+    try:
+        return _decode(source, max_pixels, background, label)
+    except ValueError:  # Pillow reads no text or colour profile of a PNG over 1 MB; pixels do not need it
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        stripped = _without_text(content)
+        if len(stripped) == len(content):
+            raise
+        return _decode(stripped, max_pixels, background, label)
+
+
+def _decode(source: str | bytes | Path, max_pixels: int, background: tuple[int, int, int], label: str) -> Image.Image:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        _check_size(image.size, max_pixels, label)
+        image.load()
+        rgb = _to_rgb(_upright(image), background)
+        _tell_of_animation(image, label)  # looks at the second frame, so only now
+        return rgb
+
+
+def _without_text(content: bytes) -> bytes:
+    """A PNG without its text and colour profile; anything else as it is."""
+    if not content.startswith(_PNG):
+        return content
+    kept, position = [_PNG], len(_PNG)
+    while position + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, position)
+        end = position + 12 + length
+        if kind not in _PNG_TEXT:
+            kept.append(content[position:end])
+        position = end
+    return b"".join(kept)
+
+
+def _what_it_is(source: str | bytes | Path, error: Exception) -> str:
+    """What stands where an image should, with what can be done; or what the decoder said of a damaged one."""
+    said = f": {type(error).__name__}: {_reason(error)}"
+    try:
+        content = source[:HEAD] if isinstance(source, bytes) else _head(Path(source))
+        size = len(content)
+    except OSError:
+        return said
+    what = describe(content, size)
+    if not what and isinstance(error, UnidentifiedImageError):
+        what = describe_text(content)
+    if not what:
+        return said if not isinstance(error, UnidentifiedImageError) else f" is of no format that is read ({_KNOWN})"
+    return f" is {what}. Read are {_KNOWN}"
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD)
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:

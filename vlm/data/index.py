@@ -7,10 +7,8 @@ in the cache folder and memory-mapped, so memory does not grow with the number o
 from __future__ import annotations
 
 import atexit
-import csv
 import gzip
 import hashlib
-import io
 import json
 import mmap
 import os
@@ -25,13 +23,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from vlm.data.sniff import HEAD, describe, describe_json
 from vlm.data.spans import MAX_RECORD_BYTES, Span, find_json_array, find_lines, find_rows
+from vlm.data.tables import has_quoted_header, parse_row, refuse_joined_rows
 from vlm.errors import DataError, RecordError
 from vlm.logs import Progress, warn
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _TOLD_EVERY = 10_000  # records between looks at the clock
-_VERSION = 2  # of the stored spans; a higher one makes older caches unread
+_VERSION = 3  # of the stored spans; a higher one makes older caches unread
 
 
 class RecordIndex:
@@ -45,6 +45,7 @@ class RecordIndex:
         name: of the file, for messages; another than `path.name` for an unpacked .gz.
         stored: the .npy file that `spans` is mapped from, if it is.
         columns: names of the columns of a CSV or TSV file; None for JSON.
+        unquotes_all: of a TSV file, see `parse_row`.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class RecordIndex:
         stored: Path | None = None,
         columns: tuple[str, ...] | None = None,
         delimiter: str = ",",
+        unquotes_all: bool = False,
     ) -> None:
         self.path = path
         self.name = name or path.name
@@ -65,6 +67,7 @@ class RecordIndex:
         self.unit = unit
         self.stored = stored
         self.delimiter = delimiter
+        self._unquotes_all = unquotes_all
         self._fingerprint = fingerprint(path)
         self._file: BinaryIO | None = None
 
@@ -117,19 +120,24 @@ class RecordIndex:
 
     def _parse_row(self, raw: bytes) -> dict[str, Any]:
         assert self.columns is not None
-        row = parse_csv_row(raw, self.delimiter)
+        row = parse_row(raw, self.delimiter, self._unquotes_all)
         if len(row) != len(self.columns):
+            num_lines = len(raw.strip(b"\r\n").splitlines())
+            joined = f" (a quote joins {num_lines} lines to one row)" if num_lines > 1 else ""
             raise RecordError(
-                "bad_columns", f"{len(row)} columns, expected {len(self.columns)}: {', '.join(self.columns)}"
+                "bad_columns", f"{len(row)} columns, expected {len(self.columns)}: {', '.join(self.columns)}{joined}"
             )
+        if self.delimiter == ",":
+            refuse_joined_rows(raw, self.delimiter, len(self.columns))
         return dict(zip(self.columns, row, strict=True))
 
 
-def open_index(path: Path, cache: Path) -> RecordIndex:
+def open_index(path: Path, cache: Path, name: str | None = None) -> RecordIndex:
     """Index a .json, .jsonl, .csv or .tsv file, each also with .gz.
 
     Args:
         path: the data file.
+        name: of the file, for messages; None takes its own.
         cache: folder for spans (and for the unpacked text of a .gz file); a folder that cannot be written costs
             time, not the run.
 
@@ -138,7 +146,7 @@ def open_index(path: Path, cache: Path) -> RecordIndex:
     """
     if not path.is_file():
         raise DataError(f"data file {path} does not exist. Check data.sources; relative paths start where you run")
-    name = path.name
+    name = name or path.name
     try:
         if path.suffix.lower() == ".gz":
             path = _unpacked(path, cache)
@@ -168,18 +176,11 @@ def parse_json_record(raw: bytes) -> dict[str, Any]:
     except RecursionError:
         raise RecordError("bad_json", "nested too deeply") from None
     except ValueError as error:  # bad syntax, NaN, an integer of thousands of digits
-        raise RecordError("bad_json", f"not JSON: {str(error)[:120]}") from None
+        comma = " (a comma ends the line; JSON Lines has none)" if raw.rstrip().endswith((b"},", b"],")) else ""
+        raise RecordError("bad_json", f"not JSON: {str(error)[:120]}{comma}") from None
     if not isinstance(value, dict):
         raise RecordError("not_an_object", f"a {type(value).__name__}, expected an object {{...}}")
     return value
-
-
-def parse_csv_row(raw: bytes, delimiter: str) -> list[str]:
-    """The fields of one row. Raises RecordError rule bad_csv."""
-    try:
-        return next(csv.reader(io.StringIO(raw.decode("utf-8"), newline=""), delimiter=delimiter, strict=True))
-    except (UnicodeDecodeError, csv.Error, StopIteration) as error:
-        raise RecordError("bad_csv", f"not a row of UTF-8 text ({error})") from None
 
 
 def _no_repeated_key(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -200,6 +201,7 @@ def _open_plain(path: Path, name: str, cache: Path) -> RecordIndex:
         raise DataError(f"data file {path}: unknown ending {suffix!r}; known: .json .jsonl .csv .tsv (each also .gz)")
     if path.stat().st_size == 0:
         raise DataError(f"data file {path} is empty")
+    _refuse_other_kind(path, name, suffix)
     if suffix == ".jsonl":
         spans, stored = _spans(path, cache, find_lines)
         return RecordIndex(path, spans, "line", name=name, stored=stored)
@@ -210,16 +212,55 @@ def _open_plain(path: Path, name: str, cache: Path) -> RecordIndex:
     spans, stored = _spans(path, cache, lambda text: find_rows(text, delimiter))
     if len(spans) == 0:
         raise DataError(f"data file {path} is empty: expected a header line and rows")
-    columns = _header(path, spans[0], delimiter)
-    return RecordIndex(path, spans, "line", name=name, stored=stored, columns=columns, delimiter=delimiter)
+    header = _first_bytes(path, int(spans[0][0]), int(spans[0][1]))
+    is_quoted = delimiter == "\t" and has_quoted_header(header)
+    columns = _header(path, header, delimiter, is_quoted)
+    return RecordIndex(
+        path, spans, "line", name=name, stored=stored, columns=columns, delimiter=delimiter, unquotes_all=is_quoted
+    )
 
 
-def _header(path: Path, span: np.ndarray, delimiter: str) -> tuple[str, ...]:
-    with path.open("rb") as file:
-        file.seek(int(span[0]))
-        raw = file.read(min(int(span[1] - span[0]), 1 << 20))
+def _refuse_other_kind(path: Path, name: str, suffix: str) -> None:
+    """Raise DataError for a file that is something else than its name says, and say what it is."""
+    head = _first_bytes(path, 0, 1 << 20)
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    what = describe(head[:HEAD], len(head))
+    if what and not (suffix in DELIMITERS and what.startswith(("an MP3", "an icon"))):  # a table may begin so
+        if what == "UTF-16 text":
+            raise DataError(f"data file {path} is UTF-16; expected UTF-8")
+        expected = f"not a JSON list: it begins with {start[:1]!r}" if suffix == ".json" else f"no {suffix} file"
+        raise DataError(f"data file {path} is {expected}. It is {what}")
+    if suffix == ".json" and start[:1] not in (b"[", b""):
+        begins = f"is not a JSON list: it begins with {start[:1]!r}, expected ["
+        raise DataError(f"data file {path} {begins}. {describe_json(path, name)}")
+    if suffix == ".jsonl" and start[:1] == b"[" and _is_whole_list(start):
+        raise DataError(f"data file {path} is one JSON list, not an object per line. Name it {path.stem}.json")
+    if suffix == ".jsonl" and start.split(b"\n")[0].strip() == b"{":
+        raise DataError(
+            f"data file {path}: its objects are spread over several lines; .jsonl has one per line. "
+            f"`jq -c . {path.name}` writes it so"
+        )
+
+
+def _is_whole_list(start: bytes) -> bool:
+    """Whether a text that begins with [ is one list, and not lines that happen to be lists."""
+    first, _, rest = start.partition(b"\n")
     try:
-        columns = tuple(column.strip() for column in parse_csv_row(raw, delimiter))
+        json.loads(first)
+    except ValueError:
+        return True
+    return not rest.strip()
+
+
+def _first_bytes(path: Path, start: int, end: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(min(end - start, 1 << 20))
+
+
+def _header(path: Path, raw: bytes, delimiter: str, is_quoted: bool) -> tuple[str, ...]:
+    try:
+        columns = tuple(column.strip() for column in parse_row(raw, delimiter, is_quoted))
     except RecordError as error:
         raise DataError(f"data file {path}: the header line is {error.message}") from None
     if len(set(columns)) != len(columns):

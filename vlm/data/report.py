@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from vlm.batch import IGNORE_INDEX, Example, ImageSpec, Skip
 from vlm.data.build import build_plan, build_reader, split_held_out
 from vlm.data.config import DataConfig
 from vlm.data.images import from_pixels, load_image, to_pixels
+from vlm.data.notes import UnreadLog
 from vlm.data.scan import ExampleReader, in_chunks, scan_records
-from vlm.data.skips import counts_by_rule, refuse_too_many
+from vlm.data.skips import counts_by_rule, refuse_lost_source, refuse_too_many
 from vlm.data.tokenize import ConversationTokenizer
-from vlm.errors import RecordError
+from vlm.errors import DataError, RecordError
 
 _BAR_WIDTH = 40
 CHUNK = 200  # records per task of a checking process; decoding takes 20 times as long as measuring
+_NUM_NOT_SHOWN = 5  # bad records that a preview names
 _CAPTION_HEIGHT = 14  # pixels under each picture of a contact sheet
 
 
@@ -44,18 +47,21 @@ def check_records(
         counts by rule.
 
     Raises:
-        DataError: more are bad than `max_skipped_share` allows.
+        DataError: more are bad than `max_skipped_share` allows, or all of one source.
     """
     reader = build_reader(config, (*config.sources, *config.eval_sources), tokenizer)
     console = _console()
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     skips: list[Skip] = []
-    num_images = 0
+    num_images, unread, is_usable = 0, UnreadLog(), np.zeros(len(reader), dtype=bool)
     work = partial(_decode_all, max_pixels=config.max_pixels, spec=spec)
-    for _, (found, decoded) in in_chunks(reader, np.arange(len(reader)), work, config.workers, "data: checked", CHUNK):
-        skips += found
-        num_images += decoded
+    everyone = np.arange(len(reader))
+    for start, part in in_chunks(reader, everyone, work, config.workers, "data: checked", CHUNK):
+        skips += part.skips
+        num_images += part.num_images
+        unread.merge(part.unread)
+        is_usable[start : start + len(part.is_usable)] = part.is_usable
     for skip in skips[:limit]:
         console.print(f"{skip.where}: [{skip.rule}] {skip.message}", soft_wrap=True)
     if len(skips) > limit:
@@ -63,29 +69,46 @@ def check_records(
     if out is not None:
         out.write_text("".join(json.dumps(s._asdict(), ensure_ascii=False) + "\n" for s in skips), encoding="utf-8")
     by_rule = Counter(skip.rule for skip in skips)
+    num_usable = reader.count_by_source(is_usable)
+    if len(num_usable) > 1:
+        for name, count in reader.count_by_source(np.ones(len(reader), dtype=bool)).items():
+            console.print(f"{name}: {num_usable[name]:,} of {count:,} records can be used", soft_wrap=True)
+    for line in unread.warnings(num_usable):
+        console.print(f"warning: {line}", soft_wrap=True)
     counts = counts_by_rule(by_rule) or "none"
     console.print(f"{len(reader):,} records, {num_images:,} pictures, skipped: {counts}", soft_wrap=True)
     refuse_too_many(skips, len(reader), config.max_skipped_share, out)
+    refuse_lost_source(skips, num_usable)
     return by_rule
 
 
-def _decode_all(
-    reader: ExampleReader, numbers: np.ndarray, *, max_pixels: int, spec: ImageSpec | None
-) -> tuple[list[Skip], int]:
-    """The records that cannot be used, and the number of pictures that can be decoded."""
-    skips: list[Skip] = []
-    num_images = 0
-    for number in numbers.tolist():
+@dataclass
+class _Checked:
+    """What was found in some records."""
+
+    is_usable: np.ndarray  # bool, per record
+    skips: list[Skip] = field(default_factory=list)
+    num_images: int = 0  # that can be decoded
+    unread: UnreadLog = field(default_factory=UnreadLog)
+
+
+def _decode_all(reader: ExampleReader, numbers: np.ndarray, *, max_pixels: int, spec: ImageSpec | None) -> _Checked:
+    checked = _Checked(np.zeros(len(numbers), dtype=bool))
+    for place, number in enumerate(numbers.tolist()):
+        source, local = reader.locate(number)
         try:
             example = reader.read(number)
             if spec is not None:
                 for image in example.images:
                     to_pixels(load_image(image, max_pixels, spec.background), spec)
-                    num_images += 1
+                    checked.num_images += 1
         except RecordError as error:
-            source, local = reader.locate(number)
-            skips.append(Skip(error.rule, error.where or source.where(local), error.message))
-    return skips, num_images
+            checked.skips.append(Skip(error.rule, error.where or source.where(local), error.message))
+            continue
+        checked.is_usable[place] = True
+        if example.unread:
+            checked.unread.add(source.name, example.where, example.unread)
+    return checked
 
 
 def preview_records(
@@ -96,13 +119,26 @@ def preview_records(
     Args:
         number: records to show, from each source in turn.
         out: the contact sheet, PNG; written when there is a picture.
+
+    Raises:
+        DataError: no record can be shown; says why the first ones cannot.
     """
     reader = build_reader(config, config.sources, tokenizer)
     console = _console()
     pictures: list[tuple[Image.Image, str]] = []
-    for example in _first_usable(reader, number):
+    examples, skips = _first_usable(reader, number)
+    for skip in skips[:_NUM_NOT_SHOWN]:
+        console.print(f"not shown: {skip.where}: [{skip.rule}] {skip.message}", style="red", soft_wrap=True)
+    if len(skips) > _NUM_NOT_SHOWN:
+        console.print(f"not shown: {len(skips) - _NUM_NOT_SHOWN} more; `vlm data check` lists them", soft_wrap=True)
+    if not examples:
+        counts = counts_by_rule(Counter(skip.rule for skip in skips))
+        raise DataError(f"none of {len(reader):,} records can be shown ({counts})")
+    for example in examples:
         console.rule(f"{example.where}: {len(example.input_ids)} tokens, {example.num_supervised} supervised")
         console.print(coloured(example, tokenizer), soft_wrap=True)
+        if example.unread:
+            console.print(f"not read: {', '.join(example.unread)}", style="yellow", soft_wrap=True)
         if spec is not None:
             try:
                 pixels = [to_pixels(load_image(i, config.max_pixels, spec.background), spec) for i in example.images]
@@ -139,9 +175,12 @@ def print_stats(config: DataConfig, tokenizer: ConversationTokenizer, *, seed: i
     """Histograms of tokens, supervised tokens and turns per record, and how full packed rows are."""
     reader = build_reader(config, config.sources, tokenizer)
     scan = scan_records(reader, Path(config.cache), config.workers)
-    refuse_too_many(scan.skips, len(scan), 1.0)
-    usable = scan.lengths > 0
     console = _console()
+    for line in scan.warnings():
+        console.print(f"warning: {line}", soft_wrap=True)
+    refuse_too_many(scan.skips, len(scan), 1.0)
+    refuse_lost_source(scan.skips, reader.count_by_source(scan.lengths > 0))
+    usable = scan.lengths > 0
     console.print(f"{len(scan):,} records, {int(usable.sum()):,} usable, {int(scan.num_images.sum()):,} pictures")
     _histogram(console, "tokens per record", scan.lengths[usable])
     _histogram(console, "supervised tokens per record", scan.num_supervised[usable])
@@ -177,20 +216,21 @@ def _console() -> Console:
     return Console(highlight=False, markup=False)  # file names and messages may hold square brackets
 
 
-def _first_usable(reader: ExampleReader, number: int) -> list[Example]:
-    """From each source in turn, so that a mixture shows all its kinds."""
+def _first_usable(reader: ExampleReader, number: int) -> tuple[list[Example], list[Skip]]:
+    """From each source in turn, so that a mixture shows all its kinds; and those met on the way that cannot be used."""
     found: list[Example] = []
+    skips: list[Skip] = []
     starts = np.cumsum([0, *map(len, reader.sources)])
     for offset in range(max(map(len, reader.sources))):
         for source, start in zip(reader.sources, starts, strict=False):
             if offset < len(source):
                 try:
                     found.append(reader.read(int(start) + offset))
-                except RecordError:
-                    continue  # `vlm data check` lists the bad ones
+                except RecordError as error:
+                    skips.append(Skip(error.rule, error.where, error.message))
                 if len(found) == number:
-                    return found
-    return found
+                    return found, skips
+    return found, skips
 
 
 def _conversation(reader: ExampleReader, number: int) -> tuple:

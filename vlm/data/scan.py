@@ -25,6 +25,7 @@ import numpy as np
 
 from vlm.batch import IGNORE_INDEX, Example, Skip
 from vlm.data import skips as skip_rules
+from vlm.data.notes import UnreadLog
 from vlm.data.records import RecordSource
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError, RecordError
@@ -57,6 +58,15 @@ class ExampleReader:
             number -= len(source)
         raise IndexError(number)
 
+    def count_by_source(self, chosen: np.ndarray) -> dict[str, int]:
+        """How many records of each source are true in `chosen`, bool [n]."""
+        counts: dict[str, int] = {}
+        start = 0
+        for source in self.sources:
+            counts[source.name] = counts.get(source.name, 0) + int(chosen[start : start + len(source)].sum())
+            start += len(source)
+        return counts
+
     def read(self, number: int) -> Example:
         """Raises RecordError, see `RecordSource.conversation` and `ConversationTokenizer.fit`."""
         source, local = self.locate(number)
@@ -73,9 +83,14 @@ class Scan:
     num_images: np.ndarray  # int16 [n]
     num_supervised: np.ndarray  # int32 [n], tokens that the loss counts
     skips: list[Skip] = field(default_factory=list)
+    unread: UnreadLog = field(default_factory=UnreadLog)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def warnings(self) -> list[str]:
+        """What the usable records hold and nothing read, a line per source."""
+        return self.unread.warnings(self.reader.count_by_source(self.lengths > 0))
 
     def digest(self) -> str:
         """Changes when any record's length, pictures or labels do, and with them the order of training."""
@@ -100,33 +115,36 @@ def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) ->
         DataError: no record has a supervised token; shows one record as it was tokenized.
     """
     stored = cache / "lengths" / f"{_key(reader)}.npz" if cache is not None else None
-    table = None if stored is None else _load(stored, len(reader))
-    if table is None:
-        table = np.zeros((len(reader), 3), dtype=np.int32)
+    loaded = None if stored is None else _load(stored, len(reader))
+    if loaded is None:
         log(f"data: measuring {len(reader):,} records")
+    table, unread = loaded or (np.zeros((len(reader), 3), dtype=np.int32), UnreadLog())
     again = np.flatnonzero(table[:, 0] == 0)
     skips: list[Skip] = []
     written = time.monotonic()
-    for start, (rows, skipped) in in_chunks(reader, again, measure, workers, "data: measured"):
+    for start, (rows, skipped, unread_there) in in_chunks(reader, again, measure, workers, "data: measured"):
         table[again[start : start + len(rows)]] = rows
         skips += skipped
+        unread.merge(unread_there)
         if stored is not None and time.monotonic() - written > STORE_SECONDS:
-            _store(stored, table)
+            _store(stored, table, unread)
             written = time.monotonic()
     if stored is not None and len(again):
-        _store(stored, table)
-    scan = Scan(reader, table[:, 0], table[:, 1].astype(np.int16), table[:, 2], skips)
+        _store(stored, table, unread)
+    scan = Scan(reader, table[:, 0], table[:, 1].astype(np.int16), table[:, 2], skips, unread)
     _refuse_unsupervised(scan)
     return scan
 
 
 def refuse_too_many(scan: Scan, max_share: float) -> None:
-    """Raise DataError when more than `max_share` of the records are skipped."""
+    """Raise DataError when more than `max_share` of the records are skipped, or all of one source."""
     skip_rules.refuse_too_many(scan.skips, len(scan), max_share)
+    skip_rules.refuse_lost_source(scan.skips, scan.reader.count_by_source(scan.lengths > 0))
 
 
-def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, list[Skip]]:
-    """int32 [len(numbers), 3]: tokens, pictures, supervised tokens of each record; and the skipped ones."""
+def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, list[Skip], UnreadLog]:
+    """int32 [len(numbers), 3]: tokens, pictures, supervised tokens of each; the skipped ones; what was not read."""
+    unread = UnreadLog()
     table = np.zeros((len(numbers), 3), dtype=np.int32)
     skips: list[Skip] = []
     for row, number in enumerate(numbers.tolist()):
@@ -136,7 +154,9 @@ def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, lis
             skips.append(Skip(error.rule, error.where, error.message))
             continue
         table[row] = len(example.input_ids), len(example.images), example.num_supervised
-    return table, skips
+        if example.unread:
+            unread.add(reader.locate(number)[0].name, example.where, example.unread)
+    return table, skips, unread
 
 
 def in_chunks(
@@ -199,29 +219,29 @@ def _key(reader: ExampleReader) -> str:
         ],
         "tokenizer": reader.tokenizer.fingerprint(),
         "limits": [reader.max_length, reader.max_images, reader.over_long],
-        "version": 2,  # of how conversations become tokens
+        "version": 3,  # of how conversations become tokens
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _load(path: Path, num_records: int) -> np.ndarray | None:
-    """The stored table, or None when there is none or it is damaged."""
+def _load(path: Path, num_records: int) -> tuple[np.ndarray, UnreadLog] | None:
+    """The stored table and what was not read, or None when there is none or it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            table = arrays["table"]
+            table, unread = arrays["table"], UnreadLog.from_json(str(arrays["unread"]))
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         warn(f"data.cache: {path.name} is damaged ({error}); the records are measured again")
         return None
-    return table if table.shape == (num_records, 3) and table.dtype == np.int32 else None
+    return (table, unread) if table.shape == (num_records, 3) and table.dtype == np.int32 else None
 
 
-def _store(path: Path, table: np.ndarray) -> None:
+def _store(path: Path, table: np.ndarray, unread: UnreadLog) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{secrets.token_hex(4)}.npz")
-        np.savez(temporary, table=table)
+        np.savez(temporary, table=table, unread=np.array(unread.to_json()))
         temporary.replace(path)
     except OSError as error:
         warn(f"data.cache: cannot write to {path.parent} ({error.strerror}); records are measured again next time")

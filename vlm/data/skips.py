@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from vlm.errors import DataError
 from vlm.logs import warn
 
 MIN_RECORDS_FOR_SHARE = 200  # of a run that goes on; before that many, a share says nothing
+HINT = ", but "  # in the message of a skip: what is there in place of what was named
 _NUM_EXAMPLES = 3  # skipped records that a message names
 _USUAL_CAUSES = {
     "image_missing": "Usually images: names the wrong folder. ",
@@ -106,12 +107,26 @@ def refuse_too_many(skips: Sequence[Skip], num_records: int, max_share: float, p
         raise DataError(too_many_message(Counter(skip.rule for skip in skips), num_records, skips, path))
 
 
+def refuse_lost_source(skips: Sequence[Skip], num_usable: Mapping[str, int]) -> None:
+    """Raise DataError when no record of some source can be used: listing it was a mistake, or the source is broken.
+
+    Args:
+        num_usable: records of each source that can be used, by the source's name.
+    """
+    for source in [name for name, count in num_usable.items() if count == 0]:
+        lost = [skip for skip in skips if skip.where.startswith(f"{source}: ")]
+        if lost:
+            message = too_many_message(Counter(skip.rule for skip in lost), len(lost), lost, None)
+            raise DataError(f"data source {source}: no record can be used. {message}. Mend it or take it from the list")
+
+
 def too_many_message(by_rule: Counter[str], num_seen: int, skips: Sequence[Skip], path: Path | None) -> str:
     """What was skipped: counts by rule, the first of `skips`, and what usually helps."""
     examples = "; ".join(f"{skip.where}: {skip.message}" for skip in skips[:_NUM_EXAMPLES])
     listed = f"; all are listed in {path}" if path else ""
     rule, count = by_rule.most_common(1)[0]
-    cause = _USUAL_CAUSES.get(rule, "") if 2 * count > sum(by_rule.values()) else ""
+    is_known = any(HINT in skip.message for skip in skips[:_NUM_EXAMPLES])
+    cause = "" if is_known or 2 * count <= sum(by_rule.values()) else _USUAL_CAUSES.get(rule, "")
     return (
         f"{sum(by_rule.values())} of {num_seen} records skipped ({counts_by_rule(by_rule)}), e.g. {examples}{listed}. "
         f"{cause}`vlm data check` lists them; data.max_skipped_share sets the limit"

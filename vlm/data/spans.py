@@ -42,10 +42,14 @@ def find_lines(text: Text) -> Iterator[Span]:
 def find_rows(text: Text, delimiter: str) -> Iterator[Span]:
     """The rows of CSV or TSV, header included, that are not blank. A quoted field may span lines, as for `csv`.
 
-    A quote that nothing closes costs its line only.
+    A quote that nothing closes costs its line only. In a TSV file, which has no quoting, a field counts as quoted only
+    if it closes before the next tab, and never in a file of one column.
     """
     mark = re.escape(delimiter.encode())
     field = rb'(?:"(?:[^"]++|"")*+"[^%b\r\n]*+|[^%b\r\n]*+)' % (mark, mark)
+    if delimiter == "\t":
+        quoted = rb'"(?:[^"\t]++|"")*+"(?=[\t\r\n]|\Z)|' if b"\t" in text[: text.find(b"\n") + 1 or len(text)] else b""
+        field = rb"(?:%b[^\t\r\n]*+)" % quoted
     row = re.compile(rb"%b(?:%b%b)*+(?:\r\n?|\n|\Z)" % (field, mark, field))
     line_end = re.compile(rb"\r\n?|\n")
     position, number = _after_bom(text), 1
@@ -138,7 +142,5 @@ def _not_an_array(text: Text, name: str) -> str:
     first = _SOMETHING.search(text, _after_bom(text))
     if first is None:
         return f"data file {name} is empty"
-    return (
-        f"data file {name} is not a JSON list: it begins with {bytes(text[first.start() : first.start() + 1])!r}, "
-        "expected [. A file with one object per line must be named .jsonl"
-    )
+    begin = bytes(text[first.start() : first.start() + 1])
+    return f"data file {name} is not a JSON list: it begins with {begin!r}, expected ["

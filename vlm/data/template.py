@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 import jinja2
 
-from vlm.data.conversation import IMAGE, Conversation, ImageSlot, Role, Turn
+from vlm.data.conversation import IMAGE, Conversation, ImageSlot, Role, Turn, join_texts
 from vlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,10 +81,54 @@ class ChatTemplate:
             pieces.append(Piece(self.assistant.before, is_control=True))
         return [piece for piece in pieces if isinstance(piece, ImageSlot) or piece.text]
 
+    def leaves_out(self, conversation: Conversation) -> tuple[str, ...]:
+        """What of a conversation is not written down, beyond the words with the first picture.
+
+        >>> turns = [Turn("user", (IMAGE, "What?")), Turn("assistant", ("A dog.",)), Turn("user", ("Sure?",))]
+        >>> TEMPLATES["plain"].leaves_out(Conversation(tuple(turns)))
+        ("questions (template plain writes the user's pictures only)",)
+        """
+        if not self.only_images_of_user:
+            return ()
+        roles = [turn.role for turn in conversation.turns]
+        users = [turn for turn in conversation.turns if turn.role == "user"]
+        is_silent = all(not turn.text.strip() or (turn is users[0] and turn.num_images) for turn in users)
+        why = f"(template {self.name} writes the user's pictures only)"
+        left_out = [] if is_silent else [f"questions {why}"]
+        return tuple([*left_out, f"system prompts {why}"] if "system" in roles else left_out)
+
     @property
     def stop(self) -> str:
         """Control text that ends a reply."""
         return self.assistant.after
+
+    def why_not(self, turns: Sequence[Turn]) -> str | None:
+        """Why turns in this order cannot be written with this template; None when they can.
+
+        Beyond the order that is trained on (a system turn first, then user and assistant in turns), replies may come
+        first or in a row and system turns later, where the template marks the beginning of such a turn.
+
+        >>> TEMPLATES["llama2"].why_not([Turn("assistant", ("Hello!",)), Turn("user", ("Hi",))])
+        'turn 1 is an assistant turn without a user turn before it, which the template llama2 cannot write'
+        """
+        before = "system"
+        for number, turn in enumerate(turns, 1):
+            if turn.role == "system" and number > 1 and not self._can_repeat_system:
+                return f"turn {number} is a system turn; with the template {self.name} it may only come first"
+            if turn.role == "assistant" and before != "user" and not self.assistant.before:
+                return (
+                    f"turn {number} is an assistant turn without a user turn before it, which the template "
+                    f"{self.name} cannot write"
+                )
+            before = turn.role
+        if self.system_in_first_user and turns[0].role == "system" and all(turn.role != "user" for turn in turns):
+            return f"there is no user turn, in which the template {self.name} writes the system text"
+        return None
+
+    @property
+    def _can_repeat_system(self) -> bool:
+        """Whether a system turn stands between marks of its own, so that it is told from what is around it."""
+        return bool(self.system.before) and not self.system_in_first_user and not self.only_images_of_user
 
     def jinja(self, bos_token: str | None, eos_token: str | None, tokenizer_adds_bos: bool) -> str:
         """The same template in the form that transformers keeps in chat_template.jinja.
@@ -105,14 +149,17 @@ class ChatTemplate:
     def _turn(self, turn: Turn, head: list[Piece | ImageSlot]) -> Iterator[Piece | ImageSlot]:
         if turn.role == "assistant":
             yield Piece(self.assistant.before, is_control=True)
-            yield Piece(self.assistant.prefix + turn.text, is_reply=True)
-            yield Piece(self.assistant.after, is_control=True, is_reply=True)
+            yield Piece(self.assistant.prefix + turn.text, is_reply=turn.is_learned)
+            yield Piece(self.assistant.after, is_control=True, is_reply=turn.is_learned)
             yield Piece(self.separator, is_control=True)
+            return
+        if turn.role == "system":  # not the first turn: `why_not` says where that can be written
+            yield from self._system(turn.text)
             return
         yield Piece(self.user.before, is_control=True)
         yield from head
         prefix = self.user.prefix
-        for part in turn.parts:
+        for part in join_texts(turn.parts):
             if part == IMAGE:
                 yield from (Piece(prefix), IMAGE)
                 prefix = ""
@@ -173,6 +220,8 @@ TEMPLATES: dict[str, ChatTemplate] = {
 }
 
 
+# as exports write them: their tokenizers leave the begin token to the template
+_WITH_BEGIN = [replace(template, bos="always") for template in TEMPLATES.values() if template.bos == "tokenizer"]
 NO_CHAT_TEMPLATE = "data.template is tokenizer, but this tokenizer has no chat template. Name one of: " + ", ".join(
     TEMPLATES
 )
@@ -200,7 +249,7 @@ def match_tokenizer_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate
             f"({error}). Name one of: {', '.join(TEMPLATES)}"
         ) from None
     nearest, agreement = "", -1
-    for template in TEMPLATES.values():
+    for template in (*TEMPLATES.values(), *_WITH_BEGIN):
         candidate = _with_system_of(template, tokenizer, turns, expected[0])
         rendered = [render_text(candidate, tokenizer, turns, system) for system in (None, "Be brief.")]
         if rendered == expected:
@@ -330,7 +379,22 @@ def _jinja(template: ChatTemplate, start: str, bos_token: str, eos_token: str) -
         f"{{%- generation -%}}{{{{- {text(assistant.prefix)} + flat(message['content'], false)"
         f" + {text(assistant.after)} -}}}}{{%- endgeneration -%}}",
         f"{{{{- {text(template.separator)} -}}}}",
+        *_later_system(template, text),
+        "{%- elif not (message['role'] == 'system' and loop.first) -%}",
+        f"{{{{- raise_exception('the chat template {template.name} cannot write a turn of role ' ~ message['role']"
+        " ~ ' here') -}}",
         "{%- endif -%}{%- endfor -%}",
         f"{{%- if add_generation_prompt -%}}{{{{- {text(assistant.before)} -}}}}{{%- endif -%}}",
     ]
     return "".join(lines)
+
+
+def _later_system(template: ChatTemplate, text: Callable[[str], str]) -> list[str]:
+    """The loop's branch for a system turn that is not the first; none where that cannot be written."""
+    if not template._can_repeat_system:
+        return []
+    before, after = text(template.system.before + template.system.prefix), text(template.system.after)
+    return [
+        "{%- elif message['role'] == 'system' and not loop.first -%}",
+        f"{{{{- {before} + flat(message['content'], false) + {after} -}}}}",
+    ]

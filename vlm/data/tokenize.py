@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -65,13 +66,20 @@ class ConversationTokenizer:
         """Tokenize a whole conversation.
 
         Raises:
-            RecordError: rules no_supervised_tokens (no reply, or only empty ones), image_without_encoder.
+            RecordError: rules no_supervised_tokens (no reply, or only empty ones), empty_reply (some are empty: the
+                model would learn to say nothing), image_without_encoder.
         """
         ids, labels = self.encode(conversation)
-        says_nothing = all(turn.role != "assistant" or not turn.text.strip() for turn in conversation.turns)
-        if says_nothing or all(label == IGNORE_INDEX for label in labels):
+        replies = [turn for turn in conversation.turns if turn.role == "assistant" and turn.is_learned]
+        empty = [not turn.text.strip() for turn in replies]
+        if all(empty) or all(label == IGNORE_INDEX for label in labels):
             raise RecordError("no_supervised_tokens", "no reply to learn from", conversation.where)
-        return Example(ids, labels, conversation.images, conversation.where)
+        if any(empty):
+            raise RecordError(
+                "empty_reply", f"reply {empty.index(True) + 1} of {len(replies)} is empty", conversation.where
+            )
+        unread = (*conversation.unread, *self.template.leaves_out(conversation))
+        return Example(ids, labels, conversation.images, conversation.where, unread)
 
     def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Ids and labels, whether or not there is anything to learn."""
@@ -110,8 +118,16 @@ class ConversationTokenizer:
         )
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """Token ids up to and with what stands before a reply, for generation."""
+        """Token ids up to and with what stands before a reply, for generation.
+
+        Of a reply that the conversation ends with, its text too and not its end: the model goes on with it.
+        """
+        begun = conversation.begun_reply
+        if conversation.turns and conversation.turns[-1].role == "assistant":
+            conversation = replace(conversation, turns=conversation.turns[:-1])
         pieces = self.template.render(conversation, self.system, add_generation_prompt=True)
+        if begun:
+            pieces.append(Piece(self.template.assistant.prefix + begun))
         return self._encode(pieces, conversation.where)[0]
 
     def decode(self, ids: list[int]) -> str:

@@ -36,4 +36,4 @@ class EvaluationConfig(Section):
     tasks: tuple[TaskConfig, ...] = ()
     """What `vlm eval` measures; see docs/evaluation.md."""
     seed: int = 0
-    """Draws the shuffled pictures and the wrong candidates."""
+    """Draws the shuffled images and which answers of a ranking stand against each other."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -62,17 +62,31 @@ def majority_share(answers: Sequence[str]) -> float:
     return max(Counter(answers).values()) / len(answers)
 
 
-def derangement(items: Sequence[Item], seed: int) -> dict[Item, Item]:
+def derangement(items: Sequence[Item], seed: int, groups: Mapping[Item, Hashable] | None = None) -> dict[Item, Item]:
     """Another item for every distinct item: one random cycle through all (Sattolo 1986), so none stays.
+
+    Args:
+        groups: the group of each item; then one cycle through every group. Items alone in theirs form one together.
 
     Raises:
         ValueError: fewer than two distinct items.
     """
-    cycle = sorted(set(items), key=str)
-    if len(cycle) < 2:
-        raise ValueError(f"{len(cycle)} distinct item(s): nothing to exchange")
-    order = np.random.default_rng(seed).permutation(len(cycle))
-    return {cycle[order[i - 1]]: cycle[order[i]] for i in range(len(cycle))}
+    members: dict[Hashable, list[Item]] = {}
+    for item in sorted(set(items), key=str):
+        members.setdefault(groups and groups[item], []).append(item)
+    cycles = [cycle for cycle in members.values() if len(cycle) > 1]
+    alone = [item for cycle in members.values() if len(cycle) == 1 for item in cycle]
+    if len(alone) == 1 and cycles:
+        cycles[0].extend(alone)
+    elif alone:
+        cycles.append(alone)
+    if not cycles or len(cycles[-1]) < 2:
+        raise ValueError(f"{len(alone)} distinct item(s): nothing to exchange")
+    other: dict[Item, Item] = {}
+    for cycle in cycles:
+        order = np.random.default_rng(seed).permutation(len(cycle))
+        other |= {cycle[order[i - 1]]: cycle[order[i]] for i in range(len(cycle))}
+    return other
 
 
 def _credit(scores: Sequence[float], answer: int) -> float:

@@ -133,7 +133,13 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 def _run_task(loaded: LoadedModel, task: TaskConfig, pictures: PictureFeatures, seed: int, cache: Path) -> Row:
     questions = read_task(task, loaded.conversation_tokenizer, cache, seed)
     shown = [image for question in questions for image in question.images]
-    other = derangement(shown, seed) if len(set(shown)) > 1 else {}
+    # within a group of one ranking, so that an image meets no candidates that it has not met as its own
+    groups = (
+        {image: tuple(map(tuple, q.replies)) for q in questions for image in q.images}
+        if task.kind == "ranking"
+        else None
+    )
+    other = derangement(shown, seed, groups) if len(set(shown)) > 1 else {}
     swapped = [replace(q, images=tuple(other[image] for image in q.images)) for q in questions] if other else []
     blanked: list[Question] = []
     if shown and task.kind == "loss":  # one more pass over the records, so not for every task

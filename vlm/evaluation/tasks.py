@@ -6,20 +6,21 @@ An evaluation must be complete to be compared with another, so a bad record is a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from vlm.batch import IGNORE_INDEX
 from vlm.data.config import SourceConfig
-from vlm.data.conversation import IMAGE, Conversation, Part, Turn
-from vlm.data.images import resolve_image
+from vlm.data.conversation import Conversation, Turn
+from vlm.data.notes import UnreadLog
 from vlm.data.records import RecordSource, open_source
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError, RecordError
 from vlm.evaluation.config import TaskConfig
+from vlm.logs import warn
 
 
 @dataclass(frozen=True)
@@ -39,45 +40,59 @@ def read_task(task: TaskConfig, tokenizer: ConversationTokenizer, cache: Path, s
     """Read and tokenize the records of a task.
 
     Args:
-        seed: which other answers a ranking record gets as candidates. Each record's draw depends on the seed and its
-            place only.
+        seed: which answers of a ranking stand against each other.
 
     Raises:
         DataError: no records, or one that cannot be used (with its place).
     """
-    source = open_source(SourceConfig(path=task.path, images=task.images), cache)
+    placement = "auto" if task.kind == "loss" else "first"  # several pictures without a mark stand before the question
+    format: Literal["auto", "instruction"] = "auto" if task.kind == "loss" else "instruction"
+    source = open_source(SourceConfig(path=task.path, images=task.images, format=format), cache, placement)
     count = min(len(source), task.max_records or len(source))
     if task.kind == "loss":
-        return [_loss_question(source.conversation(number), tokenizer) for number in range(count)]
+        conversations = [source.conversation(number) for number in range(count)]
+        _warn_of_unread(task, conversations)
+        return [_loss_question(conversation, tokenizer) for conversation in conversations]
     records = [_read(source, number, task) for number in range(count)]
+    _warn_of_unread(task, [record.asked for record in records])
     if task.kind == "choice":
-        return [_choice(record, tokenizer) for record in records]
+        return [_among(record, record.choices, tokenizer) for record in records]
     answers = sorted({record.answer for record in records})
     if len(answers) < task.num_candidates:
         raise DataError(
             f"evaluation task {task.name}: {task.path} has {len(answers)} different answers, num_candidates is "
             f"{task.num_candidates}. Lower num_candidates or give it more records"
         )
-    return [
-        _ranking(record, answers, task.num_candidates, [seed, number], tokenizer)
-        for number, record in enumerate(records)
-    ]
+    groups = _groups(answers, task.num_candidates, seed)
+    candidates = {answer: group for group in reversed(groups) for answer in group}  # the last has some of others
+    return [_among(record, candidates[record.answer], tokenizer) for record in records]
+
+
+def _groups(answers: Sequence[str], size: int, seed: int) -> list[tuple[str, ...]]:
+    """Groups of `size` answers, drawn: whoever asks for one of a group is offered all of it.
+
+    So an image that is shown for another of its group is asked nothing new. The last is filled up from the others.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [answers[place] for place in rng.permutation(len(answers))]
+    groups = [tuple(drawn[start : start + size]) for start in range(0, len(drawn), size)]
+    last = groups.pop()
+    fill = rng.choice(len(drawn) - len(last), size - len(last), replace=False)
+    return [*groups, (*last, *(drawn[place] for place in fill))]
 
 
 @dataclass(frozen=True)
 class _Record:
-    prompt: str
+    asked: Conversation  # the question, and the answer as training reads it
     answer: str
     choices: tuple[str, ...]
-    images: tuple[str | bytes, ...]
-    where: str
 
 
 def _read(source: RecordSource, number: int, task: TaskConfig) -> _Record:
     where = source.where(number)
     raw: dict[str, Any] = source.index[number]
     wanted = ("image", "prompt", "answer", *(("choices",) if task.kind == "choice" else ()))
-    missing = [key for key in wanted if key not in raw]
+    missing = [key for key in wanted if key not in raw and not (key == "image" and "images" in raw)]
     if missing:
         raise RecordError("bad_task_record", f"no {', '.join(missing)}; a {task.kind} record has {wanted}", where)
     choices = raw.get("choices", [])
@@ -88,37 +103,32 @@ def _read(source: RecordSource, number: int, task: TaskConfig) -> _Record:
         raise RecordError(
             "bad_task_record", f"answer {raw['answer']!r} must stand once among the choices {choices}", where
         )
-    names = raw["image"] if isinstance(raw["image"], list) else [raw["image"]]
-    try:
-        images = tuple(str(resolve_image(source.images_root, str(name))) for name in names)
-    except RecordError as error:
-        raise error.at(where) from None
-    return _Record(raw["prompt"], raw["answer"], tuple(choices), images, where)
+    asked = source.read(number, {key: value for key, value in raw.items() if key != "choices"})
+    return _Record(asked, raw["answer"], tuple(choices))
 
 
-def _choice(record: _Record, tokenizer: ConversationTokenizer) -> Question:
-    return _question(record, record.choices, record.choices.index(record.answer), tokenizer)
+def _warn_of_unread(task: TaskConfig, conversations: Sequence[Conversation]) -> None:
+    log = UnreadLog()
+    for conversation in conversations:
+        log.add(task.name, conversation.where, conversation.unread)
+    for line in log.warnings({task.name: len(conversations)}):
+        warn(line)
 
 
-def _ranking(
-    record: _Record, answers: Sequence[str], num_candidates: int, seed: list[int], tokenizer: ConversationTokenizer
-) -> Question:
-    others = [answer for answer in answers if answer != record.answer]
-    drawn = np.random.default_rng(seed).choice(len(others), num_candidates - 1, replace=False)
-    return _question(record, (record.answer, *(others[i] for i in drawn)), 0, tokenizer)
+def _among(record: _Record, candidates: Sequence[str], tokenizer: ConversationTokenizer) -> Question:
+    return _question(record, candidates, candidates.index(record.answer), tokenizer)
 
 
 def _question(record: _Record, candidates: Sequence[str], answer: int, tokenizer: ConversationTokenizer) -> Question:
-    slots: tuple[Part, ...] = (IMAGE,) * len(record.images)
-    user = Turn("user", (*slots, f"\n{record.prompt}" if slots and record.prompt else record.prompt))
+    *before, _ = record.asked.turns
     encoded = []
     for candidate in candidates:
-        turns = (user, Turn("assistant", (candidate,)))
-        encoded.append(_encode(Conversation(turns, record.images, record.where), tokenizer))
+        turns = (*before, Turn("assistant", (candidate,)))
+        encoded.append(_encode(replace(record.asked, turns=turns), tokenizer))
     prompt = encoded[0][0]
     assert all(ids == prompt for ids, _, _ in encoded)  # pieces are encoded one by one, so a reply cannot change it
     replies, labels = [ids for _, ids, _ in encoded], [ids for _, _, ids in encoded]
-    return Question(prompt, replies, labels, answer, record.answer, record.images, record.where)
+    return Question(prompt, replies, labels, answer, record.answer, record.asked.images, record.asked.where)
 
 
 def _loss_question(conversation: Conversation, tokenizer: ConversationTokenizer) -> Question:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,16 +16,20 @@ from vlm.export.adapter import Adapter, check_loaded_base, fold_adapter
 from vlm.export.fingerprint import fingerprint_files, refuse_other_base
 from vlm.export.manifest import Manifest, inside
 from vlm.export.parts import ADAPTER_CONFIG, read_parts
+from vlm.logs import warn
 from vlm.models.build import Assembled, assemble
 from vlm.models.config import ModelConfig
 from vlm.models.llm import choose_attention, load_llm, load_tokenizer, pad_vocabulary
-from vlm.models.trainable import load_weights, part_of, part_weights
-from vlm.models.vision import build_vision
+from vlm.models.trainable import cast_weights, load_weights, part_of, part_weights
+from vlm.models.vision import VisionEncoder, build_vision
+from vlm.models.weight_files import WeightFiles
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, PreTrainedModel
+    from transformers import LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerFast
 
 
+_BIAS = "lm_head.bias"
+_REPORTED = {"missing": "missing_keys", "not in the class": "unexpected_keys", "of another shape": "mismatched_keys"}
 OnProgress = Callable[[float], None]  # hears the share that is done, 0..1
 
 
@@ -58,7 +62,7 @@ def assemble_export(
         if "llm" in manifest.included:
             check_loaded_base(model, adapter, folder)
         fold_adapter(model, adapter.lora, adapter.tensors, f"--adapter {adapter.folder}")
-    model.llm.to(dtype)
+    cast_weights(model.llm, dtype)
     model.requires_grad_(False).eval()
     if model.vision is not None and manifest.model.vision is not None:
         model.vision.settle(model.vision.choose(manifest.model.vision, dtype, device))
@@ -111,22 +115,65 @@ def _from_parts(
 
 
 def _from_llava(folder: Path, manifest: Manifest, dtype: torch.dtype, device: torch.device) -> Assembled:
-    from transformers import LlavaForConditionalGeneration
-
     config = inside(folder, manifest.model, manifest.included)
     tokenizer = load_tokenizer(str(folder))
-    attention = choose_attention(config.llm.attention, str(device))
-    try:
-        whole = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation={"text_config": attention}, use_safetensors=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: cannot load its weights ({str(error)[:300]}). Export the run again") from None
+    whole = read_llava(folder, dtype, choose_attention(config.llm.attention, str(device)))
     assert config.vision is not None
     vision = build_vision(config.vision, dtype, weights=False)
     vision.trunk.model = whole.model.vision_tower
-    config = config.model_copy(update={"trainable": ()})
-    model, spec, image_token_id = assemble(config, _language_model(whole), vision, tokenizer)
+    return wrap_llava(whole, config, _language_model(whole), vision, tokenizer)
+
+
+def read_llava(folder: Path, dtype: torch.dtype, attention: str) -> LlavaForConditionalGeneration:
+    """transformers' own class around the weights of a folder, every one of which has its place.
+
+    Raises:
+        CheckpointError: it does not load; or a weight is missing, or is one that the class does not have.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    try:
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation={"text_config": attention}, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: cannot load its weights ({str(error)[:300]}). Export the run again") from None
+    whole, report = loaded
+    unknown = {name for name in report["unexpected_keys"] if "vision_tower." not in name}  # a pooling head is unused
+    if unknown == {_BIAS}:  # earlier versions wrote it for heads that have one, which the class drops
+        files = WeightFiles(str(folder), "the export")
+        name = next(name for name in files.shapes if name.endswith(_BIAS))  # files have a level more
+        whole.lm_head.bias = nn.Parameter(files.read(name).to(dtype), requires_grad=False)
+        warn(
+            f"{folder}: transformers' LLaVA class leaves {_BIAS} of this export out; vlm does not. Export the run again"
+        )
+        unknown = set()
+    report["unexpected_keys"] = unknown
+    problems = [f"  {name}: {what}" for what, key in _REPORTED.items() for name in sorted(report[key])]
+    if problems:  # of exports from before each was read back
+        shown = "\n".join(problems[:10]) + (f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise CheckpointError(
+            f"{folder}: its weights are not those of transformers' LLaVA class, which would compute something else "
+            f"without a word:\n{shown}\nIt was written by an earlier version or edited: export the run again"
+        )
+    return whole
+
+
+def wrap_llava(
+    whole: LlavaForConditionalGeneration,
+    config: ModelConfig,
+    llm: PreTrainedModel,
+    vision: VisionEncoder,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Assembled:
+    """Our model around the modules of transformers' one.
+
+    Args:
+        config: what `vlm.export.hf.write_llava` says of the folder.
+        llm, vision: ours, with the language model and the tower of `whole` in them.
+    """
+    model, spec, image_token_id = assemble(config.model_copy(update={"trainable": ()}), llm, vision, tokenizer)
     assert model.projector is not None
     given, own = whole.model.multi_modal_projector, [m for m in model.projector.layers if isinstance(m, nn.Linear)]
     for source, target in zip((given.linear_1, given.linear_2), own, strict=False):  # linear_2 may be the identity

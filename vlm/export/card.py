@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from vlm.export.manifest import Manifest
+from vlm.models.hub import is_local
+
+_DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".gz", ".zip", ".txt")
 
 _TRANSFORMERS_USE = """\
 Or with transformers alone:
@@ -34,12 +39,12 @@ def draft_card(manifest: Manifest, name: str, notes: list[str], evidence: Sequen
         evidence: sections about its quality; see `vlm.export.evidence`.
     """
     origin = manifest.origin
-    bases = [base for base in (origin.get("llm"), origin.get("vision")) if base]
+    bases = [base for base in (origin.get("llm"), origin.get("vision")) if base and not _is_place(base)]
     lines = [
         "---",
         "library_name: " + ("transformers" if manifest.layout == "llava" else "vlm"),
         "pipeline_tag: " + ("image-text-to-text" if manifest.image_spec else "text-generation"),
-        "base_model:",
+        *(["base_model:"] if bases else []),  # names on a hub
         *(f"- {json.dumps(base)}" for base in bases),
         "---",
         "",
@@ -58,8 +63,25 @@ def draft_card(manifest: Manifest, name: str, notes: list[str], evidence: Sequen
     return "\n".join(lines)
 
 
+def public_name(value: Any) -> Any:
+    """A name on a hub as it is; of a folder or file here the last part alone, for others to read.
+
+    >>> public_name("/home/me/models/smollm2"), public_name("Qwen/Qwen2.5-7B"), public_name(["data/cats.json"])
+    ('smollm2', 'Qwen/Qwen2.5-7B', ['cats.json'])
+    """
+    if isinstance(value, list):
+        return [public_name(each) for each in value]
+    if not isinstance(value, str) or not _is_place(value):
+        return value
+    return Path(value).name or value
+
+
+def _is_place(value: str) -> bool:
+    return is_local(value) or Path(value).exists() or Path(value).suffix in _DATA_FILES
+
+
 def _table(manifest: Manifest) -> list[str]:
-    origin = manifest.origin
+    origin = {key: public_name(value) for key, value in manifest.origin.items()}
     rows = {
         "language model": origin.get("llm"),
         "vision encoder": _vision_line(manifest),
@@ -91,7 +113,7 @@ def _vision_line(manifest: Manifest) -> str:
     vision, spec = manifest.model.vision, manifest.image_spec
     if vision is None or spec is None:
         return "none: a plain language model"
-    where = f"{manifest.origin.get('vision')} ({vision.backend})"
+    where = f"{public_name(manifest.origin.get('vision'))} ({vision.backend})"
     return f"{where}, {spec.size} x {spec.size} pixels ({spec.resize}), {spec.num_tokens} tokens a picture"
 
 

@@ -16,6 +16,7 @@ Names of weights and settings are also those that vLLM and SGLang look for; see 
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from vlm.batch import ImageSpec
-from vlm.data.tokenize import ConversationTokenizer, adds_bos
+from vlm.data.tokenize import ConversationTokenizer
+from vlm.export.assemble import wrap_llava
+from vlm.export.read_back import Answers, compare, in_float32, llava_logits, make_question
+from vlm.export.tokenizer import hand_over
 from vlm.models.build import Assembled
 from vlm.models.config import ModelConfig
 from vlm.models.llm import IMAGE_TOKEN, pad_vocabulary
 from vlm.models.projector import Projector
+from vlm.models.trainable import cast_weights
 from vlm.models.vision import VisionEncoder
 
 if TYPE_CHECKING:
@@ -49,31 +54,50 @@ def why_not_llava(config: ModelConfig, built: Assembled) -> str | None:
     if vision is None or config.vision is None:
         return "it has no vision encoder"
     if config.vision.backend != "hf" or vision.trunk.model.config.model_type not in _TOWERS:
-        return f"its encoder ({config.vision.backend}: {config.vision.path}) is no CLIP or SigLIP of transformers"
+        name = Path(config.vision.path).name
+        return f"its encoder ({config.vision.backend}: {name}) is no CLIP or SigLIP of transformers"
     if config.projector.patches_per_token > 1:
         side = config.projector.pool * config.projector.unshuffle
         return f"its projector merges {side} x {side} patches"
     if len(_linears(model.projector)) > 2:
         return f"its projector has {len(_linears(model.projector))} layers; one or two can be expressed"
+    if getattr(model.llm.get_output_embeddings(), "bias", None) is not None:
+        return "its language model's head has a bias, which transformers' LLaVA class leaves out"
     scaled = [name for name in _HEAD_SCALES if getattr(model.llm.config, name, None)]
     return f"its language model's head is scaled ({scaled[0]})" if scaled else None
 
 
+class NotLlavaError(Exception):
+    """transformers' LLaVA class computes something else with these parts. Says what."""
+
+
 def write_llava(
-    folder: Path, config: ModelConfig, built: Assembled, tokens: ConversationTokenizer, max_shard_size: str
-) -> tuple[ModelConfig, ImageSpec, list[str]]:
+    folder: Path,
+    config: ModelConfig,
+    built: Assembled,
+    tokens: ConversationTokenizer,
+    expected: Answers,
+    max_shard_size: str,
+) -> tuple[ModelConfig, ImageSpec, Assembled, list[str]]:
     """Write weights, config, generation config, tokenizer and processor.
 
     Args:
         built: merged, on the CPU, in the dtype to write; it is changed.
+        expected: what it answers.
 
     Returns:
-        how the folder reads itself (paths relative to it), what pictures look like, and notes for the model card.
+        how the folder reads itself (paths relative to it), what pictures look like, the model with the weights that
+        were written, and notes for the model card.
+
+    Raises:
+        NotLlavaError: before anything is written.
     """
     vision, spec = built.model.vision, built.image_spec
     assert vision is not None
     assert config.vision is not None
     assert spec is not None
+    dtype = built.model.llm.dtype
+    vision.float()  # so that what is folded in is rounded once, at the end
     notes = ["Adapters are merged into the language model."] if config.lora is not None else []
     _bake_position_embeddings(vision)
     if spec.resize == "pad" and _padding_of(spec.mean) != spec.background:
@@ -84,10 +108,14 @@ def write_llava(
         )
     if config.projector.normalize:
         notes.append("The projector's channel statistics are folded into its first layer.")
-    model = _build_llava(built, config.vision.keep_class_token)
-    model.generation_config = _generation_config(built, tokens)
+    built = replace(built, image_spec=spec)
+    model = _build_asked(built, config.vision.keep_class_token, tokens, expected)
+    cast_weights(model, dtype)
+    model.generation_config = generation_config(built, tokens)
+    model.config.eos_token_id = model.config.text_config.eos_token_id = sorted(tokens.stop_ids)
     model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=_checkpoint_names(model))
     _processor(built, model.config, spec, tokens).save_pretrained(folder)
+    write_preprocessor(folder, spec)
     changes = {
         "vision": config.vision.model_copy(update={"path": ".", "layer": -1, "image_size": None}),
         "projector": config.projector.model_copy(update={"normalize": False}),
@@ -95,7 +123,24 @@ def write_llava(
         "lora": None,
         "trainable": ("projector",),
     }
-    return config.model_copy(update=changes), spec, notes
+    config = config.model_copy(update=changes)
+    written = wrap_llava(model, config, built.model.llm, vision, built.tokenizer)
+    return config, spec, replace(written, image_spec=spec), notes
+
+
+def _build_asked(
+    built: Assembled, keep_class_token: bool, tokens: ConversationTokenizer, expected: Answers
+) -> LlavaForConditionalGeneration:
+    """transformers' class, once it has answered as the trained model does. Raises NotLlavaError."""
+    try:
+        model = _build_llava(built, keep_class_token)
+        with in_float32(built.model.llm, model):
+            logits = llava_logits(model, make_question(built, tokens), expected.reply)
+    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        raise NotLlavaError(f"{type(error).__name__}: {str(error)[:200]}") from error
+    if lines := compare(expected.logits, logits[:, : expected.logits.shape[1]], "the logits"):
+        raise NotLlavaError(lines[0])
+    return model
 
 
 def _build_llava(built: Assembled, keep_class_token: bool) -> LlavaForConditionalGeneration:
@@ -128,7 +173,7 @@ def _build_llava(built: Assembled, keep_class_token: bool) -> LlavaForConditiona
     model.model.vision_tower = tower
     model.model.language_model = llm.get_decoder()
     model.lm_head = llm.get_output_embeddings()
-    _fill_projector(model.model.multi_modal_projector.to_empty(device="cpu").to(llm.dtype), projector)
+    _fill_projector(model.model.multi_modal_projector.to_empty(device="cpu").float(), projector)
     return model.eval()
 
 
@@ -211,11 +256,35 @@ def _add(target: Tensor, values: Tensor) -> None:
 
 def _processor(built: Assembled, config: Any, spec: ImageSpec, tokens: ConversationTokenizer) -> Any:
     from transformers import LlavaProcessor
-    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     assert built.model.vision is not None
-    tokenizer, square = built.tokenizer, {"height": spec.size, "width": spec.size}
-    images = LlavaImageProcessorPil(
+    tokenizer = built.tokenizer
+    hand_over(tokenizer, tokens)
+    return LlavaProcessor(
+        image_processor=_image_processor(spec),
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(_has_class_token(built.model.vision.trunk.model)),
+        image_token=IMAGE_TOKEN,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def write_preprocessor(folder: Path, spec: ImageSpec) -> None:
+    """preprocessor_config.json, where other programs and transformers 4 look for what images have to look like."""
+    _image_processor(spec).save_pretrained(folder)
+    file = folder / "preprocessor_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["image_processor_type"] = "LlavaImageProcessor"  # without the ending that says how it computes
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _image_processor(spec: ImageSpec) -> Any:
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    square = {"height": spec.size, "width": spec.size}
+    return LlavaImageProcessorPil(
         do_pad=spec.resize == "pad",
         size={"shortest_edge": spec.size} if spec.resize == "crop" else square,
         do_center_crop=spec.resize == "crop",
@@ -223,20 +292,9 @@ def _processor(built: Assembled, config: Any, spec: ImageSpec, tokens: Conversat
         image_mean=list(spec.mean),
         image_std=list(spec.std),
     )
-    template = tokens.template.jinja(tokenizer.bos_token, tokenizer.eos_token, adds_bos(tokenizer))
-    tokenizer.chat_template = template
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=int(_has_class_token(built.model.vision.trunk.model)),
-        image_token=IMAGE_TOKEN,
-        chat_template=template,
-    )
 
 
-def _generation_config(built: Assembled, tokens: ConversationTokenizer) -> Any:
+def generation_config(built: Assembled, tokens: ConversationTokenizer) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(

@@ -35,7 +35,8 @@ from vlm.export.messages import Messages, Picture, to_conversation
 from vlm.export.parts import read_parts
 from vlm.export.placement import check_device_map, spread
 from vlm.export.quantize import check_bits, quantize_linears
-from vlm.export.streaming import TextStream
+from vlm.export.streaming import CONTEXT, TextStream
+from vlm.models.build import Assembled
 from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.generate import GenerationSettings, generate
 from vlm.models.trainable import has_lora, load_weights, merge_adapter, part_of, part_weights
@@ -95,7 +96,7 @@ class LoadedModel:
         """The reply to a question or a list of messages; see `to_conversation` for both forms.
 
         Args:
-            messages: a plain string, or messages as OpenAI's API writes them.
+            messages: a plain string, or messages as OpenAI's API writes them. A reply at their end is gone on with.
             images: paths or PIL pictures, shown before the first question unless the messages place them.
             stop: texts that end the reply; they are not part of it.
             settings: fields of `GenerationSettings`, e.g. max_new_tokens=64, do_sample=True, seed=1.
@@ -104,9 +105,10 @@ class LoadedModel:
             RecordError: a picture or a message cannot be used.
             ConfigError: an unknown setting, or the conversation is longer than the model can read.
         """
-        conversation = to_conversation(messages, images)
+        conversation = to_conversation(messages, images, self.template)
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        return "".join(self.stream(conversation, make_settings(settings), stop)).strip()
+        reply = "".join(self.stream(conversation, make_settings(settings), stop))
+        return reply.rstrip() if conversation.begun_reply else reply.strip()
 
     def stream(
         self,
@@ -120,7 +122,7 @@ class LoadedModel:
         Closing the iterator ends the generation.
 
         Args:
-            conversation: its last turn is the user's.
+            conversation: ends with a question, or with the beginning of the reply.
             should_stop: asked before every token; may answer from another thread.
 
         Raises:
@@ -135,7 +137,9 @@ class LoadedModel:
                 f"model reads at most {self.max_tokens:,}. Clear it, or ask again with fewer turns or pictures"
             )
         settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, left))
-        return self._stream(input_ids, self._pixels(conversation), settings, stop, should_stop)
+        before = input_ids[-CONTEXT:] if conversation.begun_reply else ()
+        text = TextStream(self.conversation_tokenizer.decode, stop, before)
+        return self._stream(input_ids, self._pixels(conversation), settings, text, should_stop)
 
     def _pixels(self, conversation: Conversation) -> Tensor | None:
         if not conversation.images:
@@ -151,12 +155,11 @@ class LoadedModel:
         input_ids: list[int],
         pixel_values: Tensor | None,
         settings: GenerationSettings,
-        stop: Sequence[str],
+        text: TextStream,
         should_stop: Callable[[], bool],
     ) -> Generator[str, None, None]:
         """transformers generates with callbacks; a thread and a queue turn them into an iterator."""
         pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        text = TextStream(self.conversation_tokenizer.decode, stop)
         closed = threading.Event()
         seen = 0
 
@@ -254,26 +257,35 @@ def load(
         target = spread(built.model, offload_folder, only_cpu=target.type == "cpu")
     else:
         built.model.to(target)
-    spec = manifest.image_spec
-    tokens = ConversationTokenizer(
-        built.tokenizer,
-        build_template(name, built.tokenizer),
-        image_token_id=built.image_token_id,
-        tokens_per_image=0 if spec is None else spec.num_tokens,
-        system=manifest.system,
-    )
+    tokens = build_tokens(built, manifest, name)
     on_progress(1.0)
     return LoadedModel(
         model=built.model,
         tokenizer=built.tokenizer,
         conversation_tokenizer=tokens,
-        image_spec=spec,
+        image_spec=manifest.image_spec,
         image_token_id=built.image_token_id,
         config=found.model,
         system=manifest.system,
         device=target,
         compute_dtype=dtype,
     )
+
+
+def build_tokens(built: Assembled, manifest: Manifest, template_name: str) -> ConversationTokenizer:
+    """How an export's prompts are written, and what ends its replies."""
+    template, spec = build_template(template_name, built.tokenizer), manifest.image_spec
+    if template.bos == "tokenizer" and manifest.begins is not None:  # the exported tokenizer leaves it to the template
+        template = replace(template, bos="always" if manifest.begins else "never")
+    tokens = ConversationTokenizer(
+        built.tokenizer,
+        template,
+        image_token_id=built.image_token_id,
+        tokens_per_image=0 if spec is None else spec.num_tokens,
+        system=manifest.system,
+    )
+    tokens.stop_ids |= set(manifest.stop_ids)
+    return tokens
 
 
 def load_init(model: VisionLanguageModel, path: str | Path) -> list[str]:

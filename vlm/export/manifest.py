@@ -16,6 +16,10 @@ from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig
 
 NAME = "vlm.json"
+PROJECTOR = "projector.safetensors"
+VISION = "vision.safetensors"
+ADAPTER = "adapter/adapter_model.safetensors"
+LLM = "llm"  # a folder
 FORMAT = "vlm"
 FORMAT_VERSION = 1
 # version -> what turns a manifest of that version into one of the next
@@ -45,6 +49,8 @@ class Manifest:
     full: bool = False
     base: dict[str, dict[str, str]] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)  # for the model card: steps, data files, base model names
+    stop_ids: tuple[int, ...] = ()  # tokens that end a reply, of which the tokenizer names one only
+    begins: bool | None = None  # prompts begin with the tokenizer's begin token; None: if it puts one there by itself
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -62,6 +68,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "model": manifest.model.model_dump(mode="json"),
         "base": manifest.base,
         "origin": manifest.origin,
+        "stop_ids": list(manifest.stop_ids),
+        "begins": manifest.begins,
     }
     text = json.dumps(values, indent=2, ensure_ascii=False)
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
@@ -83,6 +91,8 @@ def read_manifest(folder: Path) -> Manifest:
             image_spec=spec,
             included=tuple(values["included"]),
             trained=tuple(values["trained"]),
+            stop_ids=tuple(values.get("stop_ids", ())),  # these two are not in exports of earlier versions
+            begins=values.get("begins"),
             **{key: values[key] for key in ("template", "system", "layout", "full", "base", "origin")},
         )
     except (KeyError, TypeError, AttributeError, ValidationError) as error:

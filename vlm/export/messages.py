@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vlm.data.conversation import IMAGE, Conversation, Part, Role, Turn, check_conversation
+from vlm.data.conversation import (
+    IMAGE,
+    Conversation,
+    Part,
+    Role,
+    Turn,
+    check_conversation,
+    check_images,
+    normalise_turns,
+)
 from vlm.data.records import decode_data_url
+from vlm.data.template import ChatTemplate
 from vlm.errors import RecordError
 
 Picture = str | Path | bytes | Image.Image
@@ -18,7 +29,9 @@ Messages = str | Sequence[dict[str, Any]]
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 
 
-def to_conversation(messages: Messages, images: Picture | Sequence[Picture] = ()) -> Conversation:
+def to_conversation(
+    messages: Messages, images: Picture | Sequence[Picture] = (), template: ChatTemplate | None = None
+) -> Conversation:
     """Messages and pictures as turns.
 
     Args:
@@ -28,9 +41,11 @@ def to_conversation(messages: Messages, images: Picture | Sequence[Picture] = ()
             path or a `data:` URL.
         images: paths, encoded bytes or PIL pictures, or one of them. Those that no part asks for come first in the
             first user turn.
+        template: lets turns stand in any order that it can write, and users in a row be one; None allows those only
+            that are trained on. A reply at the end is gone on with.
 
     Raises:
-        RecordError: rules bad_message, unknown_role, remote_image, and those of `check_conversation`.
+        RecordError: rules bad_message, unknown_role, remote_image, turn_order, and those of `check_conversation`.
 
     >>> to_conversation("What is this?", ["cat.png"]).turns[0].parts
     (ImageSlot(), '\\nWhat is this?')
@@ -56,7 +71,18 @@ def to_conversation(messages: Messages, images: Picture | Sequence[Picture] = ()
             shown[before:before] = waiting
             waiting = []
     shown += waiting  # no user turn could take them: the count below says so
-    return check_conversation(Conversation(tuple(turns), tuple(shown), "messages"))
+    conversation = Conversation(tuple(turns), tuple(shown), "messages")
+    return check_conversation(conversation) if template is None else check_prompt(conversation, template)
+
+
+def check_prompt(conversation: Conversation, template: ChatTemplate) -> Conversation:
+    """The conversation with users in a row as one turn, if the template can write it. Raises as `to_conversation`."""
+    turns = normalise_turns(conversation.turns)
+    if not turns:
+        raise RecordError("empty_conversation", "no turn says anything", conversation.where)
+    if problem := template.why_not(turns):
+        raise RecordError("turn_order", problem, conversation.where)
+    return check_images(replace(conversation, turns=turns))
 
 
 def show_pictures(turn: Turn, count: int) -> Turn:

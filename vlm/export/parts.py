@@ -23,17 +23,14 @@ from torch import Tensor
 
 from vlm.data.config import DataConfig
 from vlm.errors import CheckpointError, ConfigError
-from vlm.export.manifest import Manifest, read_manifest
+from vlm.export.manifest import ADAPTER, LLM, PROJECTOR, VISION, Manifest, read_manifest
+from vlm.export.pins import pin_start, places_of, refuse_replaced
 from vlm.models.config import ModelConfig
 from vlm.models.trainable import PARTS, part_of
 from vlm.train.checkpoint import newest_verified, read_info
 from vlm.train.fragments import read_weights
 
-PROJECTOR = "projector.safetensors"
-VISION = "vision.safetensors"
-ADAPTER = "adapter/adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter/adapter_config.json"
-LLM = "llm"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -55,12 +52,15 @@ def read_run(run: Path) -> Trained:
     """The newest intact checkpoint of a run, completed by the export that the run started from.
 
     Raises:
-        CheckpointError: no run, no intact checkpoint, or a projector that nothing trained.
+        CheckpointError: no run, no intact checkpoint, a projector that nothing trained; or what the run began with was
+            replaced.
     """
     config = _read_config(run)
     checkpoint = newest_verified(run)
     if checkpoint is None:
         raise CheckpointError(f"{run} has no checkpoint yet, so there is nothing to export. Train first: vlm train")
+    began = pin_start(config.model, config.init_from)
+    refuse_replaced(checkpoint, read_info(checkpoint).get("start"), began, places_of(config.model, config.init_from))
     tensors = read_weights(checkpoint)
     model = config.model
     trained: list[str] = list(model.trainable)

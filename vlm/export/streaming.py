@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders write for the bytes of an unfinished character
 _HELD = 16  # tokens without a whole character that are held back; more are taken as they are
+CONTEXT = 4  # tokens of a begun reply that say how its next word is spelled
 _CHARACTER = 4  # bytes of the longest character, so it is at most as many tokens
 
 
@@ -18,18 +19,21 @@ class TextStream:
     Args:
         decode: token ids -> text, special tokens left out.
         stop: texts that end the reply; the first found, and all after it, is not given out.
+        before: the last tokens of a text that the reply goes on with, else the space before its first word is lost.
 
     >>> letters = TextStream(lambda ids: bytes(ids).decode(errors="replace"))
     >>> [letters.push(byte) for byte in "好!".encode()]
     ['', '', '好', '!']
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decode: Callable[[list[int]], str], stop: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
         self._decode = decode
         self._stop = tuple(text for text in stop if text)
-        self._ids: list[int] = []
+        self._ids: list[int] = list(before)
         self._prefix = 0  # decoding starts here: one step back, so that the space before a word is not lost
-        self._given = 0  # tokens whose text has been given out
+        self._given = len(before)  # tokens whose text has been given out
         self._held = ""
         self.stopped = False  # a stop string was found
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlm.models.sampling import NewToken, Sampler, SamplingSettings
+from vlm.models.sampling import Constraint, NewToken, Sampler, SamplingSettings
 from vlm.models.slot_cache import CELLS, Decoder, build_decoder, round_up
 from vlm.models.vlm import VisionLanguageModel
 
@@ -43,6 +43,7 @@ class Reply:
         on_token: sees each token at once; False ends the reply.
         on_end: called once, with the reason, or with what went wrong.
         shared: the same one for several replies with this prompt.
+        constraint: what the reply may be; of this reply alone.
     """
 
     input_ids: list[int]
@@ -53,12 +54,13 @@ class Reply:
     on_token: Callable[[NewToken], bool]
     on_end: Callable[[EndReason | Exception], None]
     shared: SharedPrompt = field(default_factory=SharedPrompt)
+    constraint: Constraint | None = None
     new_ids: list[int] = field(default_factory=list, init=False)
     num_cached: int = field(default=0, init=False)  # tokens whose keys and values are in the cache
     sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler(self.settings)
+        self.sampler = Sampler(self.settings, self.constraint)
 
     @property
     def num_reserved(self) -> int:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 _NUCLEUS_TRY = 1024  # likeliest tokens that usually hold all of `top_p`; sorting the whole vocabulary costs much more
 LEAST_TEMPERATURE = 1e-5  # below it the likeliest token is taken: dividing by it might give no numbers
+
+
+class Constraint(Protocol):
+    """What one reply may be, token by token."""
+
+    def allowed(self) -> Tensor:
+        """bool [V] on the CPU: the tokens that may come next, at least one."""
+
+    def accept(self, token: int) -> None:
+        """Take in the token that was chosen."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +30,7 @@ class SamplingSettings:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0  # 0 considers all tokens
+    min_p: float = 0.0  # least probability of a token, as a share of the likeliest one's
     repetition_penalty: float = 1.0  # on tokens of the reply, as transformers has it
     presence_penalty: float = 0.0  # subtracted from the logit of each token that the reply holds
     frequency_penalty: float = 0.0  # the same, times how often it holds it
@@ -39,12 +51,16 @@ class NewToken:
 class Sampler:
     """Chooses the tokens of one reply. Its random numbers are its own: other replies in the batch do not matter.
 
+    Args:
+        constraint: tokens that it does not allow are never chosen; it belongs to this reply.
+
     >>> Sampler(SamplingSettings(logit_bias={0: 5.0})).choose(torch.tensor([0.0, 3.0, 1.0]), []).id
     0
     """
 
-    def __init__(self, settings: SamplingSettings) -> None:
+    def __init__(self, settings: SamplingSettings, constraint: Constraint | None = None) -> None:
         self.settings = settings
+        self._constraint = constraint
         self._random = torch.Generator()
         if settings.seed is None:
             self._random.seed()
@@ -59,16 +75,22 @@ class Sampler:
             reply: ids of the tokens chosen so far.
         """
         adjusted = adjust(logits, reply, self.settings)
+        if self._constraint is not None:
+            adjusted = adjusted.masked_fill(~self._constraint.allowed().to(logits.device), -torch.inf)
         if self.settings.temperature < LEAST_TEMPERATURE:
             token = int(adjusted.argmax())
         else:
             token = self._draw((adjusted - adjusted.max()) / self.settings.temperature)
+        if self._constraint is not None:
+            self._constraint.accept(token)
         return report(logits, token, self.settings.num_logprobs)
 
     def _draw(self, logits: Tensor) -> int:
         """One uniform number for each token, so that rounding differences of the batch next to never change it."""
         point = torch.rand((), generator=self._random, dtype=torch.float64)
         probabilities, ids = nucleus(logits, self.settings.top_k, self.settings.top_p)
+        if self.settings.min_p:  # the likeliest is always left
+            probabilities = probabilities * (probabilities >= self.settings.min_p * probabilities.max())
         edges = probabilities.double().cumsum(0)
         place = int(torch.searchsorted(edges, point.to(edges.device) * edges[-1], right=True))
         place = min(place, len(edges) - 1)

@@ -60,7 +60,6 @@ def decode_one_by_one(
     forward: Forward,
     embeddings: Tensor,
     position_ids: Tensor,
-    agree: Callable[[int], int] = int,
     most_tokens: int | None = None,
 ) -> Tensor:
     """Hidden states [B, L, D] of packed rows, every record decoded as if it were alone.
@@ -69,7 +68,6 @@ def decode_one_by_one(
         forward: the decoder.
         embeddings: [B, L, D].
         position_ids: int64 [B, L], restarting with every record.
-        agree: number of forwards that this rank needs -> number that all ranks make. The others are of one token.
         most_tokens: of one forward, padding counted; None takes as many as the batch has, 1 a forward for each record.
 
     Returns:
@@ -84,8 +82,6 @@ def decode_one_by_one(
         states.append(hidden[is_real])
         places.append(index[is_real])
     joined = torch.cat(states)
-    for _ in range(agree(len(groups)) - len(groups)):
-        joined = joined + 0.0 * forward(flat[:1][None], torch.zeros(1, 1, dtype=torch.long, device=flat.device)).sum()
     out = joined.new_zeros(len(flat), joined.shape[-1]).index_copy(0, torch.cat(places), joined)
     return out.view(*position_ids.shape, -1)
 

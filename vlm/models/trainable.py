@@ -169,6 +169,18 @@ def misfit(where: str, problems: list[str]) -> str:
     )
 
 
+@torch.no_grad()
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Bring weights and stored statistics to a number format, and leave precomputed tables as they are.
+
+    `module.to(dtype)` would round the frequencies of rotary embeddings too: by 0.2 % in bfloat16, so the angle at
+    position 1,000 would be off by up to 2.
+    """
+    for tensor in _stored_tensors(module).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
 def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, tied ones once, and those buffers that are more than a precomputed table."""
     stored = model.state_dict().keys()

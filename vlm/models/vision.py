@@ -29,8 +29,10 @@ from vlm.logs import warn
 from vlm.models.config import VisionConfig
 from vlm.models.folder import NO_PREPROCESSOR, lacks_preprocessor, why_no_encoder, why_no_weights
 from vlm.models.hub import check_hub, quiet_retries
+from vlm.models.timm_folder import describe_timm
 from vlm.models.vision_compute import EncoderCompute, choose_compute, is_convolutional, read_compute
 
+_STAGES = ("stage_names", "out_features", "out_indices")
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -139,13 +141,10 @@ def save_architecture(encoder: VisionEncoder, config: VisionConfig, folder: Path
     model: Any = encoder.trunk.model
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(encoder.trunk, HFTower):
-        model.config.num_hidden_layers = len(encoder.trunk.blocks)
-        model.config.save_pretrained(folder)
+        _cut_config(model.config, len(encoder.trunk.blocks)).save_pretrained(folder)
         return config.model_copy(update={"path": folder.name, "layer": -1, "image_size": encoder.image_size})
     if config.backend == "timm":
-        keys = ("input_size", "mean", "std", "num_classes", "interpolation", "pool_size", "first_conv", "classifier")
-        settings = {key: model.pretrained_cfg[key] for key in keys if key in model.pretrained_cfg}
-        record = {"architecture": model.pretrained_cfg["architecture"], "pretrained_cfg": settings}
+        record = describe_timm(model, config.path)
         (folder / "config.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         return config.model_copy(update={"path": folder.name, "pretrained": None})
     own = Path(config.path) / "open_clip_config.json"
@@ -153,6 +152,13 @@ def save_architecture(encoder: VisionEncoder, config: VisionConfig, folder: Path
         shutil.copy(own, folder)
         return config.model_copy(update={"path": folder.name, "pretrained": None})
     return config.model_copy(update={"pretrained": None})  # a name that open_clip itself knows the shape of
+
+
+def _cut_config(config: Any, num_blocks: int) -> Any:
+    """A config of transformers for the first blocks only. Its stages are named anew: those of a backbone (DINOv2) count
+    the blocks, and a list with one that is cut off is refused."""
+    values = {key: value for key, value in config.to_dict().items() if key not in _STAGES}
+    return type(config).from_dict({**values, "num_hidden_layers": num_blocks})
 
 
 class HFTower(nn.Module):

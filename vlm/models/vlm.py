@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlm.models.decoders import accepts, find_decoder
@@ -46,7 +45,6 @@ class VisionLanguageModel(nn.Module):
         self.packing = packing_of(llm.config)
         self.logits_rule = find_logits_rule(llm)
         self.embedding_factor = find_embedding_factor(llm)
-        self.gathers_blocks = False  # ranks hold pieces of each block, so all must run the decoder equally often
         self.always_encode = False  # run encoder and projector without a picture too, so that all ranks call the same
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
@@ -133,10 +131,10 @@ class VisionLanguageModel(nn.Module):
         """Hidden states [B, L, D] after the final norm, of what `inputs_embeds` returns; positions as for `forward`."""
         longest = self.packing.longest
         if not self.packing.by_positions:
-            return decode_one_by_one(self._decoder, embeddings, position_ids, self._agree)
+            return decode_one_by_one(self._decoder, embeddings, position_ids)
         # a longer record's rotations would be those of all records of its row
-        if longest is not None and self._agree(int(int(position_ids.max()) >= longest)):
-            return decode_one_by_one(self._decoder, embeddings, position_ids, self._agree, most_tokens=1)
+        if longest is not None and int(position_ids.max()) >= longest:
+            return decode_one_by_one(self._decoder, embeddings, position_ids, most_tokens=1)
         shape = embeddings.shape
         if "flash" in self.llm.config._attn_implementation:
             # FlashAttention sees restarts only in a batch of one row, else it lets examples look at each other without
@@ -151,14 +149,6 @@ class VisionLanguageModel(nn.Module):
         arguments: dict[str, Any] = {"position_ids": position_ids} if accepts(decoder, "position_ids") else {}
         output = decoder(inputs_embeds=embeddings, attention_mask=None, use_cache=False, **arguments)
         return output.last_hidden_state
-
-    def _agree(self, num_forwards: int) -> int:
-        """The most forwards (or 1 for yes) that any rank needs, where one rank's forward waits for the others."""
-        if not self.gathers_blocks or not dist.is_initialized():
-            return num_forwards
-        count = torch.tensor(num_forwards, device=self.llm.device)
-        dist.all_reduce(count, dist.ReduceOp.MAX)
-        return int(count)
 
     def _zero_from_a_dummy_picture(self) -> Tensor | None:
         """0, with a graph to every weight that would train if the batch had a picture; None if none would.

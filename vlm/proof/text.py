@@ -168,7 +168,7 @@ def _labelled_runs(record: Record) -> list[list[int]]:
 
 
 def _replies(record: Record) -> list[str]:
-    return [turn.text for turn in record.conversation.turns if turn.role == "assistant"]
+    return [turn.text for turn in record.conversation.turns if turn.role == "assistant" and turn.is_learned]
 
 
 def _first_label(record: Record) -> int:

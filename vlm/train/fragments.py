@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlm.compat import follow_umask
 from vlm.errors import CheckpointError
 
 
@@ -63,6 +64,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.parent.mkdir(exist_ok=True)
     try:
         save_file(tensors, path, metadata)
+        follow_umask(path)
     except SafetensorError as error:
         raise OSError(str(error)) from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class RunState:
     """Engine, stream position and random state of a run.
 
     `identity` holds what must not change between a checkpoint and its resumption, as flat keys; `data_settings` what
-    decides on rows and their order, to be named where the fingerprint has changed.
+    decides on rows and their order, to be named where the fingerprint has changed; `start` the sums of what the run
+    began with, for whoever completes the checkpoint later.
     """
 
     run: Path
@@ -39,6 +40,7 @@ class RunState:
     stream_fingerprint: str
     identity: dict[str, Any]
     data_settings: dict[str, Any]
+    start: dict[str, Any] = field(default_factory=dict)
     counters: Callable[[], dict[str, Any]] = dict  # what else goes into progress.json
 
     def save(self, step: int, keep_last: int) -> Path:
@@ -55,7 +57,7 @@ class RunState:
 
         fault("save")
         info = {
-            "identity": self.identity, "data": self.data_settings, "world_size": world_size(),
+            "identity": self.identity, "data": self.data_settings, "start": self.start, "world_size": world_size(),
             "vlm_version": vlm.__version__,
         }  # fmt: skip
         return save_checkpoint(self.run, step, write, info, keep_last)

@@ -1,32 +1,55 @@
-"""Events of a generation -> one JSON answer, or a stream of server-sent events."""
+"""Events of a generation -> one JSON answer, or a stream of server-sent events, in the form of its route."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from vlm.chat.api.choice import End, Piece
+from vlm.chat.api.choice import End, Event
 from vlm.chat.api.errors import ApiError, timed_out
-from vlm.chat.api.schemas import (
-    Choice,
-    Chunk,
-    ChunkChoice,
-    Completion,
-    Delta,
-    Logprobs,
-    ReplyMessage,
-    TokenLogprob,
-    Usage,
-)
+from vlm.chat.api.schemas import FinishReason, TokenLogprob
 from vlm.chat.api.service import Generation, Place, Service, first_of
 from vlm.logs import log
 
 _GRACE_SECONDS = 10.0
-_SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+_SSE_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
+
+
+class Written:
+    """One choice that is complete."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.logprobs: list[TokenLogprob] | None = None
+        self.reason: FinishReason = "stop"
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, End):
+            assert not isinstance(event.reason, ApiError)
+            self.reason = event.reason
+            return
+        self.text += event.text
+        if event.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *event.logprobs.content]
+
+
+class Form(Protocol):
+    """How one route writes an answer."""
+
+    end: bytes  # of a stream, the last event
+
+    def whole(self, choices: list[Written]) -> dict[str, Any]:
+        """The answer at once."""
+
+    def frames(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+        """The answer as it grows, as server-sent events."""
+
+    def failed(self, error: ApiError) -> bytes:
+        """What ends a stream that has begun instead: its status has been sent."""
 
 
 class Answer(Response):
@@ -35,18 +58,28 @@ class Answer(Response):
     Args:
         place: is left when the answer has ended, in whatever way.
         deadline: a time of the event loop.
+        headers: to send with it.
     """
 
     def __init__(
-        self, service: Service, generation: Generation, place: Place, deadline: float, stream: bool, usage: bool
+        self,
+        service: Service,
+        generation: Generation,
+        form: Form,
+        place: Place,
+        deadline: float,
+        *,
+        stream: bool,
+        headers: dict[str, str],
     ) -> None:
         super().__init__()
         self._service = service
         self._generation = generation
+        self._form = form
         self._place = place
         self._deadline = deadline
         self._stream = stream
-        self._usage = usage
+        self._headers_to_send = headers
         place.kept = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,7 +98,8 @@ class Answer(Response):
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> Literal[True]:
         try:
             async with asyncio.timeout_at(self._deadline):
-                response: Response = JSONResponse((await self._collect()).model_dump(mode="json"))
+                values = self._form.whole(await self._collect())
+                response: Response = JSONResponse(values, headers=self._headers_to_send)
         except TimeoutError:
             response = timed_out(self._service.limits.request_seconds).response()
         except ApiError as error:
@@ -73,82 +107,36 @@ class Answer(Response):
         await response(scope, receive, send)
         return True
 
-    async def _collect(self) -> Completion:
-        texts: dict[int, str] = {}
-        logprobs: dict[int, list[TokenLogprob]] = {}
-        reasons: dict[int, Any] = {}
+    async def _collect(self) -> list[Written]:
+        choices: dict[int, Written] = {}
         async for event in self._generation.events():
-            if isinstance(event, End):
-                reasons[event.index] = event.reason
-                continue
-            texts[event.index] = texts.get(event.index, "") + event.text
-            if event.logprobs is not None:
-                logprobs.setdefault(event.index, []).extend(event.logprobs.content)
-        choices = [
-            Choice(
-                index=index,
-                message=ReplyMessage(content=texts.get(index, "")),
-                logprobs=Logprobs(content=logprobs[index]) if index in logprobs else None,
-                finish_reason=reasons[index],
-            )
-            for index in sorted(reasons)
-        ]
-        generation = self._generation
-        return Completion(
-            id=generation.id,
-            created=generation.created,
-            model=self._service.name,
-            choices=choices,
-            usage=usage_of(generation),
-        )
+            choices.setdefault(event.index, Written()).add(event)
+        return [choices[index] for index in sorted(choices)]
 
     async def _send_stream(self, send: Send) -> Literal[True]:
-        await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+        headers = [(name.encode(), value.encode()) for name, value in (_SSE_HEADERS | self._headers_to_send).items()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         error: ApiError | None = None
         try:
             async with asyncio.timeout_at(self._deadline):
-                async for data in self._chunks():
-                    await _send_event(send, data)
+                async for frame in self._form.frames(self._generation.events()):
+                    await _send_frame(send, frame)
         except TimeoutError:
             error = timed_out(self._service.limits.request_seconds)
         except ApiError as failed:
             error = failed
-        if error is not None:  # the status has been sent; clients know an error by its key
-            await _send_event(send, _encode(error.body))
-        await _send_event(send, b"[DONE]")
+        if error is not None:
+            await _send_frame(send, self._form.failed(error))
+        if self._form.end:
+            await _send_frame(send, self._form.end)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return True
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
-        started: set[int] = set()
-        async for event in self._generation.events():
-            if event.index not in started:
-                started.add(event.index)
-                yield self._chunk(ChunkChoice(index=event.index, delta=Delta(role="assistant", content="")))
-            if isinstance(event, Piece):
-                delta = Delta(content=event.text)
-                yield self._chunk(ChunkChoice(index=event.index, delta=delta, logprobs=event.logprobs))
-            else:
-                assert not isinstance(event.reason, ApiError)
-                yield self._chunk(ChunkChoice(index=event.index, delta=Delta(), finish_reason=event.reason))
-        if self._usage:
-            yield self._chunk(None)
 
-    def _chunk(self, choice: ChunkChoice | None) -> bytes:
-        """One event; without a choice, the last one, which tells the usage."""
-        chunk = Chunk(
-            id=self._generation.id,
-            created=self._generation.created,
-            model=self._service.name,
-            choices=[] if choice is None else [choice],
-            usage=usage_of(self._generation) if choice is None else None,
-        )
-        values = chunk.model_dump(mode="json")
-        for written in values["choices"]:
-            written["delta"] = {key: value for key, value in written["delta"].items() if value is not None}
-        if not self._usage:
-            del values["usage"]
-        return _encode(values)
+def sse(values: dict[str, Any], event: str | None = None) -> bytes:
+    """One server-sent event."""
+    name = f"event: {event}\n".encode() if event else b""
+    return name + b"data: " + bytes(JSONResponse(values).body) + b"\n\n"
 
 
 async def client_left(receive: Receive) -> None:
@@ -157,17 +145,5 @@ async def client_left(receive: Receive) -> None:
         pass
 
 
-def usage_of(generation: Generation) -> Usage:
-    return Usage(
-        prompt_tokens=generation.num_prompt_tokens,
-        completion_tokens=generation.num_new_tokens,
-        total_tokens=generation.num_prompt_tokens + generation.num_new_tokens,
-    )
-
-
-def _encode(values: dict[str, Any]) -> bytes:
-    return bytes(JSONResponse(values).body)
-
-
-async def _send_event(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+async def _send_frame(send: Send, frame: bytes) -> None:
+    await send({"type": "http.response.body", "body": frame, "more_body": True})

@@ -14,21 +14,21 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from vlm import __version__
-from vlm.chat.api.answers import Answer
-from vlm.chat.api.body import read_json
 from vlm.chat.api.docs_page import CONTENT_SECURITY_POLICY, render_docs
-from vlm.chat.api.errors import ApiError, internal_error, timed_out
+from vlm.chat.api.errors import ApiError, internal_error
 from vlm.chat.api.guard import Guard
 from vlm.chat.api.limits import Access
 from vlm.chat.api.metrics import CountRequests
 from vlm.chat.api.openapi import add_schemas
-from vlm.chat.api.schemas import Completion, ErrorBody, Health, ModelCard, ModelList, parse_request
-from vlm.chat.api.service import Service
+from vlm.chat.api.routes import add_generation
+from vlm.chat.api.schemas import ErrorBody, Health, ModelCard, ModelList
+from vlm.chat.api.service import Service, unknown_model
 
 _ERRORS = {
     400: "The request cannot be used",
     401: "Missing or wrong API key",
     403: "Another Host than this machine",
+    404: "Another model than the one that is served",
     408: "Sent too slowly",
     413: "Too large",
     415: "Not JSON",
@@ -37,6 +37,10 @@ _ERRORS = {
     503: "Too many requests wait, or the server shuts down",
     504: "Took too long",
 }
+_NO_ADDRESS = (
+    "there is nothing at this address; the base URL of the API ends in /v1, and it has /chat/completions, "
+    "/completions, /responses and /models"
+)
 
 
 def build_app(service: Service, access: Access | None = None) -> FastAPI:
@@ -51,7 +55,7 @@ def build_app(service: Service, access: Access | None = None) -> FastAPI:
     access = access or Access()
     # nothing but our own pages: FastAPI's documentation pages load scripts from elsewhere
     app = FastAPI(title="vlm", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    _add_chat(app, service)
+    add_generation(app, service, responses(*_ERRORS))
     _add_models(app, service)
     _add_operations(app, service)
     _add_error_handlers(app)
@@ -70,27 +74,6 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
 
 
-def _add_chat(app: FastAPI, service: Service) -> None:
-    @app.post(
-        "/v1/chat/completions",
-        response_model=Completion,
-        responses=responses(*_ERRORS),
-        summary="Continue a conversation",
-    )
-    async def chat_completions(request: Request) -> Response:
-        deadline = asyncio.get_running_loop().time() + service.limits.request_seconds
-        with service.place() as place:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    asked = parse_request(await read_json(request, service.limits, place.hold), service.limits)
-                    generation = await service.start(asked, place.hold)
-            except TimeoutError:
-                raise timed_out(service.limits.request_seconds) from None
-            place.let_go()
-            usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            return Answer(service, generation, place, deadline, bool(asked.stream), usage)
-
-
 def _add_models(app: FastAPI, service: Service) -> None:
     card = ModelCard(id=service.name, created=service.created)
 
@@ -98,12 +81,10 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def list_models() -> ModelList:
         return ModelList(data=[card])
 
-    @app.get(
-        "/v1/models/{model:path}", responses={**responses(401, 403), 404: {"model": ErrorBody}}, summary="One model"
-    )
+    @app.get("/v1/models/{model:path}", responses=responses(401, 403, 404), summary="One model")
     async def get_model(model: str) -> ModelCard:
         if model != service.name:
-            raise ApiError(404, f"this server has no such model; it serves {service.name}", "model_not_found", "model")
+            raise unknown_model(service.name)
         return card
 
 
@@ -139,7 +120,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
-        message = {404: "there is nothing at this address", 405: "this address takes other methods"}
+        message = {404: _NO_ADDRESS, 405: "this address takes other methods"}
         answer = ApiError(error.status_code, message.get(error.status_code, "the request cannot be used"))
         response = answer.response()
         response.headers.update(error.headers or {})

@@ -45,6 +45,7 @@ class ChoiceWriter:
     begins within it. Those of tokens that are nothing but part of a stop text do not.
 
     Args:
+        before: the last tokens of a text that the reply goes on with.
         post: takes the events, in order; the last is an `End`.
         explain: what a client is told of an exception.
     """
@@ -57,9 +58,10 @@ class ChoiceWriter:
         spell: TokenSpeller | None,
         post: Callable[[Event], None],
         explain: Callable[[Exception], ApiError],
+        before: Sequence[int] = (),
     ) -> None:
         self._index = index
-        self._text = TextStream(decode, stop)
+        self._text = TextStream(decode, stop, before)
         self._spell = spell
         self._post = post
         self._explain = explain

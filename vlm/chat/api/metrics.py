@@ -10,7 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vlm.chat.api.scheduler import Scheduler
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-PATHS = ("/v1/chat/completions", "/v1/models", "/health", "/metrics", "/docs", "/openapi.json")
+_GENERATE = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+PATHS = (*_GENERATE, "/v1/models", "/health", "/metrics", "/docs", "/openapi.json")
 
 
 class Metrics:
@@ -28,7 +29,7 @@ class Metrics:
         self.first_token = self._histogram(
             "vlm_first_token_seconds", "From a prompt that is ready to the first piece of its reply."
         )
-        self.seconds = self._histogram("vlm_request_seconds", "From a chat request to the end of its reply.")
+        self.seconds = self._histogram("vlm_request_seconds", "From a request to the end of its reply.")
         for name, text, read in (
             ("vlm_running", "Replies that are being written.", lambda: scheduler.num_running),
             ("vlm_waiting", "Replies that wait for a place.", lambda: scheduler.num_waiting),
@@ -76,5 +77,5 @@ class CountRequests:
         finally:
             path = next((path for path in PATHS if scope["path"].startswith(path)), "other")
             self._metrics.requests.labels(path, status).inc()
-            if path == PATHS[0]:
+            if path in _GENERATE:
                 self._metrics.seconds.observe(time.monotonic() - started)

@@ -1,4 +1,4 @@
-"""The OpenAPI document, with the body of a chat request in it: the routes read bodies themselves, within bounds."""
+"""The OpenAPI document, with the bodies of requests in it: the routes read bodies themselves, within bounds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from vlm.chat.api.response_schemas import ResponseRequest
+from vlm.chat.api.routes import CHAT, RESPONSES, TEXT
 from vlm.chat.api.schemas import ChatRequest, Chunk
 from vlm.chat.api.service import Service
+from vlm.chat.api.text_schemas import TextRequest
 
-CHAT = "/v1/chat/completions"
+_BODIES = {CHAT: ChatRequest, TEXT: TextRequest, RESPONSES: ResponseRequest}
+_EVENTS = {
+    CHAT: "the data of each is a Chunk; then [DONE]",
+    TEXT: "the data of each is a TextCompletion; then [DONE]",
+    RESPONSES: "response.created to response.completed, as OpenAI's; the last holds the whole Response",
+}
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -28,16 +36,17 @@ def add_schemas(app: FastAPI, service: Service, has_key: bool) -> None:
 def _document(app: FastAPI, service: Service, has_key: bool) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schemas = document["components"]["schemas"]
-    for model in (ChatRequest, Chunk):
+    for model in (*_BODIES.values(), Chunk):
         schema = model.model_json_schema(ref_template=_REFERENCE)
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
-    _add_limits(schemas["ChatRequest"]["properties"], service)
-    chat = document["paths"][CHAT]["post"]
-    body = {"schema": {"$ref": _REFERENCE.format(model="ChatRequest")}}
-    chat["requestBody"] = {"required": True, "content": {"application/json": body}}
-    answers = chat["responses"]["200"]["content"]
-    answers["text/event-stream"] = {"schema": {"description": "Events: the data of each is a Chunk; then [DONE]"}}
+    for path, model in _BODIES.items():
+        _add_limits(schemas[model.__name__]["properties"], service)
+        route = document["paths"][path]["post"]
+        body = {"schema": {"$ref": _REFERENCE.format(model=model.__name__)}}
+        route["requestBody"] = {"required": True, "content": {"application/json": body}}
+        answers = route["responses"]["200"]["content"]
+        answers["text/event-stream"] = {"schema": {"description": f"Events: {_EVENTS[path]}"}}
     if has_key:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, methods in document["paths"].items():
@@ -50,9 +59,12 @@ def _add_limits(properties: dict[str, Any], service: Service) -> None:
     limits = service.limits
     longest = min(service.scheduler.max_tokens, service.loaded.max_tokens)
     properties["model"]["enum"] = [service.name]
-    properties["messages"]["maxItems"] = limits.max_messages
-    for name, most in (("max_tokens", longest), ("max_completion_tokens", longest), ("n", limits.max_choices)):
-        properties[name]["anyOf"][0]["maximum"] = most
-    for choice in properties["stop"]["anyOf"]:
+    if "messages" in properties:
+        properties["messages"]["maxItems"] = limits.max_messages
+    most = dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"), longest)
+    for name, value in {**most, "n": limits.max_choices}.items():
+        if name in properties:
+            properties[name]["anyOf"][0]["maximum"] = value
+    for choice in properties.get("stop", {}).get("anyOf", ()):
         if choice.get("type") == "array":
             choice["maxItems"] = limits.max_stops

@@ -1,4 +1,4 @@
-"""Messages of a request -> what the model reads: token ids and pixels."""
+"""Messages or texts of a request -> what the model reads: token ids and pixels."""
 
 from __future__ import annotations
 
@@ -10,71 +10,149 @@ import torch
 from torch import Tensor
 
 from vlm.chat.api.errors import ApiError
+from vlm.chat.api.fields import GenerationRequest
 from vlm.chat.api.limits import Limits
-from vlm.chat.api.schemas import ChatRequest, ImagePart, Message
+from vlm.chat.api.schemas import AssistantMessage, ChatRequest, ImagePart, Message, RefusalPart
+from vlm.chat.api.text_schemas import TextRequest
 from vlm.data.images import FORMATS, load_image, to_pixels
 from vlm.errors import RecordError
 from vlm.export.load import LoadedModel
 from vlm.export.messages import to_conversation
+from vlm.export.streaming import CONTEXT
 
 _LONGEST_TOKEN = 64  # characters a token may stand for on average; long runs of blanks come near it
 
 
 @dataclass(frozen=True)
 class Prompt:
+    """
+    Attributes:
+        before: the last tokens of a text that the reply goes on with; none before a reply of its own.
+        begun: text of the reply that the prompt holds already.
+    """
+
     input_ids: list[int]
     pixel_values: Tensor | None  # [N, 3, S, S]
     max_new_tokens: int
+    before: tuple[int, ...] = ()
+    begun: str = ""
 
 
-def image_urls(messages: Sequence[Message]) -> list[str]:
-    """In the order in which the pictures are shown."""
-    return [
-        part.image_url.url
-        for message in messages
-        if isinstance(message.content, list)
-        for part in message.content
-        if isinstance(part, ImagePart)
-    ]
-
-
-def build_prompt(
-    loaded: LoadedModel, request: ChatRequest, pictures: Sequence[bytes], max_tokens: int, limits: Limits
-) -> Prompt:
+@dataclass(frozen=True)
+class PromptBuilder:
     """
     Args:
-        pictures: what `image_urls` name.
         max_tokens: longest prompt and reply together that the server can hold.
-
-    Raises:
-        ApiError: 400 an order of turns that no template can write, a picture that cannot be read, or too long.
+        where: the key of the request that holds messages or prompts, for errors.
     """
-    if pictures and loaded.image_spec is None:
-        raise ApiError(400, "this model reads no pictures", "images_not_supported", "messages")
-    longest = min(max_tokens, loaded.max_tokens)
-    wanted = request.new_tokens
-    if wanted is not None and wanted > longest:
-        raise ApiError(400, f"max_tokens is {wanted:,}, at most {longest:,} here", "too_many", "max_tokens")
-    messages = _merged(request.messages)
-    num_letters = sum(len(part["text"]) for message in messages for part in message["content"] if "text" in part)
-    if num_letters > _LONGEST_TOKEN * longest:  # not worth tokenizing
-        raise _too_long(f"has {num_letters:,} characters", longest)
-    try:
-        conversation = to_conversation(messages, pictures)
-        if conversation.turns[-1].role != "user":
-            raise ApiError(400, "the last message must be the user's", "invalid_request", "messages")
-        input_ids = loaded.conversation_tokenizer.prompt(conversation)
-    except RecordError as error:  # about turns only: pictures are not opened yet
-        raise ApiError(400, f"messages: {error.message}", error.rule, "messages") from None
-    if len(input_ids) >= longest:
-        raise _too_long(f"has {len(input_ids):,} tokens ({len(pictures)} pictures included)", longest)
-    left = longest - len(input_ids)
-    new_tokens = min(wanted or limits.default_new_tokens, left)
-    return Prompt(input_ids, _pixels(loaded, pictures, limits.max_pixels), new_tokens)
+
+    loaded: LoadedModel
+    max_tokens: int
+    limits: Limits
+    where: str
+
+    @property
+    def longest(self) -> int:
+        return min(self.max_tokens, self.loaded.max_tokens)
+
+    def __call__(self, request: GenerationRequest, pictures: Sequence[bytes]) -> list[Prompt]:
+        """One prompt of a chat, or those of a plain completion.
+
+        Args:
+            pictures: what `image_urls` name.
+
+        Raises:
+            ApiError: 400 an order of turns that the template cannot write, a picture that cannot be read, token ids
+                that are none, or too long.
+        """
+        if pictures and self.loaded.image_spec is None:
+            raise self._bad("this model reads no pictures", "images_not_supported")
+        wanted = request.new_tokens
+        if wanted is not None and wanted > self.longest:
+            raise ApiError(400, f"max_tokens is {wanted:,}, at most {self.longest:,} here", "too_many", "max_tokens")
+        if isinstance(request, TextRequest):
+            return [self._of_text(prompt, wanted) for prompt in request.prompt]
+        assert isinstance(request, ChatRequest)
+        return [self._of_chat(request, pictures)]
+
+    def _of_chat(self, request: ChatRequest, pictures: Sequence[bytes]) -> Prompt:
+        messages = _merged(request.messages)
+        self._check_letters(sum(len(part.get("text", "")) for message in messages for part in message["content"]))
+        try:
+            conversation = to_conversation(messages, pictures, self.loaded.template)
+            input_ids = self.loaded.conversation_tokenizer.prompt(conversation)
+        except RecordError as error:  # about turns only: pictures are not opened yet
+            raise self._bad(f"{self.where}: {error.message}", error.rule) from None
+        new_tokens = self._new_tokens(input_ids, request.new_tokens, len(pictures))
+        begun = conversation.begun_reply
+        before = tuple(input_ids[-CONTEXT:]) if begun else ()
+        return Prompt(input_ids, self._pixels(pictures), new_tokens, before, begun)
+
+    def _of_text(self, prompt: str | list[int], wanted: int | None) -> Prompt:
+        if isinstance(prompt, str):
+            self._check_letters(len(prompt))
+            input_ids = self._tokenize(prompt)
+        else:
+            input_ids = prompt
+            vocabulary = self.loaded.model.llm.get_input_embeddings().weight.shape[0]
+            if len(prompt) < self.longest and max(prompt) >= vocabulary:
+                raise self._bad(f"{self.where}: {max(prompt)} is not a token id of this model", "invalid_request")
+        if self.loaded.image_token_id in input_ids:
+            raise self._bad(f"{self.where}: holds the place of a picture; ask about pictures in a chat", "image_count")
+        if not input_ids:
+            raise self._bad(f"{self.where}: a prompt is empty", "invalid_request")
+        new_tokens = self._new_tokens(input_ids, wanted, 0)
+        return Prompt(input_ids, None, new_tokens, tuple(input_ids[-CONTEXT:]))
+
+    def _tokenize(self, text: str) -> list[int]:
+        """As the tokenizer by itself reads a text, with one begin token where it adds one."""
+        tokenizer = self.loaded.tokenizer
+        ids: list[int] = tokenizer(text).input_ids
+        bos = tokenizer.bos_token_id
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+    def _new_tokens(self, input_ids: list[int], wanted: int | None, num_pictures: int) -> int:
+        if len(input_ids) >= self.longest:
+            shown = f" ({num_pictures} pictures included)" if num_pictures else ""
+            raise self._too_long(f"has {len(input_ids):,} tokens{shown}")
+        return min(wanted or self.limits.default_new_tokens, self.longest - len(input_ids))
+
+    def _check_letters(self, num_letters: int) -> None:
+        if num_letters > _LONGEST_TOKEN * self.longest:  # not worth tokenizing
+            raise self._too_long(f"has {num_letters:,} characters")
+
+    def _pixels(self, pictures: Sequence[bytes]) -> Tensor | None:
+        spec, most = self.loaded.image_spec, self.limits.max_pixels
+        if not pictures or spec is None:
+            return None
+        pixels = []
+        for number, picture in enumerate(pictures, 1):
+            try:
+                pixels.append(to_pixels(load_image(picture, most, spec.background), spec))
+            except RecordError as error:  # its text may quote the decoder
+                if error.rule == "image_too_large":
+                    message = f"has more than {most:,} pixels"
+                else:
+                    message = f"cannot be read: it is damaged, or none of {', '.join(FORMATS)}"
+                raise self._bad(f"image_url: picture {number} {message}", error.rule) from None
+        return torch.stack(pixels)
+
+    def _too_long(self, what: str) -> ApiError:
+        message = f"the conversation {what}; this server takes at most {self.longest:,} tokens, with the reply"
+        return self._bad(message, "context_length_exceeded")
+
+    def _bad(self, message: str, code: str) -> ApiError:
+        return ApiError(400, message, code, self.where)
+
+
+def image_urls(request: GenerationRequest) -> list[str]:
+    """In the order in which the pictures are shown."""
+    messages = request.messages if isinstance(request, ChatRequest) else ()
+    return [part.image_url.url for message in messages for part in message.content or () if isinstance(part, ImagePart)]
 
 
 def _merged(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as `to_conversation` takes them: one system message, and users in a row as one."""
+    """Messages as `to_conversation` takes them: system messages in a row as one, and users in a row too."""
     merged: list[dict[str, Any]] = []
     for message in messages:
         role = "system" if message.role == "developer" else message.role
@@ -85,37 +163,16 @@ def _merged(messages: Sequence[Message]) -> list[dict[str, Any]]:
             merged[-1]["content"] += [{"type": "text", "text": "\n"}, *parts]
         else:
             merged.append({"role": role, "content": parts})
-    if not any(message["role"] == "user" for message in merged):
-        raise ApiError(400, "messages: there is no user message", "invalid_request", "messages")
     return merged
 
 
 def _parts(message: Message) -> list[dict[str, Any]]:
-    if isinstance(message.content, list):
-        return [
-            {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
-            for part in message.content
-        ]
-    return [{"type": "text", "text": message.content}] if message.content else []
-
-
-def _pixels(loaded: LoadedModel, pictures: Sequence[bytes], max_pixels: int) -> Tensor | None:
-    spec = loaded.image_spec
-    if not pictures or spec is None:
-        return None
-    pixels = []
-    for number, picture in enumerate(pictures, 1):
-        try:
-            pixels.append(to_pixels(load_image(picture, max_pixels, spec.background), spec))
-        except RecordError as error:  # its text may quote the decoder
-            if error.rule == "image_too_large":
-                message = f"has more than {max_pixels:,} pixels"
-            else:
-                message = f"cannot be read: it is damaged, or none of {', '.join(FORMATS)}"
-            raise ApiError(400, f"image_url: picture {number} {message}", error.rule, "messages") from None
-    return torch.stack(pixels)
-
-
-def _too_long(what: str, longest: int) -> ApiError:
-    message = f"the conversation {what}; this server takes at most {longest:,} tokens, with the reply"
-    return ApiError(400, message, "context_length_exceeded", "messages")
+    parts = [
+        {"type": "image"}
+        if isinstance(part, ImagePart)
+        else {"type": "text", "text": part.refusal if isinstance(part, RefusalPart) else part.text}
+        for part in message.content or ()
+    ]
+    if isinstance(message, AssistantMessage) and message.refusal and not parts:
+        return [{"type": "text", "text": message.refusal}]
+    return parts

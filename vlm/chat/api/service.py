@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from vlm.chat.api.choice import ChoiceWriter, End, Event, Piece, TokenSpeller
+from vlm.chat.api.constraint import JsonConstraint, JsonConstraints
 from vlm.chat.api.errors import ApiError, busy, internal_error
+from vlm.chat.api.fields import GenerationRequest
 from vlm.chat.api.limits import Limits
 from vlm.chat.api.media import MediaLoader
 from vlm.chat.api.metrics import Metrics
-from vlm.chat.api.prompt import Prompt, build_prompt, image_urls
+from vlm.chat.api.parse import check_limits
+from vlm.chat.api.prompt import Prompt, PromptBuilder, image_urls
 from vlm.chat.api.scheduler import Job, Scheduler
 from vlm.chat.api.schemas import ChatRequest
+from vlm.chat.api.unread import Noted
 from vlm.export.load import LoadedModel
 from vlm.logs import log
 from vlm.models.batched_generate import Reply, SharedPrompt
@@ -48,6 +51,8 @@ class Service:
         self._preparing = asyncio.Semaphore(_PREPARED_AT_ONCE)
         self._loading = asyncio.Semaphore(_LOADED_AT_ONCE)
         self._speller = TokenSpeller(loaded.tokenizer, loaded.conversation_tokenizer.decode)
+        self._constraints = JsonConstraints(loaded)
+        self._noted = Noted()
 
     @property
     def status(self) -> str:
@@ -81,45 +86,72 @@ class Service:
         for generation in self.generations:
             generation.abort(busy("this server is shutting down", retry_after=10))
 
-    async def start(self, request: ChatRequest, hold: Callable[[int], None]) -> Generation:
+    async def start(
+        self, request: GenerationRequest, hold: Callable[[int], None], where: str, form: str = "response_format"
+    ) -> Generation:
         """Look at the pictures, and let the replies be written.
 
         Args:
             hold: told of the bytes of pictures that are no part of the body; may raise.
+            where: the key that holds messages or prompts, for errors.
+            form: the key that asks for a form of the reply, for errors.
 
         Raises:
-            ApiError: 400 for what the request asks; 502 for a picture from elsewhere; 503 too much at a time.
+            ApiError: 400 for what the request asks; 404 for a model that is not served; 502 for a picture from
+                elsewhere; 503 too much at a time.
         """
-        self._check_tokens(request)
-        pictures = [await self._load(url, hold) for url in image_urls(request.messages)]
+        self._check(request, where)
+        pictures = [await self._load(url, hold, where) for url in image_urls(request)]
         async with self._preparing:
-            longest = self.scheduler.max_tokens
-            prompt = await asyncio.to_thread(build_prompt, self.loaded, request, pictures, longest, self.limits)
+            build = PromptBuilder(self.loaded, self.scheduler.max_tokens, self.limits, where)
+            prompts = await asyncio.to_thread(build, request, pictures)
+            constraints = await asyncio.to_thread(self._constrain, request, prompts, form)
         self.metrics.images.inc(len(pictures))
-        return Generation(self, request, prompt)
+        return Generation(self, request, prompts, constraints)
 
-    async def _load(self, url: str, hold: Callable[[int], None]) -> bytes:
-        if url.startswith("data:"):  # was counted as it came in
-            return await self.media.load(url)
-        async with self._loading:
-            picture = await self.media.load(url)
-            hold(len(picture))
+    def note(self, names: list[str]) -> None:
+        """Tell the owner of the server what requests hold that is left out of account; each name once."""
+        if fresh := self._noted.new(names):
+            log(f"requests hold what this server does not use, and are answered without it: {', '.join(fresh)}")
+
+    def _constrain(
+        self, request: GenerationRequest, prompts: Sequence[Prompt], form: str
+    ) -> Sequence[JsonConstraint | None]:
+        """Per reply, what it must be."""
+        count = (request.n or 1) * len(prompts)
+        wanted = request.response_format if isinstance(request, ChatRequest) else None
+        schema = None if wanted is None else wanted.schema_to_keep
+        if schema is None:
+            return [None] * count
+        return self._constraints.build(schema, prompts[0].begun, count, form)
+
+    async def _load(self, url: str, hold: Callable[[int], None], where: str) -> bytes:
+        try:
+            if url.startswith("data:"):  # was counted as it came in
+                return await self.media.load(url)
+            async with self._loading:
+                picture = await self.media.load(url)
+        except ApiError as error:
+            error.param = where
+            raise
+        hold(len(picture))
         return picture
 
-    def _check_tokens(self, request: ChatRequest) -> None:
+    def _check(self, request: GenerationRequest, where: str) -> None:
         if request.model != self.name:
-            raise ApiError(400, f"this server has no such model; it serves {self.name}", "model_not_found", "model")
+            raise unknown_model(self.name)
+        check_limits(request, self.limits, where)
         vocabulary = self.loaded.model.llm.get_output_embeddings().weight.shape[0]
         for token in request.logit_bias or {}:
             if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocabulary):
                 raise ApiError(400, "logit_bias: a key is no token id of this model", "invalid_request", "logit_bias")
 
-    def writers(self, request: ChatRequest, post: Callable[[Event], None]) -> list[ChoiceWriter]:
+    def writer(
+        self, index: int, request: GenerationRequest, prompt: Prompt, post: Callable[[Event], None]
+    ) -> ChoiceWriter:
         decode = self.loaded.conversation_tokenizer.decode
-        speller = self._speller if request.logprobs else None
-        return [
-            ChoiceWriter(index, decode, request.stops, speller, post, self.explain) for index in range(request.n or 1)
-        ]
+        speller = self._speller if request.num_logprobs is not None else None
+        return ChoiceWriter(index, decode, request.stops, speller, post, self.explain, prompt.before)
 
     def explain(self, error: Exception) -> ApiError:
         """What a client is told; the log gets the rest."""
@@ -158,38 +190,51 @@ class Place:
 
 
 class Generation:
-    """The replies to one request, while they are written."""
+    """The replies to one request, while they are written: `n` to the first prompt, then `n` to the next."""
 
-    def __init__(self, service: Service, request: ChatRequest, prompt: Prompt) -> None:
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        self._started = time.monotonic()
-        self.num_prompt_tokens = len(prompt.input_ids)
+    def __init__(
+        self,
+        service: Service,
+        request: GenerationRequest,
+        prompts: Sequence[Prompt],
+        constraints: Sequence[JsonConstraint | None],
+    ) -> None:
+        self.num_prompt_tokens = sum(len(prompt.input_ids) for prompt in prompts)
         self.num_new_tokens = 0
+        self._started = time.monotonic()
         self._service = service
-        self._open = request.n or 1
+        self._open = len(constraints)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        stop_ids = service.loaded.conversation_tokenizer.stop_ids
-        shared = SharedPrompt()
-        self._job = Job(
-            [
+        self._job = Job(self._replies(request, prompts, constraints))
+        service.metrics.prompt_tokens.inc(self.num_prompt_tokens)
+        service.generations.add(self)
+        service.scheduler.submit(self._job)
+
+    def _replies(
+        self, request: GenerationRequest, prompts: Sequence[Prompt], constraints: Sequence[JsonConstraint | None]
+    ) -> list[Reply]:
+        stop_ids = self._service.loaded.conversation_tokenizer.stop_ids
+        count = request.n or 1
+        shared = [SharedPrompt() for _ in prompts]
+        replies = []
+        for index, constraint in enumerate(constraints):
+            prompt = prompts[index // count]
+            writer = self._service.writer(index, request, prompt, self._post)
+            replies.append(
                 Reply(
                     prompt.input_ids,
                     prompt.pixel_values,
                     prompt.max_new_tokens,
                     stop_ids,
-                    sampling_settings(request, index),
+                    sampling_settings(request, index % count),
                     writer.on_token,
                     writer.on_end,
-                    shared,
+                    shared[index // count],
+                    constraint,
                 )
-                for index, writer in enumerate(service.writers(request, self._post))
-            ]
-        )
-        service.metrics.prompt_tokens.inc(self.num_prompt_tokens)
-        service.generations.add(self)
-        service.scheduler.submit(self._job)
+            )
+        return replies
 
     async def events(self) -> AsyncIterator[Event]:
         """Pieces and ends as they come.
@@ -229,13 +274,14 @@ class Generation:
             return
 
 
-def sampling_settings(request: ChatRequest, index: int) -> SamplingSettings:
-    """Of choice `index`: with a seed, each of several choices has its own."""
+def sampling_settings(request: GenerationRequest, choice: int) -> SamplingSettings:
+    """Of choice number `choice`: with a seed, each of several choices has its own."""
     given = {
         "temperature": request.temperature,
         "top_p": request.top_p,
         "top_k": request.top_k,
-        "repetition_penalty": request.repetition_penalty,
+        "min_p": request.min_p,
+        "repetition_penalty": request.repetition_penalty or request.repeat_penalty,
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
     }
@@ -243,9 +289,13 @@ def sampling_settings(request: ChatRequest, index: int) -> SamplingSettings:
     return SamplingSettings(
         **settings,
         logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
-        seed=None if request.seed is None else (request.seed + index) & ((1 << 63) - 1),
-        num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        seed=None if request.seed is None else (request.seed + choice) & ((1 << 63) - 1),
+        num_logprobs=request.num_logprobs,
     )
+
+
+def unknown_model(served: str) -> ApiError:
+    return ApiError(404, f"this server has no such model; it serves {served}", "model_not_found", "model")
 
 
 async def first_of(work: Awaitable[_T], left: Awaitable[Any], deadline: float) -> _T | None:

@@ -34,7 +34,6 @@ def shard(module: LossModule, device: torch.device) -> None:
     Every rank gathers the rest once per forward and then block after block, whatever its batch holds, so a rank
     without a picture, or with fewer supervised tokens, keeps nobody waiting.
     """
-    module.model.gathers_blocks = True
     for block in find_blocks(module.model.llm).values():
         if not isinstance(block, FSDPModule):
             shard_block(block, device)

@@ -62,7 +62,7 @@ class ZeroEngine(FragmentState):
         self.num_data_ranks = world_size()
         self.parameters = list(trained_names(self.model))
         if self.stage == 3:  # a rank that calls other modules than the rest waits for them forever
-            self.model.always_encode = self.model.gathers_blocks = True
+            self.model.always_encode = True
         self._engine = initialize_deepspeed(module, optimizer, settings, device)
         self._zero: Any = self._engine.optimizer  # DeepSpeed's, around ours
 
