@@ -254,8 +254,10 @@ def _forward(loaded: LoadedModel, rows: list[_Row], features: Tensor | None) -> 
     length = max(len(row.input_ids) for row in rows)
     shared = any(len(row.replies) > 1 for row in rows)
     input_ids = torch.tensor([row.input_ids + [0] * (length - len(row.input_ids)) for row in rows])
-    # padding counts on where a mask hides it; alone, it is the padding that ends a row of a batch
-    positions = [row.position_ids + [place * shared for place in range(len(row.input_ids), length)] for row in rows]
+    # Padding counts on where nothing sees it, which saves a mask. Else it is the padding that ends a row of a batch.
+    packing = loaded.model.packing
+    counts_on = shared or (packing.by_positions and packing.longest is None)
+    positions = [row.position_ids + [place * counts_on for place in range(len(row.input_ids), length)] for row in rows]
     position_ids = torch.tensor(positions, device=loaded.device)
     with torch.inference_mode(), loaded.autocast():
         embeddings = loaded.model.embed(input_ids.to(loaded.device), features)
