@@ -9,12 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import WORDS, write_llm, write_tokenizer
+from toy_decoders import toy_decoder
 
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models import llm as llm_module
 from vlm.models.build import build_model
 from vlm.models.config import LLMConfig, ModelConfig
-from vlm.models.llm import IMAGE_TOKEN, choose_attention, load_llm, load_tokenizer, pad_vocabulary
+from vlm.models.decoders import find_linears
+from vlm.models.llm import (
+    IMAGE_TOKEN,
+    choose_attention,
+    enable_gradient_checkpointing,
+    keep_blocks_still,
+    load_llm,
+    load_tokenizer,
+    pad_vocabulary,
+)
 from vlm.models.vlm import VisionLanguageModel
 
 # packing
@@ -104,6 +114,32 @@ def test_gradient_checkpointing_changes_no_gradient(llm: Path):
     plain = gradient(False)
     assert plain.abs().max() > 0.01
     assert (plain - gradient(True)).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gpt2", {"resid_pdrop": 0.5, "embd_pdrop": 0.5}),
+        ("opt", {"dropout": 0.5}),
+        ("xglm", {"dropout": 0.5}),
+        ("biogpt", {"hidden_dropout_prob": 0.5}),
+        ("falcon", {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
+    ],
+)
+def test_a_frozen_model_drops_nothing_although_its_blocks_recompute(kind: str, changes: dict[str, float]):
+    """Some classes drop out in the block's own forward, or the model's, and recompute in training mode only."""
+    llm = toy_decoder(kind, **changes).requires_grad_(False)
+    model = VisionLanguageModel(llm)
+    enable_gradient_checkpointing(llm)
+    keep_blocks_still(llm)
+    words, places = model.embed(torch.arange(3, 11)[None]).requires_grad_(), torch.arange(8)[None]
+    expected = model.eval().decode(words, places)
+    calls: list[int] = []
+    find_linears(llm)[next(iter(find_linears(llm)))].register_forward_hook(lambda *_: calls.append(1))
+    states = model.train().decode(words, places)
+    assert torch.equal(states, expected)
+    states.sum().backward()
+    assert len(calls) == 2  # once more in the backward pass
 
 
 # what is refused

@@ -77,6 +77,19 @@ def test_a_trained_encoder_keeps_less_and_gets_the_same_gradients_and_statistics
     assert all(torch.equal(buffer, moved[name]) for name, buffer in again.named_buffers())
 
 
+def test_without_an_image_blocks_run_as_often_as_with_one(config: ModelConfig):
+    """Else ranks of ZeRO-3, which gather weights together, would wait for each other."""
+    settings = {"trainable": ["projector", "vision"], "gradient_checkpointing": True}
+    model = build_model(changed(config, **settings)).model.train()
+    calls: list[int] = []
+    model.vision.trunk.blocks[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    with_image = torch.tensor([[2, *[model.image_token_id] * 16]])
+    for ids, pixels in ((with_image, torch.randn(1, 3, 28, 28)), (torch.tensor([[2, 3, 4]]), None)):
+        calls.clear()
+        model(ids, torch.arange(ids.shape[1])[None], pixels).sum().backward()
+        assert len(calls) == 2
+
+
 def test_open_clips_own_transformer_is_recomputed_too():
     from open_clip.transformer import VisionTransformer
 

@@ -213,7 +213,7 @@ class _Scorer:
         several = [row for row in shared if len(row.replies) > 1]
         if not several:
             return shared
-        if _takes_masks(self.loaded, max(max(row.position_ids) for row in several)) and self._is_right(several):
+        if _takes_masks(self.loaded) and self._is_right(several):
             return shared
         log("candidates of one prompt are scored one by one: this model gives other numbers when they share it")
         return _rows(self.prompts, max_tokens, share_prompt=False)
@@ -225,6 +225,9 @@ class _Scorer:
         """
         longest = max(rows, key=lambda row: len(row.input_ids))
         deepest = max(rows, key=lambda row: max(row.position_ids))
+        limit = self.loaded.model.packing.longest  # beyond it, rows of one batch change each other's rotations
+        if limit is not None and max(deepest.position_ids) >= limit:
+            return False
         return all(self._agrees(row) for row in ([longest] if longest is deepest else [longest, deepest]))
 
     def _agrees(self, row: _Row) -> bool:
@@ -251,8 +254,10 @@ def _forward(loaded: LoadedModel, rows: list[_Row], features: Tensor | None) -> 
     length = max(len(row.input_ids) for row in rows)
     shared = any(len(row.replies) > 1 for row in rows)
     input_ids = torch.tensor([row.input_ids + [0] * (length - len(row.input_ids)) for row in rows])
-    # padding counts on where a mask hides it; alone, it is the padding that ends a row of a batch
-    positions = [row.position_ids + [place * shared for place in range(len(row.input_ids), length)] for row in rows]
+    # Padding counts on where nothing sees it, which saves a mask. Else it is the padding that ends a row of a batch.
+    packing = loaded.model.packing
+    counts_on = shared or (packing.by_positions and packing.longest is None)
+    positions = [row.position_ids + [place * counts_on for place in range(len(row.input_ids), length)] for row in rows]
     position_ids = torch.tensor(positions, device=loaded.device)
     with torch.inference_mode(), loaded.autocast():
         embeddings = loaded.model.embed(input_ids.to(loaded.device), features)
@@ -297,9 +302,6 @@ def _sum_by_reply(loaded: LoadedModel, rows: list[_Row], hidden_states: Tensor) 
     return [values[: len(row.replies)] for row, values in zip(rows, sums.tolist(), strict=True)]
 
 
-def _takes_masks(loaded: LoadedModel, last_position: int) -> bool:
-    """Flash and flex attention take no mask of our own. Beyond the length that changes rotations, rows of one batch
-    change each other's."""
-    longest = loaded.model.packing.longest
-    is_short = longest is None or last_position < longest
-    return is_short and loaded.model.llm.config._attn_implementation in ("sdpa", "eager")
+def _takes_masks(loaded: LoadedModel) -> bool:
+    """Flash and flex attention take no mask of our own."""
+    return loaded.model.llm.config._attn_implementation in ("sdpa", "eager")

@@ -14,6 +14,7 @@ from vlm.models.entry import embedding_std
 from vlm.models.llm import (
     IMAGE_TOKEN,
     enable_gradient_checkpointing,
+    keep_blocks_still,
     llm_from_config,
     load_llm,
     load_tokenizer,
@@ -121,6 +122,8 @@ def assemble(
     set_trainable(model, config.trainable, config.lora)
     if config.gradient_checkpointing and vision is not None and not vision.is_frozen:
         checkpoint_blocks(vision.trunk)
+    if config.gradient_checkpointing and model.has_frozen_llm:
+        keep_blocks_still(llm)
     return model, spec, image_token_id
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<image>"  # its id marks the place of a picture; its embedding is never read
+_CHECKPOINT = "_gradient_checkpointing_func"  # transformers sets it on every block: forward, arguments -> output
 # keys of config.json that decide which weights fit
 _SHAPE_KEYS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -184,6 +186,37 @@ def enable_gradient_checkpointing(llm: PreTrainedModel) -> None:
         llm.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
         llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+def recomputing_blocks(llm: Any) -> list[Any]:
+    """The modules that compute their activations again in the backward pass, as long as they are in training mode."""
+    from transformers import PreTrainedModel
+
+    marked = [module for module in llm.modules() if getattr(module, "gradient_checkpointing", False)]
+    return [module for module in marked if not isinstance(module, PreTrainedModel)] or marked
+
+
+def keep_blocks_still(llm: Any) -> None:
+    """Let the blocks of a frozen model compute as in evaluation although training mode is what they are asked for.
+
+    Some classes (OPT, XGLM, Falcon) drop out in the block's own forward, by the block's own mode.
+    """
+    for block in recomputing_blocks(llm):
+        checkpoint = getattr(block, _CHECKPOINT, None)
+        if checkpoint is not None:
+            setattr(block, _CHECKPOINT, partial(_checkpoint_in_evaluation, block, checkpoint))
+
+
+def _checkpoint_in_evaluation(block: Any, checkpoint: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(partial(_in_evaluation, block, forward), *args, **kwargs)
+
+
+def _in_evaluation(block: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    was_training, block.training = block.training, False
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        block.training = was_training
 
 
 def pad_vocabulary(llm: Any, num_real: int, multiple: int) -> None:

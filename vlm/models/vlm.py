@@ -13,7 +13,9 @@ from vlm.models.decoders import accepts, find_decoder
 from vlm.models.entry import find_embedding_factor
 from vlm.models.families import packing_of
 from vlm.models.head import find_logits_rule, head_logits
+from vlm.models.llm import recomputing_blocks
 from vlm.models.projector import Projector
+from vlm.models.recompute import RECOMPUTES
 from vlm.models.segments import decode_one_by_one
 from vlm.models.vision import VisionEncoder
 
@@ -48,11 +50,16 @@ class VisionLanguageModel(nn.Module):
     def train(self, mode: bool = True) -> VisionLanguageModel:
         """Of a language model that does not train itself only adapters leave evaluation mode: no dropout, no noise."""
         super().train(mode)
-        if mode and not any(p.requires_grad and ".lora_" not in name for name, p in self.llm.named_parameters()):
+        if mode and self.has_frozen_llm:
+            blocks = set(map(id, recomputing_blocks(self.llm)))  # each asks for its own mode
             for name, module in self.llm.named_modules():
-                # a block that computes its activations again asks for its own mode
-                module.training = ".lora_" in name or getattr(module, "gradient_checkpointing", False)
+                module.training = ".lora_" in name or id(module) in blocks
         return self
+
+    @property
+    def has_frozen_llm(self) -> bool:
+        """Whether nothing of the language model trains but adapters."""
+        return not any(p.requires_grad and ".lora_" not in name for name, p in self.llm.named_parameters())
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, S, S] -> [N, T, D]."""
@@ -165,9 +172,13 @@ class VisionLanguageModel(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and then the mode that it was in."""
+    """Evaluation mode, and then the mode that it was in. Blocks that compute their activations again still do: under
+    ZeRO-3 all ranks must gather weights equally often."""
     was_training = module.training
     module.eval()
+    for block in module.modules():
+        if getattr(block, RECOMPUTES, False):
+            block.training = was_training
     try:
         yield
     finally:
