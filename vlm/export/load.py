@@ -22,6 +22,7 @@ from vlm.batch import ImageSpec
 from vlm.compat import prepare
 from vlm.data.build import build_template
 from vlm.data.conversation import Conversation
+from vlm.data.image_order import ImageOrder
 from vlm.data.images import load_image, to_pixels
 from vlm.data.template import TEMPLATES, ChatTemplate
 from vlm.data.tokenize import ConversationTokenizer
@@ -203,6 +204,7 @@ def load(
     *,
     adapter: str | Path | None = None,
     template: str | None = None,
+    image_order: ImageOrder | None = None,
     bits: int | None = None,
     device_map: str | None = None,
     offload_folder: str | Path | None = None,
@@ -218,6 +220,8 @@ def load(
         adapter: another export, whose LoRA adapter is added to this one's before both are merged. If it went on
             training this one's adapter (init_from), it replaces that.
         template: chat template, by name, instead of the export's.
+        image_order: where the images of a user turn are put, before its words ("first"), after them ("last"), or as
+            they come ("keep"); None does as the training data did, which the export says.
         bits: 8 or 4 keeps the language model's linear layers in so many bits, by bitsandbytes.
         device_map: "auto" spreads the language model over all GPUs, then main memory, then `offload_folder`. The
             weights pass through main memory.
@@ -259,7 +263,7 @@ def load(
     spec = manifest.image_spec
     tokens = ConversationTokenizer(
         built.tokenizer,
-        build_template(name, built.tokenizer),
+        replace(build_template(name, built.tokenizer), image_order=image_order or manifest.image_order),
         image_token_id=built.image_token_id,
         tokens_per_image=0 if spec is None else spec.num_tokens,
         system=manifest.system,

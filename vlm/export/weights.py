@@ -65,7 +65,7 @@ def export_run(
     trained = read_run(run)
     final = Path(out) if out is not None else run / ("export-full" if full else "export")
     tokenizer = load_tokenizer(trained.model.llm.path, trained.model.trust_remote_code)
-    template = build_template(trained.data.template, tokenizer)
+    template = replace(build_template(trained.data.template, tokenizer), image_order=trained.image_order)
     if trained.data.system is not None:  # other programs know of the template only
         template = replace(template, default_system=trained.data.system)
     with replace_folder(final) as folder:
@@ -181,6 +181,7 @@ def _manifest(trained: Trained, included: tuple[str, ...]) -> Manifest:
         image_spec=build_image_spec(trained.model),
         included=included,
         trained=trained.trained,
+        image_order=trained.image_order,
         origin={
             **trained.origin,
             "llm": trained.model.llm.path,

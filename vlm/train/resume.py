@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class RunState:
     identity: dict[str, Any]
     data_settings: dict[str, Any]
     counters: Callable[[], dict[str, Any]] = dict  # what else goes into progress.json
+    image_orders: dict[str, int] = field(default_factory=dict)  # of the training data, for the export
 
     def save(self, step: int, keep_last: int) -> Path:
         """Write a checkpoint after `step` optimizer steps. Raises OSError when the disk refuses."""
@@ -56,7 +57,7 @@ class RunState:
         fault("save")
         info = {
             "identity": self.identity, "data": self.data_settings, "world_size": world_size(),
-            "vlm_version": vlm.__version__,
+            "vlm_version": vlm.__version__, "image_orders": self.image_orders,
         }  # fmt: skip
         return save_checkpoint(self.run, step, write, info, keep_last)
 
