@@ -71,11 +71,8 @@ ELSEWHERE = {
     "text": _FORM,
     "instructions": "put the system text into a system message",
 }
-# Within a message or an item: calls of tools and media that the reply would be about
-REFUSED_IN_MESSAGES: dict[str, str] = {
-    **dict.fromkeys(("tool_calls", "function_call"), "this server's models call no tools and read no calls of them"),
-    **dict.fromkeys(("audio", "images", "files", "attachments", "experimental_attachments"), _CONTENT),
-}
+# Within a message or an item: what the reply would be about
+REFUSED_IN_MESSAGES = dict.fromkeys(("audio", "images", "files", "attachments", "experimental_attachments"), _CONTENT)
 
 
 def refuse_unsupported(value: dict[str, Any], fields: Iterable[str]) -> None:
