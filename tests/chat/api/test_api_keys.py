@@ -194,6 +194,7 @@ def test_errors_in_items_of_a_response_name_the_item_and_the_part():
         ([{"type": "function_call", "name": "f"}], "input[0].arguments: Field required"),
         ([{"role": "user", "content": [{"type": "input_file"}]}], "input[0].content[0]: type is 'input_file'"),
         ([{"role": "tool", "content": "a"}], "input[0].role: "),
+        ([{"role": "system", "content": [{"type": "input_image", "image_url": "data:,"}]}], "input[0]: an input_image"),
         ([{"type": "reasoning", "summary": []}], "input: there is no message"),
     ):
         with pytest.raises(ApiError) as caught:

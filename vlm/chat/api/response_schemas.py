@@ -46,6 +46,12 @@ class InputMessage(Sent):
     role: Literal["user", "assistant", "system", "developer"]
     content: Annotated[list[InputPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[InputPart])]
 
+    @model_validator(mode="after")
+    def _shows_images_as_a_user(self) -> InputMessage:
+        if self.role != "user" and any(isinstance(part, InputImage) for part in self.content):
+            raise ValueError(f"an input_image stands in a message of role {self.role}; only a user shows images")
+        return self
+
 
 class ReasoningItem(Sent):
     """Thoughts of another model; read over."""

@@ -63,12 +63,13 @@ class FunctionCall(Sent):
 
     @property
     def text(self) -> str:
-        """The call as training data writes it, a turn of JSON."""
+        """The call as training data writes it, a turn of JSON. Arguments stay spelled as they came."""
         try:
-            arguments = json.loads(self.arguments)
+            json.loads(self.arguments)
+            arguments = self.arguments.strip()
         except (ValueError, RecursionError):
-            arguments = self.arguments
-        return json.dumps({"name": self.name, "arguments": arguments}, ensure_ascii=False)
+            arguments = json.dumps(self.arguments, ensure_ascii=False)
+        return f'{{"name": {json.dumps(self.name, ensure_ascii=False)}, "arguments": {arguments}}}'
 
 
 class ToolCall(Sent):
