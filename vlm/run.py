@@ -11,6 +11,7 @@ import torch
 
 from vlm.config import RunConfig
 from vlm.data.build import Data
+from vlm.data.image_order import count_image_orders
 from vlm.data.skips import SkipLog
 from vlm.distributed import gather_objects, is_main, on_main, process_group, rank, world_size
 from vlm.errors import DataError, VLMError
@@ -75,6 +76,9 @@ def train(config: RunConfig, config_text: str) -> Path:
             identity[VISION_COMPUTE] = built.model.vision.compute.name
         data_settings = flatten(config.data.model_dump(mode="json", include=_DATA_SETTINGS), "data")
         state = RunState(run.path, engine, data.train.fingerprint, identity, data_settings, start)
+        if is_main():
+            plan = data.train.plan
+            state.image_orders = count_image_orders(plan.scan.reader, plan.with_images)
         start_step = 0
         if checkpoint is not None:
             start_step = state.load(checkpoint)

@@ -10,7 +10,7 @@ Neither engine is run here. What their loaders expect was read in their sources 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -371,16 +371,17 @@ def test_the_system_prompt_of_the_run_is_the_templates_default(tmp_path: Path):
         assert "brief" not in str(tokenizer.apply_chat_template(own, tokenize=False))
 
 
+@pytest.mark.parametrize("order", ["keep", "first", "last"])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_template_is_recognised_as_one_that_takes_lists_of_parts(name: str):
+def test_the_template_is_recognised_as_one_that_takes_lists_of_parts(name: str, order: Any):
     """vLLM looks for a loop over `message['content']`, in a macro that gets it too; SGLang for the word `image`."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    template = TEMPLATES[name].jinja("<s>", "</s>", tokenizer_adds_bos=True)
+    template = replace(TEMPLATES[name], image_order=order).jinja("<s>", "</s>", tokenizer_adds_bos=True)
     tree = _compile_jinja_template(template).environment.parse(template)
     macro = next(tree.find_all(jinja2.nodes.Macro))
-    (loop,) = macro.find_all(jinja2.nodes.For)
-    assert (macro.name, macro.args[0].name, loop.iter.name) == ("flat", "content", "content")
+    loops = {loop.iter.name for loop in macro.find_all(jinja2.nodes.For)}
+    assert (macro.name, macro.args[0].name, loops) == ("flat", "content", {"content"})
     assert "flat(message['content'], " in template
     assert "image" in template
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from vlm.data.image_order import ImageOrder
 from vlm.export.load import LoadedModel, load
 from vlm.export.manifest import NAME
 from vlm.logs import log
@@ -47,16 +48,21 @@ class ModelStore:
 
     Args:
         exports: the choices.
-        load_export: for tests; by default `vlm.load` on `device`.
+        load_export: for tests; by default `vlm.load` on `device` with `image_order`.
         max_loaded: models held in memory at once; the one asked longest ago goes first.
     """
 
     def __init__(
-        self, exports: Sequence[Export], device: str = "auto", max_loaded: int = 1, load_export: Load | None = None
+        self,
+        exports: Sequence[Export],
+        device: str = "auto",
+        max_loaded: int = 1,
+        load_export: Load | None = None,
+        image_order: ImageOrder | None = None,
     ) -> None:
         self.exports = list(exports)
         self.max_loaded = max_loaded
-        self._load = load_export or partial(_load_and_tell, device=device)
+        self._load = load_export or partial(_load_and_tell, device=device, image_order=image_order)
         self._loaded: OrderedDict[int, LoadedModel] = OrderedDict()
         self._turn = threading.Lock()
 
@@ -98,8 +104,8 @@ class ModelStore:
         return loaded
 
 
-def _load_and_tell(path: Path, on_progress: OnProgress, device: str) -> LoadedModel:
-    loaded = load(path, device=device, on_progress=on_progress)
+def _load_and_tell(path: Path, on_progress: OnProgress, device: str, image_order: ImageOrder | None) -> LoadedModel:
+    loaded = load(path, device=device, image_order=image_order, on_progress=on_progress)
     log(f"{path}: {loaded.describe_compute()}")
     return loaded
 

@@ -60,6 +60,12 @@ def webui(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=4096, help="First value in the panel. 面板中回答长度的初始值。")
     ] = 256,
+    image_order: Annotated[
+        Literal["auto", "first", "last", "keep"],
+        typer.Option(
+            help="Images before or after words, or as they come; auto: as in training. 图片在文字前、后或按原顺序。"
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda. 设备。")] = "auto",
 ) -> None:
     """Chat in the browser. 在浏览器中与模型对话。"""
@@ -92,7 +98,8 @@ def webui(
         settings=GenerationSettings(max_new_tokens=max_new_tokens),
         examples=tuple(find_examples(examples)) if examples is not None else (),
     )
-    run_web(ModelStore(found, device, max_loaded), options)
+    order = None if image_order == "auto" else image_order
+    run_web(ModelStore(found, device, max_loaded, image_order=order), options)
 
 
 def main_webui_demo() -> None:

@@ -38,6 +38,13 @@ class EpochPlan:
     _rows: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False)  # of the epochs asked for last
     _num_rows: dict[int, int] = field(default_factory=dict, repr=False)
 
+    @property
+    def with_images(self) -> np.ndarray:
+        """Record numbers that train and show images."""
+        chosen = [members for members, weight in zip(self.members, self.weights, strict=True) if weight > 0]
+        numbers = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
+        return numbers[self.scan.num_images[numbers] > 0]
+
     def order(self, epoch: int) -> np.ndarray:
         """Record numbers of the epoch, shuffled; each source as often as its weight says."""
         chosen = []

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 import jinja2
 
 from vlm.data.conversation import IMAGE, Conversation, ImageSlot, Role, Turn, join_texts
+from vlm.data.image_order import ImageOrder, arrange_images
 from vlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class ChatTemplate:
     default_system: str | None = None
     system_in_first_user: bool = False  # llama2: the system text stands inside the first user turn
     only_images_of_user: bool = False  # plain: what the user says is left out, pictures stay
+    # where the images of a user turn are put; not part of the text, so no fingerprint of old runs changes
+    image_order: ImageOrder = field(default="keep", repr=False)
 
     def render(
         self, conversation: Conversation, system: str | None = None, add_generation_prompt: bool = False
@@ -134,7 +137,8 @@ class ChatTemplate:
         """The same template in the form that transformers keeps in chat_template.jinja.
 
         Replies stand between generation markers, so that assistant masks can be made from it. Pictures in a list of
-        content parts become `<image>`, and the words after one stand on a line of their own, as in training data.
+        content parts become `<image>`, and the words after one stand on a line of their own, as in training data; with
+        an `image_order`, images of a user turn are put before or after its words.
         """
         with_bos = self.bos == "always" or (self.bos == "tokenizer" and tokenizer_adds_bos)
         return _jinja(self, (bos_token or "") if with_bos else "", bos_token or "", eos_token or "")
@@ -159,7 +163,7 @@ class ChatTemplate:
         yield Piece(self.user.before, is_control=True)
         yield from head
         prefix = self.user.prefix
-        for part in join_texts(turn.parts):
+        for part in join_texts(arrange_images(turn.parts, self.image_order)):
             if part == IMAGE:
                 yield from (Piece(prefix), IMAGE)
                 prefix = ""
@@ -339,6 +343,47 @@ def _with_system_of(
     return replace(plain, default_system=rendered.removeprefix(before).removesuffix(after)) if fits else plain
 
 
+# Lists of parts as text; `arrange_images` and `vlm.export.messages` do the same. Servers of other projects hand over
+# images and words as they came.
+_IMAGES = "{%- for part in content -%}{%- if part['type'] == 'image' -%}<image>{%- endif -%}{%- endfor -%}"
+_FLAT: dict[ImageOrder, str] = {
+    "keep": (
+        "{%- for part in content -%}"
+        "{%- if part['type'] == 'image' -%}<image>"
+        "{%- elif part['type'] == 'text' and not images_only -%}"
+        "{%- if loop.previtem is defined and loop.previtem['type'] == 'image' and part['text'][:1] != '\\n' -%}"
+        "{{ '\\n' }}{%- endif -%}{{ part['text'] }}{%- endif -%}"
+        "{%- endfor -%}"
+    ),
+    "first": (
+        "{%- set seen = namespace(gap=false) -%}"
+        "{%- for part in content -%}"
+        "{%- if part['type'] == 'image' -%}<image>{%- set seen.gap = true -%}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- for part in content -%}"
+        "{%- if part['type'] == 'image' -%}{%- set seen.gap = true -%}"
+        "{%- elif part['type'] == 'text' and part['text'] and not images_only -%}"
+        "{%- if seen.gap and part['text'][:1] != '\\n' -%}{{ '\\n' }}{%- endif -%}"
+        "{{ part['text'] }}{%- set seen.gap = false -%}{%- endif -%}"
+        "{%- endfor -%}"
+    ),
+    "last": (
+        "{%- set seen = namespace(image=false, gap=false, text='') -%}"
+        "{%- for part in content -%}"
+        "{%- if part['type'] == 'image' -%}{%- set seen.image = true -%}{%- set seen.gap = seen.text != '' -%}"
+        "{%- elif part['type'] == 'text' and part['text'] and not images_only -%}"
+        "{%- if seen.gap and part['text'][:1] != '\\n' -%}{{ '\\n' }}{%- endif -%}"
+        "{%- if seen.image and seen.text == '' and part['text'] | length > 1 and part['text'][:1] == '\\n' -%}"
+        "{{ part['text'][1:] }}"
+        "{%- else -%}{{ part['text'] }}{%- endif -%}"
+        "{%- set seen.text = part['text'] -%}{%- set seen.gap = false -%}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- if seen.image and seen.text != '' and seen.text[-1:] != '\\n' -%}{{ '\\n' }}{%- endif -%}"
+    )
+    + _IMAGES,
+}
+
+
 def _jinja(template: ChatTemplate, start: str, bos_token: str, eos_token: str) -> str:
     def text(value: str) -> str:
         return json.dumps(value.replace(BOS, bos_token).replace(EOS, eos_token), ensure_ascii=False)
@@ -350,13 +395,7 @@ def _jinja(template: ChatTemplate, start: str, bos_token: str, eos_token: str) -
     lines = [
         "{%- macro flat(content, images_only) -%}",
         "{%- if content is string -%}{%- if not images_only -%}{{ content }}{%- endif -%}",
-        "{%- else -%}{%- for part in content -%}",
-        "{%- if part['type'] == 'image' -%}<image>",
-        "{%- elif part['type'] == 'text' and not images_only -%}",
-        # as `vlm.export.messages` does: servers of other projects hand over picture and question as they came
-        "{%- if loop.previtem is defined and loop.previtem['type'] == 'image' and part['text'][:1] != '\\n' -%}",
-        "{{ '\\n' }}{%- endif -%}{{ part['text'] }}{%- endif -%}",
-        "{%- endfor -%}{%- endif -%}{%- endmacro -%}",
+        f"{{%- else -%}}{_FLAT[template.image_order]}{{%- endif -%}}{{%- endmacro -%}}",
         f"{{%- set ns = namespace(system={default}, head='') -%}}",
         "{%- if messages and messages[0]['role'] == 'system' -%}",
         "{%- set ns.system = flat(messages[0]['content'], false) -%}{%- endif -%}",

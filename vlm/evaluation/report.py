@@ -87,7 +87,7 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
         )
     folder = Path(config.output_dir) / "export" if export is None else export
     started = time.monotonic()
-    loaded = load(folder)
+    loaded = load(folder, image_order="keep")  # records are read as training reads them
     log(f"evaluation: {folder} {loaded.describe_compute()}")
     rows = [row.as_json() for row in run_tasks(loaded, config.evaluation, Path(config.data.cache))]
     target = folder.parent if out is None else out

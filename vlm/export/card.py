@@ -89,6 +89,7 @@ def _table(manifest: Manifest) -> list[str]:
         "trained": ", ".join(manifest.trained),
         "optimizer steps": origin.get("steps"),
         "training data": ", ".join(origin.get("data", [])),
+        "images in the data": _order_line(origin.get("image_orders") or {}),
         "started from": origin.get("init_from"),
         "chat template": manifest.template + (f", system prompt {manifest.system!r}" if manifest.system else ""),
         "in this folder": _contents(manifest),
@@ -115,6 +116,12 @@ def _vision_line(manifest: Manifest) -> str:
         return "none: a plain language model"
     where = f"{public_name(manifest.origin.get('vision'))} ({vision.backend})"
     return f"{where}, {spec.size} x {spec.size} pixels ({spec.resize}), {spec.num_tokens} tokens a picture"
+
+
+def _order_line(counts: dict[str, int]) -> str:
+    """Where images stood in the turns that were counted."""
+    named = {"first": "before the words", "last": "after the words", "mixed": "between words"}
+    return ", ".join(f"{name} in {counts[key]:,} turns" for key, name in named.items() if counts.get(key))
 
 
 def _projector_line(manifest: Manifest) -> str:

@@ -22,6 +22,7 @@ from vlm.batch import ImageSpec
 from vlm.compat import prepare
 from vlm.data.build import build_template
 from vlm.data.conversation import Conversation
+from vlm.data.image_order import ImageOrder
 from vlm.data.images import load_image, to_pixels
 from vlm.data.template import TEMPLATES, ChatTemplate
 from vlm.data.tokenize import ConversationTokenizer
@@ -204,6 +205,7 @@ def load(
     *,
     adapter: str | Path | None = None,
     template: str | None = None,
+    image_order: ImageOrder | None = None,
     bits: int | None = None,
     device_map: str | None = None,
     offload_folder: str | Path | None = None,
@@ -219,6 +221,8 @@ def load(
         adapter: another export, whose LoRA adapter is added to this one's before both are merged. If it went on
             training this one's adapter (init_from), it replaces that.
         template: chat template, by name, instead of the export's.
+        image_order: where the images of a user turn are put, before its words ("first"), after them ("last"), or as
+            they come ("keep"); None does as the training data did, which the export says.
         bits: 8 or 4 keeps the language model's linear layers in so many bits, by bitsandbytes.
         device_map: "auto" spreads the language model over all GPUs, then main memory, then `offload_folder`. The
             weights pass through main memory.
@@ -257,7 +261,7 @@ def load(
         target = spread(built.model, offload_folder, only_cpu=target.type == "cpu")
     else:
         built.model.to(target)
-    tokens = build_tokens(built, manifest, name)
+    tokens = build_tokens(built, manifest, name, image_order)
     on_progress(1.0)
     return LoadedModel(
         model=built.model,
@@ -272,9 +276,12 @@ def load(
     )
 
 
-def build_tokens(built: Assembled, manifest: Manifest, template_name: str) -> ConversationTokenizer:
-    """How an export's prompts are written, and what ends its replies."""
+def build_tokens(
+    built: Assembled, manifest: Manifest, template_name: str, image_order: ImageOrder | None = None
+) -> ConversationTokenizer:
+    """How an export's prompts are written, and what ends its replies; arguments as for `load`."""
     template, spec = build_template(template_name, built.tokenizer), manifest.image_spec
+    template = replace(template, image_order=image_order or manifest.image_order)
     if template.bos == "tokenizer" and manifest.begins is not None:  # the exported tokenizer leaves it to the template
         template = replace(template, bos="always" if manifest.begins else "never")
     tokens = ConversationTokenizer(

@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 import vlm
 from vlm.batch import ImageSpec
+from vlm.data.image_order import ImageOrder
 from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig
 
@@ -37,6 +38,7 @@ class Manifest:
             the base models that `model` names.
         trained: parts that the run trained, or that came trained with init_from.
         base: per base model ("llm", "vision"), fingerprints; see `fingerprint`.
+        image_order: where the training data had the images of a user turn; prompts are brought into that order.
     """
 
     model: ModelConfig
@@ -48,6 +50,7 @@ class Manifest:
     layout: str = "vlm"
     full: bool = False
     base: dict[str, dict[str, str]] = field(default_factory=dict)
+    image_order: ImageOrder = "keep"
     origin: dict[str, Any] = field(default_factory=dict)  # for the model card: steps, data files, base model names
     stop_ids: tuple[int, ...] = ()  # tokens that end a reply, of which the tokenizer names one only
     begins: bool | None = None  # prompts begin with the tokenizer's begin token; None: if it puts one there by itself
@@ -67,6 +70,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "image_spec": None if manifest.image_spec is None else asdict(manifest.image_spec),
         "model": manifest.model.model_dump(mode="json"),
         "base": manifest.base,
+        "image_order": manifest.image_order,
         "origin": manifest.origin,
         "stop_ids": list(manifest.stop_ids),
         "begins": manifest.begins,
@@ -91,8 +95,10 @@ def read_manifest(folder: Path) -> Manifest:
             image_spec=spec,
             included=tuple(values["included"]),
             trained=tuple(values["trained"]),
-            stop_ids=tuple(values.get("stop_ids", ())),  # these two are not in exports of earlier versions
+            # these three are not in exports of earlier versions
+            stop_ids=tuple(values.get("stop_ids", ())),
             begins=values.get("begins"),
+            image_order=_image_order(values.get("image_order", "keep")),
             **{key: values[key] for key in ("template", "system", "layout", "full", "base", "origin")},
         )
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
@@ -110,6 +116,12 @@ def inside(folder: Path, model: ModelConfig, included: tuple[str, ...]) -> Model
     if "vision" in included and model.vision is not None and (folder / model.vision.path).exists():
         changes["vision"] = model.vision.model_copy(update={"path": str(folder / model.vision.path)})
     return model.model_copy(update=changes)
+
+
+def _image_order(value: Any) -> ImageOrder:
+    if value not in get_args(ImageOrder):
+        raise TypeError(f"image_order is {value!r}; known: {', '.join(get_args(ImageOrder))}")
+    return value
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

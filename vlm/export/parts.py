@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlm.data.config import DataConfig
+from vlm.data.image_order import ImageOrder, learned_order
 from vlm.errors import CheckpointError, ConfigError
 from vlm.export.manifest import ADAPTER, LLM, PROJECTOR, VISION, Manifest, read_manifest
 from vlm.export.pins import pin_start, places_of, refuse_replaced
@@ -43,6 +44,7 @@ class Trained:
     tensors: dict[str, Tensor]  # canonical names
     trained: tuple[str, ...]
     origin: dict[str, Any] = field(default_factory=dict)  # steps, data files, init_from
+    image_order: ImageOrder = "keep"  # of the training data
 
     def part(self, part: str) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.tensors.items() if part_of(name) == part}
@@ -64,23 +66,28 @@ def read_run(run: Path) -> Trained:
     tensors = read_weights(checkpoint)
     model = config.model
     trained: list[str] = list(model.trainable)
+    info = read_info(checkpoint)
+    image_orders: dict[str, int] = info.get("image_orders", {})  # earlier versions did not count
+    order = learned_order(image_orders)
     if config.init_from is not None:
         start = Path(config.init_from)
         manifest = read_manifest(start)
         if "llm" not in trained and "llm.lora" not in trained and "llm.lora" in manifest.included:
             model = model.model_copy(update={"lora": manifest.model.lora})  # its adapter is carried over
         tensors = _complete(tensors, trained, read_parts(start, manifest))
+        order = order if image_orders else manifest.image_order
         trained += [part for part in manifest.trained if any(part_of(name) == part for name in tensors)]
     if model.vision is not None and not any(name.startswith("projector.") for name in tensors):
         raise CheckpointError(
             f"{run} trained {', '.join(trained)} and no projector, and started from no export that has one (init_from)"
         )
     origin = {
-        "steps": read_info(checkpoint)["step"],
+        "steps": info["step"],
         "data": [source.path for source in config.data.sources],
         "init_from": config.init_from,
+        "image_orders": image_orders,
     }
-    return Trained(model, config.data, tensors, tuple(part for part in PARTS if part in trained), origin)
+    return Trained(model, config.data, tensors, tuple(part for part in PARTS if part in trained), origin, order)
 
 
 def read_parts(export: Path, manifest: Manifest) -> dict[str, Tensor]:

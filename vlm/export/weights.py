@@ -169,7 +169,7 @@ def _write_llava(folder: Path, trained: Trained, built: Assembled, max_shard_siz
 
 
 def _build_tokens(trained: Trained, built: Assembled) -> ConversationTokenizer:
-    template = build_template(trained.data.template, built.tokenizer)
+    template = replace(build_template(trained.data.template, built.tokenizer), image_order=trained.image_order)
     if trained.data.system is not None:  # other programs know of the template only
         template = replace(template, default_system=trained.data.system)
     return ConversationTokenizer(
@@ -265,6 +265,7 @@ def _manifest(trained: Trained, included: tuple[str, ...], built: Assembled, tok
         image_spec=built.image_spec,
         included=included,
         trained=trained.trained,
+        image_order=trained.image_order,
         origin={
             **trained.origin,
             "llm": trained.model.llm.path,

@@ -42,6 +42,7 @@ class RunState:
     data_settings: dict[str, Any]
     start: dict[str, Any] = field(default_factory=dict)
     counters: Callable[[], dict[str, Any]] = dict  # what else goes into progress.json
+    image_orders: dict[str, int] = field(default_factory=dict)  # of the training data, for the export
 
     def save(self, step: int, keep_last: int) -> Path:
         """Write a checkpoint after `step` optimizer steps. Raises OSError when the disk refuses."""
@@ -58,7 +59,7 @@ class RunState:
         fault("save")
         info = {
             "identity": self.identity, "data": self.data_settings, "start": self.start, "world_size": world_size(),
-            "vlm_version": vlm.__version__,
+            "vlm_version": vlm.__version__, "image_orders": self.image_orders,
         }  # fmt: skip
         return save_checkpoint(self.run, step, write, info, keep_last)
 

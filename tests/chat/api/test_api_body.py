@@ -221,7 +221,12 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "10,000 messages": ({"messages": user("a") * 10_000}, "messages"),
     "1,000 pictures": ({"messages": user("a", *["data:,"] * 1000)}, "messages"),
     "17 pictures in 17 turns": ({"messages": [m for _ in range(17) for m in user("a", "data:,")]}, "messages"),
-    "unknown role": ({"messages": [{"role": "tool", "content": "a"}]}, "messages"),
+    "unknown role": ({"messages": [{"role": "narrator", "content": "a"}]}, "messages"),
+    "tool without content": ({"messages": [*user("a"), {"role": "tool", "tool_call_id": "1"}]}, "messages"),
+    "call without a name": (
+        {"messages": [*user("a"), {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]},
+        "messages",
+    ),
     "unknown role of a million letters": ({"messages": [{"role": "A" * 1_000_000, "content": "a"}]}, "messages"),
     "picture in an answer": (
         {"messages": [*user("a"), {"role": "assistant", "content": user("", "data:,")[0]["content"]}]},

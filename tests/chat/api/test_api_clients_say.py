@@ -114,3 +114,56 @@ def test_top_p_0_takes_the_likeliest_token_and_no_stop_texts_are_none(call: Call
     assert content(call("POST", CHAT, json=ask(max_tokens=12, temperature=1, top_p=0))) == greedy
     assert content(call("POST", CHAT, json=ask(max_tokens=12, temperature=1, min_p=1))) == greedy
     assert content(call("POST", CHAT, json=ask(max_tokens=12, stop=[]))) == greedy
+
+
+def test_calls_of_tools_in_the_history_are_text_of_their_turns(call: Call, loaded: LoadedModel):
+    """As training data is read: a call is JSON in the reply, what a tool gave back is said by the user."""
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]
+    as_tools = [*user("Hi"), {"role": "assistant", "content": None, "tool_calls": calls},
+                {"role": "tool", "tool_call_id": "1", "content": "5"}, *user("and?")]  # fmt: skip
+    as_text = [*user("Hi"), {"role": "assistant", "content": '{"name": "f", "arguments": {"x": 1}}'}, *user("5\nand?")]
+    assert content(call("POST", CHAT, json=ask(messages=as_tools))) == content(
+        call("POST", CHAT, json=ask(messages=as_text))
+    )
+    items = [{"role": "user", "content": "Hi"},
+             {"type": "function_call", "call_id": "1", "name": "f", "arguments": '{"x": 1}'},
+             {"type": "function_call_output", "call_id": "1", "output": "5"},
+             {"role": "user", "content": "and?"}]  # fmt: skip
+    body = {"model": "tiny", "input": items, "temperature": 0, "max_output_tokens": 4}
+    answer = call("POST", "/v1/responses", json=body).json()
+    assert answer["output"][0]["content"][0]["text"] == content(call("POST", CHAT, json=ask(messages=as_text)))
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": "", "parameters": {"type": "object"}}}
+    for name in ("get_current_timestamp", "calculate_timestamp", "ask_user")
+]
+# bodies of Open WebUI 0.12: its page, its tasks and its parameters; the words stand before the picture
+OPEN_WEBUI: dict[str, dict[str, Any]] = {
+    "a chat, native tools by default": {"stream": True, "tools": TOOLS},
+    "usage": {"stream": True, "temperature": 0, "stream_options": {"include_usage": True}},
+    "title task": {"stream": False, "max_tokens": 1000, "max_completion_tokens": None},
+    "empty parameters": {"stream": True, "max_completion_tokens": None, "stop": None, "seed": None},
+    "advanced parameters": {"stream": True, "frequency_penalty": 0, "top_k": 40, "min_p": 0.05, "repeat_penalty": 1.1,
+                            "mirostat": 0, "reasoning_effort": "low", "keep_alive": "5m", "num_ctx": 4096, "stop": []},
+}  # fmt: skip
+HISTORIES: dict[str, list[dict[str, Any]]] = {
+    "first question": [],
+    "an answer without text": [{"role": "assistant", "content": ""}, {"role": "user", "content": "Which colour?"}],
+    "continue": [{"role": "assistant", "content": "A red"}],
+    "tools of another model": [
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function",
+                                                            "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "5"},
+        {"role": "user", "content": "and?"},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("name", OPEN_WEBUI)
+def test_the_bodies_of_open_webui_are_answered(call: Call, picture: Callable[[int], str], name: str, history: str):
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": picture(0)}}]
+    messages = [{"role": "user", "content": parts}, *HISTORIES[history]]
+    body = {"model": "tiny", "messages": messages, "logit_bias": {"2": 100}} | OPEN_WEBUI[name]
+    assert call("POST", CHAT, json={"max_tokens": 6} | body).status_code == 200

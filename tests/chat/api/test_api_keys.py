@@ -145,14 +145,14 @@ def test_tools_that_need_not_be_called_are_left_out_of_account_with_a_note(choic
     assert unread_keys(parse(ChatRequest, tools=tools, tool_choice=choice)) == ["tools"]
 
 
-def test_keys_within_messages_are_noted_with_their_place_and_calls_of_tools_are_refused():
+def test_keys_within_messages_are_noted_with_their_place_and_media_are_refused():
     replies = {"role": "assistant", "content": "Yes.", "refusal": None, "annotations": [], "audio": None,
                "tool_calls": None, "reasoning_content": "hm"}  # fmt: skip
     part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
     asked = {"role": "user", "name": "bob", "content": [part]}
     noted = unread_keys(parse(ChatRequest, messages=[asked, replies, asked]))
     assert noted == ["messages[].name", "messages[].content[].cache_control", "messages[].reasoning_content"]
-    for key in ("tool_calls", "function_call", "images", "audio"):
+    for key in ("images", "audio", "files"):
         with pytest.raises(ApiError, match=rf"messages\[1\]\.{key} is not supported"):
             parse(ChatRequest, messages=[asked, {"role": "assistant", "content": "Yes.", key: [{"a": 1}]}, asked])
 
@@ -190,9 +190,11 @@ def test_an_error_in_a_list_of_parts_names_the_part(name: str):
 
 def test_errors_in_items_of_a_response_name_the_item_and_the_part():
     for value, message in (
-        ([{"type": "function_call_output", "output": "5"}], "input[0]: type is 'function_call_output'; known:"),
+        ([{"type": "item_reference", "id": "5"}], "input[0]: type is 'item_reference'; known:"),
+        ([{"type": "function_call", "name": "f"}], "input[0].arguments: Field required"),
         ([{"role": "user", "content": [{"type": "input_file"}]}], "input[0].content[0]: type is 'input_file'"),
         ([{"role": "tool", "content": "a"}], "input[0].role: "),
+        ([{"role": "system", "content": [{"type": "input_image", "image_url": "data:,"}]}], "input[0]: an input_image"),
         ([{"type": "reasoning", "summary": []}], "input: there is no message"),
     ):
         with pytest.raises(ApiError) as caught:

@@ -14,7 +14,7 @@ from vlm.chat.api.errors import ApiError
 from vlm.export.load import LoadedModel
 
 # Between values a blank at most: without a bound a small model writes blanks without end.
-_OPTIONS = {"whitespace_flexible": False, "whitespace_pattern": "[ ]?", "lenient": False}
+_OPTIONS: Any = {"whitespace_flexible": False, "whitespace_pattern": "[ ]?", "lenient": False}
 _LONGEST_SCHEMA = 1 << 15  # characters of JSON; building a grammar takes the square of it: 32 KiB are some 3 s
 
 

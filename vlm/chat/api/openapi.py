@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
 from vlm.chat.api.response_schemas import ResponseRequest
 from vlm.chat.api.routes import CHAT, RESPONSES, TEXT
@@ -13,7 +14,7 @@ from vlm.chat.api.schemas import ChatRequest, Chunk
 from vlm.chat.api.service import Service
 from vlm.chat.api.text_schemas import TextRequest
 
-_BODIES = {CHAT: ChatRequest, TEXT: TextRequest, RESPONSES: ResponseRequest}
+_BODIES: dict[str, type[BaseModel]] = {CHAT: ChatRequest, TEXT: TextRequest, RESPONSES: ResponseRequest}
 _EVENTS = {
     CHAT: "the data of each is a Chunk; then [DONE]",
     TEXT: "the data of each is a TextCompletion; then [DONE]",

@@ -70,7 +70,7 @@ def _too_many(param: str, got: int, limit: int, what: str | None = None) -> ApiE
 def _explained(error: ValidationError, value: dict[str, Any]) -> ApiError:
     """The first problem, in few words: some of pydantic's quote what was sent."""
     first = error.errors(include_input=False, include_url=False)[0]
-    place = place_of(first["loc"], value)
+    place = place_of(first["loc"], value, lacks_last=first["type"] == "missing")
     param = str(first["loc"][0]) if first["loc"] else None
     message = str(first["msg"]).removeprefix("Value error, ")[:200]
     if first["type"] == "union_tag_invalid":
@@ -82,8 +82,11 @@ def _explained(error: ValidationError, value: dict[str, Any]) -> ApiError:
     return ApiError(400, f"{place[:120]}: {message}" if place else message, "invalid_request", param)
 
 
-def place_of(steps: tuple[int | str, ...], value: Any) -> str:
+def place_of(steps: tuple[int | str, ...], value: Any, lacks_last: bool = False) -> str:
     """Where in what was sent, without the kinds that pydantic puts between.
+
+    Args:
+        lacks_last: the last step is a key that is missing.
 
     >>> place_of(("messages", 0, "user", "content", 1, "image_url", "image_url", "url"),
     ...          {"messages": [{"role": "user", "content": [{"type": "text"}, {"image_url": {"url": 5}}]}]})
@@ -94,7 +97,7 @@ def place_of(steps: tuple[int | str, ...], value: Any) -> str:
         if isinstance(step, int):
             place += f"[{step}]" if isinstance(value, list) else ""
             value = value[step] if isinstance(value, list) and step < len(value) else value
-        elif isinstance(value, dict) and (step in value or number == len(steps) - 1):
+        elif isinstance(value, dict) and (step in value or (lacks_last and number == len(steps) - 1)):
             place += f".{step}" if place else step
             value = value.get(step)
     return place

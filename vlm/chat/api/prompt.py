@@ -20,6 +20,7 @@ from vlm.export.load import LoadedModel
 from vlm.export.messages import to_conversation
 from vlm.export.streaming import CONTEXT
 
+_ROLES = {"developer": "system", "tool": "user", "function": "user"}  # as training data is read
 _LONGEST_TOKEN = 64  # characters a token may stand for on average; long runs of blanks come near it
 
 
@@ -155,7 +156,7 @@ def _merged(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as `to_conversation` takes them: system messages in a row as one, and users in a row too."""
     merged: list[dict[str, Any]] = []
     for message in messages:
-        role = "system" if message.role == "developer" else message.role
+        role = _ROLES.get(message.role, message.role)
         parts = _parts(message)
         if role == "system" and not any(part["text"].strip() for part in parts):
             continue
@@ -173,6 +174,10 @@ def _parts(message: Message) -> list[dict[str, Any]]:
         else {"type": "text", "text": part.refusal if isinstance(part, RefusalPart) else part.text}
         for part in message.content or ()
     ]
-    if isinstance(message, AssistantMessage) and message.refusal and not parts:
-        return [{"type": "text", "text": message.refusal}]
+    if isinstance(message, AssistantMessage):
+        if message.refusal and not parts:
+            parts = [{"type": "text", "text": message.refusal}]
+        said = any(part["text"] for part in parts)
+        calls = "\n".join(call.text for call in message.calls)
+        parts += [{"type": "text", "text": f"\n{calls}" if said else calls}] if calls else []
     return parts

@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from vlm.chat.api.fields import AnyWhole, NotNegative, Positive, RepetitionPenalty, Schema, Sent, Share, UpTo20
-from vlm.chat.api.schemas import ChatRequest, JsonSchema, RefusalPart, ResponseFormat, TokenLogprob, TopLogprob
+from vlm.chat.api.schemas import (
+    ChatRequest,
+    FunctionCall,
+    JsonSchema,
+    RefusalPart,
+    ResponseFormat,
+    TokenLogprob,
+    TopLogprob,
+)
 
 _SAME_IN_A_CHAT = ("model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stream")
 LOGPROBS = "message.output_text.logprobs"  # of `include`
@@ -38,11 +46,36 @@ class InputMessage(Sent):
     role: Literal["user", "assistant", "system", "developer"]
     content: Annotated[list[InputPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[InputPart])]
 
+    @model_validator(mode="after")
+    def _shows_images_as_a_user(self) -> InputMessage:
+        if self.role != "user" and any(isinstance(part, InputImage) for part in self.content):
+            raise ValueError(f"an input_image stands in a message of role {self.role}; only a user shows images")
+        return self
+
 
 class ReasoningItem(Sent):
     """Thoughts of another model; read over."""
 
     type: Literal["reasoning"]
+
+
+class CallItem(FunctionCall):
+    """A call of another model; read as text of the reply."""
+
+    type: Literal["function_call"]
+    call_id: str | None = None
+    id: str | None = None
+    status: str | None = None
+
+
+class CallOutputItem(Sent):
+    """What a tool gave back: text of the user's turn."""
+
+    type: Literal["function_call_output"]
+    call_id: str | None = None
+    id: str | None = None
+    status: str | None = None
+    output: Annotated[list[InputText], BeforeValidator(_as_parts, json_schema_input_type=str | list[InputText])]
 
 
 def _kind_of_item(value: Any) -> Any:
@@ -51,7 +84,11 @@ def _kind_of_item(value: Any) -> Any:
 
 
 InputItem = Annotated[
-    Annotated[InputMessage, Tag("message")] | Annotated[ReasoningItem, Tag("reasoning")], Discriminator(_kind_of_item)
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[CallOutputItem, Tag("function_call_output")],
+    Discriminator(_kind_of_item),
 ]
 
 
@@ -98,7 +135,7 @@ class ResponseRequest(Sent):
 
     @model_validator(mode="after")
     def _says_something(self) -> ResponseRequest:
-        if not any(isinstance(item, InputMessage) for item in self.input):
+        if all(isinstance(item, ReasoningItem) for item in self.input):
             raise ValueError("input: there is no message in it")
         return self
 
@@ -108,7 +145,7 @@ class ResponseRequest(Sent):
             include={"model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}
         )
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        messages += [_chat_message(item) for item in self.input if isinstance(item, InputMessage)]
+        messages += [_chat_message(item) for item in self.input if not isinstance(item, ReasoningItem)]
         wants_logprobs = LOGPROBS in (self.include or ()) or self.top_logprobs is not None
         return ChatRequest.model_validate(
             {
@@ -126,7 +163,12 @@ class ResponseRequest(Sent):
         return None if self.text is None else self.text.format
 
 
-def _chat_message(item: InputMessage) -> dict[str, Any]:
+def _chat_message(item: InputMessage | CallItem | CallOutputItem) -> dict[str, Any]:
+    if isinstance(item, CallItem):
+        function = {"name": item.name, "arguments": item.arguments}
+        return {"role": "assistant", "tool_calls": [{"function": function}]}
+    if isinstance(item, CallOutputItem):
+        return {"role": "tool", "content": [_chat_part(part) for part in item.output]}
     return {"role": item.role, "content": [_chat_part(part) for part in item.content]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -56,13 +57,50 @@ class UserMessage(Sent):
     content: Annotated[list[UserPart], _text_or(list[UserPart])]
 
 
+class FunctionCall(Sent):
+    name: str
+    arguments: str = Field(description="JSON, or what a model wrote for it.")
+
+    @property
+    def text(self) -> str:
+        """The call as training data writes it, a turn of JSON. Arguments stay spelled as they came."""
+        try:
+            json.loads(self.arguments)
+            arguments = self.arguments.strip()
+        except (ValueError, RecursionError):
+            arguments = json.dumps(self.arguments, ensure_ascii=False)
+        return f'{{"name": {json.dumps(self.name, ensure_ascii=False)}, "arguments": {arguments}}}'
+
+
+class ToolCall(Sent):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ToolMessage(Sent):
+    """What a tool gave back: text of the user's turn, as in training data."""
+
+    role: Literal["tool", "function"]
+    content: Annotated[list[TextPart], _text_or(list[TextPart])]
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
 class AssistantMessage(Sent):
     role: Literal["assistant"]
     content: Annotated[list[ReplyPart], _text_or(list[ReplyPart])] | None = None
     refusal: str | None = Field(None, description="Stands for content that is missing.")
+    tool_calls: list[ToolCall] | None = Field(None, description="Calls of another model; read as text of the reply.")
+    function_call: FunctionCall | None = Field(None, description="The older form of tool_calls.")
+
+    @property
+    def calls(self) -> list[FunctionCall]:
+        given = [call.function for call in self.tool_calls or ()]
+        return given if self.function_call is None else [*given, self.function_call]
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class JsonSchema(Sent):

@@ -18,7 +18,7 @@ from vlm.chat.api.errors import ApiError
 HEADER = "X-Ignored-Fields"
 _MOST = 32  # names in one header
 _MOST_LOGGED = 256  # names that one server logs, each once
-_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,80}")  # what may stand in a header or a log
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,60}")  # what may stand in a header or a log
 
 
 def _nothing(value: Any) -> bool:
@@ -71,11 +71,8 @@ ELSEWHERE = {
     "text": _FORM,
     "instructions": "put the system text into a system message",
 }
-# Within a message or an item: calls of tools and media that the reply would be about
-REFUSED_IN_MESSAGES: dict[str, str] = {
-    **dict.fromkeys(("tool_calls", "function_call"), "this server's models call no tools and read no calls of them"),
-    **dict.fromkeys(("audio", "images", "files", "attachments", "experimental_attachments"), _CONTENT),
-}
+# Within a message or an item: what the reply would be about
+REFUSED_IN_MESSAGES = dict.fromkeys(("audio", "images", "files", "attachments", "experimental_attachments"), _CONTENT)
 
 
 def refuse_unsupported(value: dict[str, Any], fields: Iterable[str]) -> None:
@@ -106,7 +103,7 @@ def _refuse_in_message(message: Any, key: str, number: int) -> None:
 
 def unread_keys(request: BaseModel) -> list[str]:
     """Places of the keys that no field took and that ask for something, e.g. `keep_alive`, `messages[].name`."""
-    return list(dict.fromkeys(name for name in _unread(request, "") if _NAME.fullmatch(name)))
+    return list(dict.fromkeys(_unread(request, "")))
 
 
 def header_value(names: list[str]) -> str:
@@ -130,7 +127,7 @@ class Noted:
 def _unread(model: BaseModel, place: str) -> Iterator[str]:
     for name, value in (model.model_extra or {}).items():
         asks_for_nothing = REFUSED[name][0] if name in REFUSED and not place else _nothing
-        if not asks_for_nothing(value):
+        if _NAME.fullmatch(name) and not asks_for_nothing(value):
             yield place + name
     for name in type(model).model_fields:
         value = getattr(model, name)
