@@ -98,7 +98,7 @@ def test_commands_work_where_a_picture_is_asked_for(converse: Converse):
 
 def test_a_file_that_is_no_picture_is_said_and_not_kept(converse: Converse, root: Path):
     text, talk = converse(str(root / "page.png"), "", f":img {root / 'page.png'}", f":img + {root / 'page.png'}")
-    assert text.count("page.png: UnidentifiedImageError") == 3
+    assert text.count("page.png is an HTML page") == 3
     assert names(talk) == []
 
 

@@ -62,8 +62,9 @@ def test_training_reads_the_turns_that_the_model_saw(said: Said, tmp_path: Path)
         ("user", (IMAGE, IMAGE, "\nAnd < image> here?")),
         ("assistant", ("Two dogs.",)),
         ("user", ("Bye",)),
-        ("assistant", ("",)),
+        ("assistant", ()),
     ]
+    assert [turn.is_learned for turn in read.turns if turn.role == "assistant"] == [True, True, False]
     assert read.images[1] == (tmp_path / "dog.png").read_bytes()
 
 

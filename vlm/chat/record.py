@@ -35,8 +35,9 @@ class Talk(Protocol):
 def training_record(session: Talk) -> dict[str, Any]:
     """The conversation in OpenAI's form, complete in itself: pictures are in it as `data:` URLs.
 
-    Read back by `vlm.data.records.parse_record`, it is the conversation that the model saw. One thing differs: a typed
-    `<image>`, or the like, is written `< image>`, since in training data the former is the place of a picture.
+    Read back by `vlm.data.parse.parse_record`, it is the conversation that the model saw. One thing differs: a typed
+    `<image>`, or the like, is written `< image>`, since in training data the former is the place of a picture. Empty
+    replies are marked as not to be learned.
 
     Raises:
         RecordError: nothing was said yet (rule empty_conversation), or a picture is gone (image_missing).
@@ -54,7 +55,8 @@ def training_record(session: Talk) -> dict[str, Any]:
         messages.append({"role": "system", "content": without_marks(session.system)})
     for exchange in session.exchanges:
         messages.append({"role": "user", "content": _parts(exchange.question, exchange.images)})
-        messages.append({"role": "assistant", "content": without_marks(exchange.reply)})
+        reply: dict[str, Any] = {"role": "assistant", "content": without_marks(exchange.reply)}
+        messages.append(reply if exchange.reply.strip() else {**reply, "loss": False})
     return {"messages": messages}
 
 
