@@ -20,6 +20,7 @@ MP4 = base64.b64encode(b"\0\0\0\x18ftypmp42" + bytes(range(90))).decode()
         {"x": "some/where.JPEG"}, {"x": "a.webm?start=3"}, {"x": ["note", "b.wav"]}, {"x": {"y": {"z": "c.tiff"}}},
         {"x": "https://example.org/page"}, {"x": "s3://bucket/key"}, {"source_url": "https://example.org/a.jpg"},
         {"x": PIXEL + "A" * 80}, {"x": f"see {PIXEL}{'A' * 80}"}, {"x": JPEG}, {"x": MP4}, {"x": "Q" * 2000},
+        {"photo_url": "photos/17"}, {"image_link": "x"}, {"jpg": "abcd"}, {"media": {"type": "image", "file": "x"}},
         {"x": {"bytes": "abcd", "path": None}}, {"x": {"array": [0.1], "sampling_rate": 16000}},
         {"image_id": 17}, {"image_id": "000017"}, {"video_id": "x"}, {"id": "coco/17.jpg"}, {"meta": {"f": "a.png"}},
     ],

@@ -34,7 +34,7 @@ _MIN_BASE64 = 60  # letters; a shorter word of these letters may be a name
 _MIN_UNKNOWN_BASE64 = 1000  # without a known beginning
 _MEDIUM_KEY = re.compile(
     r"image|img|picture|photo|video|audio|frame|visual|pixel|sound|speech|thumbnail|screenshot"
-    r"|(?<![a-z])(?:pic|pics|clip|wav|media|figure|vision)(?![a-z])"
+    r"|(?<![a-z])(?:pic|pics|clip|wav|media|figure|vision|jpg|jpeg|png|webp|gif|mp3|mp4)(?![a-z])"
 )
 _MEDIUM_NAME = re.compile(r"(?:image|img|picture|photo|video|audio)s?_?(?:id|name|key|idx|index)s?")
 _ABOUT = re.compile(  # words of keys that say something of a medium and are none
@@ -42,7 +42,7 @@ _ABOUT = re.compile(  # words of keys that say something of a medium and are non
     r"|hash|md5|sha\d*|phash|source|src|dataset|captions?|descriptions?|desc|summary|labels?|class|title|alt|text|ocr|score"
     r"|quality|similarity|has|is|no|n|dpi|orientation|rotation|resolution|ratio|tags?|attributes?|category|metadata|meta"
     r"|info|prompt|query|questions?|answers?|keywords|objects|boxes|bbox|author|credit|copyright|licen[cs]e|date|time"
-    r"|location|style|urls?|link|page|homepage|website)(?![a-z])"
+    r"|location|style|page|homepage|website)(?![a-z])"
 )
 _LINK = re.compile(r"(?<![a-z])(?:urls?|link|source|src|page|homepage|website|licen[cs]e|credit|href|ref)(?![a-z])")
 _REPEATS = re.compile(r"(?<![a-z])(?:ids?|names?|key|source|src|origin\w*|hash|title)(?![a-z])")
@@ -98,7 +98,6 @@ def find_medium(key: str, value: Any, images: Collection[str]) -> str:
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
     if not images and _MEDIUM_NAME.fullmatch(words) and not isinstance(value, bool | float):
         return f"the name of a medium ({short(value)})"
-    is_about = _ABOUT.search(words) is not None
     known = {PurePosixPath(name).name for name in images}
     is_link = _LINK.search(words) is not None
     may_repeat = bool(images) and (_METADATA.search(words) or (isinstance(value, str) and _REPEATS.search(words)))
@@ -109,6 +108,7 @@ def find_medium(key: str, value: Any, images: Collection[str]) -> str:
             named = ""
         if found := _held(inner) or named:
             return found
+    is_about = _ABOUT.search(words) or (images and is_link)
     names_medium = _MEDIUM_KEY.search(words) and not is_about
     return short(value) if names_medium and not isinstance(value, bool | int | float) else ""
 

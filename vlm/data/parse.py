@@ -18,7 +18,7 @@ from typing import Any
 from vlm.data.config import TURN_NAMES, SourceConfig
 from vlm.data.conversation import IMAGE, Conversation, Role, Turn, check_conversation, normalise_turns
 from vlm.data.fields import Fields, has_content, renamed, short
-from vlm.data.marks import find_marks
+from vlm.data.marks import Mark, find_marks
 from vlm.data.media import Image, read_image
 from vlm.data.notes import ABSENT_COLUMN
 from vlm.data.places import Placed, RawTurn, Shown, place_images, refuse_embedded
@@ -247,11 +247,12 @@ def _caption_turns(draft: _Draft) -> list[RawTurn]:
     fields = draft.fields
     key = "caption" if fields.values.get("caption") is not None else "text"
     fields.settle(key)
-    asked = _question(draft)
-    question = ("\n", asked) if asked else ()
+    asked: list[str | Mark | Shown] = [*find_marks(_question(draft))]
+    if not any(isinstance(piece, Mark) and piece.is_place for piece in asked):
+        asked = [Shown(), "\n", *asked] if asked else [Shown()]
     return [
         *_before(draft),
-        RawTurn("user", (Shown(), *question)),
+        RawTurn("user", tuple(asked)),
         _turn("assistant", _text(fields.values[key], key)),
     ]
 
@@ -263,7 +264,7 @@ def _text_turns(draft: _Draft) -> list[RawTurn]:
     asked = _question(draft)
     if is_within:  # the text holds its prompt
         asked = ""
-    return [*_before(draft), RawTurn("user", (asked,) if asked else ()), _turn("assistant", text)]
+    return [*_before(draft), _turn("user", asked), _turn("assistant", text)]
 
 
 def _question(draft: _Draft) -> str:

@@ -91,7 +91,7 @@ def _as_words(turn: RawTurn, has_images: bool, placed: Placed) -> RawTurn:
         if isinstance(piece, Mark) and piece.strength == "sure":
             if has_images:
                 raise RecordError("foreign_mark", f"{piece.text[:40]!r} stands in a system or assistant turn")
-            placed.unread.append(f"the word {piece.text[:40]}")
+            placed.unread.append(f"the word {piece.text[:60]}")
     if turn.images:
         raise RecordError("image_in_answer", "a picture stands in a system or assistant turn")
     pieces = tuple(piece.text if isinstance(piece, Mark) else piece for piece in turn.pieces)
@@ -134,9 +134,9 @@ def _choose(marks: list[Mark], num_images: int, placed: Placed) -> dict[int, Sho
         for mark in foreign:
             if mark.strength == "sure" or (mark.stands_apart and not places):
                 raise RecordError("foreign_mark", _surplus(mark, bool(places)))
-            placed.unread.append(f"the word {mark.text[:40]}")
+            placed.unread.append(f"the word {mark.text[:60]}")
         return places
-    chosen = [mark for mark in foreign if mark.strength in ("sure", "variant") or mark.stands_apart]
+    chosen = [mark for mark in foreign if mark.is_place]
     if len(chosen) != num_images and foreign:
         named = ", ".join(mark.text[:30] for mark in foreign[:3])
         raise RecordError(
@@ -153,7 +153,7 @@ def _surplus(mark: Mark, has_places: bool) -> str:
 def _refuse_other_medium(mark: Mark, placed: Placed) -> None:
     if mark.strength in ("sure", "variant") or mark.stands_apart:
         raise RecordError("unread_medium", f"{mark.text[:60]!r} stands for {_WHAT[mark.medium]}, which is not read")
-    placed.unread.append(f"the word {mark.text[:40]}")
+    placed.unread.append(f"the word {mark.text[:60]}")
 
 
 _WHAT = {"video": "a video", "audio": "a sound"}
