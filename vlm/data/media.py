@@ -16,7 +16,7 @@ Image = str | bytes  # a name below the images folder, or an encoded image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _OTHER_SUFFIXES = (
-    "jfif jpe jp2 jxl heic heif avif svg ico ppm pgm tga psd dcm nii npy cr2 nef dng eps pdf djvu "
+    "jfif jpe jp2 jxl heic heif avif svg ico ppm pgm tga exr hdr psd dcm nii npy cr2 nef dng eps pdf djvu "
     "mp4 m4v mov avi mkv webm mpg mpeg wmv flv 3gp ogv wav mp3 flac ogg oga opus m4a aac wma aiff amr"
 )
 _ENDINGS = "|".join([*(suffix[1:] for suffix in IMAGE_SUFFIXES), *_OTHER_SUFFIXES.split()])
@@ -47,6 +47,7 @@ _ABOUT = re.compile(  # words of keys that say something of a medium and are non
 _LINK = re.compile(r"(?<![a-z])(?:urls?|link|source|src|page|homepage|website|licen[cs]e|credit|href|ref)(?![a-z])")
 _REPEATS = re.compile(r"(?<![a-z])(?:ids?|names?|key|source|src|origin\w*|hash|title)(?![a-z])")
 _METADATA = re.compile(r"(?<![a-z])(?:meta|metadata|info)(?![a-z])")
+_SHOWN = re.compile(r"!\[[^\]\n]*\]\([^)\n]+\)|<(?:img|video|audio|source)\s[^>\n]*\bsrc\s*=[^>\n]*>", re.IGNORECASE)
 _MAX_VALUES = 2000  # of an unread key that are looked at
 
 
@@ -111,6 +112,16 @@ def find_medium(key: str, value: Any, images: Collection[str]) -> str:
     is_about = _ABOUT.search(words) or (images and is_link)
     names_medium = _MEDIUM_KEY.search(words) and not is_about
     return short(value) if names_medium and not isinstance(value, bool | int | float) else ""
+
+
+def named_medium(text: str) -> str:
+    """The Markdown or HTML that shows a medium within a text, or an empty text.
+
+    >>> named_medium("Look: ![a dog](dog.png)"), named_medium("Use <b> or <img>.")
+    ('![a dog](dog.png)', '')
+    """
+    found = _SHOWN.search(text) if "](" in text or "src" in text else None
+    return found[0] if found else ""
 
 
 def embedded_medium(text: str) -> str:

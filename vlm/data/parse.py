@@ -21,7 +21,7 @@ from vlm.data.fields import Fields, has_content, renamed, short
 from vlm.data.marks import Mark, find_marks
 from vlm.data.media import Image, read_image
 from vlm.data.notes import ABSENT_COLUMN
-from vlm.data.places import Placed, RawTurn, Shown, place_images, refuse_embedded
+from vlm.data.places import Placed, RawTurn, Shown, media_in_texts, place_images
 from vlm.data.unread import CALLS_AS_TURNS, REPLY_KEYS, is_learned, judge, refuse_settings
 from vlm.errors import RecordError
 
@@ -77,8 +77,9 @@ def parse_record(record: dict[str, Any], config: SourceConfig, image_placement: 
     if config.format == "text":
         fields.settle(*_IMAGE_KEYS)  # named among the unread below
     raw = _parser(draft)(draft)
-    refuse_embedded(raw)
+    shown = media_in_texts(raw)
     placed = place_images(raw, draft.images, image_placement)
+    placed.unread += shown
     turns = normalise_turns(tuple(placed.turns))
     if placed.images and image_placement != "exact" and (len(placed.images) == 1 or image_placement == "first"):
         turns = _place_first(turns, len(placed.images))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from vlm.data.conversation import IMAGE, ImageSlot, Role, Turn, join_texts
 from vlm.data.marks import IMAGE_MARK, Mark
-from vlm.data.media import Image, embedded_medium, read_image
+from vlm.data.media import Image, embedded_medium, named_medium, read_image
 from vlm.errors import RecordError
 
 
@@ -191,9 +191,20 @@ def _ordered(shown: list[Shown], images: list[Image]) -> list[Image]:
     return [images[index] for index in indexes]
 
 
-def refuse_embedded(turns: Sequence[RawTurn]) -> None:
-    """Raise RecordError rule unread_medium if a file is written out within the text of a turn."""
+def media_in_texts(turns: Sequence[RawTurn]) -> list[str]:
+    """What of the users' texts shows a medium in the way of Markdown or HTML: a page, or a picture that is not read.
+
+    Raises:
+        RecordError: rule unread_medium, if a file is written out within a text, or if a text begins with one that is
+            shown.
+    """
+    shown: list[str] = []
     for turn in turns:
         for piece in turn.pieces:
             if isinstance(piece, str) and (found := embedded_medium(piece)):
                 raise RecordError("unread_medium", f"{found!r} within the text of a turn is not read as a picture")
+            if isinstance(piece, str) and turn.role == "user" and (found := named_medium(piece)):
+                if piece is turn.pieces[0] and piece.lstrip().startswith(found):
+                    raise RecordError("unread_medium", f"{found[:80]!r} begins a turn and is not read as a picture")
+                shown.append("media shown in Markdown or HTML")
+    return shown
