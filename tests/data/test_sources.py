@@ -237,7 +237,7 @@ def test_settings_that_the_plain_template_does_not_use_are_told(tmp_path, bpe, s
     source = SourceConfig(path=path, prompt="Describe it.")
     config = DataConfig(
         sources=[source], cache=str(tmp_path / "cache"), template="plain", system="Be brief.",
-        packing=False, pack_window=9, eval_sources=[SourceConfig(path=path, weight=2)],
+        packing=False, pack_window=9, eval_sources=[SourceConfig(path=path, weight=2)], held_out=0.1,
     )  # fmt: skip
     chat = build_conversation_tokenizer(config, bpe, spec, bpe.convert_tokens_to_ids("<image>"))
     told = capsys.readouterr().err
@@ -245,6 +245,7 @@ def test_settings_that_the_plain_template_does_not_use_are_told(tmp_path, bpe, s
     assert "data.system is not used: template plain" in told
     assert "data.pack_window is not used: data.packing is false" in told
     assert "a.jsonl is not used: data.eval_sources are read once" in told
+    assert "data.held_out: its records are neither trained on nor evaluated" in told
     (line,) = scan_records(build_reader(config, config.sources, chat), None).warnings()
     assert "questions (template plain writes the user's pictures only) (all its records" in line
     assert "system prompts (template plain writes the user's pictures only) (50 % of its records" in line

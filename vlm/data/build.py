@@ -73,6 +73,8 @@ def _unused_settings(config: DataConfig, template: ChatTemplate) -> list[str]:
         sources = (*config.sources, *config.eval_sources)
         lines += [f"the prompt of {source.path} {why}" for source in sources if source.prompt]
         lines += [f"data.system {why}"] if config.system else []
+    if config.eval_sources and config.held_out:
+        lines.append("data.held_out: its records are neither trained on nor evaluated, as data.eval_sources is set")
     weighted = [source.path for source in config.eval_sources if source.weight != 1]
     lines += [f"the weight of {path} is not used: data.eval_sources are read once" for path in weighted]
     if "pack_window" in config.model_fields_set and not config.packing:
@@ -136,11 +138,6 @@ def build_data(
         workers=config.workers,
     )
     scans = [scan]
-    if config.eval_sources and config.held_out:
-        warn(
-            f"data.held_out keeps {len(held_out):,} records from training that nothing evaluates, as "
-            "data.eval_sources is set. Set it to 0"
-        )
     if config.eval_sources:
         eval_scan = scan_records(
             build_reader(config, config.eval_sources, conversation_tokenizer), Path(config.cache), config.workers
