@@ -243,6 +243,8 @@ def _is_list_of_turns(value: Any) -> bool:
 
 
 def _caption_turns(draft: _Draft) -> list[RawTurn]:
+    if not draft.images:
+        judge(draft.fields, (), ())  # the picture may stand under another key
     if len(draft.images) != 1:
         raise RecordError("image_count", f"a caption needs one picture, got {len(draft.images)}")
     fields = draft.fields
