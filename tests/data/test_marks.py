@@ -98,6 +98,21 @@ def test_a_question_about_html_beside_a_picture_is_not_taken_for_its_place():
     assert said(parse(record))[0] == ("user", IMAGE, "\nWhat does <img> do here?")
 
 
+@pytest.mark.parametrize("mark", ["<image>", "<|image_1|>", "<ImageHere>"])
+def test_a_mark_in_the_prompt_of_a_caption_is_its_place(mark):
+    for record, config in (({"prompt": f"See {mark}."}, {}), ({}, {"prompt": f"See {mark}."})):
+        conversation = parse({"image": "a.png", "caption": "Red."} | record, **config)
+        assert said(conversation) == [("user", "See ", IMAGE, "."), ("assistant", "Red.")]
+    assert rule_of({"prompt": f"See {mark}.", "text": "Red."}) in ("foreign_mark", "image_count")
+
+
+@pytest.mark.parametrize("shown", ["![a dog](dog.png)", '<img src="dog.png">', "<video controls src='a.mp4'>"])
+def test_a_picture_shown_in_markdown_or_html_is_reported(shown):
+    assert rule_of(llava(f"{shown}\nWhat?", "A dog.")) == "unread_medium"
+    assert parse(llava(f"Mend this: {shown}", "So.")).unread == ("media shown in Markdown or HTML",)
+    assert parse(llava("Show a dog.", f"{shown}")).unread == ()
+
+
 def test_a_file_written_out_in_a_text_is_not_learned():
     assert rule_of(llava(f"What is {PIXEL}{'A' * 80}?", "A.")) == "unread_medium"
 

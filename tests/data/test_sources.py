@@ -82,6 +82,7 @@ def test_links_to_another_disk_are_allowed_by_name(tmp_path):
         ("d.jpg", "d.png", "but 'd.png' is"),
         ("d", "d.jpeg", "but 'd.jpeg' is (with another ending)"),
         ("Dog.png", "dog.png", "but 'dog.png' is"),
+        ("Train/Dog.PNG", "train/dog.png", "but 'train/dog.png' is (in other letters)"),
         ("train/a.png", "a.png", "but 'a.png' is (directly in images/)"),
         ("images/x/a.png", "x/a.png", "but 'x/a.png' is (without images/, which images: names already)"),
         ("/data/images/a.png", "a.png", "but 'a.png' is"),
@@ -234,11 +235,17 @@ def test_preview_says_why_it_shows_nothing(mixed, spec, tmp_path, capsys):
 def test_settings_that_the_plain_template_does_not_use_are_told(tmp_path, bpe, spec, capsys):
     path = lines(tmp_path / "a.jsonl", llava("Hi", "Yes?", "And?", "So."), {"system": "s", **llava("Hi", "Yes?")})
     source = SourceConfig(path=path, prompt="Describe it.")
-    config = DataConfig(sources=[source], cache=str(tmp_path / "cache"), template="plain", system="Be brief.")
+    config = DataConfig(
+        sources=[source], cache=str(tmp_path / "cache"), template="plain", system="Be brief.",
+        packing=False, pack_window=9, eval_sources=[SourceConfig(path=path, weight=2)], held_out=0.1,
+    )  # fmt: skip
     chat = build_conversation_tokenizer(config, bpe, spec, bpe.convert_tokens_to_ids("<image>"))
     told = capsys.readouterr().err
     assert "the prompt of" in told
     assert "data.system is not used: template plain" in told
+    assert "data.pack_window is not used: data.packing is false" in told
+    assert "a.jsonl is not used: data.eval_sources are read once" in told
+    assert "data.held_out: its records are neither trained on nor evaluated" in told
     (line,) = scan_records(build_reader(config, config.sources, chat), None).warnings()
     assert "questions (template plain writes the user's pictures only) (all its records" in line
     assert "system prompts (template plain writes the user's pictures only) (50 % of its records" in line

@@ -7,6 +7,8 @@ import base64
 import pytest
 from records_for_tests import PIXEL, llava, parse, rule_of
 
+from vlm.errors import RecordError
+
 JPEG = base64.b64encode(b"\xff\xd8\xff\xe0" + bytes(range(90))).decode()
 MP4 = base64.b64encode(b"\0\0\0\x18ftypmp42" + bytes(range(90))).decode()
 
@@ -20,6 +22,7 @@ MP4 = base64.b64encode(b"\0\0\0\x18ftypmp42" + bytes(range(90))).decode()
         {"x": "some/where.JPEG"}, {"x": "a.webm?start=3"}, {"x": ["note", "b.wav"]}, {"x": {"y": {"z": "c.tiff"}}},
         {"x": "https://example.org/page"}, {"x": "s3://bucket/key"}, {"source_url": "https://example.org/a.jpg"},
         {"x": PIXEL + "A" * 80}, {"x": f"see {PIXEL}{'A' * 80}"}, {"x": JPEG}, {"x": MP4}, {"x": "Q" * 2000},
+        {"photo_url": "photos/17"}, {"image_link": "x"}, {"jpg": "abcd"}, {"media": {"type": "image", "file": "x"}},
         {"x": {"bytes": "abcd", "path": None}}, {"x": {"array": [0.1], "sampling_rate": 16000}},
         {"image_id": 17}, {"image_id": "000017"}, {"video_id": "x"}, {"id": "coco/17.jpg"}, {"meta": {"f": "a.png"}},
     ],
@@ -54,6 +57,13 @@ def test_names_of_the_record_s_own_picture_are_no_other_picture():
     }
     assert parse(llava("<image>\nWhich?", "Red.", image="coco/17.jpg") | more).images == ("coco/17.jpg",)
     assert rule_of(llava("<image>\nWhich?", "Red.", image="17.jpg", mask="17_mask.png")) == "unread_medium"
+
+
+@pytest.mark.parametrize("extra", [{"image_id": "17"}, {"img": "a.png"}, {"video": "a.mp4"}, {"photo": {"path": "a"}}])
+def test_a_caption_without_its_picture_says_where_one_is(extra):
+    with pytest.raises(RecordError, match=r"columns: \{image: ") as caught:
+        parse({"caption": "A dog."} | extra)
+    assert caught.value.rule == "unread_medium"
 
 
 def test_a_second_picture_beside_one_that_is_read_is_reported():

@@ -23,11 +23,11 @@ IMAGE_TOKEN_ID = TOKENIZER.convert_tokens_to_ids("<image>")
 ENCODE = ConversationTokenizer(TOKENIZER, TEMPLATES["chatml"], image_token_id=IMAGE_TOKEN_ID, tokens_per_image=1)
 
 
-def question(tmp_path: Path, **record) -> Question:
+def question(tmp_path: Path, encode=ENCODE, **record) -> Question:
     record = {"prompt": "Which colour?", "choices": ["Red.", "Blue."], "answer": "Red."} | record
     (tmp_path / "task.jsonl").write_text(json.dumps(record))
     task = TaskConfig(name="colour", kind="choice", path=str(tmp_path / "task.jsonl"), images=str(tmp_path))
-    (found,) = read_task(task, ENCODE, tmp_path / "cache")
+    (found,) = read_task(task, encode, tmp_path / "cache")
     return found
 
 
@@ -94,6 +94,13 @@ def test_the_ids_are_those_of_the_same_record_in_training(tmp_path):
     trained = ENCODE(source.conversation(0))
     assert trained.input_ids[: len(found.prompt_ids)] == found.prompt_ids
     assert trained.input_ids[len(found.prompt_ids) :][: len(found.replies[0])] == found.replies[0]
+
+
+def test_a_question_that_the_template_leaves_out_and_no_picture_is_refused(tmp_path):
+    plain = ConversationTokenizer(TOKENIZER, TEMPLATES["plain"], image_token_id=IMAGE_TOKEN_ID, tokens_per_image=1)
+    assert question(tmp_path, plain, image="a.png").prompt_ids == [IMAGE_TOKEN_ID]
+    with pytest.raises(RecordError, match="line 1: nothing stands before the reply: template plain leaves"):
+        question(tmp_path, plain, image=None)
 
 
 def test_keys_that_no_question_shows_are_told(tmp_path, capsys):

@@ -52,8 +52,8 @@ def build_conversation_tokenizer(
 ) -> ConversationTokenizer:
     """Warns when the template's control words are no tokens of the tokenizer; raises ConfigError if its end is none."""
     template = build_template(config.template, tokenizer)
-    for key in _unused_settings(config, template):
-        warn(f"{key} is not used: template {template.name} writes the pictures of users only")
+    for line in _unused_settings(config, template):
+        warn(line)
     if problem := check_template(tokenizer, template):
         warn(problem)
     return ConversationTokenizer(
@@ -66,11 +66,22 @@ def build_conversation_tokenizer(
 
 
 def _unused_settings(config: DataConfig, template: ChatTemplate) -> list[str]:
-    if not template.only_images_of_user:
-        return []
-    sources = (*config.sources, *config.eval_sources)
-    prompts = [f"the prompt of {source.path}" for source in sources if source.prompt]
-    return [*prompts, "data.system"] if config.system else prompts
+    """Settings that were given and change nothing beside the others, a line each."""
+    lines = []
+    if template.only_images_of_user:
+        why = f"is not used: template {template.name} writes the pictures of users only"
+        sources = (*config.sources, *config.eval_sources)
+        lines += [f"the prompt of {source.path} {why}" for source in sources if source.prompt]
+        lines += [f"data.system {why}"] if config.system else []
+    if config.eval_sources and config.held_out:
+        lines.append("data.held_out: its records are neither trained on nor evaluated, as data.eval_sources is set")
+    weighted = [source.path for source in config.eval_sources if source.weight != 1]
+    lines += [f"the weight of {path} is not used: data.eval_sources are read once" for path in weighted]
+    if "pack_window" in config.model_fields_set and not config.packing:
+        lines.append("data.pack_window is not used: data.packing is false")
+    if "cache_dtype" in config.model_fields_set and not config.cache_features:
+        lines.append("data.cache_dtype is not used: data.cache_features is false")
+    return lines
 
 
 def build_reader(
@@ -127,11 +138,6 @@ def build_data(
         workers=config.workers,
     )
     scans = [scan]
-    if config.eval_sources and config.held_out:
-        warn(
-            f"data.held_out keeps {len(held_out):,} records from training that nothing evaluates, as "
-            "data.eval_sources is set. Set it to 0"
-        )
     if config.eval_sources:
         eval_scan = scan_records(
             build_reader(config, config.eval_sources, conversation_tokenizer), Path(config.cache), config.workers

@@ -44,6 +44,7 @@ _TURN_BACK = {
 }
 _told: set[str] = set()  # warnings given once per process
 _SUFFIXES = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_MAX_DEPTH = 20  # folders of a name that are looked at
 _MAX_LISTED = 50_000  # files of a folder among which a near name is looked for
 _KNOWN = ", ".join(FORMATS)
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -115,12 +116,15 @@ def _is_file(root: Path, name: str) -> bool:
 
 
 def _in_other_case(root: Path, name: str) -> str:
-    """The file of nearly this name in the same folder: upper and lower case apart, and forms of letters."""
-    parent, _, last = name.rpartition("/")
-    if ".." in parent.split("/"):
-        return ""
-    found = _names_by_folded(root / parent).get(_folded(last), "")
-    return f"{parent}/{found}" if parent and found else found
+    """The file of nearly this name, as it is written: upper and lower case apart, and forms of letters."""
+    folder, found = root, []
+    for part in name.split("/")[:_MAX_DEPTH]:
+        there = _names_by_folded(folder).get(_folded(part))
+        if there is None:
+            return ""
+        found.append(there)
+        folder /= there
+    return "/".join(found) if _is_file(root, "/".join(found)) else ""
 
 
 @lru_cache(8)

@@ -33,6 +33,11 @@ class Mark:
     path: str | None = None  # Qwen-VL's <img>a.png</img>
     stands_apart: bool = False  # begins the text, or has a line to itself
 
+    @property
+    def is_place(self) -> bool:
+        """Whether it stands for an image where one is without a place: a tag within a sentence may be a word."""
+        return self.medium == "image" and (self.strength != "tag" or self.stands_apart)
+
 
 Piece = str | Mark
 

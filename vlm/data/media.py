@@ -16,7 +16,7 @@ Image = str | bytes  # a name below the images folder, or an encoded image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _OTHER_SUFFIXES = (
-    "jfif jpe jp2 jxl heic heif avif svg ico ppm pgm tga psd dcm nii npy cr2 nef dng eps pdf djvu "
+    "jfif jpe jp2 jxl heic heif avif svg ico ppm pgm tga exr hdr psd dcm nii npy cr2 nef dng eps pdf djvu "
     "mp4 m4v mov avi mkv webm mpg mpeg wmv flv 3gp ogv wav mp3 flac ogg oga opus m4a aac wma aiff amr"
 )
 _ENDINGS = "|".join([*(suffix[1:] for suffix in IMAGE_SUFFIXES), *_OTHER_SUFFIXES.split()])
@@ -34,7 +34,7 @@ _MIN_BASE64 = 60  # letters; a shorter word of these letters may be a name
 _MIN_UNKNOWN_BASE64 = 1000  # without a known beginning
 _MEDIUM_KEY = re.compile(
     r"image|img|picture|photo|video|audio|frame|visual|pixel|sound|speech|thumbnail|screenshot"
-    r"|(?<![a-z])(?:pic|pics|clip|wav|media|figure|vision)(?![a-z])"
+    r"|(?<![a-z])(?:pic|pics|clip|wav|media|figure|vision|jpg|jpeg|png|webp|gif|mp3|mp4)(?![a-z])"
 )
 _MEDIUM_NAME = re.compile(r"(?:image|img|picture|photo|video|audio)s?_?(?:id|name|key|idx|index)s?")
 _ABOUT = re.compile(  # words of keys that say something of a medium and are none
@@ -42,11 +42,12 @@ _ABOUT = re.compile(  # words of keys that say something of a medium and are non
     r"|hash|md5|sha\d*|phash|source|src|dataset|captions?|descriptions?|desc|summary|labels?|class|title|alt|text|ocr|score"
     r"|quality|similarity|has|is|no|n|dpi|orientation|rotation|resolution|ratio|tags?|attributes?|category|metadata|meta"
     r"|info|prompt|query|questions?|answers?|keywords|objects|boxes|bbox|author|credit|copyright|licen[cs]e|date|time"
-    r"|location|style|urls?|link|page|homepage|website)(?![a-z])"
+    r"|location|style|page|homepage|website)(?![a-z])"
 )
 _LINK = re.compile(r"(?<![a-z])(?:urls?|link|source|src|page|homepage|website|licen[cs]e|credit|href|ref)(?![a-z])")
 _REPEATS = re.compile(r"(?<![a-z])(?:ids?|names?|key|source|src|origin\w*|hash|title)(?![a-z])")
 _METADATA = re.compile(r"(?<![a-z])(?:meta|metadata|info)(?![a-z])")
+_SHOWN = re.compile(r"!\[[^\]\n]*\]\([^)\n]+\)|<(?:img|video|audio|source)\s[^>\n]*\bsrc\s*=[^>\n]*>", re.IGNORECASE)
 _MAX_VALUES = 2000  # of an unread key that are looked at
 
 
@@ -98,7 +99,6 @@ def find_medium(key: str, value: Any, images: Collection[str]) -> str:
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
     if not images and _MEDIUM_NAME.fullmatch(words) and not isinstance(value, bool | float):
         return f"the name of a medium ({short(value)})"
-    is_about = _ABOUT.search(words) is not None
     known = {PurePosixPath(name).name for name in images}
     is_link = _LINK.search(words) is not None
     may_repeat = bool(images) and (_METADATA.search(words) or (isinstance(value, str) and _REPEATS.search(words)))
@@ -109,8 +109,19 @@ def find_medium(key: str, value: Any, images: Collection[str]) -> str:
             named = ""
         if found := _held(inner) or named:
             return found
+    is_about = _ABOUT.search(words) or (images and is_link)
     names_medium = _MEDIUM_KEY.search(words) and not is_about
     return short(value) if names_medium and not isinstance(value, bool | int | float) else ""
+
+
+def named_medium(text: str) -> str:
+    """The Markdown or HTML that shows a medium within a text, or an empty text.
+
+    >>> named_medium("Look: ![a dog](dog.png)"), named_medium("Use <b> or <img>.")
+    ('![a dog](dog.png)', '')
+    """
+    found = _SHOWN.search(text) if "](" in text or "src" in text else None
+    return found[0] if found else ""
 
 
 def embedded_medium(text: str) -> str:

@@ -18,10 +18,10 @@ from typing import Any
 from vlm.data.config import TURN_NAMES, SourceConfig
 from vlm.data.conversation import IMAGE, Conversation, Role, Turn, check_conversation, normalise_turns
 from vlm.data.fields import Fields, has_content, renamed, short
-from vlm.data.marks import find_marks
+from vlm.data.marks import Mark, find_marks
 from vlm.data.media import Image, read_image
 from vlm.data.notes import ABSENT_COLUMN
-from vlm.data.places import Placed, RawTurn, Shown, place_images, refuse_embedded
+from vlm.data.places import Placed, RawTurn, Shown, media_in_texts, place_images
 from vlm.data.unread import CALLS_AS_TURNS, REPLY_KEYS, is_learned, judge, refuse_settings
 from vlm.errors import RecordError
 
@@ -77,8 +77,9 @@ def parse_record(record: dict[str, Any], config: SourceConfig, image_placement: 
     if config.format == "text":
         fields.settle(*_IMAGE_KEYS)  # named among the unread below
     raw = _parser(draft)(draft)
-    refuse_embedded(raw)
+    shown = media_in_texts(raw)
     placed = place_images(raw, draft.images, image_placement)
+    placed.unread += shown
     turns = normalise_turns(tuple(placed.turns))
     if placed.images and image_placement != "exact" and (len(placed.images) == 1 or image_placement == "first"):
         turns = _place_first(turns, len(placed.images))
@@ -242,16 +243,19 @@ def _is_list_of_turns(value: Any) -> bool:
 
 
 def _caption_turns(draft: _Draft) -> list[RawTurn]:
+    if not draft.images:
+        judge(draft.fields, (), ())  # the picture may stand under another key
     if len(draft.images) != 1:
         raise RecordError("image_count", f"a caption needs one picture, got {len(draft.images)}")
     fields = draft.fields
     key = "caption" if fields.values.get("caption") is not None else "text"
     fields.settle(key)
-    asked = _question(draft)
-    question = ("\n", asked) if asked else ()
+    asked: list[str | Mark | Shown] = [*find_marks(_question(draft))]
+    if not any(isinstance(piece, Mark) and piece.is_place for piece in asked):
+        asked = [Shown(), "\n", *asked] if asked else [Shown()]
     return [
         *_before(draft),
-        RawTurn("user", (Shown(), *question)),
+        RawTurn("user", tuple(asked)),
         _turn("assistant", _text(fields.values[key], key)),
     ]
 
@@ -263,7 +267,7 @@ def _text_turns(draft: _Draft) -> list[RawTurn]:
     asked = _question(draft)
     if is_within:  # the text holds its prompt
         asked = ""
-    return [*_before(draft), RawTurn("user", (asked,) if asked else ()), _turn("assistant", text)]
+    return [*_before(draft), _turn("user", asked), _turn("assistant", text)]
 
 
 def _question(draft: _Draft) -> str:

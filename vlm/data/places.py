@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from vlm.data.conversation import IMAGE, ImageSlot, Role, Turn, join_texts
 from vlm.data.marks import IMAGE_MARK, Mark
-from vlm.data.media import Image, embedded_medium, read_image
+from vlm.data.media import Image, embedded_medium, named_medium, read_image
 from vlm.errors import RecordError
 
 
@@ -91,7 +91,7 @@ def _as_words(turn: RawTurn, has_images: bool, placed: Placed) -> RawTurn:
         if isinstance(piece, Mark) and piece.strength == "sure":
             if has_images:
                 raise RecordError("foreign_mark", f"{piece.text[:40]!r} stands in a system or assistant turn")
-            placed.unread.append(f"the word {piece.text[:40]}")
+            placed.unread.append(f"the word {piece.text[:60]}")
     if turn.images:
         raise RecordError("image_in_answer", "a picture stands in a system or assistant turn")
     pieces = tuple(piece.text if isinstance(piece, Mark) else piece for piece in turn.pieces)
@@ -134,9 +134,9 @@ def _choose(marks: list[Mark], num_images: int, placed: Placed) -> dict[int, Sho
         for mark in foreign:
             if mark.strength == "sure" or (mark.stands_apart and not places):
                 raise RecordError("foreign_mark", _surplus(mark, bool(places)))
-            placed.unread.append(f"the word {mark.text[:40]}")
+            placed.unread.append(f"the word {mark.text[:60]}")
         return places
-    chosen = [mark for mark in foreign if mark.strength in ("sure", "variant") or mark.stands_apart]
+    chosen = [mark for mark in foreign if mark.is_place]
     if len(chosen) != num_images and foreign:
         named = ", ".join(mark.text[:30] for mark in foreign[:3])
         raise RecordError(
@@ -153,7 +153,7 @@ def _surplus(mark: Mark, has_places: bool) -> str:
 def _refuse_other_medium(mark: Mark, placed: Placed) -> None:
     if mark.strength in ("sure", "variant") or mark.stands_apart:
         raise RecordError("unread_medium", f"{mark.text[:60]!r} stands for {_WHAT[mark.medium]}, which is not read")
-    placed.unread.append(f"the word {mark.text[:40]}")
+    placed.unread.append(f"the word {mark.text[:60]}")
 
 
 _WHAT = {"video": "a video", "audio": "a sound"}
@@ -191,9 +191,20 @@ def _ordered(shown: list[Shown], images: list[Image]) -> list[Image]:
     return [images[index] for index in indexes]
 
 
-def refuse_embedded(turns: Sequence[RawTurn]) -> None:
-    """Raise RecordError rule unread_medium if a file is written out within the text of a turn."""
+def media_in_texts(turns: Sequence[RawTurn]) -> list[str]:
+    """What of the users' texts shows a medium in the way of Markdown or HTML: a page, or a picture that is not read.
+
+    Raises:
+        RecordError: rule unread_medium, if a file is written out within a text, or if a text begins with one that is
+            shown.
+    """
+    shown: list[str] = []
     for turn in turns:
         for piece in turn.pieces:
             if isinstance(piece, str) and (found := embedded_medium(piece)):
                 raise RecordError("unread_medium", f"{found!r} within the text of a turn is not read as a picture")
+            if isinstance(piece, str) and turn.role == "user" and (found := named_medium(piece)):
+                if piece is turn.pieces[0] and piece.lstrip().startswith(found):
+                    raise RecordError("unread_medium", f"{found[:80]!r} begins a turn and is not read as a picture")
+                shown.append("media shown in Markdown or HTML")
+    return shown

@@ -126,7 +126,13 @@ def _question(record: _Record, candidates: Sequence[str], answer: int, tokenizer
         turns = (*before, Turn("assistant", (candidate,)))
         encoded.append(_encode(replace(record.asked, turns=turns), tokenizer))
     prompt = encoded[0][0]
-    assert all(ids == prompt for ids, _, _ in encoded)  # pieces are encoded one by one, so a reply cannot change it
+    if any(ids != prompt for ids, _, _ in encoded):  # a reply cannot change it: pieces are encoded one by one
+        raise RecordError(
+            "bad_task_record",
+            f"nothing stands before the reply: template {tokenizer.template.name} leaves the question out, and the "
+            "record has no picture",
+            record.asked.where,
+        )
     replies, labels = [ids for _, ids, _ in encoded], [ids for _, _, ids in encoded]
     return Question(prompt, replies, labels, answer, record.answer, record.asked.images, record.asked.where)
 
