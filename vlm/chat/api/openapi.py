@@ -37,8 +37,8 @@ def add_schemas(app: FastAPI, service: Service, has_key: bool) -> None:
 def _document(app: FastAPI, service: Service, has_key: bool) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schemas = document["components"]["schemas"]
-    written: list[type[BaseModel]] = [*_BODIES.values(), Chunk]
-    for model in written:
+    models: tuple[type[BaseModel], ...] = (*_BODIES.values(), Chunk)
+    for model in models:
         schema = model.model_json_schema(ref_template=_REFERENCE)
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
