@@ -49,6 +49,12 @@ def test_a_reply_keeps_to_the_schema_and_ends_when_it_is_whole(call: Call):
     assert answer.json()["choices"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_a_schema_where_llama_cpp_has_it_is_kept_to(call: Call, kind: str):
+    form = {"type": kind, "schema": SCHEMA}
+    check_shape(content(call("POST", CHAT, json=ask(response_format=form, max_tokens=200))))
+
+
 def test_each_of_several_sampled_choices_keeps_to_it_in_its_own_way(call: Call):
     body = ask(response_format=FORM, max_tokens=200, temperature=2, n=4, seed=1)
     choices = call("POST", CHAT, json=body).json()["choices"]

@@ -11,6 +11,7 @@ from vlm.chat.api.limits import Limits
 from vlm.chat.api.parse import parse_request
 from vlm.chat.api.response_schemas import ResponseRequest
 from vlm.chat.api.schemas import ChatRequest
+from vlm.chat.api.service import sampling_settings
 from vlm.chat.api.text_schemas import TextRequest
 from vlm.chat.api.unread import REFUSED, Noted, header_value, unread_keys
 
@@ -139,7 +140,19 @@ def test_values_that_ask_for_nothing_are_neither_refused_nor_noted(kind: Any):
     assert unread_keys(parse(kind, **NOTHING_ASKED)) == []
 
 
-@pytest.mark.parametrize("choice", [None, "none", "auto", {"type": "allowed_tools", "mode": "auto", "tools": []}])
+def test_all_tokens_are_considered_in_the_words_of_vllm_too():
+    assert sampling_settings(parse(ChatRequest, top_k=-1), 0) == sampling_settings(parse(ChatRequest, top_k=0), 0)
+    with pytest.raises(ApiError, match="top_k"):
+        parse(ChatRequest, top_k=-2)
+
+
+def test_no_log_probabilities_may_be_asked_for_by_their_number():
+    assert parse(ChatRequest, logprobs=False, top_logprobs=0).num_logprobs is None
+
+
+@pytest.mark.parametrize(
+    "choice", [None, "none", "auto", {"type": "auto"}, {"type": "allowed_tools", "mode": "auto", "tools": []}]
+)
 def test_tools_that_need_not_be_called_are_left_out_of_account_with_a_note(choice: Any):
     tools = [{"type": "function", "function": {"name": "get_current_timestamp", "parameters": {"type": "object"}}}]
     assert unread_keys(parse(ChatRequest, tools=tools, tool_choice=choice)) == ["tools"]
@@ -230,7 +243,7 @@ def test_a_response_asks_the_same_as_a_chat():
             {"role": "user", "content": "Sure?"},
         ],
         max_completion_tokens=7, temperature=0, seed=3, logprobs=True, top_logprobs=2,
-        response_format={"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
+        response_format={"type": "json_schema", "schema": {"type": "object"}},
     )  # fmt: skip
     assert asked.as_chat() == chat
     assert parse(ResponseRequest, input="Hi").as_chat() == parse(ChatRequest)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from api_server import NAME, ask, user
+from api_server import NAME, SMALL, ask, user
 from openai.types import Completion
 from openai.types.responses import Response
+from tokenizers_for_tests import sentencepiece_like
 
 from vlm.chat.api.errors import ApiError, timed_out
+from vlm.chat.api.prompt import PromptBuilder
 from vlm.chat.api.response_form import ResponseForm
+from vlm.data.template import TEMPLATES
+from vlm.data.tokenize import ConversationTokenizer
 from vlm.export.load import LoadedModel
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -91,6 +96,20 @@ def test_a_streamed_completion_adds_up_to_the_whole_one(call: Call):
     assert texts == [choice["text"] for choice in whole["choices"]]
     assert chunks[-1][1]["usage"] == whole["usage"]
     assert sorted(c["index"] for _, chunk in chunks for c in chunk["choices"] if c["finish_reason"]) == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["vicuna", "plain"])
+def test_a_prompt_begins_as_all_prompts_of_the_model_do_and_once(loaded: LoadedModel, name: str):
+    """Whether or not the client puts the begin token there, and whether or not the tokenizer adds it by itself."""
+    tokenizer = sentencepiece_like()
+    tokens = ConversationTokenizer(tokenizer, TEMPLATES[name])
+    llama = replace(loaded, tokenizer=tokenizer, conversation_tokenizer=tokens)
+    build = PromptBuilder(llama, 1024, SMALL, "prompt")
+    written = [build._tokenize(text) for text in ("A dog", "<s>A dog")]
+    assert written[0] == written[1] == tokenizer("A dog").input_ids
+    assert written[0].count(tokenizer.bos_token_id) == 1
+    tokenizer.backend_tokenizer.post_processor = None
+    assert build._tokenize("A dog") == written[0]
 
 
 PROMPTS: dict[str, tuple[Any, str]] = {

@@ -17,6 +17,7 @@ def _whole(value: Any) -> Any:
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 NotNegative = Annotated[int, Field(ge=0, le=MAX_INT), BeforeValidator(_whole)]
 AnyWhole = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT), BeforeValidator(_whole)]
+TopK = Annotated[int, Field(ge=-1, le=MAX_INT), BeforeValidator(_whole)]
 UpTo20 = Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -54,7 +55,7 @@ class GenerationRequest(Sent):
     max_tokens: Positive | None = Field(None, description="Longest reply, in tokens.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token each time; default 1.")
     top_p: Share | None = Field(None, description="0 takes the likeliest token each time.")
-    top_k: NotNegative | None = Field(None, description="Beyond OpenAI's API. 0 considers all tokens.")
+    top_k: TopK | None = Field(None, description="Beyond OpenAI's API. 0, or -1 as vLLM has it, considers all tokens.")
     min_p: Share | None = Field(None, description="Beyond OpenAI's API. Least probability, as a share of the greatest.")
     repetition_penalty: RepetitionPenalty | None = Field(None, description="Beyond OpenAI's API. 1 is none.")
     repeat_penalty: RepetitionPenalty | None = Field(None, description="Another name of repetition_penalty.")

@@ -15,6 +15,7 @@ from vlm.chat.api.limits import Limits
 from vlm.chat.api.schemas import AssistantMessage, ChatRequest, ImagePart, Message, RefusalPart
 from vlm.chat.api.text_schemas import TextRequest
 from vlm.data.images import FORMATS, load_image, to_pixels
+from vlm.data.template import BOS
 from vlm.errors import RecordError
 from vlm.export.load import LoadedModel
 from vlm.export.messages import to_conversation
@@ -106,11 +107,11 @@ class PromptBuilder:
         return Prompt(input_ids, None, new_tokens, tuple(input_ids[-CONTEXT:]))
 
     def _tokenize(self, text: str) -> list[int]:
-        """As the tokenizer by itself reads a text, with one begin token where it adds one."""
-        tokenizer = self.loaded.tokenizer
-        ids: list[int] = tokenizer(text).input_ids
-        bos = tokenizer.bos_token_id
-        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+        """A text with its control words, after one begin token where the prompts of this model have one."""
+        begin = self.loaded.conversation_tokenizer.special_texts[BOS]
+        whole = text if text.startswith(begin) else begin + text
+        ids: list[int] = self.loaded.tokenizer(whole, add_special_tokens=False).input_ids if text else []
+        return ids
 
     def _new_tokens(self, input_ids: list[int], wanted: int | None, num_pictures: int) -> int:
         if len(input_ids) >= self.longest:

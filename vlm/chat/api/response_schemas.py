@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from vlm.chat.api.fields import AnyWhole, NotNegative, Positive, RepetitionPenalty, Schema, Sent, Share, UpTo20
+from vlm.chat.api.fields import AnyWhole, Positive, RepetitionPenalty, Schema, Sent, Share, TopK, UpTo20
 from vlm.chat.api.schemas import (
     ChatRequest,
     FunctionCall,
@@ -123,7 +123,7 @@ class ResponseRequest(Sent):
     max_output_tokens: Positive | None = Field(None, description="Longest reply, in tokens.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token each time; default 1.")
     top_p: Share | None = None
-    top_k: NotNegative | None = Field(None, description="Beyond OpenAI's API.")
+    top_k: TopK | None = Field(None, description="Beyond OpenAI's API.")
     min_p: Share | None = Field(None, description="Beyond OpenAI's API.")
     repetition_penalty: RepetitionPenalty | None = Field(None, description="Beyond OpenAI's API.")
     seed: AnyWhole | None = Field(None, description="Beyond OpenAI's API. Same seed, same draws.")
@@ -181,8 +181,7 @@ def _chat_part(part: InputText | InputImage | RefusalPart) -> dict[str, Any]:
 def _chat_format(given: TextFormat | None) -> ResponseFormat | None:
     if given is None:
         return None
-    schema = JsonSchema.model_validate({"schema": given.json_schema}) if given.type == "json_schema" else None
-    return ResponseFormat(type=given.type, json_schema=schema)
+    return ResponseFormat.model_validate({"type": given.type, "schema": given.json_schema})
 
 
 class OutputLogprob(Schema):

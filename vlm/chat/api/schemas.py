@@ -113,12 +113,15 @@ class JsonSchema(Sent):
 
 
 class ResponseFormat(Sent):
+    model_config = ConfigDict(serialize_by_alias=True)
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    bare_schema: dict[str, Any] | None = Field(None, alias="schema", description="Where llama.cpp has the schema.")
 
     @model_validator(mode="after")
     def _has_schema(self) -> ResponseFormat:
-        if self.type == "json_schema" and self.json_schema is None:
+        if self.type == "json_schema" and self.json_schema is None and self.bare_schema is None:
             raise ValueError("type json_schema needs json_schema: {name, schema}")
         return self
 
@@ -128,7 +131,7 @@ class ResponseFormat(Sent):
         if self.type == "text":
             return None
         schema = None if self.json_schema is None else self.json_schema.json_schema
-        return {"type": "object"} if self.type == "json_object" or schema is None else schema
+        return schema or self.bare_schema or {"type": "object"}
 
 
 class ChatRequest(GenerationRequest):
@@ -142,7 +145,7 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 

@@ -279,7 +279,7 @@ def sampling_settings(request: GenerationRequest, choice: int) -> SamplingSettin
     given = {
         "temperature": request.temperature,
         "top_p": request.top_p,
-        "top_k": request.top_k,
+        "top_k": None if request.top_k is None else max(request.top_k, 0),
         "min_p": request.min_p,
         "repetition_penalty": request.repetition_penalty or request.repeat_penalty,
         "presence_penalty": request.presence_penalty,

@@ -30,6 +30,7 @@ def _is_free_choice(value: Any) -> bool:
     if isinstance(value, dict) and value.get("type") == "allowed_tools":
         inner = value.get("allowed_tools")
         return (inner if isinstance(inner, dict) else value).get("mode") == "auto"
+    value = value["type"] if isinstance(value, dict) and list(value) == ["type"] else value
     return value in (None, "", "none", "auto")
 
 
