@@ -5,7 +5,7 @@ from tokenizers_for_tests import byte_level_bpe
 from torch import nn
 
 from vlm.batch import IGNORE_INDEX, Batch
-from vlm.data import records
+from vlm.data import parse
 from vlm.data.config import SourceConfig
 from vlm.data.conversation import IMAGE, Conversation, Turn
 from vlm.data.template import EOS, ChatTemplate, RoleFormat
@@ -96,17 +96,19 @@ def test_a_new_template_learns_its_replies():
 
 
 def test_a_new_data_format_is_one_function(monkeypatch):
-    def qa_turns(record, images, config):
-        return [Turn("user", (*[IMAGE] * len(images), record["question"])), Turn("assistant", (record["answer"],))]
+    def riddle_turns(draft):
+        riddle, solution = draft.fields.take("riddle"), draft.fields.take("solution")
+        return [parse._turn("user", parse._text(riddle, "riddle")), parse._turn("assistant", solution)]
 
-    known = records._parser
+    known = parse._parser
     monkeypatch.setattr(
-        records, "_parser", lambda record, *rest: qa_turns if "question" in record else known(record, *rest)
+        parse, "_parser", lambda draft: riddle_turns if "riddle" in draft.fields.values else known(draft)
     )
-    record = {"image": "a.png", "question": "What?", "answer": "A dog."}
-    conversation = records.parse_record(record, SourceConfig(path="x"))
-    assert conversation.turns == (Turn("user", (IMAGE, "What?")), Turn("assistant", ("A dog.",)))
+    record = {"image": "a.png", "riddle": "What barks?", "solution": "A dog.", "hint": "It bites."}
+    conversation = parse.parse_record(record, SourceConfig(path="x"))
+    assert conversation.turns == (Turn("user", (IMAGE, "\n", "What barks?")), Turn("assistant", ("A dog.",)))
     assert conversation.images == ("a.png",)
+    assert conversation.unread == ("hint",)
 
 
 def test_a_new_family_for_the_pipeline_is_a_line_in_its_table(monkeypatch):

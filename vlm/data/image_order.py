@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from vlm.data.conversation import IMAGE, Conversation, Part
 from vlm.errors import RecordError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vlm.data.scan import ExampleReader
 
 ImageOrder = Literal["first", "last", "keep"]
@@ -65,7 +65,7 @@ def count_image_orders(reader: ExampleReader, numbers: np.ndarray) -> dict[str, 
     if reader.tokenizer.template.only_images_of_user:
         return {}
     if len(numbers) > MOST_COUNTED:
-        numbers = numbers[np.linspace(0, len(numbers) - 1, MOST_COUNTED).astype(np.int64)]
+        numbers = numbers[[place * len(numbers) // MOST_COUNTED for place in range(MOST_COUNTED)]]
     return dict(Counter(order for one in _conversations(reader, numbers) for order in _orders(one)))
 
 
