@@ -48,7 +48,7 @@ TIMM = """
     vit_base_patch16_clip_384 beit_base_patch16_384 vit_wee_patch16_reg1_gap_256 hiera_tiny_224 gcvit_xxtiny
     coatnet_nano_rw_224 mobilevit_xxs fastvit_t8 tiny_vit_21m_384 tiny_vit_21m_512 levit_128s efficientvit_b0
     nextvit_small vit_xsmall_patch16_clip_224 vit_betwixt_patch16_reg4_gap_256 twins_svt_small edgenext_xx_small
-    crossvit_9_240 visformer_tiny pvt_v2_b0 repvit_m0_9 mambaout_femto
+    resnet50_clip visformer_tiny pvt_v2_b0 repvit_m0_9 mambaout_femto
 """.split()  # noqa: SIM905 - a list of names is read in columns
 HF = [
     f"{kind}:{option}"
@@ -97,8 +97,9 @@ def _prove_encoder(name: str, root: Path) -> Row:
         _export(plain | {"trainable": ["projector"]}, root / "full", full=True),
         _export(plain | {"trainable": ["projector", "vision"]}, root / "parts", full=False),
     ]
-    shape = json.loads((root / "full" / "shape.json").read_text())
-    return Row(name, f"{shape['size']} px, {shape['patches']} patches", *_judged(cells))
+    described = root / "full" / "shape.txt"
+    shape = described.read_text() if described.is_file() else "not built"
+    return Row(name, shape, *_judged(cells))
 
 
 def _prove_decoder(name: str, root: Path) -> Row:
@@ -170,7 +171,7 @@ def _write_run(run: Path, config: ModelConfig) -> None:
     )  # fmt: skip
     vision = built.model.vision
     if vision is not None:
-        (run / "shape.json").write_text(json.dumps({"size": vision.image_size, "patches": vision.num_patches}))
+        (run / "shape.txt").write_text(f"{vision.image_size} px, {vision.num_patches} patches")
 
 
 def _write_encoder(name: str, folder: Path) -> dict[str, Any]:

@@ -157,6 +157,17 @@ def test_a_timm_encoder_of_another_size_than_its_class(full: bool, tmp_path: Pat
         assert torch.equal(loaded.model.encode_images(pixels), built.model.encode_images(pixels))
 
 
+def test_a_timm_network_of_two_sets_of_tokens_is_refused_by_name():
+    import timm
+
+    from vlm.errors import ConfigError
+    from vlm.models.vision import FeatureMapTower
+
+    tower = FeatureMapTower(timm.create_model("crossvit_tiny_240", num_classes=0))
+    with pytest.raises(ConfigError, match="CrossVit ends in 2 sets of tokens"):
+        tower(torch.zeros(1, 3, 240, 240))
+
+
 @pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers"])
 def test_dinov2_up_to_an_inner_block(kind: str, tmp_path: Path):
     from transformers import AutoConfig, AutoModel

@@ -223,6 +223,9 @@ class FeatureMapTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         features = self.model.forward_features(pixel_values)
+        if not isinstance(features, Tensor):  # CrossViT
+            kind = type(self.model).__name__
+            raise ConfigError(f"model.vision: {kind} ends in {len(features)} sets of tokens, and one is needed")
         if features.ndim == 4:
             return features.flatten(1, 2) if self.channels_last else features.flatten(2).transpose(1, 2)
         return _select_tokens(features, self.num_prefix, self.keep_class)
