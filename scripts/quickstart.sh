@@ -45,7 +45,7 @@ fi
 picture=$data/images/$($python -c 'import json, sys; print(json.loads(open(sys.argv[1]).readline())["image"])' $data/$test.jsonl)
 run=cache/runs/$project
 
-say "Stage 1 of 2: pretrain on captions, the projector alone"
+say "Stage 1 of 2: pretrain on captions"
 $vlm train $project/pretrain
 $vlm export $run/pretrain
 say "Stage 2 of 2: finetune on conversations"

@@ -75,10 +75,8 @@ def train(config: RunConfig, config_text: str) -> Path:
         if built.model.vision is not None and built.model.vision.compute is not None:
             identity[VISION_COMPUTE] = built.model.vision.compute.name
         data_settings = flatten(config.data.model_dump(mode="json", include=_DATA_SETTINGS), "data")
-        state = RunState(run.path, engine, data.train.fingerprint, identity, data_settings, start)
-        if is_main():
-            plan = data.train.plan
-            state.image_orders = count_image_orders(plan.scan.reader, plan.with_images)
+        orders = count_image_orders(data.train.plan.scan.reader, data.train.plan.with_images) if is_main() else {}
+        state = RunState(run.path, engine, data.train.fingerprint, identity, data_settings, start, image_orders=orders)
         start_step = 0
         if checkpoint is not None:
             start_step = state.load(checkpoint)

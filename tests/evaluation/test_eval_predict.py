@@ -214,18 +214,18 @@ def test_shuffled_images_of_a_ranking_cost_nothing_as_they_stay_in_their_group(
     root: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ):
     path = write_records(root / "caption.json", caption_records())
-    prompts: list[int] = []
+    asked: list[tuple[int, int]] = []  # prompts, replies to them
     merge = predict._merge
 
     def counting(questions: Any) -> Any:
         merged = merge(questions)
-        prompts.append(len(merged[0]))
+        asked.append((len(merged[0]), sum(len(prompt.replies) for prompt in merged[0])))
         return merged
 
     monkeypatch.setattr(predict, "_merge", counting)
     task = TaskConfig(name="caption", kind="ranking", num_candidates=3, path=path)
     (row,) = run_tasks(loaded, EvaluationConfig(tasks=(task,)), root / "cache")
-    assert prompts == [6]  # not 12
+    assert asked == [(6, 18)]  # three each, which with images of other groups would be more
     assert row.shuffled is not None
 
 

@@ -6,10 +6,11 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from vlm.cli.options import ImageOrderOption, image_order_of
 from vlm.errors import CheckpointError, ConfigError
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -36,13 +37,7 @@ def chat(
         str | None,
         _option("--prompt-template", help="Chat template instead of the export's. 替换导出时的对话模板。"),
     ] = None,
-    image_order: Annotated[
-        Literal["auto", "first", "last", "keep"],
-        _option(
-            "--image-order",
-            help="Images before or after words, or as they come; auto: as in training. 图片在文字前、后或按原顺序。",
-        ),
-    ] = "auto",
+    image_order: ImageOrderOption = "auto",
     bot_name: Annotated[
         str,
         _option("--bot-name", help="Stands before answers, and for {bot_name} in --system. 回答前显示的名字。"),
@@ -119,7 +114,7 @@ def chat(
         precision=_DTYPES.get(dtype, dtype),  # type: ignore[arg-type]  # `load` checks it
         adapter=adapter,
         template=prompt_template,
-        image_order=None if image_order == "auto" else image_order,
+        image_order=image_order_of(image_order),
         bits=bits,
         device_map=device_map,
         offload_folder=offload_folder,

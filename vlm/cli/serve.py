@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from vlm.cli.options import ImageOrderOption, image_order_of
 from vlm.errors import CheckpointError, ConfigError, MissingPackageError
 
 
@@ -76,12 +77,7 @@ def serve(
     access_log: Annotated[
         bool, typer.Option("--access-log", help="A line for each request. 每个请求记一行日志。")
     ] = False,
-    image_order: Annotated[
-        Literal["auto", "first", "last", "keep"],
-        typer.Option(
-            help="Images before or after words, or as they come; auto: as in training. 图片在文字前、后或按原顺序。"
-        ),
-    ] = "auto",
+    image_order: ImageOrderOption = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16. 计算精度。")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda. 设备。")] = "auto",
 ) -> int:
@@ -94,8 +90,7 @@ def serve(
     def load_model():  # type: ignore[no-untyped-def]
         from vlm.export.load import load
 
-        order = None if image_order == "auto" else image_order
-        return load(export, device, precision, image_order=order)  # type: ignore[arg-type]
+        return load(export, device, precision, image_order=image_order_of(image_order))  # type: ignore[arg-type]
 
     return run_server(
         load_model,

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from vlm.cli.options import ImageOrderOption, image_order_of
 from vlm.errors import CheckpointError, ConfigError
 
 DEFAULT_RUNS = Path("cache/runs")
@@ -60,12 +61,7 @@ def webui(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=4096, help="First value in the panel. 面板中回答长度的初始值。")
     ] = 256,
-    image_order: Annotated[
-        Literal["auto", "first", "last", "keep"],
-        typer.Option(
-            help="Images before or after words, or as they come; auto: as in training. 图片在文字前、后或按原顺序。"
-        ),
-    ] = "auto",
+    image_order: ImageOrderOption = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda. 设备。")] = "auto",
 ) -> None:
     """Chat in the browser. 在浏览器中与模型对话。"""
@@ -98,8 +94,7 @@ def webui(
         settings=GenerationSettings(max_new_tokens=max_new_tokens),
         examples=tuple(find_examples(examples)) if examples is not None else (),
     )
-    order = None if image_order == "auto" else image_order
-    run_web(ModelStore(found, device, max_loaded, image_order=order), options)
+    run_web(ModelStore(found, device, max_loaded, image_order=image_order_of(image_order)), options)
 
 
 def main_webui_demo() -> None:

@@ -40,8 +40,8 @@ class FolderIndex:
             log(f"data: {self.name}: {num_litter} pictures in hidden files or folders are left out")
         if not self.names:
             raise DataError(f"data folder {folder} holds no pictures ({' '.join(IMAGE_SUFFIXES)}){self._others()}")
-        others = self._others()
-        if others and not any((self.folder / name).with_suffix(".txt").is_file() for name in self.names):
+        has_captions = any((self.folder / name).with_suffix(".txt").is_file() for name in self.names)
+        if not has_captions and (others := self._others()):
             raise DataError(
                 f"data folder {folder}: none of its {len(self.names)} pictures has a .txt beside it{others}"
             )

@@ -73,7 +73,7 @@ def derangement(items: Sequence[Item], seed: int, groups: Mapping[Item, Hashable
     """
     members: dict[Hashable, list[Item]] = {}
     for item in sorted(set(items), key=str):
-        members.setdefault(groups and groups[item], []).append(item)
+        members.setdefault(None if groups is None else groups[item], []).append(item)
     cycles = [cycle for cycle in members.values() if len(cycle) > 1]
     alone = [item for cycle in members.values() if len(cycle) == 1 for item in cycle]
     if len(alone) == 1 and cycles:

@@ -5,7 +5,7 @@ The model is made on the meta device, and only what is wanted is read from the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,15 +156,12 @@ def build_stage(
     with forked_random_state():
         torch.manual_seed(seed)
         model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
-    shapes, trained = _describe(model, is_tied)
-    left_alone = frozenset(map(canonical_name, undecayed(model)))
+    shapes, trained, left_alone = _describe(model, is_tied)
     _remove_other_stages(model, own, keep_vision=number == 0)
-    with Progress("model: loaded", len(later), "blocks") as progress:
-        for done, name in enumerate(later):
-            assert spread is not None
+    if spread is not None:
+        for name in _told(later):
             _read_own_weights(llm, [name], files, dtype, num_real)
             spread(llm.get_submodule(name).to(device))
-            progress.show(done + 1)
     built = Assembled(model.to(device), tokenizer, spec, image_token_id)
     stage = Stage(built, number, tuple(cuts), shapes, trained, left_alone, is_tied)
     stage.layers.extend(pipeline_layers(model, first, stop))
@@ -233,13 +230,22 @@ def _tie_as_the_files_do(llm: Any, files: WeightFiles) -> bool:
     return True
 
 
-def _describe(model: Any, is_tied: bool) -> tuple[Shapes, frozenset[str]]:
-    """Shapes of all weights of the whole model by canonical name, and which of them train."""
+def _told(blocks: Sequence[str]) -> Iterator[str]:
+    """The names of blocks, with lines in the log that say how many are done."""
+    with Progress("model: loaded", len(blocks), "blocks") as progress:
+        for done, name in enumerate(blocks, 1):
+            yield name
+            progress.show(done)
+
+
+def _describe(model: Any, is_tied: bool) -> tuple[Shapes, frozenset[str], frozenset[str]]:
+    """Shapes of all weights of the whole model by canonical name, which of them train, which are not decayed."""
     everything = {name: tensor for part in PARTS for name, tensor in part_weights(model, part).items()}
     if is_tied:  # on a stage with one of the two they are no longer one tensor
         everything.pop(f"llm.{llm_parts(model.llm.config).head}.weight", None)
     trained = frozenset(name for name, tensor in everything.items() if tensor.requires_grad)
-    return {name: tuple(tensor.shape) for name, tensor in everything.items()}, trained
+    left_alone = frozenset(map(canonical_name, undecayed(model)))
+    return {name: tuple(tensor.shape) for name, tensor in everything.items()}, trained, left_alone
 
 
 def _block_names(llm: Any) -> list[str]:

@@ -20,8 +20,10 @@ def average_statistics(model: nn.Module, group: dist.ProcessGroup | None = None)
     Args:
         group: of the ranks that hold the same part of the model; None is all.
     """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    if not norms or not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if not norms:
         return
     statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
     flat = torch.cat([values.float() for values in statistics])
