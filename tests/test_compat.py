@@ -17,6 +17,7 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_torchvision_imports_after_prepare():
     code = """
 from vlm.compat import prepare
@@ -49,6 +50,7 @@ FULL = ["nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schemas", [FULL, FULL[:1]], ids=["both", "nms only"])
 @pytest.mark.parametrize("looks_first", [True, False], ids=["stub defines first", "stub defines while we look"])
 def test_operators_that_a_stub_has_defined_are_not_defined_again(schemas: list[str], looks_first: bool):

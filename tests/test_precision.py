@@ -90,6 +90,7 @@ def test_a_cache_that_cannot_be_written_costs_a_measurement_only(machine, monkey
     assert precision.cpu_speed() == NEWER
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_choose_alike(tmp_path):
     """Each would measure something else; the first one's result is everybody's."""
     measure = "lambda: [time.sleep(1), os.getpid()]"

@@ -45,6 +45,7 @@ def store(runs: Path, max_loaded: int) -> tuple[ModelStore, list[str]]:
     return ModelStore(find_exports(None, runs), max_loaded=max_loaded, load_export=load), loads
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_once_and_the_one_asked_longest_ago_goes(runs: Path):
     models, loads = store(runs, max_loaded=2)
     first = models.get(0)

@@ -57,6 +57,7 @@ TEXTS = st.sampled_from(["a", "\nb", "c\n", " d", "\n"])
 MESSAGE = st.lists(st.one_of(st.just(None), TEXTS), min_size=1, max_size=5)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(message=MESSAGE, order=st.sampled_from(["first", "last", "keep"]), name=st.sampled_from(["chatml", "llama3"]))
 def test_the_exported_template_puts_them_where_our_prompts_have_them(message: list[Any], order: Any, name: str):

@@ -246,6 +246,7 @@ def generated(suffix: str, count: int) -> Iterator[str]:
     yield closing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
 def test_memory_stays_flat_with_50_000_records(tmp_path, suffix):
     """Measured: 1.6 MB while scanning (24 bytes a record and the growing of the array), 4 KB once indexed.
@@ -281,6 +282,7 @@ def test_one_text_of_20_mb_needs_no_stack():
     assert int(done.stdout) < 20  # MB more than the text itself; measured 0
 
 
+@pytest.mark.slow
 def test_many_broken_records_cost_no_more_than_a_few_passes():
     """Every record lacks a bracket, so each look for its end goes to the end of the file: given up in time.
 
@@ -408,6 +410,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @FUZZ
 @given(records=st.lists(st.dictionaries(st.text(max_size=4), JSON, max_size=3), max_size=5), data=st.data())
 def test_every_list_and_every_jsonl_is_read_back_as_json_reads_it(records, data):

@@ -223,6 +223,7 @@ def test_a_file_that_is_listed_twice_is_held_out_in_the_same_places(records, bpe
     assert held_out == {where for batch in alone.held_out for where in batch.where}
 
 
+@pytest.mark.slow
 def test_a_million_records_are_planned_in_seconds():
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(5.5, 0.7, 1_000_000).astype(int) + 30, 2048)

@@ -32,6 +32,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_base_models_are_found_above_the_export(root):
     picture = write_picture(root / "a.png")
     export = root / "cache/runs/x/export"
@@ -41,12 +42,14 @@ def test_base_models_are_found_above_the_export(root):
     assert vlm.load("../training/cache/runs/x/export", precision="fp32").config == model.config
 
 
+@pytest.mark.slow
 def test_what_exists_here_goes_before_what_is_above(root, monkeypatch):
     monkeypatch.chdir(root)
     manifest = read_manifest(Path("cache/runs/x/export"))
     assert with_bases_found(manifest, Path("cache/runs/x/export")).model == manifest.model
 
 
+@pytest.mark.slow
 def test_an_adapter_that_went_on_training_the_exports_own_is_known_from_anywhere(root, monkeypatch):
     export, more = root / "cache/runs/x/export", root / "cache/runs/y/export"
     manifest = read_manifest(export)
@@ -56,6 +59,7 @@ def test_an_adapter_that_went_on_training_the_exports_own_is_known_from_anywhere
     assert not with_start_found(replace(adapter, replaces_own=False), other, read_manifest(other)).replaces_own
 
 
+@pytest.mark.slow
 def test_a_base_model_that_is_nowhere_says_where_it_was_looked_for(root):
     (root / "cache/llm").rename(root / "moved")
     with pytest.raises(CheckpointError) as caught:
@@ -66,6 +70,7 @@ def test_a_base_model_that_is_nowhere_says_where_it_was_looked_for(root):
     )
 
 
+@pytest.mark.slow
 def test_a_name_of_a_hub_stays_a_name(root):
     export = root / "cache/runs/x/export"
     manifest = read_manifest(export)

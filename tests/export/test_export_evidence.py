@@ -43,6 +43,7 @@ def test_an_export_holds_the_proof_and_its_card_sums_it_up(run: Path, full: bool
     assert "Not made: initial_weights." in card
 
 
+@pytest.mark.slow
 def test_a_proof_that_failed_stands_in_the_card_as_such(run: Path):
     proof = json.loads((run / "proof.json").read_text())
     proof["checks"].append(check("packed_alone", False))
@@ -50,6 +51,7 @@ def test_a_proof_that_failed_stands_in_the_card_as_such(run: Path):
     assert "**Failed**, and trained all the same: packed_alone." in (export_run(run) / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_without_a_proof_is_exported_without_one(run: Path):
     (run / "proof.json").unlink()
     export = export_run(run)
@@ -57,6 +59,7 @@ def test_a_run_without_a_proof_is_exported_without_one(run: Path):
     assert "## Proof" not in (export / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "is_shown"), [(7, True), (6, False)])
 def test_figures_go_into_the_card_if_they_are_of_these_weights(run: Path, steps: int, is_shown: bool):
     (run / "evaluation.json").write_text(json.dumps({"steps": steps, "results": [ROW]}))

@@ -80,6 +80,7 @@ def stock(export: Path, picture: Path, question: str, **backend: str) -> tuple[A
         return inputs, model(**inputs).logits[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_stock_transformers_computes_the_same_logits_from_the_same_picture(case: str, tmp_path: Path):
     run, built = build_case(tmp_path, CASES[case])
@@ -92,6 +93,7 @@ def test_stock_transformers_computes_the_same_logits_from_the_same_picture(case:
     assert (logits[:, : expected.shape[1]] - expected).abs().max().item() < TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_processor_makes_the_same_pixels_with_pillow(tmp_path: Path):
     run, built = build_case(tmp_path, {"vision": {"background": MEAN}})  # transformers' own colour: nothing was folded
     picture = write_picture(tmp_path / "picture.png", size=(61, 33))
@@ -101,6 +103,7 @@ def test_the_processor_makes_the_same_pixels_with_pillow(tmp_path: Path):
     assert (inputs["pixel_values"] - pixels).abs().max().item() < 1e-6
 
 
+@pytest.mark.slow
 def test_the_processor_is_one_grey_level_off_at_most_with_torchvision(tmp_path: Path):
     """transformers' default resizes with torchvision, which rounds a few pixels the other way."""
     run, built = build_case(tmp_path, {"vision": {"background": MEAN}})
@@ -121,6 +124,7 @@ def test_another_picture_gives_other_logits(tmp_path: Path):
     assert (one - two).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_placeholder_is_never_the_likeliest_next_token(tmp_path: Path):
     """Its id lies beyond the embedding, so a row was added: the mean of the others, whose logit is the mean logit."""
     run, built = build_case(tmp_path, {})
@@ -132,6 +136,7 @@ def test_the_placeholder_is_never_the_likeliest_next_token(tmp_path: Path):
     assert (logits[:, -1] < others.max(1).values).all()
 
 
+@pytest.mark.slow
 def test_the_template_marks_replies_for_assistant_masks(tmp_path: Path):
     from transformers import AutoTokenizer
 
@@ -145,6 +150,7 @@ def test_the_template_marks_replies_for_assistant_masks(tmp_path: Path):
     assert tokenizer.decode([token for token, mask in pairs if mask]) == "Yes.<|im_end|>"
 
 
+@pytest.mark.slow
 def test_generation_stops_where_the_template_ends_a_reply(tmp_path: Path):
     from transformers import GenerationConfig
 
@@ -162,6 +168,7 @@ def test_we_read_the_folder_back_and_say_the_same(tmp_path: Path):
     assert replies[0] == replies[1] != ""
 
 
+@pytest.mark.slow
 def test_the_whole_folder_needs_no_base_models(tmp_path: Path):
     run, _ = build_case(tmp_path, {})
     export = export_run(run, full=True)
@@ -171,6 +178,7 @@ def test_the_whole_folder_needs_no_base_models(tmp_path: Path):
     assert load(export, device="cpu", precision="fp32").chat("What?", [picture], max_new_tokens=4) != ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -189,6 +197,7 @@ def test_what_llava_cannot_express_becomes_a_vlm_folder_and_says_why(
     assert (export / "vision.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_rounding_to_bfloat16_on_request(tmp_path: Path):
     from safetensors import safe_open
 

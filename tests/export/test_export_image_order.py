@@ -53,6 +53,7 @@ def prompt(loaded: LoadedModel, messages: list[dict[str, Any]]) -> list[int]:
     return loaded.conversation_tokenizer.prompt(to_conversation(messages, (), loaded.template))
 
 
+@pytest.mark.slow
 def test_words_before_the_image_are_asked_as_the_data_had_them(root: Path, loaded: LoadedModel):
     assert read_manifest(root / "run" / "export").image_order == "first"
     image_first, words_first = question(root, "image", "words"), question(root, "words", "image")
@@ -97,6 +98,7 @@ def test_mixed_data_and_runs_that_did_not_count_leave_the_order_to_the_client(
     assert read_manifest(folder).image_order == "keep"
 
 
+@pytest.mark.slow
 def test_a_stage_without_images_and_words_has_the_order_of_the_one_before(root: Path, tmp_path: Path):
     write_run(tmp_path / "next", model_config(root), init_from=root / "run" / "export")
     for orders, expected in (({}, "first"), ({"last": 9}, "last")):

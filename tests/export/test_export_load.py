@@ -260,6 +260,7 @@ def test_what_does_not_fit_is_refused_line_by_line(root: Path, changes: dict[str
         assert caught.match(line)
 
 
+@pytest.mark.slow
 def test_another_width_of_encoder_or_language_model_is_refused_line_by_line(root: Path, tmp_path: Path):
     wide = {"backend": "hf", "path": str(write_clip(tmp_path / "wide", width=64)), "layer": -2}
     with pytest.raises(CheckpointError, match=r"projector\.layers\.0\.weight: \[32, 32\] -> \[32, 64\]"):
@@ -325,6 +326,7 @@ def test_another_base_model_at_the_same_path_is_refused_tensor_by_tensor(root: P
     assert load(export, "cpu", "fp32").chat("Hello", max_new_tokens=2) is not None
 
 
+@pytest.mark.slow
 def test_another_encoder_at_the_same_path_is_refused(tmp_path: Path):
     write_run(tmp_path / "run", model_config(tmp_path))
     export = export_run(tmp_path / "run")

@@ -56,6 +56,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: fl
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_folded_in_to_the_bit_as_peft_merges_it(root: Path):
     from vlm.export.manifest import read_manifest
     from vlm.export.parts import read_parts
@@ -84,6 +85,7 @@ def test_an_adapter_that_went_on_from_the_exports_own_replaces_it(root: Path):
     assert_equal(llm(loaded(root, "own", adapter=root / "own" / "export")), llm(loaded(root, "own")))
 
 
+@pytest.mark.slow
 def test_a_full_export_takes_an_adapter_unless_one_is_merged_into_it(root: Path, tmp_path: Path):
     plain = export_run(root / "plain", tmp_path / "plain", full=True)
     model = load(plain, device="cpu", precision="fp32", adapter=root / "style" / "export")

@@ -22,6 +22,7 @@ FULL = {"trainable": ["projector", "llm"], "lora": None}
 VISION = {"trainable": ["projector", "vision"], "lora": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "now"),
     [(PROJECTOR, ADAPTERS), (ADAPTERS, ADAPTERS), (ADAPTERS, FULL), (ADAPTERS, PROJECTOR), (FULL, ADAPTERS),
@@ -49,6 +50,7 @@ def test_every_stage_gets_what_the_whole_model_gets(tmp_path: Path, before: Any,
     assert found == expected.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("now", "message"),
     [
@@ -66,6 +68,7 @@ def test_what_does_not_fit_is_refused_on_every_stage(tmp_path: Path, now: Any, m
             load_init_stage(build_stage(config, (1,), number), config, export)
 
 
+@pytest.mark.slow
 def test_another_language_model_is_noticed_on_every_stage(tmp_path: Path):
     write_run(tmp_path / "run", model_config(tmp_path))
     export = export_run(tmp_path / "run")

@@ -84,6 +84,7 @@ def test_names_that_would_change_what_transformers_5_reads_are_left_out(tmp_path
     assert read(tmp_path / "llm" / "config.json") == before
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_of_a_class_that_every_transformers_has(tmp_path: Path):
     from transformers import AutoTokenizer
 
@@ -101,6 +102,7 @@ def test_the_tokenizer_is_of_a_class_that_every_transformers_has(tmp_path: Path)
         assert "<|call|>" in AutoTokenizer.from_pretrained(export).all_special_tokens
 
 
+@pytest.mark.slow
 def test_what_images_look_like_is_said_where_older_programs_look(tmp_path: Path):
     write_run(tmp_path / "run", model_config(tmp_path))
     for full in (False, True):
@@ -166,6 +168,7 @@ def test_whoever_tokenizes_a_rendered_prompt_gets_the_ids_of_the_training(templa
             assert tokenizer(text, **settings).input_ids == ids
 
 
+@pytest.mark.slow
 def test_the_processor_of_a_llava_export_adds_no_second_begin_token(tmp_path: Path):
     from PIL import Image
     from transformers import AutoProcessor
@@ -234,6 +237,7 @@ def test_checkpoints_and_cached_features_follow_it_too(tmp_path: Path):
     assert [file.stat().st_mode & 0o777 for file in files] == [0o644, 0o644]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unshuffle", [1, 2], ids=["llava", "vlm"])
 def test_a_whole_export_names_no_folder_of_the_machine(unshuffle: int, tmp_path: Path):
     config = model_config(tmp_path, projector={"kind": "linear", "unshuffle": unshuffle})

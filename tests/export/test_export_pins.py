@@ -68,6 +68,7 @@ def test_a_changed_setting_is_a_changed_model_and_a_new_version_stamp_is_none(tm
     assert "config.json" in refused(run)
 
 
+@pytest.mark.slow
 def test_the_export_that_a_run_began_with_is_pinned_in_the_parts_that_the_run_leaves_alone(tmp_path: Path):
     first = model_config(tmp_path, lora=None, trainable=["projector"])
     write_run(tmp_path / "one", first)

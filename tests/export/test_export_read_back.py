@@ -138,6 +138,7 @@ def test_what_differs_is_named(change: dict[str, Any], line: str):
 # --- what it found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_a_timm_encoder_of_another_size_than_its_class(full: bool, tmp_path: Path):
     import timm
@@ -168,6 +169,7 @@ def test_a_timm_network_of_two_sets_of_tokens_is_refused_by_name():
         tower(torch.zeros(1, 3, 240, 240))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers"])
 def test_dinov2_up_to_an_inner_block(kind: str, tmp_path: Path):
     from transformers import AutoConfig, AutoModel
@@ -195,6 +197,7 @@ def test_a_head_with_a_bias_is_not_written_for_a_class_that_has_none(family: str
     assert_equal(built, export)
 
 
+@pytest.mark.slow
 def test_a_head_that_llava_does_not_compute_is_found_by_asking_its_class(tmp_path: Path, monkeypatch: Any, capsys: Any):
     write_decoder(tmp_path / "llm", "cohere", logit_scale=0.5)
     built = write_run(tmp_path / "run", model_config(tmp_path, lora=None, trainable=["projector"]))
@@ -204,6 +207,7 @@ def test_a_head_that_llava_does_not_compute_is_found_by_asking_its_class(tmp_pat
     assert_equal(built, export)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "opt"])
 def test_a_decoder_that_llava_cannot_hold_becomes_a_vlm_folder(family: str, tmp_path: Path, capsys: Any):
     write_decoder(tmp_path / "llm", family, **VOCABULARIES[family])
@@ -227,6 +231,7 @@ def test_an_export_of_earlier_versions_gets_its_head_s_bias_back(tmp_path: Path,
     assert "leaves lm_head.bias of this export out; vlm does not" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", VOCABULARIES)
 def test_a_trained_language_model_with_a_padded_vocabulary(family: str, tmp_path: Path):
     write_decoder(tmp_path / "llm", family, **VOCABULARIES[family])
@@ -252,6 +257,7 @@ def test_the_language_model_s_own_folder_names_the_template_s_end(full: bool, tm
     assert load(export, "cpu", "fp32").conversation_tokenizer.stop_ids == set(both)
 
 
+@pytest.mark.slow
 def test_a_model_loaded_in_bfloat16_keeps_its_rotary_frequencies(tmp_path: Path):
     """Rounded to bfloat16, as all that `llm.to(dtype)` touches, they are 0.2 % off: 2 radians at position 1,000."""
     write_run(tmp_path / "run", model_config(tmp_path))

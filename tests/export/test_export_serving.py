@@ -227,6 +227,7 @@ def misplaced(names: dict[str, Shape], places: dict[Place, Shape]) -> list[str]:
 # --- weights
 
 
+@pytest.mark.slow
 def test_every_tensor_lands_on_a_parameter_of_vllm_and_none_stays_unset(export: Export):
     assert misplaced(export.shapes, vllm_places(export.config)) == []
 
@@ -245,6 +246,7 @@ def test_every_tensor_lands_on_a_parameter_of_sglang_and_none_stays_unset(export
     assert {sglang_name(name): shape for name, shape in export.shapes.items()} == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_the_check_finds_what_older_exports_had_wrong(tower: str, tmp_path: Path):
     """Without the level `vision_model`, with SigLIP's pooling head, with one more block, with a tensor left out."""
@@ -312,6 +314,7 @@ def test_the_placeholder_is_one_token_with_a_row_in_the_embedding(export: Export
     assert index < export.config["text_config"]["vocab_size"]
 
 
+@pytest.mark.slow
 def test_a_linear_projector_is_for_transformers_only(tmp_path: Path):
     export = make_export(tmp_path, {"projector": {"kind": "linear"}})
     assert export.config["projector_hidden_act"] == "linear"
@@ -335,6 +338,7 @@ def test_the_processor_makes_pictures_of_the_size_that_the_tower_takes(export: E
     assert ids.count(export.config["image_token_index"]) == export.config["image_seq_length"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alpaca", "chatml", "internlm2", "llama2"])  # llama3 needs tokens of its own
 def test_a_request_of_openais_client_becomes_the_tokens_of_training(name: str, tmp_path: Path):
     """Both engines hand a picture on as `{"type": "image"}` and text as it came, without the line break between."""
@@ -355,6 +359,7 @@ def test_a_request_of_openais_client_becomes_the_tokens_of_training(name: str, t
         assert list(found) == trained
 
 
+@pytest.mark.slow
 def test_the_system_prompt_of_the_run_is_the_templates_default(tmp_path: Path):
     from transformers import AutoTokenizer
 

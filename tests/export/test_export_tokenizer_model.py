@@ -14,6 +14,7 @@ import vlm
 from vlm.export.weights import export_run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_the_export_has_a_tokenizer_json_with_sentencepieces_ids(tmp_path: Path, full: bool):
     from transformers import AutoTokenizer

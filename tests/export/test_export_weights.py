@@ -72,6 +72,7 @@ def test_peft_alone_loads_the_adapter(tmp_path: Path):
     assert (plain - expected).abs().max().item() > 0.1
 
 
+@pytest.mark.slow
 def test_a_whole_trained_language_model_is_a_folder_that_transformers_loads(tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
@@ -89,6 +90,7 @@ def test_a_whole_trained_language_model_is_a_folder_that_transformers_loads(tmp_
     assert not read_run(tmp_path / "run").part("llm.lora")
 
 
+@pytest.mark.slow
 def test_a_full_vlm_folder_honours_the_shard_size_and_needs_no_base_models(tmp_path: Path):
     config = model_config(tmp_path, projector={"kind": "linear", "unshuffle": 2})
     write_run(tmp_path / "run", config)
@@ -102,6 +104,7 @@ def test_a_full_vlm_folder_honours_the_shard_size_and_needs_no_base_models(tmp_p
     assert load(full, device="cpu", precision="fp32").chat("What?", [picture], max_new_tokens=8) == expected != ""
 
 
+@pytest.mark.slow
 def test_a_timm_encoder_travels_in_a_full_vlm_folder(tmp_path: Path):
     from vlm.compat import prepare
 
@@ -123,6 +126,7 @@ def test_a_timm_encoder_travels_in_a_full_vlm_folder(tmp_path: Path):
     assert load(full, "cpu", "fp32").chat("What?", [picture], max_new_tokens=8) == expected != ""
 
 
+@pytest.mark.slow
 def test_a_trained_encoder_is_part_of_the_export(tmp_path: Path):
     built = write_run(tmp_path / "run", model_config(tmp_path, trainable=["projector", "vision"], lora=None))
     export = export_run(tmp_path / "run")
@@ -133,6 +137,7 @@ def test_a_trained_encoder_is_part_of_the_export(tmp_path: Path):
         assert torch.equal(loaded.model.encode_images(pixels), built.model.encode_images(pixels))
 
 
+@pytest.mark.slow
 def test_a_plain_language_model_exports_too(tmp_path: Path):
     config = model_config(tmp_path, vision=None, trainable=["llm.lora"])
     write_run(tmp_path / "run", config)
@@ -141,6 +146,7 @@ def test_a_plain_language_model_exports_too(tmp_path: Path):
     assert parts == full != ""
 
 
+@pytest.mark.slow
 def test_the_second_stage_carries_over_what_only_the_first_trained(tmp_path: Path):
     write_run(tmp_path / "one", model_config(tmp_path, trainable=["projector"], lora=None))
     first = export_run(tmp_path / "one")
@@ -153,6 +159,7 @@ def test_the_second_stage_carries_over_what_only_the_first_trained(tmp_path: Pat
     assert manifest["trained"] == ["projector", "llm.lora"]
 
 
+@pytest.mark.slow
 def test_an_adapter_that_the_next_stage_left_alone_is_carried_over(tmp_path: Path):
     write_run(tmp_path / "one", model_config(tmp_path))
     first = export_run(tmp_path / "one")
@@ -165,6 +172,7 @@ def test_an_adapter_that_the_next_stage_left_alone_is_carried_over(tmp_path: Pat
         assert (loaded.model.llm(ids).logits - two.model.llm(ids).logits).abs().max().item() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary_survives_both_kinds_of_export(tmp_path: Path):
     llm = {"path": str(tmp_path / "llm"), "pad_vocab_to_multiple_of": 512}
     built = write_run(tmp_path / "run", model_config(tmp_path, llm=llm))
@@ -177,6 +185,7 @@ def test_a_padded_vocabulary_survives_both_kinds_of_export(tmp_path: Path):
         assert (found - built.model.llm(ids).logits).abs().max().item() < 1e-4  # worst difference seen: 1.0e-5
 
 
+@pytest.mark.slow
 def test_the_card_names_base_models_data_template_and_what_trained(tmp_path: Path):
     write_run(tmp_path / "run", model_config(tmp_path))
     card = (export_run(tmp_path / "run") / "README.md").read_text()
@@ -187,6 +196,7 @@ def test_the_card_names_base_models_data_template_and_what_trained(tmp_path: Pat
     assert "AutoProcessor" in (export_run(tmp_path / "run", full=True) / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_newest_intact_checkpoint_is_taken(tmp_path: Path):
     config = model_config(tmp_path)
     built = write_run(tmp_path / "run", config)
@@ -199,6 +209,7 @@ def test_the_newest_intact_checkpoint_is_taken(tmp_path: Path):
     assert json.loads((export_run(tmp_path / "run") / "vlm.json").read_text())["origin"]["steps"] == 7
 
 
+@pytest.mark.slow
 def test_kill_9_while_exporting_leaves_the_run_as_it_was_and_the_next_export_works(tmp_path: Path):
     write_run(tmp_path / "run", model_config(tmp_path))
     code, _ = run_warm(export_run, tmp_path / "run", VLM_FAULT="export:weights=kill")
@@ -241,6 +252,7 @@ def test_a_base_model_that_changed_shape_since_the_training_is_named(tmp_path: P
     assert not (tmp_path / "run" / "export-full").exists()
 
 
+@pytest.mark.slow
 def test_no_file_but_safetensors_holds_weights(tmp_path: Path):
     write_run(tmp_path / "run", model_config(tmp_path))
     for full in (False, True):

@@ -122,6 +122,7 @@ def test_pictures_stay_with_their_reply(with_pictures: VisionLanguageModel):
     assert len({tuple(ids) for ids in expected}) > 1
 
 
+@pytest.mark.slow
 def test_replies_join_and_leave_while_others_are_written(llama: VisionLanguageModel):
     """At random: some are added late, some end early, some are cancelled. None is disturbed."""
     rng = random.Random(3)

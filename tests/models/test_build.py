@@ -95,6 +95,7 @@ def test_language_models_have_the_published_number_of_weights(name: str, count: 
     assert model.llm.get_input_embeddings().weight.shape[1] == width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("vision", "size", "num_patches", "width"),
     [(CLIP_L, 336, 576, 1024), (SIGLIP, 384, 729, 1152), (EVA_CLIP, 336, 576, 1024), (EVA_02, 448, 1024, 1024)],

@@ -288,6 +288,7 @@ def test_a_feature_map_is_read_row_by_row():
         assert FeatureMapTower(Rows(output_fmt))(torch.zeros(1)).flatten().tolist() == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_cnn_gives_its_last_map_and_nothing_else(tmp_path: Path):
     import timm
 

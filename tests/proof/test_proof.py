@@ -48,6 +48,7 @@ def written(folder):
     return json.loads((folder / PROOF).read_text())
 
 
+@pytest.mark.slow
 def test_a_proven_run_ends_equal_to_the_bit_to_one_that_is_not(config_file, tmp_path, capsys):
     """With dropout in the adapters, whose random numbers a proof must not use up."""
     proven = run_here(config_file(output_dir=str(tmp_path / "proven")))
@@ -88,6 +89,7 @@ def test_proof_json_says_what_was_measured_against_what(config_file):
     assert checks["initial_weights"]["note"] == "the run starts from no export"
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_its_proof_ends_with_2_and_trains_nothing(config_file, monkeypatch, tmp_path):
     plant_a_leak(monkeypatch)
     path = config_file()
@@ -119,6 +121,7 @@ def test_a_run_that_goes_on_is_proven_again_only_if_its_config_changed(config_fi
     assert first.train.max_steps == 1
 
 
+@pytest.mark.slow
 def test_weights_of_a_run_that_goes_on_are_not_compared_with_init_from(config_file):
     run_here(config_file("second stage", train={"max_steps": 1}))
     folder = run_here(config_file("second stage", train={"max_steps": 2}))

@@ -122,6 +122,7 @@ def test_too_many_channels_are_refused():
         fit_least_squares(projector, EMBEDDING, IMAGE, [])
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_fit_and_the_next_stage_keeps_what_it_brings(config_file, tmp_path, capsys):
     projector = {"kind": "linear", "normalize": True, "initialize": "least_squares"}
     start_training(str(config_file(model__projector=projector, train__max_steps=1)), [])

@@ -188,6 +188,7 @@ def test_pickles_beside_an_export_are_ignored(export, plant):
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["projector.safetensors", "adapter/adapter_model.safetensors", "vlm.json"])
 def test_a_pickle_in_place_of_an_exports_file_is_refused(name, form, export, plant):
@@ -199,6 +200,7 @@ def test_a_pickle_in_place_of_an_exports_file_is_refused(name, form, export, pla
     assert load(export, device="cpu").model is not None
 
 
+@pytest.mark.slow
 def test_pickles_instead_of_an_exports_safetensors_are_not_a_second_choice(export, plant, tmp_path):
     (export / "adapter/adapter_model.safetensors").rename(tmp_path / "kept")
     plant(export / "adapter/adapter_model.bin")
@@ -206,6 +208,7 @@ def test_pickles_instead_of_an_exports_safetensors_are_not_a_second_choice(expor
         load(export, device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["clip", "plain"])
 def test_pickles_instead_of_a_full_exports_safetensors_are_refused(backend, plant, tmp_path):
     changes = {} if backend == "clip" else {"projector": {"kind": "mlp", "unshuffle": 2}}
@@ -220,6 +223,7 @@ def test_pickles_instead_of_a_full_exports_safetensors_are_refused(backend, plan
         load(full, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_pth_that_was_exported_is_never_read_back(export, plant, tmp_path):
     run = tmp_path / "run"
     plant(export_pth(run))

@@ -36,6 +36,7 @@ def began_with(folder):
     return read_info(newest_verified(folder))["identity"]["train.precision"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_precision_it_began_with_on_a_machine_of_the_other_kind(config_file, machine, capsys):
     machine(NEWER)
     folder = run(config_file(train__precision="auto", train__max_steps=2))
@@ -49,6 +50,7 @@ def test_a_run_goes_on_in_the_precision_it_began_with_on_a_machine_of_the_other_
     assert began_with(folder) == "bf16"
 
 
+@pytest.mark.slow
 def test_auto_on_an_older_cpu_trains_as_fp32_does(config_file, machine, tmp_path, capsys):
     machine(OLDER)
     folder = run(config_file(train__precision="auto", train__max_steps=2))

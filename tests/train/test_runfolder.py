@@ -17,6 +17,7 @@ with RunFolder(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_and_told_whose_it_is(tmp_path):
     run = tmp_path / "run"
     with subprocess.Popen(

@@ -86,6 +86,7 @@ def test_a_nan_loss_stops_before_the_update_and_names_the_records(config_file, m
     assert [info.step for info in list_checkpoints(type(path)(run))] == [5]
 
 
+@pytest.mark.slow
 def test_a_bad_step_that_is_allowed_changes_no_weight(config_file, monkeypatch):
     monkeypatch.setenv("VLM_FAULT", "loss@12=nan")
     run = run_here(config_file(train__max_bad_steps=1, train__save_every=11))
@@ -103,6 +104,7 @@ def test_another_model_is_refused_key_by_key_before_it_is_loaded(config_file):
     assert "model.projector" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_replaced_base_model_is_refused_at_resume(config_file, tiny, tmp_path):
     shutil.copytree(tiny / "llm", tmp_path / "llm")
     llm = {"path": str(tmp_path / "llm")}
@@ -117,6 +119,7 @@ def test_a_replaced_base_model_is_refused_at_resume(config_file, tiny, tmp_path)
     assert newest_verified(run).name == "step-000002"
 
 
+@pytest.mark.slow
 def test_changed_data_is_refused_at_resume(config_file, tiny, tmp_path):
     run_here(config_file(train__max_steps=2))
     lines = (tiny / "data/finetune.jsonl").read_text().splitlines()
@@ -126,6 +129,7 @@ def test_changed_data_is_refused_at_resume(config_file, tiny, tmp_path):
         run_here(config_file(data__sources=[source], train__max_steps=4))
 
 
+@pytest.mark.slow
 def test_a_changed_setting_of_the_data_is_named_at_resume(config_file):
     run_here(config_file(train__max_steps=2))
     with pytest.raises(CheckpointError, match=r"data\.system: None -> 'Be brief\.'\nRestore these values") as caught:
@@ -133,6 +137,7 @@ def test_a_changed_setting_of_the_data_is_named_at_resume(config_file):
     assert "data.max_length: 96 -> 128\n" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_further_already_says_so(config_file, capsys):
     run_here(config_file(train__max_steps=4))
     run_here(config_file(train__max_steps=2))
@@ -141,16 +146,19 @@ def test_a_run_that_is_further_already_says_so(config_file, capsys):
     assert "done: 4 steps" in said.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_share_that_holds_out_no_record_is_told(config_file, capsys):
     run_here(config_file(train__max_steps=1, data__held_out=1e-9))
     assert "data.held_out 1e-09 of so few records holds out none" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fewer_records_than_a_step_takes_are_told(config_file, capsys):
     run_here(config_file(train__max_steps=1, train__global_batch_size=128, data__packing=False))
     assert "fewer than one step takes (train.global_batch_size 128)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_longer_schedule_may_be_asked_of_a_finished_run(config_file):
     run_here(config_file(train__max_steps=2))
     run = run_here(config_file(train__max_steps=4))
@@ -164,6 +172,7 @@ def test_out_of_memory_names_the_three_settings_to_change(config_file, monkeypat
         run_here(config_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["continue", "stop"])
 def test_a_full_disk_costs_the_checkpoint_or_the_run_as_the_config_says(config_file, monkeypatch, policy):
     monkeypatch.setattr("vlm.train.resume.save_checkpoint", _disk_full_at(10))
@@ -188,6 +197,7 @@ def _disk_full_at(full):
     return save
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(config_file, straight):
     path = config_file()
     with pytest.MonkeyPatch.context() as patch:
@@ -221,6 +231,7 @@ def test_a_run_leaves_its_config_metrics_samples_and_plot(config_file, tiny):
     assert "output_dir" in (run / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_asking_samples_does_not_change_the_training(config_file, straight, tiny, tmp_path):
     sample = {"prompt": "What is this?", "image": str(tiny / "data/images/red-circle-0.png")}
     run = run_here(config_file(train__sample_every=3, train__samples=[sample], train__max_new_tokens=4))
@@ -243,12 +254,14 @@ def test_a_plain_language_model_trains_through_the_same_code(config_file, tmp_pa
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])
 def test_bfloat16_learns_too(config_file, precision):
     losses = [loss for _, loss in steps_logged(run_here(config_file(train__precision=precision)))]
     assert losses[-1] < losses[0] - 0.3  # float32 goes from 5.80 to 5.37
 
 
+@pytest.mark.slow
 def test_cached_features_train_as_the_encoder_does_and_are_made_once(config_file, straight, tmp_path):
     path = config_file(data__cache_features=True, data__cache_dtype="fp32")
     expected, got = steps_logged(straight), steps_logged(run_here(path))
@@ -261,6 +274,7 @@ def test_cached_features_train_as_the_encoder_does_and_are_made_once(config_file
     assert {file: file.stat().st_mtime_ns for file in files} == made
 
 
+@pytest.mark.slow
 def test_features_kept_in_bfloat16_move_the_losses_by_rounding_only(config_file, straight):
     expected = [loss for _, loss in steps_logged(straight)]
     got = [loss for _, loss in steps_logged(run_here(config_file(data__cache_features=True)))]
@@ -283,6 +297,7 @@ def test_a_replaced_picture_is_encoded_again(tmp_path):
     assert FeatureStore(tmp_path / "vision", "another").get(str(picture)) is None
 
 
+@pytest.mark.slow
 def test_records_that_cannot_be_used_are_listed_once_and_not_again_at_resume(config_file, tiny, tmp_path):
     lines = (tiny / "data/finetune.jsonl").read_text().splitlines()
     (tmp_path / "some_bad.jsonl").write_text("\n".join([*lines, '{"image": "gone.png", "caption": "A."}', "{"]))
@@ -319,6 +334,7 @@ def test_a_signal_to_the_whole_group_leaves_the_loader_processes_time_to_save(co
     assert len(list_checkpoints(run)) == 1
 
 
+@pytest.mark.slow
 def test_a_refused_resume_leaves_the_run_as_it_was(config_file):
     run = run_here(config_file(train__max_steps=2))
     before = (run / "config.yaml").read_text()
@@ -327,6 +343,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(config_file):
     assert (run / "config.yaml").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_torn_line_does_not_keep_the_plot_from_being_drawn(config_file):
     run = run_here(config_file(train__max_steps=2))
     with (run / "metrics.jsonl").open("a") as file:
@@ -335,6 +352,7 @@ def test_a_torn_line_does_not_keep_the_plot_from_being_drawn(config_file):
     assert plot_loss(run).exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_feature_file_is_made_again(config_file, tmp_path):
     run_here(config_file(data__cache_features=True, train__max_steps=1))
     victim = next((tmp_path / "cache/vision").rglob("*.safetensors"))
@@ -375,6 +393,7 @@ def test_an_error_that_stops_the_run_too_is_not_said_by_the_plan(config_file, tm
     assert "no memory plan" not in "".join(capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_a_model_put_together_from_a_checkpoint_has_what_init_from_brought_too(config_file, straight, tmp_path):
     """Samples of a pipeline, none of whose processes holds the whole model: the projector stays frozen here."""
     export_run(straight)
