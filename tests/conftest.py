@@ -39,3 +39,4 @@ def no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     from vlm import faults
 
     faults._fired.clear()
+    faults.set_step(0)
