@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from vlm.config import RunConfig
+from vlm.schema import kinds_of
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs/config.md"
 START, END = "<!-- tables: scripts/config_table.py -->\n", "<!-- end of tables -->\n"
@@ -36,8 +37,10 @@ def with_tables(document: str) -> str:
 def _sections(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
     yield prefix, section
     for name, field in section.model_fields.items():
+        for kind, choice in kinds_of(field).items():
+            yield from _sections(f"{prefix}{name}, kind {kind}.", choice)
         inner, is_list = _section(field.annotation)
-        if inner is not None:
+        if inner is not None and not kinds_of(field):
             yield from _sections(f"{prefix}{name}{'[]' if is_list else ''}.", inner)
 
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Outcome:
     losses: list[float]
     grad_norms: list[float]
     weights: Path  # a checkpoint folder
+    metrics: list[dict[str, float]] = field(default_factory=list)  # of each step, by name
 
 
 def start(job: Path, processes: int) -> None:
@@ -87,7 +88,7 @@ def run_cases(
         start(job, processes)
         for case, out in zip(group, map(Path, folders), strict=True):
             numbers = json.loads((out / "numbers.json").read_text())
-            outcomes[case] = Outcome(numbers["losses"], numbers["grad_norms"], out)
+            outcomes[case] = Outcome(numbers["losses"], numbers["grad_norms"], out, numbers["metrics"])
     return outcomes
 
 
@@ -116,24 +117,26 @@ def train_case(config: Any, steps: int, out: Path, device: Any) -> None:
 
     torch.manual_seed(config.seed)
     parts = prepare(config, device)
-    losses, grad_norms = [], []
+    losses, grad_norms, metrics = [], [], []
 
     def report(step: int, batches: Any, output: Any, counts: Any, seconds: float) -> None:
         losses.append(output.loss)
         grad_norms.append(output.grad_norm)
+        metrics.append(dict(output.metrics))
 
     TrainLoop(
         engine=parts.engine,
         objective=parts.objective,
         stream=parts.data.train,
-        learning_rate=lambda step: config.train.learning_rate,
+        schedule=lambda step: 1.0,
         max_steps=steps,
         report=report,
         save=lambda step, required: True,
     ).run()
     if is_main():
         out.mkdir(parents=True)
-        (out / "numbers.json").write_text(json.dumps({"losses": losses, "grad_norms": grad_norms}))
+        numbers = {"losses": losses, "grad_norms": grad_norms, "metrics": metrics}
+        (out / "numbers.json").write_text(json.dumps(numbers))
     barrier()
     parts.engine.save(out)
     barrier()

@@ -84,7 +84,7 @@ def advance(run: Any, start: int, stop: int) -> list[Any]:
         engine=run.engine,
         objective=run.objective,
         stream=run.data.train,
-        learning_rate=lambda step: 1e-3,
+        schedule=lambda step: 1.0,
         max_steps=stop,
         report=lambda step, batches, output, counts, seconds: outputs.append(output),
         save=lambda step, required: True,

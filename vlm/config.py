@@ -12,18 +12,22 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from vlm.data.config import DataConfig
 from vlm.errors import ConfigError
 from vlm.evaluation.config import EvaluationConfig
 from vlm.layered_yaml import Key, Source, dotted, leaves, read_layers
 from vlm.models.config import ModelConfig
-from vlm.schema import PathText, Section
+from vlm.objectives import OBJECTIVES
+from vlm.objectives.base import ObjectiveConfig
+from vlm.objectives.lm import LanguageModelingConfig
+from vlm.schema import OneOf, PathText, Section, kinds_of
 from vlm.train.config import EngineConfig, TrainConfig
 
 BASE = "base"  # the folder of projects/ whose files are no runs by themselves
@@ -42,6 +46,8 @@ class RunConfig(Section):
     """An export whose trained parts this run starts from."""
     model: ModelConfig
     data: DataConfig
+    objective: Annotated[ObjectiveConfig, OneOf(OBJECTIVES)] = LanguageModelingConfig()
+    """What the loss is."""
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -246,7 +252,9 @@ def _bools_as_numbers(annotation: Any, value: Any, key: Key = ()) -> Iterator[Ke
         for name, child in value.items():
             field = section.model_fields.get(name) if section else None
             if field is not None:
-                yield from _bools_as_numbers(field.annotation, child, (*key, name))
+                choices = kinds_of(field)
+                chosen = choices.get(str(child.get("kind"))) if choices and isinstance(child, dict) else None
+                yield from _bools_as_numbers(chosen or field.annotation, child, (*key, name))
             elif section is None:
                 yield from _bools_as_numbers(annotation, child, (*key, name))
     elif isinstance(value, list):
@@ -276,6 +284,8 @@ def _describe_all(error: ValidationError, source: Source) -> list[str]:
     by_key: dict[tuple[Key, bool], list[str]] = {}
     for problem in error.errors(include_url=False):
         key, is_missing = _written_key(problem["loc"], source), problem["type"] == "missing"
+        if problem["type"] == "union_tag_invalid":
+            key = (*key, "kind")
         is_only_invalid = problem["type"] == "too_short" and len(source.get(key)) >= problem["ctx"]["min_length"]
         if not is_only_invalid and not any(key[:n] in source.broken for n in range(1, len(key) + 1)):
             by_key.setdefault((key, is_missing), []).append(_describe(problem, key, source))
@@ -313,6 +323,12 @@ def _describe(problem: Any, key: Key, source: Source) -> str:
         near = difflib.get_close_matches(str(problem["input"]), names, n=1)
         rule = "known keys are" if last == "[key]" else "expected"
         return f"{rule} {allowed}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if kind == "union_tag_invalid":
+        allowed = context["expected_tags"]
+        near = difflib.get_close_matches(str(context["tag"]), re.findall(r"'([^']*)'", allowed), n=1)
+        return f"expected {allowed}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if kind == "union_tag_not_found":
+        return f"needs the key kind, which says what the others mean; one of {', '.join(_kinds_at(key))}"
     if kind in _EXPECTED:
         return "expected " + _EXPECTED[kind].format(**context)
     return problem["msg"]
@@ -352,7 +368,7 @@ def _written_where(section: Key, message: str, source: Source) -> str:
 
 
 def _nearest_key(key: Key) -> str:
-    name, known = str(key[-1]), sorted(_known_keys(RunConfig, key[:-1]))
+    name, known = str(key[-1]), sorted({name for section in _sections_at(key[:-1]) for name in section.model_fields})
     same = [full for full in _all_keys(RunConfig) if full.rpartition(".")[2] == name]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if not near and same:
@@ -365,24 +381,34 @@ def _nearest_key(key: Key) -> str:
     return f"did you mean {anywhere[far[0]]}?" if far else f"known here: {', '.join(known)}"
 
 
-def _known_keys(model: type[BaseModel], key: Key) -> Iterator[str]:
+def _sections_at(key: Key) -> list[type[BaseModel]]:
+    """What may stand at a key of a run's config; several where it depends on a `kind`."""
+    sections: list[type[BaseModel]] = [RunConfig]
     for part in key:
-        if isinstance(part, int):
-            continue
-        found = model.model_fields.get(part)
-        section = None if found is None else _section_of(found.annotation)
-        if section is None:
-            return
-        model = section
-    yield from model.model_fields
+        if not isinstance(part, int):
+            fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+            sections = [inner for field in fields for inner in sections_in(field)]
+    return sections
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, info in model.model_fields.items():
         yield prefix + name
-        section = _section_of(info.annotation)
-        if section is not None:
+        for section in sections_in(info):
             yield from _all_keys(section, f"{prefix}{name}.")
+
+
+def _kinds_at(key: Key) -> Iterator[str]:
+    parent = next(iter(_sections_at(key[:-1])), None)
+    field = None if parent is None else parent.model_fields.get(str(key[-1]))
+    yield from kinds_of(field) if field is not None else ()
+
+
+def sections_in(field: FieldInfo) -> list[type[BaseModel]]:
+    """The sections that a field may hold: one for each kind, one, or none."""
+    kinds = list(kinds_of(field).values())
+    section = _section_of(field.annotation)
+    return kinds or ([] if section is None else [section])  # type: ignore[return-value]
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

@@ -28,7 +28,7 @@ from vlm.models.families import describe_packing, has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
 from vlm.models.trainable import load_weights
 from vlm.models.vlm import VisionLanguageModel, evaluating
-from vlm.objectives.lm import LanguageModeling, Objective
+from vlm.objectives.base import Objective
 from vlm.plan.estimate import estimate
 from vlm.plan.memory import device_memory
 from vlm.plan.report import describe_plan
@@ -136,7 +136,7 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
     _describe_packing(config, built.model, plan)
     _refuse_different_data(data, max_steps)
     _describe_data(config, data, max_steps)
-    objective = LanguageModeling()
+    objective = config.objective.build()
     engine = build_engine(
         config.engine,
         config.train,

@@ -18,7 +18,7 @@ from vlm.errors import DataError, VLMError
 from vlm.export.pins import Pins, pin_start, places_of, refuse_replaced
 from vlm.logs import log, warn
 from vlm.models.build import Assembled
-from vlm.objectives.lm import LanguageModeling
+from vlm.objectives.base import Objective
 from vlm.plan.estimate import estimate
 from vlm.precision import autocast_dtype
 from vlm.prepare import VISION_COMPUTE, assemble_checkpoint, check_available, prepare, settle_precision
@@ -86,7 +86,9 @@ def train(config: RunConfig, config_text: str) -> Path:
             if config.train.prove:
                 prove_run(Parts(config, built, data, engine, parts.objective, device, max_steps, start_step), run.path)
             with StopRequest() as stop_request:
-                loop, events = _build_loop(config, run, state, built, data, device, start_step, max_steps)
+                loop, events = _build_loop(
+                    config, run, state, built, data, parts.objective, device, start_step, max_steps
+                )
                 if checkpoint is not None:
                     events.skips.restore(read_progress(checkpoint))
                 loop.stop_requested = lambda: _agree_to_stop(stop_request)
@@ -135,6 +137,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         model.pop(changeable, None)
     return {
         **model,
+        **flatten(config.objective.model_dump(mode="json"), "objective"),
         "seed": config.seed,
         "init_from": config.init_from,
         "train.global_batch_size": config.train.global_batch_size,
@@ -145,12 +148,17 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
 
 def defaults_of(config: RunConfig) -> dict[str, Any]:
     """What keys of the identity mean where a checkpoint of an earlier version does not name them."""
-    return {"train.optimizer": OPTIMIZER_STATE[0], **flatten(section_defaults(config.model), "model")}
+    return {
+        "train.optimizer": OPTIMIZER_STATE[0],
+        "objective.kind": "lm",
+        **flatten(section_defaults(config.model), "model"),
+        **flatten(section_defaults(config.objective), "objective"),
+    }
 
 
 def _build_loop(
-    config: RunConfig, run: RunFolder, state: RunState, built: Assembled, data: Data, device: torch.device,
-    start_step: int, max_steps: int,
+    config: RunConfig, run: RunFolder, state: RunState, built: Assembled, data: Data, objective: Objective,
+    device: torch.device, start_step: int, max_steps: int,
 ) -> tuple[TrainLoop, RunEvents]:  # fmt: skip
     settings = config.train
     schedule = build_schedule(settings, max_steps)
@@ -180,9 +188,9 @@ def _build_loop(
     )
     loop = TrainLoop(
         engine=state.engine,
-        objective=LanguageModeling(),
+        objective=objective,
         stream=data.train,
-        learning_rate=schedule,
+        schedule=schedule,
         max_steps=max_steps,
         report=events.report,
         save=events.save,

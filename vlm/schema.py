@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
-from pydantic_core import to_jsonable_python
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema, to_jsonable_python
 
 
 def _at_home(path: str) -> str:
@@ -33,3 +35,23 @@ class Section(BaseModel):
     """One block of the YAML. Each room declares its own in its `config.py`; `vlm.config.RunConfig` joins them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class OneOf:
+    """Annotation of a field that is one of several sections, told apart by their key `kind`.
+
+    Args:
+        kinds: the dict itself, not a copy; it is read when the class around the field is built.
+    """
+
+    def __init__(self, kinds: Mapping[str, type[Section]]) -> None:
+        self.kinds = kinds
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        choices = {kind: handler.generate_schema(section) for kind, section in self.kinds.items()}
+        return core_schema.tagged_union_schema(choices, discriminator="kind")
+
+
+def kinds_of(field: FieldInfo) -> Mapping[str, type[Section]]:
+    """The sections that a field annotated with `OneOf` may be; none for any other field."""
+    return next((each.kinds for each in field.metadata if isinstance(each, OneOf)), {})

@@ -63,7 +63,11 @@ BATCHES = {
 
 
 def whole_loss(model: Any, batch: Batch) -> torch.Tensor:
-    hidden_states = model(batch.input_ids, batch.position_ids, batch.pixel_values)
+    return loss_of(model, model(batch.input_ids, batch.position_ids, batch.pixel_values), batch)
+
+
+def loss_of(model: Any, hidden_states: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    assert hidden_states is not None
     return chunked_cross_entropy(hidden_states, batch.labels, model.logits)
 
 
@@ -84,7 +88,7 @@ def test_all_layers_in_a_row_are_the_whole_model(
     model = build_model(changed(config, llm={"path": str(llm)}, **trains)).model.train()
     model.image_token_id = PICTURE  # tokenizers of the families differ
     expected = whole_loss(model, batch)
-    loss = run_layers(model, pipeline_layers(model), batch)
+    loss = loss_of(model, run_layers(model, pipeline_layers(model), batch), batch)
     assert loss.item() == expected.item()  # the same operations in the same order
     reference, found = gradients(model, expected), gradients(model, loss)
     assert reference.keys() == found.keys()
@@ -104,7 +108,7 @@ def test_stages_one_after_another_are_the_whole_model_too(config: ModelConfig):
         hidden_states = None
         for first, stop in itertools.pairwise([0, *cuts, 4]):
             hidden_states = run_layers(model, pipeline_layers(model, first, stop), batch, hidden_states)
-        assert hidden_states.item() == expected.item(), cuts
+        assert loss_of(model, hidden_states, batch).item() == expected.item(), cuts
 
 
 def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(config: ModelConfig, monkeypatch):
@@ -115,7 +119,7 @@ def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(config
         attention = model.llm.model.layers[0].self_attn
         attention.register_forward_hook(lambda *_: calls.append(checkpointing))  # noqa: B023
         batch = BATCHES["packed, with pictures"]
-        results.append(gradients(model, run_layers(model, pipeline_layers(model), batch)))
+        results.append(gradients(model, loss_of(model, run_layers(model, pipeline_layers(model), batch), batch)))
     assert calls == [False, True, True]
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -162,7 +166,7 @@ def test_a_stage_computes_what_its_layers_of_the_whole_model_do(config: ModelCon
     for number in range(3):
         stage = build_stage(settings, (1, 2), number, seed=1)
         hidden_states = run_layers(stage.built.model, stage.layers, batch, hidden_states)
-    assert hidden_states.item() == expected.item()
+    assert loss_of(stage.built.model, hidden_states, batch).item() == expected.item()
 
 
 def test_a_stage_reads_its_own_tensors_only(config: ModelConfig, monkeypatch):

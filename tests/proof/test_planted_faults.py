@@ -21,6 +21,7 @@ from vlm.models import vlm as whole
 from vlm.models.projector import Projector
 from vlm.models.vision import VisionEncoder
 from vlm.models.vlm import VisionLanguageModel
+from vlm.objectives.base import LossOutput
 from vlm.objectives.lm import LanguageModeling
 from vlm.proof.prove import Parts, prove
 from vlm.train.engines.base import LossModule
@@ -323,22 +324,26 @@ def _(patch, parts):
 
 @fault("the loss is counted twice", "loss")
 def _(patch, parts):
-    wrap(patch, LanguageModeling, "loss", lambda original, *given: 2 * original(*given))
+    wrap(patch, LanguageModeling, "loss", lambda original, *given: LossOutput(2 * original(*given).loss))
 
 
 @fault("padding counts in the divisor", "loss")
 def _(patch, parts):
-    patch.setattr(LanguageModeling, "weight", lambda self, batch: batch.labels.numel())
+    patch.setattr(LanguageModeling, "normalizer", lambda self, batch: batch.labels.numel())
 
 
 @fault("the divisor counts rows", "loss", "plain")
 def _(patch, parts):
-    patch.setattr(LanguageModeling, "weight", lambda self, batch: len(batch.labels))
+    patch.setattr(LanguageModeling, "normalizer", lambda self, batch: len(batch.labels))
 
 
 @fault("the loss is a mean per micro-batch", "micro_batches")
 def _(patch, parts):
-    wrap(patch, LossModule, "forward", lambda original, self, batch, *_: original(self, batch) / batch.num_supervised)
+    def mean(original, self, batch, *_):
+        loss, metrics = original(self, batch)
+        return loss / batch.num_supervised, metrics
+
+    wrap(patch, LossModule, "forward", mean)
 
 
 @fault("only the last micro-batch's gradient counts", "micro_batches")
@@ -346,7 +351,7 @@ def _(patch, parts):
     def backward(original, self, forward, microbatches, scale):
         summed = original(self, forward, microbatches[:-1], scale)
         self.optimizer.zero_grad()
-        return summed + original(self, forward, microbatches[-1:], scale)
+        return [a + b for a, b in zip(summed, original(self, forward, microbatches[-1:], scale), strict=True)]
 
     wrap(patch, LocalEngine, "_backward", backward)
 
@@ -360,7 +365,7 @@ def _(patch, parts):
 
 @fault("the loss of the step is in other units", "micro_batches", "text")
 def _(patch, parts):
-    wrap(patch, LocalEngine, "_backward", lambda original, *given: original(*given) / math.log(2))
+    wrap(patch, LocalEngine, "_backward", lambda original, *given: [each / math.log(2) for each in original(*given)])
 
 
 # ---- what trains and what does not

@@ -41,8 +41,8 @@ def step(config, built, batches, checkpointing=False):
         device=torch.device("cpu"),
         max_grad_norm=0.5,
     )
-    weight = max(1, sum(map(objective.weight, batches)))
-    output = engine.train_step(batches, weight, 1e-3)
+    weight = max(1, sum(map(objective.normalizer, batches)))
+    output = engine.train_step(batches, weight, 1e-3 / config.train.learning_rate)
     return output, trained_weights(model)
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import toy_objective
 from prove_engines import ENGINES as ALL
 from prove_engines import Case, run_cases, work, worst_differences
 from warm import run_warm
@@ -62,3 +63,33 @@ def test_every_engine_trains_as_one_process_does(config, tmp_path):
             if any(value > bound for value, bound in zip(found, BOUNDS[precision], strict=True)):
                 failed.append((name, precision, engine, found))
     assert not failed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_another_objective_trains_alike_on_every_engine_and_so_do_its_metrics(config, tmp_path):
+    """Worst seen: loss 1.2e-7, norm 9e-7, weights 9e-7, metrics 2e-7."""
+    options = (*FULL, "train.precision=fp32", "objective={kind: even_words, power: 1.5}")
+    cases = [Case(engine, options) for engine in ALL]
+    outcomes = run_cases(str(config), cases, STEPS, tmp_path, start_with_toy_objective)
+    reference = outcomes[cases[0]]
+    assert reference.losses[-1] < reference.losses[0] < 1  # a doubt is at most 1; nats would be about 6
+    assert {name for each in reference.metrics for name in each} == {"accuracy", "doubt"}
+    for case in cases[1:]:
+        found = worst_differences(reference, outcomes[case])
+        assert all(value <= bound for value, bound in zip(found, BOUNDS["fp32"], strict=True)), (case, found)
+        for own, expected in zip(outcomes[case].metrics, reference.metrics, strict=True):
+            assert own == pytest.approx(expected, rel=1e-5), case
+
+
+def start_with_toy_objective(job, processes):
+    code, output = run_warm(work_with_toy_objective, job, nproc=processes, timeout=500)
+    assert code == 0, output[-6000:]
+
+
+def work_with_toy_objective(job):
+    toy_objective.register()
+    try:
+        work(job)
+    finally:
+        toy_objective.unregister()

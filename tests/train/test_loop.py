@@ -13,7 +13,7 @@ from vlm.train.loop import Every, TrainLoop
 
 
 class Objective:
-    def weight(self, batch):
+    def normalizer(self, batch):
         return batch.num_supervised
 
 
@@ -25,7 +25,7 @@ class Engine:
     def __init__(self, bad=()):
         self.calls, self.bad = [], bad
 
-    def share(self, batches):
+    def broadcast(self, batches):
         return batches
 
     def train_step(self, microbatches, weight, learning_rate):
@@ -54,7 +54,7 @@ def loop(engine, **kwargs):
         "engine": engine,
         "objective": Objective(),
         "stream": Stream(),
-        "learning_rate": lambda step: 0.1 * step,
+        "schedule": lambda step: 0.1 * step,
         "max_steps": 5,
         "report": lambda step, *rest: events.append(("report", step)),
         "save": lambda step, required: events.append(("save", step)) is None,

@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 from vlm.train.config import TrainConfig
-from vlm.train.optim import Schedule, build_optimizer, build_schedule, set_learning_rate
+from vlm.train.optim import Schedule, build_optimizer, build_schedule, set_learning_rates
 
 
 def rates(shape, **kwargs):
-    schedule = Schedule(shape=shape, **{"peak": 1.0, "floor": 0.0, "warmup_steps": 2, "max_steps": 6} | kwargs)
+    schedule = Schedule(shape=shape, **{"floor": 0.0, "warmup_steps": 2, "max_steps": 6} | kwargs)
     return [schedule(step) for step in range(7)]
 
 
@@ -20,7 +20,7 @@ def test_schedules_in_numbers():
 
 def test_warm_up_may_be_a_share_of_the_run():
     schedule = build_schedule(TrainConfig(max_steps=100, warmup_ratio=0.03, learning_rate=2.0), 100)
-    assert (schedule.warmup_steps, schedule(0), schedule(2)) == (3, pytest.approx(2 / 3), 2.0)
+    assert (schedule.warmup_steps, schedule(0), schedule(2)) == (3, pytest.approx(1 / 3), 1.0)
 
 
 class Model(nn.Module):
@@ -33,14 +33,14 @@ class Model(nn.Module):
 def test_matrices_decay_vectors_do_not_and_each_part_has_its_learning_rate():
     config = TrainConfig(max_steps=1, learning_rate=1e-3, learning_rates={"llm": 1e-5}, weight_decay=0.1)
     optimizer = build_optimizer(Model(), config)
-    set_learning_rate(optimizer, 5e-4)
+    set_learning_rates(optimizer, 0.5)
     groups = {
         (group["part"], group["weight_decay"]): (sorted(p.ndim for p in group["params"]), group["lr"])
         for group in optimizer.param_groups
     }
     assert groups == {
-        ("projector", 0.1): ([2], 5e-4),
-        ("projector", 0.0): ([1], 5e-4),
+        ("projector", 0.1): ([2], pytest.approx(5e-4)),
+        ("projector", 0.0): ([1], pytest.approx(5e-4)),
         ("llm", 0.0): ([1, 1], pytest.approx(5e-6)),
         ("llm", 0.1): ([2], pytest.approx(5e-6)),
     }

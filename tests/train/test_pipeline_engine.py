@@ -65,8 +65,8 @@ def train(config: Any, case: Case, out: Path) -> Outcome:
     for step, batches in zip(range(case.start, case.stop), data.train.iterate(case.start), strict=False):
         faults.set_step(step)
         before = [p.detach().clone() for p in engine.model.parameters()]
-        (weight,) = engine.sum_over_data_ranks([float(sum(map(engine.objective.weight, batches)))])
-        output = engine.train_step(batches, weight, config.train.learning_rate * (step + 1) / STEPS)
+        (weight,) = engine.sum_over_data_ranks([float(sum(map(engine.objective.normalizer, batches)))])
+        output = engine.train_step(batches, weight, (step + 1) / STEPS)
         same = all(torch.equal(p, old) for p, old in zip(engine.model.parameters(), before, strict=True))
         assert output.applied or same
         outcome.losses.append(output.loss)

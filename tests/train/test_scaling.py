@@ -98,7 +98,7 @@ def test_a_scaled_step_equals_one_that_is_not(engines):
     """Equal to the bit, as a power of two rounds nothing."""
     scaled, plain, batches = engines
     for _ in range(3):
-        a, b = (engine.train_step(batches, 40.0, 1e-3) for engine in (scaled, plain))
+        a, b = (engine.train_step(batches, 40.0, 1.0) for engine in (scaled, plain))
         assert (a.loss, a.applied, a.overflowed) == (b.loss, True, False)
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-6)
         assert (a.loss_scale, b.loss_scale) == (65536, None)
@@ -113,11 +113,11 @@ def test_an_overflow_leaves_the_weights_and_is_told_from_a_bad_step(engines, mon
     for fault, overflowed, factor in (("gradient=nan", True, 32768), ("loss=nan", False, 32768)):
         monkeypatch.setenv("VLM_FAULT", fault)
         faults._fired.clear()
-        output = scaled.train_step(batches, 40.0, 1e-3)
+        output = scaled.train_step(batches, 40.0, 1.0)
         assert (output.applied, output.overflowed, scaled.loss_scale.factor) == (False, overflowed, factor)
     after = trained_weights(scaled.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert scaled.train_step(batches, 40.0, 1e-3).applied
+    assert scaled.train_step(batches, 40.0, 1.0).applied
 
 
 ENGINES = {

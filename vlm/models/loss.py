@@ -34,7 +34,7 @@ def select_supervised(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Te
 
 
 def chunked_cross_entropy(
-    hidden_states: Tensor, labels: Tensor, logits_fn: LogitsFn, chunk_tokens: int = CHUNK_TOKENS, num_chunks: int = 1
+    hidden_states: Tensor, labels: Tensor, logits_fn: LogitsFn, chunk_tokens: int = CHUNK_TOKENS, min_chunks: int = 1
 ) -> Tensor:
     """Summed cross entropy of the supervised tokens, float32 scalar, in nats.
 
@@ -47,10 +47,10 @@ def chunked_cross_entropy(
         labels: int64 [B, L], not shifted; IGNORE_INDEX where not supervised.
         logits_fn: the language model's head.
         chunk_tokens: supervised positions per chunk.
-        num_chunks: use at least so many; the rest are empty. Ranks that share the head's weight must agree.
+        min_chunks: use at least so many; the rest are empty. Ranks that share the head's weight must agree.
     """
     states, targets = select_supervised(hidden_states, labels)
-    num_chunks = max(num_chunks, count_chunks(len(targets), chunk_tokens))
+    num_chunks = max(min_chunks, count_chunks(len(targets), chunk_tokens))
     parts = [slice(i * chunk_tokens, (i + 1) * chunk_tokens) for i in range(num_chunks)]
     if num_chunks == 1 or not torch.is_grad_enabled():
         chunks = [_summed_loss(logits_fn, states[part], targets[part]) for part in parts]

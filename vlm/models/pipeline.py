@@ -2,10 +2,10 @@
 
     layer 0            inputs: encoder, projector, token embedding    Batch -> hidden states [B, L, D]
     layers 1 to n      the decoder's blocks                           [B, L, D] -> [B, L, D]
-    layer n + 1        output: last norm, head, summed loss           [B, L, D] -> float32 scalar
+    layer n + 1        output: last norm, and the head for the loss   [B, L, D] -> [B, L, D]
 
 Every stage has the micro-batch itself, so that between stages only hidden states travel. All layers in a row compute
-what `VisionLanguageModel` and `chunked_cross_entropy` do.
+what `VisionLanguageModel` does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from vlm.batch import Batch
 from vlm.models.families import BlockInputs, block_inputs, has_window, llm_parts
-from vlm.models.loss import chunked_cross_entropy
 from vlm.models.vlm import VisionLanguageModel
 
 
@@ -67,7 +66,7 @@ class BlockLayer(PipelineLayer):
 
 
 class OutputLayer(PipelineLayer):
-    """Hidden states -> summed cross entropy of the supervised tokens."""
+    """The norm, and the head, which the last stage's loss calls through `model.logits`."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
         super().__init__()
@@ -75,11 +74,10 @@ class OutputLayer(PipelineLayer):
         self.norm = model.llm.get_submodule(parts.norm)
         self.head = model.llm.get_submodule(parts.head)
         self.prefixes = (f"llm.{parts.norm}.", f"llm.{parts.head}.")
-        self._model = (model,)  # in a tuple: the rest of the model is no part of this layer
 
-    def forward(self, hidden_states: Tensor, batch: Batch) -> Tensor:
-        """[B, L, D] -> float32 scalar, in nats."""
-        return chunked_cross_entropy(self.norm(hidden_states), batch.labels, self._model[0].logits)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D], what the head reads."""
+        return self.norm(hidden_states)
 
 
 def num_layers(llm: Any) -> int:
@@ -111,14 +109,14 @@ def run_layers(
         hidden_states: [B, L, D] from the stage before; None for the first.
 
     Returns:
-        hidden states [B, L, D], or the summed loss from the last stage.
+        hidden states [B, L, D]; from the last stage after the final norm.
     """
     blocks = [layer for layer in layers if isinstance(layer, BlockLayer)]
     for layer in layers:
         if isinstance(layer, InputsLayer):
             hidden_states = layer(batch)
         elif isinstance(layer, OutputLayer):
-            hidden_states = layer(hidden_states, batch)
+            hidden_states = layer(hidden_states)
         elif layer is blocks[0]:
             assert hidden_states is not None
             hidden_states = _run_blocks(model, blocks, batch.position_ids, hidden_states)

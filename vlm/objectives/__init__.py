@@ -1,1 +1,8 @@
-"""What a batch's loss is and what its weight counts. One module per objective."""
+"""What a batch's loss is and what it is divided by. One module and one line below per objective."""
+
+from __future__ import annotations
+
+from vlm.objectives.base import ObjectiveConfig
+from vlm.objectives.lm import LanguageModelingConfig
+
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"lm": LanguageModelingConfig}

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from vlm.objectives.base import Head, LossOutput, ObjectiveConfig
 
-from vlm.batch import Batch
-from vlm.models.loss import chunked_cross_entropy, count_chunks
-from vlm.models.vlm import VisionLanguageModel
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-class Objective(Protocol):
-    """A loss and the count that it is divided by."""
-
-    def weight(self, batch: Batch) -> int:
-        """What the loss is averaged over: supervised tokens, or pairs. Read from the labels, before any forward."""
-
-    def num_chunks(self, batch: Batch) -> int:
-        """Pieces in which the loss of the batch is computed."""
-
-    def loss(self, model: VisionLanguageModel, batch: Batch, num_chunks: int = 1) -> Tensor:
-        """Summed loss of the batch, float32 scalar with a graph, in at least `num_chunks` pieces."""
+    from vlm.batch import Batch
 
 
 class LanguageModeling:
-    def weight(self, batch: Batch) -> int:
+    """See `Objective`. The loss is in nats, the normalizer counts supervised tokens."""
+
+    metric_names: tuple[str, ...] = ()
+
+    def normalizer(self, batch: Batch) -> int:
         return batch.num_supervised
 
-    def num_chunks(self, batch: Batch) -> int:
-        return count_chunks(batch.num_supervised)
+    def loss(self, hidden_states: Tensor, batch: Batch, head: Head) -> LossOutput:
+        from vlm.models.loss import chunked_cross_entropy  # not above: `vlm --help` reads the section below
 
-    def loss(self, model: VisionLanguageModel, batch: Batch, num_chunks: int = 1) -> Tensor:
-        hidden_states = model(batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_features)
-        return chunked_cross_entropy(hidden_states, batch.labels, model.logits, num_chunks=num_chunks)
+        return LossOutput(chunked_cross_entropy(hidden_states, batch.labels, head, min_chunks=head.min_chunks))
+
+
+class LanguageModelingConfig(ObjectiveConfig):
+    kind: Literal["lm"] = "lm"
+    """Cross entropy of the tokens of replies."""
+
+    def build(self) -> LanguageModeling:
+        return LanguageModeling()

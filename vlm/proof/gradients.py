@@ -1,7 +1,8 @@
 """Checks of one step's loss and gradient. For engines whose processes hold the whole model.
 
 The step that is looked at is the engine's own, without its update: two micro-batches of one record each. It is compared
-with the mean over all labelled tokens, computed here.
+with the mean over all labelled tokens, computed here; of an objective that is not written out here, with its own loss
+of each record alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from vlm.batch import IGNORE_INDEX, Batch
 from vlm.models.decoders import outside_decoder
 from vlm.models.trainable import canonical_name, part_of
 from vlm.models.vlm import VisionLanguageModel
-from vlm.objectives.lm import Objective
+from vlm.objectives.base import Head, Objective
+from vlm.objectives.lm import LanguageModeling
 from vlm.proof.checks import Finding, holds, not_made
 from vlm.proof.forward import NO_IMAGE, NOT_READ, Bounds, Rows, within
 from vlm.proof.probe import StateProbe
@@ -66,49 +68,51 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Reference:
-    """The step computed here: summed loss, number of labelled tokens, and the gradient of their mean."""
+    """The step computed here: summed loss, what it is divided by, and the gradient of the quotient."""
 
     summed: float
-    count: int
+    normalizer: int
     gradients: Gradients
 
 
-def reference_step(probe: StateProbe, rows: Rows) -> Reference:
+def reference_step(probe: StateProbe, objective: Objective, rows: Rows) -> Reference:
     """Forward and backward of each record alone. Keeps their hidden states for the checks of forward passes."""
     model, summed = probe.model, 0.0
-    count = sum(len(_targets(record)) for record in rows.records)
+    normalizer = expected_normalizer(objective, rows)
     with without_dropout(model):
         for record, batch in zip(rows.records, rows.alone, strict=True):
             states = probe.forward(batch)
             probe.keep(batch, states)
-            loss = _summed_loss(probe, states[0], record)
+            loss = _summed_loss(probe, objective, states, batch, record)
             summed += loss.item()
             if loss.requires_grad:
-                (loss / count).backward()
+                (loss / normalizer).backward()
     gradients = Gradients.of(model)
     model.zero_grad(set_to_none=True)
-    return Reference(summed, count, gradients)
+    return Reference(summed, normalizer, gradients)
 
 
 def check_loss(engine: Engine, subject: Subject, reference: Reference, bounds: Bounds) -> dict[str, Finding]:
     """The engine's loss of both records, a row each, against the one computed here."""
-    summed, weight = engine.evaluate(subject.batch([[record] for record in subject.computed]))
+    summed, normalizer = engine.evaluate(subject.batch([[record] for record in subject.computed]))
     ranks = engine.num_data_ranks
-    if weight != reference.count * ranks:
-        return {"loss": holds(f"it counts {weight / ranks:g} tokens, the replies have {reference.count}")}
+    if normalizer != reference.normalizer * ranks:
+        return {"loss": holds(f"it counts {normalizer / ranks:g} tokens, the replies have {reference.normalizer}")}
     return {"loss": within(_apart(summed / ranks, reference.summed), bounds.loss)}
 
 
-def check_loss_by_records(engine: Engine, rows: Rows, joined: Batch, bounds: Bounds) -> dict[str, Finding]:
+def check_loss_by_records(
+    engine: Engine, objective: Objective, rows: Rows, joined: Batch, bounds: Bounds
+) -> dict[str, Finding]:
     """The engine's loss of both records together against that of each by itself, where nothing else can be computed."""
 
     def evaluate(batch: Batch) -> tuple[float, int]:
-        return engine.evaluate(engine.share([batch])[0])
+        return engine.evaluate(engine.broadcast([batch])[0])
 
-    (summed, weight), alone = evaluate(joined), [evaluate(batch) for batch in rows.alone]
-    count = sum(len(_targets(record)) for record in rows.records) * engine.num_data_ranks
-    if weight != count or sum(each[1] for each in alone) != count:
-        return {"loss": holds(f"it counts {weight} tokens, the replies have {count} on all ranks")}
+    (summed, normalizer), alone = evaluate(joined), [evaluate(batch) for batch in rows.alone]
+    count = expected_normalizer(objective, rows) * engine.num_data_ranks
+    if normalizer != count or sum(each[1] for each in alone) != count:
+        return {"loss": holds(f"it counts {normalizer} tokens, the replies have {count} on all ranks")}
     return {"loss": within(_apart(summed, sum(each[0] for each in alone)), bounds.loss)}
 
 
@@ -121,12 +125,12 @@ def check_step(
         return dict.fromkeys(("gradients", "micro_batches"), not_made(NOT_READ if any(rows.num_images) else NO_IMAGE))
     if not reference.gradients.norms:
         return {"gradients": holds("the loss depends on nothing that trains"), "micro_batches": not_made("no gradient")}
-    weight = sum(map(objective.weight, rows.alone)) * engine.num_data_ranks
+    normalizer = sum(map(objective.normalizer, rows.alone)) * engine.num_data_ranks
     with without_dropout(model):
-        rehearsed = engine.rehearse(rows.alone, max(1, weight), lambda: Gradients.of(model))
+        rehearsed = engine.rehearse(rows.alone, max(1, normalizer), lambda: Gradients.of(model))
     assert rehearsed is not None
     loss, _, gradients = rehearsed
-    expected = reference.summed / reference.count
+    expected = reference.summed / reference.normalizer
     apart = max(_apart(loss, expected), gradients.distance(reference.gradients))
     note = f"loss {loss:.6g}, of all tokens {expected:.6g}"
     return {
@@ -139,8 +143,8 @@ def check_step_size(
     engine: Engine, objective: Objective, rows: Rows, joined: Batch, bounds: Bounds
 ) -> dict[str, Finding]:
     """Loss and gradient norm of two micro-batches against those of one, where gradients are spread over processes."""
-    weight = max(1, objective.weight(joined) * engine.num_data_ranks)
-    one, two = (engine.rehearse(batches, weight, lambda: None) for batches in ([joined], rows.alone))
+    normalizer = max(1, objective.normalizer(joined) * engine.num_data_ranks)
+    one, two = (engine.rehearse(batches, normalizer, lambda: None) for batches in ([joined], rows.alone))
     if one is None or two is None:
         return {"micro_batches": not_made("this engine makes a step with its update only")}
     apart = max(_apart(two[0], one[0]), _apart(two[1], one[1]))
@@ -167,12 +171,31 @@ def _presence(model: VisionLanguageModel, gradients: Gradients, reads_image: boo
     return holds("")
 
 
-def _summed_loss(probe: StateProbe, states: Tensor, record: Record) -> Tensor:
-    """Written out once more, from the record itself: the token at n is predicted by the state at n - 1."""
+def is_written_out(objective: Objective) -> bool:
+    """Whether its loss is computed here a second time, from the records themselves."""
+    return isinstance(objective, LanguageModeling)
+
+
+def expected_normalizer(objective: Objective, rows: Rows) -> int:
+    """Of both records, at least 1."""
+    if is_written_out(objective):
+        return sum(len(_targets(record)) for record in rows.records)
+    return max(1, sum(map(objective.normalizer, rows.alone)))
+
+
+def _summed_loss(probe: StateProbe, objective: Objective, states: Tensor, batch: Batch, record: Record) -> Tensor:
+    """Of language modelling written out once more: the token at n is predicted by the state at n - 1.
+
+    Args:
+        states: [1, L, D], the final hidden states of the record.
+    """
+    if not is_written_out(objective):
+        with probe.autocast():
+            return objective.loss(states, batch.to(states.device), Head(probe.model.logits)).loss
     places = _targets(record)
     targets = torch.tensor([record.example.input_ids[place] for place in places], device=states.device)
     with probe.autocast():
-        logits = probe.model.logits(states[torch.tensor(places, device=states.device) - 1])
+        logits = probe.model.logits(states[0, torch.tensor(places, device=states.device) - 1])
         return F.cross_entropy(logits.float(), targets, reduction="none").sum()
 
 

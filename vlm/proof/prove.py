@@ -23,7 +23,7 @@ from vlm.errors import VLMError
 from vlm.export.evidence import PROOF
 from vlm.logs import log
 from vlm.models.build import Assembled
-from vlm.objectives.lm import Objective
+from vlm.objectives.base import Objective
 from vlm.precision import autocast
 from vlm.proof.checks import CHECKS, Finding, Proof, at_most, holds, not_made
 from vlm.proof.forward import (
@@ -39,7 +39,14 @@ from vlm.proof.forward import (
     has_experts,
     measure_rounding,
 )
-from vlm.proof.gradients import check_loss, check_loss_by_records, check_step, check_step_size, reference_step
+from vlm.proof.gradients import (
+    check_loss,
+    check_loss_by_records,
+    check_step,
+    check_step_size,
+    is_written_out,
+    reference_step,
+)
 from vlm.proof.parts import check_frozen, check_initial_weights, check_trainable
 from vlm.proof.probe import LossProbe, StateProbe, relative
 from vlm.proof.records import Subject, choose, read_record
@@ -60,6 +67,7 @@ BOUNDS = {
     torch.float16: Bounds(states=0.01, gradients=0.05, loss=0.005),
 }
 TF32 = Bounds(states=5e-3, gradients=1e-2, loss=1e-3)  # of a GPU's float32, whose convolutions may round to 10 bits
+FORWARD = "packed_alone causal context own_image image_read"
 Findings = dict[str, Finding]
 
 
@@ -171,16 +179,23 @@ class _Work:
         else:
             for name in ("gradients", "frozen_steady", "projector_scale"):
                 self.findings[name] = not_made(NOT_HERE)
-            losses = LossProbe(engine)
-            began = time.monotonic()
-            self._widen(losses)
-            # two forward passes of one record; forward and backward of both take three times as long
-            self._set_limit(3 * (time.monotonic() - began))
-            self._check_forward(losses)
-            self._make("feature_order", lambda: check_order_by_loss(losses, rows, self.bounds))
+            if is_written_out(parts.objective):
+                self._check_forward_by_losses()
+            else:
+                reason = not_made("hidden states cannot be seen here, and are told by language modelling's loss only")
+                self.findings |= dict.fromkeys((*FORWARD.split(), "feature_order"), reason)
             joined = self.subject.batch([[record] for record in self.subject.computed])
-            self._make("loss", lambda: check_loss_by_records(engine, rows, joined, self.bounds))
+            self._make("loss", lambda: check_loss_by_records(engine, parts.objective, rows, joined, self.bounds))
             self._make("micro_batches", lambda: check_step_size(engine, parts.objective, rows, joined, self.bounds))
+
+    def _check_forward_by_losses(self) -> None:
+        losses = LossProbe(self.parts.engine)
+        began = time.monotonic()
+        self._widen(losses)
+        # two forward passes of one record; forward and backward of both take three times as long
+        self._set_limit(3 * (time.monotonic() - began))
+        self._check_forward(losses)
+        self._make("feature_order", lambda: check_order_by_loss(losses, self.rows, self.bounds))
 
     def _check_inputs(self) -> None:
         tokens, projector = self.parts.data.conversation_tokenizer, self.parts.built.model.projector
@@ -195,7 +210,7 @@ class _Work:
         engine, rows = self.parts.engine, self.rows
         began = time.monotonic()
         try:
-            reference = reference_step(probe, rows)
+            reference = reference_step(probe, self.parts.objective, rows)
         except ValueError as error:  # placeholders and features do not agree; said by name
             self.findings["placeholders"] = Finding(False, note=str(error).partition(";")[0])
             return

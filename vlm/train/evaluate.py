@@ -11,13 +11,13 @@ from vlm.train.engines.base import Engine
 def held_out_loss(engine: Engine, batches: Iterable[Batch]) -> tuple[float, int, list[Skip]]:
     """Mean loss per supervised token over all batches, each token counted equally; the number of tokens; the records
     that could not be read, of all data ranks."""
-    total, weight = 0.0, 0
+    total, normalizer = 0.0, 0
     own: list[Skip] = []
     for read in batches:
-        (batch,) = engine.share([read])
+        (batch,) = engine.broadcast([read])
         summed, count = engine.evaluate(batch)
         total += summed
-        weight += count
+        normalizer += count
         own += batch.skipped
     skips = [skip for each in engine.gather_from_data_ranks(own) for skip in each]
-    return total / max(weight, 1), weight, skips
+    return total / max(normalizer, 1), normalizer, skips

@@ -31,6 +31,7 @@ class Fragment:
     shape: tuple[int, ...]  # of the whole tensor
     start: int
     values: Tensor  # [numel of this part]
+    is_copy: bool = False  # read here too, written by another rank
 
     @classmethod
     def whole(cls, name: str, tensor: Tensor) -> Fragment:
@@ -50,6 +51,8 @@ def write_fragments(fragments: Iterable[Fragment], folder: Path, rank: int) -> N
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for part in fragments:
+        if part.is_copy:
+            continue
         values = part.values.detach().to("cpu", copy=True).contiguous()
         if part.start == 0 and values.numel() == math.prod(part.shape):
             tensors[part.name] = values.reshape(part.shape)

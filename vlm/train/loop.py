@@ -11,7 +11,7 @@ from vlm.batch import Batch
 from vlm.distributed import note
 from vlm.errors import Preempted, TrainingDiverged
 from vlm.faults import fault, set_step
-from vlm.objectives.lm import Objective
+from vlm.objectives.base import Objective
 from vlm.train.engines.base import Engine, StepOutput
 
 Event = Callable[[int], None]  # called with the number of finished optimizer steps
@@ -25,7 +25,8 @@ class Stream(Protocol):
 class StepCounts:
     """What a step holds, over all data ranks."""
 
-    weight: float  # what the loss is divided by: supervised tokens
+    normalizer: float  # what the loss is divided by; of language modelling supervised tokens
+    supervised: float  # tokens
     tokens: float
     slots: float  # tokens and padding
     images: float
@@ -62,7 +63,7 @@ class TrainLoop:
     engine: Engine
     objective: Objective
     stream: Stream
-    learning_rate: Callable[[int], float]  # by optimizer step, from 0
+    schedule: Callable[[int], float]  # optimizer step, from 0 -> factor of the learning rates
     max_steps: int
     report: Report
     # finished steps, and whether the run ends with it, so that it must succeed -> whether it did
@@ -89,9 +90,9 @@ class TrainLoop:
             microbatches = next(batches)
             data_seconds = time.monotonic() - started
             note(f"step {step + 1}: computing")
-            microbatches = self.engine.share(microbatches)
+            microbatches = self.engine.broadcast(microbatches)
             counts = self._count(microbatches)
-            output = self.engine.train_step(microbatches, max(1.0, counts.weight), self.learning_rate(step))
+            output = self.engine.train_step(microbatches, max(1.0, counts.normalizer), self.schedule(step))
             if not output.applied and not output.overflowed:
                 bad_steps += 1
                 self._refuse(step + 1, output, microbatches, bad_steps)
@@ -113,7 +114,8 @@ class TrainLoop:
 
     def _count(self, batches: list[Batch]) -> StepCounts:
         own = [
-            sum(map(self.objective.weight, batches)),
+            sum(map(self.objective.normalizer, batches)),
+            sum(batch.num_supervised for batch in batches),
             sum(batch.input_ids.numel() - batch.num_padding for batch in batches),
             sum(batch.input_ids.numel() for batch in batches),
             sum(batch.num_images for batch in batches),

@@ -28,8 +28,10 @@ class Window:
     """Sums since the last line."""
 
     started: float = field(default_factory=time.monotonic)
-    weighted_loss: float = 0.0
-    weight: float = 0.0
+    loss: float = 0.0  # these two times the normalizer of their step
+    metrics: dict[str, float] = field(default_factory=dict)
+    normalizer: float = 0.0
+    supervised: float = 0.0
     tokens: float = 0.0
     images: float = 0.0
     slots: float = 0.0  # tokens and padding
@@ -41,8 +43,11 @@ class Window:
         self.overflowed_steps += output.overflowed
         self.bad_steps += not output.applied and not output.overflowed
         if output.applied:
-            self.weighted_loss += output.loss * counts.weight
-            self.weight += counts.weight
+            self.loss += output.loss * counts.normalizer
+            for name, value in output.metrics.items():
+                self.metrics[name] = self.metrics.get(name, 0.0) + value * counts.normalizer
+            self.normalizer += counts.normalizer
+            self.supervised += counts.supervised
         self.slots += counts.slots
         self.tokens += counts.tokens
         self.images += counts.images
@@ -53,13 +58,14 @@ class Reporter:
     """Turns finished steps into lines. `record` once per optimizer step."""
 
     def __init__(
-        self, run: RunFolder, settings: TrainConfig, learning_rate: Callable[[int], float],
+        self, run: RunFolder, settings: TrainConfig, schedule: Callable[[int], float],
         epoch_at: Callable[[int], float], *, start_step: int, max_steps: int,
     ) -> None:  # fmt: skip
         self.run = run
         self.max_steps = max_steps
         self.log_every = settings.log_every
-        self.learning_rate = learning_rate
+        self.learning_rate = settings.learning_rate
+        self.schedule = schedule
         self.epoch_at = epoch_at
         self.skipped = 0
         self._first_step = start_step
@@ -82,10 +88,11 @@ class Reporter:
         line = {
             "step": step,
             "epoch": round(self.epoch_at(step), 4),
-            "loss": window.weighted_loss / window.weight if window.weight else None,
+            "loss": window.loss / window.normalizer if window.normalizer else None,
+            **{name: value / max(window.normalizer, 1) for name, value in window.metrics.items()},
             "grad_norm": output.grad_norm if output.applied else None,
-            "learning_rate": self.learning_rate(step - 1),
-            "supervised_tokens": int(window.weight),
+            "learning_rate": self.learning_rate * self.schedule(step - 1),
+            "supervised_tokens": int(window.supervised),
             "tokens_per_second": round(window.tokens / seconds, 1),
             "images_per_second": round(window.images / seconds, 2),
             "fill": round(window.tokens / max(window.slots, 1), 4),

@@ -18,30 +18,29 @@ from vlm.train.config import TrainConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up to `peak`, then `shape` down to `floor` at `max_steps`.
+    """Factor of the learning rates: linear warm-up to 1, then `shape` down to `floor` at `max_steps`.
 
     The cosine is half a period, after Loshchilov & Hutter 2017, arXiv:1608.03983.
     """
 
     shape: str  # constant, linear, cosine
-    peak: float
     floor: float
     warmup_steps: int  # optimizer steps
     max_steps: int  # optimizer steps
 
     def __call__(self, step: int) -> float:
-        """Learning rate of optimizer step `step`, counted from 0.
+        """Of optimizer step `step`, counted from 0.
 
-        >>> [Schedule("linear", 1.0, 0.0, 2, 6)(step) for step in range(7)]
+        >>> [Schedule("linear", 0.0, 2, 6)(step) for step in range(7)]
         [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
         """
         if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
+            return (step + 1) / self.warmup_steps
         if self.shape == "constant":
-            return self.peak
+            return 1.0
         done = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
         left = 1.0 - done if self.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-        return self.floor + (self.peak - self.floor) * left
+        return self.floor + (1.0 - self.floor) * left
 
 
 def build_schedule(config: TrainConfig, max_steps: int) -> Schedule:
@@ -50,8 +49,7 @@ def build_schedule(config: TrainConfig, max_steps: int) -> Schedule:
         warmup = math.ceil((config.warmup_ratio or 0.0) * max_steps)
     return Schedule(
         shape=config.schedule,
-        peak=config.learning_rate,
-        floor=config.learning_rate * config.min_learning_rate_ratio,
+        floor=config.min_learning_rate_ratio,
         warmup_steps=min(warmup, max_steps),
         max_steps=max_steps,
     )
@@ -60,7 +58,7 @@ def build_schedule(config: TrainConfig, max_steps: int) -> Schedule:
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """One group per trainable part and decay; see `vlm.models.decay` for what is decayed.
 
-    Each group's learning rate is `lr_scale` times the schedule's: `learning_rates[part] / learning_rate`.
+    Each group has its peak rate as `initial_lr`, as torch's own schedulers call it.
     """
     left_alone = undecayed(model)
     rates: dict[str, float] = {str(part): rate for part, rate in config.learning_rates.items()}
@@ -72,7 +70,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         {
             "params": parameters,
             "weight_decay": config.weight_decay if decays else 0.0,
-            "lr_scale": rates.get(part, config.learning_rate) / config.learning_rate,
+            "initial_lr": rates.get(part, config.learning_rate),
             "part": part,
             "decays": decays,
         }
@@ -97,9 +95,9 @@ def build_optimizer(
     return bitsandbytes_adamw(groups, config)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["lr_scale"]
+        group["lr"] = group["initial_lr"] * factor
 
 
 def describe_sizes(shapes: Mapping[str, Sequence[int]], trained: Collection[str], config: TrainConfig) -> str:

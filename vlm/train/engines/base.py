@@ -1,22 +1,23 @@
-"""The one interface between the loop and any way of spreading a model over processes."""
+"""The one interface between the loop and any way of spreading a model over processes, and what all ways share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vlm.batch import Batch
-from vlm.distributed import rank
+from vlm.distributed import gather_objects, rank, sum_over_ranks
 from vlm.errors import CheckpointError
 from vlm.faults import fault
 from vlm.models.vlm import VisionLanguageModel
-from vlm.objectives.lm import Objective
+from vlm.objectives.base import Head, LossOutput, Objective
 from vlm.precision import autocast
 from vlm.train.bitsandbytes_adamw import QUANTIZED
 from vlm.train.fragments import Fragment, FragmentReader, state_files, write_fragments
@@ -29,53 +30,118 @@ T = TypeVar("T")
 class StepOutput:
     """What one optimizer step did."""
 
-    loss: float  # mean over the step's weight and all data ranks: nats per supervised token
+    loss: float  # the sum over all data ranks, divided by the normalizer; of language modelling nats per token
     grad_norm: float  # before clipping, over all trained weights
     applied: bool  # false when loss or gradient norm was not finite: the weights are as before
     loss_scale: float | None = None  # float16: the factor that this step's loss was multiplied by
     overflowed: bool = False  # float16: not applied because the factor was too large; the next one is smaller
+    metrics: Mapping[str, float] = field(default_factory=dict)  # the objective's, divided as the loss
 
 
-class Engine(Protocol):
-    """One call of `train_step` is one optimizer step. Every rank makes the same calls in the same order."""
+class Engine(ABC):
+    """One call of `train_step` is one optimizer step. Every rank makes the same calls in the same order.
 
+    Subclasses are final. What they yield as fragments are live views: writing into `values` changes their state.
+    """
+
+    objective: Objective
     data_rank: int  # which share of the stream this process takes; equal for all stages of one pipeline
     num_data_ranks: int
-    holds_whole_model: bool  # each process holds every weight whole, and `optimizer` the trained ones themselves
+    holds_whole_model = False  # whether each process holds every weight whole, and `optimizer` the trained ones
     optimizer: torch.optim.Optimizer
+    autocast_dtype: torch.dtype | None  # of the computation; None computes in the weights' own dtype
+    loss_scale: LossScale | None = None
+    _used_factor: float | None = None
 
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """Of the computation; None computes in the weights' own dtype."""
+    @abstractmethod
+    def train_step(self, microbatches: list[Batch], normalizer: float, lr_factor: float) -> StepOutput:
+        """Forward and backward over the micro-batches, clip, update.
 
-    def share(self, batches: list[Batch]) -> list[Batch]:
-        """The batches that all processes of one share of the data work on; each has read them by itself."""
+        Args:
+            normalizer: divides the summed loss; of all micro-batches of all data ranks.
+            lr_factor: each group's learning rate is its `initial_lr` times this.
+        """
 
-    def train_step(self, microbatches: list[Batch], weight: float, learning_rate: float) -> StepOutput:
-        """Forward and backward over the micro-batches, clip, update. `weight` divides the summed loss."""
-
-    def rehearse(
-        self, microbatches: list[Batch], weight: float, look: Callable[[], T]
-    ) -> tuple[float, float, T] | None:
-        """A step without its update, in the mode that the model is in: loss, gradient norm, and what `look` returned
-        while the gradients were there. Every rank gives the same batches. None where the engine cannot do without."""
-
+    @abstractmethod
     def evaluate(self, batch: Batch) -> tuple[float, int]:
-        """Summed loss and weight over all data ranks, without a gradient."""
+        """Summed loss and normalizer over all data ranks, without a gradient."""
 
-    def sum_over_data_ranks(self, values: list[float]) -> list[float]: ...
-
-    def gather_from_data_ranks(self, value: T) -> list[T]:
-        """What each data rank gave, in order, on every rank."""
-
+    @abstractmethod
     def whole_model(self) -> AbstractContextManager[VisionLanguageModel | None]:
         """The model to generate with; every rank makes the same calls. None where no rank has access to all of it."""
 
+    @abstractmethod
+    def weight_fragments(self) -> Iterable[Fragment]:
+        """Everything that trains, in float32, with the statistics that belong to it."""
+
+    @abstractmethod
+    def optimizer_fragments(self) -> Iterable[Fragment]:
+        """`<canonical name>/<state>` of every optimizer state, made with zeros where no step was done yet."""
+
+    def broadcast(self, batches: list[Batch]) -> list[Batch]:
+        """The batches that all processes of one share of the data work on; each has read them by itself."""
+        return batches
+
+    def rehearse(
+        self, microbatches: list[Batch], normalizer: float, look: Callable[[], T]
+    ) -> tuple[float, float, T] | None:
+        """A step without its update, in the mode that the model is in: loss, gradient norm, and what `look` returned
+        while the gradients were there. Every rank gives the same batches. None where the engine cannot do without."""
+        return None
+
+    def sum_over_data_ranks(self, values: list[float]) -> list[float]:
+        return sum_over_ranks(values)
+
+    def gather_from_data_ranks(self, value: T) -> list[T]:
+        """What each data rank gave, in order, on every rank."""
+        return gather_objects(value)
+
+    def start_step(self) -> float:
+        """The factor of this step's loss: 1 where nothing is scaled."""
+        self._used_factor = None if self.loss_scale is None else self.loss_scale.factor
+        return self._used_factor or 1.0
+
+    def step_output(self, sums: list[float], normalizer: float, grad_norm: float, applied: bool) -> StepOutput:
+        """What `train_step` returns. Every rank calls it with the same numbers.
+
+        Args:
+            sums: loss and metrics, summed over all data ranks.
+        """
+        loss, *metrics = (value / normalizer for value in sums)
+        overflowed = self.loss_scale is not None and self.loss_scale.settle(loss, grad_norm)
+        named = dict(zip(self.objective.metric_names, metrics, strict=True))
+        return StepOutput(loss, grad_norm, applied, self._used_factor, overflowed, named)
+
     def save(self, folder: Path) -> None:
         """Write this rank's share of weights/ and optimizer/ below `folder`. Communicates nothing."""
+        write_fragments(self.weight_fragments(), folder / "weights", rank())
+        fault("save:shard")
+        write_fragments(self._all_optimizer_fragments(), folder / "optimizer", rank())
 
+    @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Read what any engine on any number of ranks wrote. Raises CheckpointError for each tensor that is missing."""
+        for part, own in (("weights", self.weight_fragments()), ("optimizer", self._all_optimizer_fragments())):
+            reader = FragmentReader(state_files(folder, part))
+            problems, is_quantized = [], False
+            for fragment in own:
+                found = reader.shapes.get(fragment.name)
+                if found != fragment.shape:
+                    problems.append(f"  {fragment.name}: {_shape(found)} -> {_shape(fragment.shape)}")
+                    is_quantized |= fragment.name.rpartition("/")[2] in QUANTIZED
+                elif not problems:
+                    fragment.values.copy_(reader.read(fragment.name, fragment.start, fragment.values.numel()))
+            if problems:
+                raise CheckpointError(
+                    f"{folder / part} does not fit this {'launch' if is_quantized else 'model'} (file -> now):\n"
+                    + "\n".join(problems[:20])
+                    + ("\n" + (_OTHER_BLOCKS if is_quantized else _OTHER_PARTS))
+                )
+
+    def _all_optimizer_fragments(self) -> Iterator[Fragment]:
+        yield from self.optimizer_fragments()
+        if self.loss_scale is not None:
+            yield Fragment.whole("loss_scale", self.loss_scale.state)
 
 
 class LossModule(nn.Module):
@@ -93,11 +159,42 @@ class LossModule(nn.Module):
         self.objective = objective
         self.autocast_dtype = autocast_dtype
 
-    def forward(self, batch: Batch, num_chunks: int = 1) -> Tensor:
-        """Float32 scalar. `num_chunks`: the loss is computed in at least so many pieces, so that ranks agree."""
+    def forward(self, batch: Batch, min_chunks: int = 1) -> tuple[Tensor, Tensor]:
+        """Float32 scalar with a graph, and the metrics [M] in the order of their names; see `LossOutput`.
+
+        Args:
+            min_chunks: see `Head`.
+        """
         with autocast(batch.input_ids.device.type, self.autocast_dtype):
-            loss = self.objective.loss(self.model, batch, num_chunks)
-        return spoil(loss)
+            hidden_states = self.model(batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_features)
+            output = self.objective.loss(hidden_states, batch, Head(self.model.logits, min_chunks))
+        return spoil(output.loss), stack_metrics(output, self.objective.metric_names)
+
+
+def stack_metrics(output: LossOutput, names: Sequence[str]) -> Tensor:
+    """[M] float32, without a graph."""
+    if not names:
+        return output.loss.detach().new_zeros(0)
+    return torch.stack([output.metrics[name].detach().float() for name in names])
+
+
+class Sums:
+    """Loss and metrics summed over the micro-batches of a step. They stay on the device until `read`."""
+
+    def __init__(self, objective: Objective, device: torch.device) -> None:
+        self.values = torch.zeros(1 + len(objective.metric_names), dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, metrics: Tensor) -> None:
+        self.values += torch.cat([loss.detach().view(1), metrics])
+
+    def read(self) -> list[float]:
+        """The loss, then the metrics. Waits for the device."""
+        return self.values.tolist()
+
+
+def poison(loss: Tensor) -> Tensor:
+    """The loss, or NaN for one that is not finite: an infinite loss may have finite gradients, of NaN all are NaN."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
 
 def spoil(loss: Tensor) -> Tensor:
@@ -107,82 +204,6 @@ def spoil(loss: Tensor) -> Tensor:
     if loss.requires_grad and fault("gradient") == "nan":
         loss.register_hook(lambda gradient: gradient * float("nan"))
     return loss
-
-
-class FragmentState:
-    """Saving and loading for an engine that can name the elements it holds.
-
-    Both methods yield live views: writing into `values` changes the engine's state.
-    """
-
-    loss_module: LossModule
-    holds_whole_model = False
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        return self.loss_module.autocast_dtype
-
-    def share(self, batches: list[Batch]) -> list[Batch]:
-        return batches
-
-    def rehearse(
-        self, microbatches: list[Batch], weight: float, look: Callable[[], T]
-    ) -> tuple[float, float, T] | None:
-        return None
-
-    loss_scale: LossScale | None = None
-    _used_factor: float | None = None
-
-    def weight_fragments(self) -> Iterable[Fragment]:
-        """Everything that trains, in float32, with the statistics that belong to it."""
-        raise NotImplementedError
-
-    def optimizer_fragments(self) -> Iterable[Fragment]:
-        """`<canonical name>/<state>` of every optimizer state, made with zeros where no step was done yet."""
-        raise NotImplementedError
-
-    def start_step(self) -> float:
-        """The factor of this step's loss: 1 where nothing is scaled."""
-        self._used_factor = None if self.loss_scale is None else self.loss_scale.factor
-        return self._used_factor or 1.0
-
-    def step_output(self, loss: float, grad_norm: float, applied: bool) -> StepOutput:
-        """What `train_step` returns. Every rank calls it with the same numbers."""
-        overflowed = self.loss_scale is not None and self.loss_scale.settle(loss, grad_norm)
-        return StepOutput(loss, grad_norm, applied, self._used_factor, overflowed)
-
-    def after_load(self) -> None:
-        """Bring everything derived from the loaded weights up to date."""
-
-    def save(self, folder: Path) -> None:
-        write_fragments(self.weight_fragments(), folder / "weights", rank())
-        fault("save:shard")
-        write_fragments(self._all_optimizer_fragments(), folder / "optimizer", rank())
-
-    @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        for part, own in (("weights", self.weight_fragments()), ("optimizer", self._all_optimizer_fragments())):
-            reader = FragmentReader(state_files(folder, part))
-            problems, is_quantized = [], False
-            for fragment in own:
-                found = reader.shapes.get(fragment.name)
-                if found != fragment.shape:
-                    problems.append(f"  {fragment.name}: {_shape(found)} -> {_shape(fragment.shape)}")
-                    is_quantized |= fragment.name.rpartition("/")[2] in QUANTIZED
-                elif not problems:
-                    fragment.values.copy_(reader.read(fragment.name, fragment.start, fragment.values.numel()))
-            if problems:
-                raise CheckpointError(
-                    f"{folder / part} does not fit this {'launch' if is_quantized else 'model'} (file -> now):\n"
-                    + "\n".join(problems[:20])
-                    + ("\n" + (_OTHER_BLOCKS if is_quantized else _OTHER_PARTS))
-                )
-        self.after_load()
-
-    def _all_optimizer_fragments(self) -> Iterator[Fragment]:
-        yield from self.optimizer_fragments()
-        if self.loss_scale is not None:
-            yield Fragment.whole("loss_scale", self.loss_scale.state)
 
 
 _OTHER_PARTS = (

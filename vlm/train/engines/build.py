@@ -18,11 +18,12 @@ from vlm.errors import ConfigError
 from vlm.models.partition import full_shape
 from vlm.models.pipeline_build import Stage
 from vlm.models.vlm import VisionLanguageModel
-from vlm.objectives.lm import Objective
+from vlm.objectives.base import Objective
 from vlm.train.config import EngineConfig, TrainConfig
 from vlm.train.engines.base import LossModule
 from vlm.train.engines.deepspeed_settings import deepspeed_settings
 from vlm.train.engines.local import LocalEngine
+from vlm.train.engines.torch_engine import TorchEngine
 from vlm.train.optim import build_optimizer
 from vlm.train.scaling import LossScale
 
@@ -154,7 +155,7 @@ def build_engine(
             num_trained=sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
         )  # fmt: skip
         return ZeroEngine(module, build_optimizer(model, train), settings, device=device, loss_scale=loss_scale)
-    engine_class = LocalEngine
+    engine_class: type[TorchEngine] = LocalEngine
     if plan.kind == "fsdp":
         from vlm.train.engines.fsdp import FullyShardedEngine, shard
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ from vlm.distributed import rank, world_size
 from vlm.models.decoders import find_blocks
 from vlm.models.trainable import trained_weights
 from vlm.models.vlm import VisionLanguageModel
-from vlm.train.engines.base import FragmentState, LossModule, adam_state
-from vlm.train.engines.local import LocalEngine
+from vlm.train.engines.base import LossModule, adam_state
+from vlm.train.engines.torch_engine import TorchEngine
 from vlm.train.fragments import Fragment
 
 
@@ -40,19 +39,21 @@ def shard(module: LossModule, device: torch.device) -> None:
     fully_shard(module, mesh=_mesh(device))
 
 
-class FullyShardedEngine(LocalEngine):
+@final
+class FullyShardedEngine(TorchEngine):
     """See `Engine`. Its module has been through `shard`."""
 
-    holds_whole_model = False
+    def wrap(self, module: LossModule) -> Any:
+        return module
 
     @contextmanager
     def whole_model(self) -> Iterator[VisionLanguageModel | None]:
-        self._wrapped.unshard()  # all but the blocks, which gather themselves when they are called
+        self.wrapped.unshard()  # all but the blocks, which gather themselves when they are called
         yield self.model
-        self._wrapped.reshard()
+        self.wrapped.reshard()
 
     def weight_fragments(self) -> Iterator[Fragment]:
-        self._wrapped.reshard()  # an evaluation leaves the outermost parameters gathered
+        self.wrapped.reshard()  # an evaluation leaves the outermost parameters gathered
         for name, tensor in trained_weights(self.model).items():
             yield from _own_part(name, tensor)
 
@@ -61,19 +62,13 @@ class FullyShardedEngine(LocalEngine):
             for key, value in adam_state(self.optimizer, parameter).items():
                 yield from _own_part(f"{name}/{key}", value)
 
-    def save(self, folder: Path) -> None:
-        FragmentState.save(self, folder)
+    def reduction(self, is_last: bool) -> AbstractContextManager[Any]:
+        self.wrapped.set_requires_gradient_sync(is_last)
+        return nullcontext()
 
-    def _wrap(self, module: LossModule) -> Any:
-        return module
-
-    def _reduction(self, is_last: bool) -> Any:
-        self._wrapped.set_requires_gradient_sync(is_last)
-        return super()._reduction(True)
-
-    def _grad_norm(self) -> float:
-        norm = torch.nn.utils.get_total_norm(self._gradients())
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    def grad_norm(self) -> Tensor:
+        norm = torch.nn.utils.get_total_norm(self.gradients())
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _mesh(device: torch.device) -> DeviceMesh:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -23,23 +23,24 @@ from vlm.distributed import gather_objects, sum_over_ranks
 from vlm.errors import ConfigError
 from vlm.models.pipeline_build import Stage, load_stage_weights
 from vlm.models.vlm import VisionLanguageModel
-from vlm.objectives.lm import Objective
+from vlm.objectives.base import Objective
 from vlm.train.config import TrainConfig
-from vlm.train.engines.base import FragmentState, StepOutput, T, trained_names
+from vlm.train.engines.base import Engine, StepOutput, T, trained_names
 from vlm.train.engines.pipeline_module import StageRun, pipeline_module, stage_groups
 from vlm.train.engines.zero import initialize_deepspeed, scale_deepspeed, start_deepspeed, zero_fragments
 from vlm.train.fragments import Fragment, FragmentReader, state_files
-from vlm.train.optim import build_optimizer, set_learning_rate
+from vlm.train.optim import build_optimizer, set_learning_rates
 from vlm.train.scaling import LossScale
 from vlm.train.statistics import average_statistics
 
 
-class PipelineEngine(FragmentState):
+@final
+class PipelineEngine(Engine):
     """See `Engine`. Process r holds stage r // num_data_ranks and takes share r % num_data_ranks of the data.
 
     Args:
         stage: what this process holds, with its starting weights.
-        objective: counts the weight of a batch; the loss itself is language modelling's, in the output layer.
+        objective: of the last stage; the others ask it for the normalizer only.
         settings: DeepSpeed's config, of ZeRO stage 1; see `vlm.train.engines.deepspeed_settings`.
         num_data_ranks: processes per stage.
 
@@ -73,7 +74,8 @@ class PipelineEngine(FragmentState):
         self.num_data_ranks = num_data_ranks
         self.loss_scale = loss_scale
         self.parameters = list(trained_names(self.model))
-        self._run = StageRun(stage, device, autocast_dtype)
+        self.autocast_dtype = autocast_dtype
+        self._run = StageRun(stage, objective, device, autocast_dtype)
         groups = stage_groups(stage, train)
         start_deepspeed(device)
         module = pipeline_module(stage, self._run, groups, num_data_ranks)
@@ -82,26 +84,22 @@ class PipelineEngine(FragmentState):
         self._zero: Any = self._engine.optimizer  # DeepSpeed's, around ours
         self.data_rank = self._engine.grid.get_data_parallel_rank()
 
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        return self._run.autocast_dtype
-
-    def train_step(self, microbatches: list[Batch], weight: float, learning_rate: float) -> StepOutput:
+    def train_step(self, microbatches: list[Batch], normalizer: float, lr_factor: float) -> StepOutput:
         count = len(microbatches)
         if self._engine.micro_batches != count:
             self._engine.set_train_batch_size(self._engine.micro_batch_size * count * self.num_data_ranks)
         self.model.train()
-        set_learning_rate(self.optimizer, learning_rate)
+        set_learning_rates(self.optimizer, lr_factor)
         scale_deepspeed(self._zero, self.start_step())
-        self._run.start(microbatches, count * self.num_data_ranks / weight)  # DeepSpeed divides by both again
+        self._run.start(microbatches, count * self.num_data_ranks / normalizer)  # DeepSpeed divides by both again
         self._engine.train_batch(_nothing())
         applied = bool(self._engine.was_step_applied())
         grad_norm = float(self._engine.get_global_grad_norm()) if applied else math.inf
-        (summed,) = sum_over_ranks([sum(self._run.losses)])  # only last stages have some
+        sums = sum_over_ranks(self._run.sums.read())  # only last stages have some
         average_statistics(self.model, self._engine.grid.get_data_parallel_group())
-        return self.step_output(summed / weight, grad_norm, applied)
+        return self.step_output(sums, normalizer, grad_norm, applied)
 
-    def share(self, batches: list[Batch]) -> list[Batch]:
+    def broadcast(self, batches: list[Batch]) -> list[Batch]:
         """What the first stage has read. A picture that only one stage can read would set their rows apart."""
         group = self._engine.grid.get_pipe_parallel_group()
         texts = [replace(batch, pixel_values=None, image_features=None) for batch in batches]
@@ -114,8 +112,8 @@ class PipelineEngine(FragmentState):
         self._engine.eval_batch(
             _nothing(), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=1
         )
-        weight = self.objective.weight(batch) if self.stage.is_last else 0
-        summed, total = sum_over_ranks([sum(self._run.losses), float(weight)])
+        normalizer = self.objective.normalizer(batch) if self.stage.is_last else 0
+        summed, total = sum_over_ranks([self._run.sums.read()[0], float(normalizer)])
         return summed, int(total)
 
     def sum_over_data_ranks(self, values: list[float]) -> list[float]:
@@ -128,7 +126,7 @@ class PipelineEngine(FragmentState):
         return nullcontext()
 
     def weight_fragments(self) -> Iterator[Fragment]:
-        yield from self._rename(zero_fragments(self.parameters, self._zero))
+        yield from self._with_copies(zero_fragments(self.parameters, self._zero))
         if self.data_rank == 0:
             names = dict(self.parameters)
             for name, tensor in self.stage.trained_weights().items():
@@ -136,25 +134,21 @@ class PipelineEngine(FragmentState):
                     yield Fragment.whole(name, tensor)
 
     def optimizer_fragments(self) -> Iterator[Fragment]:
-        yield from self._rename(zero_fragments(self.parameters, self._zero, states=True))
-
-    _is_loading = False
+        yield from self._with_copies(zero_fragments(self.parameters, self._zero, states=True))
 
     def load(self, folder: Path) -> None:
-        self._is_loading = True
         super().load(folder)
-        self._is_loading = False
         reader = FragmentReader(state_files(folder, "weights"))  # each rank holds its stage whole beside its part of it
         load_stage_weights(self.stage, reader.shapes, reader.whole, str(folder))
 
-    def _rename(self, fragments: Iterator[Fragment]) -> Iterator[Fragment]:
-        """A tied head reads what the embedding wrote that it is a copy of, and writes nothing."""
+    def _with_copies(self, fragments: Iterator[Fragment]) -> Iterator[Fragment]:
+        """A tied head is a copy of the embedding on the first stage, under its name."""
         tied = self.stage.tied_name
         for part in fragments:
-            if tied is None or not part.name.startswith(self.stage.tied_head):
+            if tied is not None and part.name.startswith(self.stage.tied_head):
+                yield replace(part, name=tied + part.name.removeprefix(self.stage.tied_head), is_copy=True)
+            else:
                 yield part
-            elif self._is_loading:
-                yield replace(part, name=tied + part.name.removeprefix(self.stage.tied_head))
 
 
 def _nothing() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -16,29 +15,33 @@ from vlm.batch import Batch
 from vlm.models.pipeline import InputsLayer, OutputLayer, num_layers, run_layers
 from vlm.models.pipeline_build import Stage
 from vlm.models.trainable import part_of
+from vlm.objectives.base import Head, Objective
 from vlm.precision import autocast
 from vlm.train.config import TrainConfig
-from vlm.train.engines.base import spoil
+from vlm.train.engines.base import Sums, poison, spoil, stack_metrics
 from vlm.train.optim import parameter_groups
 
 
 class StageRun:
-    """What one stage does with the micro-batches of a step, in order. Losses are kept where they are made.
+    """What one stage does with the micro-batches of a step, in order. Losses are summed where they are made.
 
     Every stage has the micro-batches, so DeepSpeed carries nothing but hidden states.
     """
 
-    def __init__(self, stage: Stage, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, stage: Stage, objective: Objective, device: torch.device, autocast_dtype: torch.dtype | None
+    ) -> None:
         self.stage = stage
+        self.objective = objective
         self.device = device
         self.autocast_dtype = autocast_dtype
-        self.losses: list[float] = []  # last stage: summed loss of each micro-batch
+        self.sums = Sums(objective, device)  # of the step; zeros on all stages but the last
         self._batches: Iterator[Batch] = iter(())
         self._scale = 1.0
 
     def start(self, batches: Sequence[Batch], scale: float = 1.0) -> None:
         """Before a step. `scale`: factor of the loss that is differentiated."""
-        self.losses = []
+        self.sums = Sums(self.objective, self.device)
         self._batches = iter(batches)
         self._scale = scale
 
@@ -51,18 +54,17 @@ class StageRun:
         hidden_states = None if self.stage.is_first else received
         with autocast(self.device.type, self.autocast_dtype):
             output = run_layers(self.stage.built.model, self.stage.layers, batch, hidden_states)
-        if self.stage.is_last:
-            return self._keep_loss(output)
+            if self.stage.is_last:
+                return self._loss(output, batch)
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()  # of a frozen first stage; DeepSpeed differentiates what every stage sends
         return output
 
-    def _keep_loss(self, loss: Tensor) -> Tensor:
-        loss = spoil(loss)
-        self.losses.append(loss.item())
-        if not math.isfinite(self.losses[-1]):
-            loss = loss * math.nan  # every gradient on every stage: DeepSpeed then leaves the weights as they are
-        return loss * self._scale
+    def _loss(self, hidden_states: Tensor, batch: Batch) -> Tensor:
+        output = self.objective.loss(hidden_states, batch, Head(self.stage.built.model.logits))
+        loss = spoil(output.loss)
+        self.sums.add(loss, stack_metrics(output, self.objective.metric_names))
+        return poison(loss) * self._scale  # of NaN, DeepSpeed leaves the weights of every stage as they are
 
 
 def stage_groups(stage: Stage, train: TrainConfig) -> list[dict[str, Any]]:
@@ -76,7 +78,8 @@ def stage_groups(stage: Stage, train: TrainConfig) -> list[dict[str, Any]]:
         (part_of(name), name not in stage.undecayed) for name in stage.shapes if name in stage.trained
     )
     return [
-        own.get(key) or {"params": [nn.Parameter(torch.zeros(1))], "weight_decay": 0.0, "lr_scale": 1.0, "part": key[0]}
+        own.get(key)
+        or {"params": [nn.Parameter(torch.zeros(1))], "weight_decay": 0.0, "initial_lr": 0.0, "part": key[0]}
         for key in wanted
     ]
 

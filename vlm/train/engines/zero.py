@@ -14,32 +14,35 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vlm.batch import Batch
-from vlm.distributed import gather_objects, new_group, rank, sum_over_ranks, world_size
+from vlm.distributed import new_group, rank, world_size
+from vlm.models.loss import count_chunks
 from vlm.models.trainable import trained_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.train.engines.base import (
-    FragmentState,
+    Engine,
     LossModule,
     StepOutput,
-    T,
+    Sums,
     adam_state,
+    poison,
     shared_adam_state,
     trained_names,
 )
 from vlm.train.fragments import Fragment, FragmentReader, state_files
-from vlm.train.optim import set_learning_rate
+from vlm.train.optim import set_learning_rates
 from vlm.train.scaling import LossScale
 from vlm.train.statistics import average_statistics
 
 
-class ZeroEngine(FragmentState):
+@final
+class ZeroEngine(Engine):
     """See `Engine`. `settings` is DeepSpeed's config, see `vlm.train.engines.deepspeed_settings`."""
 
     def __init__(
@@ -54,6 +57,7 @@ class ZeroEngine(FragmentState):
         self.loss_module = module
         self.model = module.model
         self.objective = module.objective
+        self.autocast_dtype = module.autocast_dtype
         self.optimizer = optimizer
         self.device = device
         self.loss_scale = loss_scale
@@ -66,36 +70,29 @@ class ZeroEngine(FragmentState):
         self._engine = initialize_deepspeed(module, optimizer, settings, device)
         self._zero: Any = self._engine.optimizer  # DeepSpeed's, around ours
 
-    def train_step(self, microbatches: list[Batch], weight: float, learning_rate: float) -> StepOutput:
+    def train_step(self, microbatches: list[Batch], normalizer: float, lr_factor: float) -> StepOutput:
         self._engine.train()
-        set_learning_rate(self.optimizer, learning_rate)
+        set_learning_rates(self.optimizer, lr_factor)
         scale_deepspeed(self._zero, self.start_step())
-        summed = 0.0
-        for batch, num_chunks in zip(microbatches, self._agree_on_chunks(microbatches), strict=True):
-            loss = self._engine(batch.to(self.device), num_chunks)
-            summed += loss.item()
-            if not math.isfinite(summed):
-                loss = loss * math.nan  # every gradient, on every rank: DeepSpeed then leaves the weights as they are
-            self._engine.backward(loss * (self.num_data_ranks / weight), scale_wrt_gas=False)
+        sums = Sums(self.objective, self.device)
+        for batch, min_chunks in zip(microbatches, self._agree_on_chunks(microbatches), strict=True):
+            loss, metrics = self._engine(batch.to(self.device), min_chunks)
+            sums.add(loss, metrics)
+            loss = poison(loss)  # then DeepSpeed leaves the weights as they are, on every rank
+            self._engine.backward(loss * (self.num_data_ranks / normalizer), scale_wrt_gas=False)
             self._engine.step()  # updates after the last micro-batch only
         applied = bool(self._engine.was_step_applied())
         grad_norm = float(self._engine.get_global_grad_norm()) if applied else math.inf
         average_statistics(self.model)
-        return self.step_output(self.sum_over_data_ranks([summed])[0] / weight, grad_norm, applied)
+        return self.step_output(self.sum_over_data_ranks(sums.read()), normalizer, grad_norm, applied)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         self._engine.eval()
-        (num_chunks,) = self._agree_on_chunks([batch])
-        loss = self._engine(batch.to(self.device), num_chunks).item()
-        summed, weight = self.sum_over_data_ranks([loss, float(self.objective.weight(batch))])
-        return summed, int(weight)
-
-    def sum_over_data_ranks(self, values: list[float]) -> list[float]:
-        return sum_over_ranks(values)
-
-    def gather_from_data_ranks(self, value: T) -> list[T]:
-        return gather_objects(value)
+        (min_chunks,) = self._agree_on_chunks([batch])
+        loss, _ = self._engine(batch.to(self.device), min_chunks)
+        summed, normalizer = self.sum_over_data_ranks([loss.item(), float(self.objective.normalizer(batch))])
+        return summed, int(normalizer)
 
     def whole_model(self) -> AbstractContextManager[VisionLanguageModel | None]:
         return nullcontext(self.model)  # at stage 3 each module gathers its weights when it is called
@@ -121,8 +118,8 @@ class ZeroEngine(FragmentState):
                 tensor.copy_(reader.whole(name))
 
     def _agree_on_chunks(self, batches: list[Batch]) -> list[int]:
-        """At stage 3 each chunk of the loss gathers the head's weight, on all ranks or on none."""
-        own = torch.tensor([self.objective.num_chunks(batch) for batch in batches])
+        """At stage 3 each call of the head gathers its weight, on all ranks or on none."""
+        own = torch.tensor([count_chunks(batch.num_supervised) for batch in batches])
         if self.stage == 3 and self.num_data_ranks > 1:
             dist.all_reduce(own, dist.ReduceOp.MAX)
         return own.tolist()

@@ -1,0 +1,64 @@
+"""What every objective answers: how its loss is normalized, and the loss itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from vlm.schema import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlm.batch import Batch
+
+
+@dataclass(frozen=True)
+class Head:
+    """The language model's head, as an objective calls it.
+
+    `min_chunks` is how often every rank must call it for this batch. It is above 1 only where the ranks share the
+    head's weight, and a rank that called it less often would keep the others waiting; the engine sets it.
+    """
+
+    logits: Callable[[Tensor], Tensor]  # [S, D] -> [S, V]
+    min_chunks: int = 1
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """[S, D] -> [S, V], in the dtype of the computation."""
+        return self.logits(hidden_states)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Sums over a batch, not means: the engine divides by the normalizer of the whole step."""
+
+    loss: Tensor  # float32 scalar with a graph
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # float32 scalars without one, by name
+
+
+class Objective(Protocol):
+    """Hidden states of a batch -> a loss. Whole models and the last stage of a pipeline call the same object."""
+
+    metric_names: tuple[str, ...]  # keys of every `LossOutput.metrics`; the log shows their sums over the normalizer
+
+    def normalizer(self, batch: Batch) -> int:
+        """What the summed loss is divided by: supervised tokens, or pairs. Known before any forward."""
+
+    def loss(self, hidden_states: Tensor, batch: Batch, head: Head) -> LossOutput:
+        """The summed loss of a batch. It has a graph through the head even where nothing is supervised, so that every
+        rank runs the same backward.
+
+        Args:
+            hidden_states: [B, L, D], after the final norm.
+        """
+
+
+class ObjectiveConfig(Section):
+    """Base of the section `objective`; each kind has its own keys."""
+
+    kind: str
+
+    def build(self) -> Objective:
+        raise NotImplementedError

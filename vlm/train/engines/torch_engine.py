@@ -1,0 +1,108 @@
+"""The step of engines that run in torch alone: one process, DistributedDataParallel, fully_shard."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.batch import Batch
+from vlm.distributed import rank, world_size
+from vlm.train.engines.base import Engine, LossModule, StepOutput, Sums, T, trained_names
+from vlm.train.optim import set_learning_rates
+from vlm.train.scaling import LossScale
+from vlm.train.statistics import average_statistics
+
+
+class TorchEngine(Engine):
+    """What these engines share; they differ in what wraps the module and in who holds which elements."""
+
+    keeps_gradients = False  # after a step, as zeros
+
+    def __init__(
+        self,
+        module: LossModule,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: torch.device,
+        max_grad_norm: float | None = 1.0,
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        self.loss_module = module
+        self.model = module.model
+        self.objective = module.objective
+        self.autocast_dtype = module.autocast_dtype
+        self.optimizer = optimizer
+        self.device = device
+        self.max_grad_norm = max_grad_norm
+        self.loss_scale = loss_scale
+        self.data_rank = rank()
+        self.num_data_ranks = world_size()
+        self.wrapped = self.wrap(module)
+        self.parameters = list(trained_names(self.model))
+
+    @abstractmethod
+    def wrap(self, module: LossModule) -> Any:
+        """What calls the module and sums gradients over the ranks."""
+
+    @abstractmethod
+    def reduction(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Around a micro-batch: gradients are summed over ranks with the last one only."""
+
+    @abstractmethod
+    def grad_norm(self) -> Tensor:
+        """Of all trained weights; scalar."""
+
+    def train_step(self, microbatches: list[Batch], normalizer: float, lr_factor: float) -> StepOutput:
+        self.model.train()
+        factor = self.start_step()
+        sums = self._backward(self.wrapped, microbatches, factor * self.num_data_ranks / normalizer)
+        grad_norm = self.grad_norm().item() / factor
+        finite = math.isfinite(sums[0]) and math.isfinite(grad_norm)
+        if finite:
+            clip = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (grad_norm + 1e-6))
+            self._scale_gradients(clip / factor)
+            set_learning_rates(self.optimizer, lr_factor)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
+        average_statistics(self.model)
+        return self.step_output(sums, normalizer, grad_norm, finite)
+
+    def rehearse(self, microbatches: list[Batch], normalizer: float, look: Callable[[], T]) -> tuple[float, float, T]:
+        """Around DistributedDataParallel, whose buckets take their order from the first backward: all ranks have the
+        same gradients here."""
+        loss, *_ = self._backward(self.loss_module, microbatches, self.num_data_ranks / normalizer)
+        seen = loss / normalizer, self.grad_norm().item(), look()
+        self.optimizer.zero_grad(set_to_none=True)
+        return seen
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        self.model.eval()
+        loss, _ = self.loss_module(batch.to(self.device))
+        summed, normalizer = self.sum_over_data_ranks([loss.item(), float(self.objective.normalizer(batch))])
+        return summed, int(normalizer)
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for _, p in self.parameters if p.grad is not None]
+
+    def _backward(
+        self, forward: Callable[[Batch], tuple[Tensor, Tensor]], microbatches: list[Batch], scale: float
+    ) -> list[float]:
+        """Add up the gradients of `scale` times the loss. Returns loss and metrics, summed over all ranks."""
+        sums = Sums(self.objective, self.device)
+        for number, batch in enumerate(microbatches):
+            with self.reduction(number == len(microbatches) - 1):
+                loss, metrics = forward(batch.to(self.device))
+                (loss * scale).backward()
+            sums.add(loss, metrics)
+        return self.sum_over_data_ranks(sums.read())
+
+    def _scale_gradients(self, factor: float) -> None:
+        if factor < 1.0:
+            torch._foreach_mul_(self.gradients(), factor)
