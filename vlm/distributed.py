@@ -1,7 +1,6 @@
 """The processes of one launch: who am I, sums, and decisions that all of them take together.
 
-torchrun, `deepspeed` and `accelerate launch` describe a launch in the same environment variables (RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without them this is a world of one process, and nothing here communicates.
+Without a launcher's variables (`vlm.launch`) this is a world of one process, and nothing here communicates.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from vlm.errors import DistributedError, VLMError
+from vlm.launch import is_on_one_machine, launched_size
 
 T = TypeVar("T")
 _timeout: timedelta | None = None  # of collectives
@@ -45,11 +45,6 @@ def new_group(ranks: Sequence[int]) -> Any:
     return dist.new_group(list(ranks), timeout=_timeout)
 
 
-def local_rank() -> int:
-    """Number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: float, *, always: bool = False) -> Iterator[None]:
     """Join the processes of the launch, and leave them at the end.
@@ -60,12 +55,12 @@ def process_group(device: torch.device, timeout_seconds: float, *, always: bool 
         always: make a group even in a world of one, as DeepSpeed and fully_shard demand.
     """
     global _store, _timeout, has_met_others
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = launched_size()
     if dist.is_initialized() or (size == 1 and not always):
         yield
         return
-    if (os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")) == str(size):  # torchrun's, DeepSpeed's
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on its loopback
+    if is_on_one_machine():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # stay on its loopback
     # torch's own FSDP and DeepSpeed call functions that torch renamed: nothing that a user could act on
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # of DeepSpeed's pipeline, which brings gradients back by itself
@@ -130,10 +125,6 @@ def sum_over_ranks(values: list[float], group: Any = None) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, group=group)
     return tensor.tolist()
-
-
-def any_rank(flag: bool) -> bool:
-    return sum_over_ranks([float(flag)])[0] > 0
 
 
 def barrier() -> None:

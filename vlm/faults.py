@@ -13,6 +13,8 @@ import os
 import signal
 import time
 
+from vlm.launch import is_restarted, launched_rank
+
 ACTIONS = ("kill", "term", "raise", "oom", "nan", "sleep")
 _fired: set[str] = set()
 _step = 0
@@ -27,23 +29,19 @@ def set_step(step: int) -> None:
 def fault(point: str) -> str | None:
     """Do what VLM_FAULT asks for at this point and step, once. Returns the action, for those the caller must do."""
     plan = os.environ.get("VLM_FAULT")
-    if not plan or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if not plan or is_restarted():
         return None
     for entry in plan.split(";"):
         place, _, action = entry.partition("=")
         place, _, rank = place.partition("/")
         name, _, at = place.partition("@")
-        if name != point or entry in _fired or (at and int(at) != _step) or rank not in ("", _rank()):
+        if name != point or entry in _fired or (at and int(at) != _step) or rank not in ("", str(launched_rank())):
             continue
         if action not in ACTIONS:
             raise ValueError(f"VLM_FAULT: action {action!r} in {entry!r}; known: {', '.join(ACTIONS)}")
         _fired.add(entry)
         return _act(point, action)
     return None
-
-
-def _rank() -> str:
-    return os.environ.get("RANK", "0")
 
 
 def _act(point: str, action: str) -> str | None:

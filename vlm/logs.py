@@ -7,13 +7,15 @@ import sys
 import time
 from types import TracebackType
 
+from vlm.launch import launched_rank
+
 PROGRESS_SECONDS = 15.0  # between the lines of a log file; a terminal has a live line instead
 _live = ""  # the live line on screen now; rewritten after every ordinary line
 
 
 def is_logging_rank() -> bool:
-    """True on the one process of a launch that prints (torchrun sets RANK)."""
-    return os.environ.get("RANK", "0") == "0"
+    """True on the one process of a launch that prints."""
+    return launched_rank() == 0
 
 
 def log(message: str) -> None:

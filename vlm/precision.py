@@ -10,10 +10,9 @@ import hashlib
 import json
 import os
 import platform
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from vlm.errors import ConfigError
+from vlm.files import replacing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MATRIX = (128, 512, 512)  # rows, inner, columns: a few ms in bf16 even where it is emulated (88 ms on AVX2)
@@ -233,13 +233,8 @@ def _read(path: Path, key: str) -> Any:
 
 
 def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError), replacing(path) as temporary:  # read-only home: measured again next time
         temporary.write_text(json.dumps(value), encoding="utf-8")
-        temporary.replace(path)
-    except OSError:  # read-only home: measured again next time
-        return
 
 
 def _times(ratio: float) -> str:

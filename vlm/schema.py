@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
@@ -17,6 +17,9 @@ def _at_home(path: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_at_home)]
 """A file, folder, or name that a library resolves. `~` is the home directory, as in a shell."""
+
+TrainablePart = Literal["projector", "llm", "llm.lora", "vision"]
+PARTS: tuple[TrainablePart, ...] = get_args(TrainablePart)  # what can train; all that is done for each follows this order
 
 
 def section_defaults(section: Section) -> dict[str, Any]:

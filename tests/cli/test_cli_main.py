@@ -113,8 +113,8 @@ def test_root_script_says_what_is_wrong_and_what_to_use_instead(script, argument
 @pytest.mark.parametrize(
     ("environment", "options", "message"),
     [
-        ({"WORLD_SIZE": "2"}, ["engine.kind=local"], "engine.kind is local, which is one process, but WORLD_SIZE is 2"),
-        ({"WORLD_SIZE": "3"}, ["engine.kind=pipeline"], "engine.num_stages 2 does not divide the 3 processes"),
+        ({"WORLD_SIZE": "2"}, ["engine.kind=local"], "engine.kind is local, which is one process, but there are 2"),
+        ({"WORLD_SIZE": "3"}, ["engine.kind=pipeline"], "engine.num_stages 2 does not divide 3 processes"),
     ],
 )
 def test_an_engine_that_does_not_fit_the_launch_is_refused(monkeypatch, tmp_path, vlm, environment, options, message):

@@ -63,8 +63,8 @@ def test_balanced_cuts_leave_no_stage_empty(config):
 @pytest.mark.parametrize(
     ("engine", "gpus", "message"),
     [
-        ({"kind": "local"}, 2, "engine.kind is local, which is one process, but 2 devices"),
-        ({"kind": "pipeline", "num_stages": 2}, 3, "engine.num_stages 2 does not divide 3 devices"),
+        ({"kind": "local"}, 2, "engine.kind is local, which is one process, but there are 2"),
+        ({"kind": "pipeline", "num_stages": 2}, 3, "engine.num_stages 2 does not divide 3 processes"),
         ({"kind": "pipeline", "num_stages": 2, "cuts": (9,)}, 2, "the model has 4 layers, the inputs 0, blocks 1 to 2"),
     ],
 )

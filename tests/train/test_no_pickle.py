@@ -24,6 +24,7 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.export.load import load
 from vlm.export.pth import export_pth
 from vlm.export.weights import export_run
+from vlm.files import sha256
 from vlm.models.build import build_model
 from vlm.models.config import LLMConfig, VisionConfig
 from vlm.models.llm import load_llm
@@ -31,7 +32,7 @@ from vlm.models.pipeline_build import build_stage
 from vlm.models.trainable import trained_weights
 from vlm.models.vision import build_vision
 from vlm.run import train
-from vlm.train.checkpoint import MANIFEST, _digest, newest_verified, sha256
+from vlm.train.checkpoint import MANIFEST, _digest, newest_verified
 from vlm.train.fragments import read_weights
 
 FORMS = ("pickle", "zip", "legacy")  # a bare pickle, torch.save's archive, and torch.save's old stream

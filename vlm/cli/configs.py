@@ -24,6 +24,7 @@ from vlm.config import (
     shipped_projects,
 )
 from vlm.errors import ConfigError
+from vlm.launch import launched_rank, local_rank
 from vlm.layered_yaml import Key, dotted, spans_of
 from vlm.models.hub import is_local
 
@@ -125,8 +126,7 @@ def load_checked(
         try:
             raise_problems(config, problems, f"Relative paths are looked for in {Path.cwd()}")
         except ConfigError as error:
-            rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-            if rank == local_rank or local_rank != "0":  # each machine has its own disk: one process there speaks
+            if launched_rank() == local_rank() or local_rank() > 0:  # each machine has its own disk: one there speaks
                 error.on_every_rank()
             raise
     return checked

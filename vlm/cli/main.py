@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 from vlm import __version__
 from vlm.cli import chat, ckpt, configs, data, doctor, export, plan, prove, serve, train, webui
 from vlm.errors import DistributedError, Preempted, VLMError
+from vlm.launch import launched_rank
 
 app = typer.Typer(
     help="Assemble any vision encoder with any language model, train the result, talk to it.",
@@ -69,11 +70,11 @@ def run(command: Callable[[], object]) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except VLMError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not error.everywhere:  # else rank 0 says it
+        rank = launched_rank()
+        if rank == 0 or not error.everywhere:  # else rank 0 says it
             kind = "" if isinstance(error, Preempted) else "error: "  # that was asked for
-            print(f"{f'[rank {rank}] ' if rank != '0' else ''}{kind}{error}", file=sys.stderr)
-        if isinstance(error, DistributedError) or (rank != "0" and error.everywhere):
+            print(f"{f'[rank {rank}] ' if rank else ''}{kind}{error}", file=sys.stderr)
+        if isinstance(error, DistributedError) or (rank > 0 and error.everywhere):
             time.sleep(_SECONDS_FOR_THE_OTHERS)
         return error.exit_code
     except typer.Exit as end:

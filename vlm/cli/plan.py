@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
 
 from vlm.cli.configs import Config, Options, load_checked
 from vlm.errors import ConfigError
+from vlm.launch import launched_size
 
 
 def register(app: typer.Typer) -> None:
@@ -23,7 +23,7 @@ def plan(
 ) -> None:
     """Print what each device would hold at the peak, whether that fits, and what else would. Loads no weights."""
     checked = load_checked(config, options or (), ("model",), ())  # the rest may be made later
-    count = gpus if gpus is not None else int(os.environ.get("WORLD_SIZE", "1"))
+    count = gpus if gpus is not None else launched_size()
     if count < 1:
         raise ConfigError(f"--gpus {count}: expected at least 1")
     from vlm.plan.memory import device_memory, parse_memory

@@ -16,6 +16,7 @@ import typer
 from vlm.cli.configs import Config, Options, load_checked
 from vlm.config import resolve_for_log
 from vlm.errors import ConfigError, RunLocked, VLMError
+from vlm.launch import is_of_torchrun, is_restarted, launched_rank
 
 DeepSpeed = Annotated[
     str | None, typer.Option(help="zero0, zero1, zero2, zero3, or a DeepSpeed JSON: engine.kind zero with it.")
@@ -100,14 +101,14 @@ def start_training(config: str, options: Sequence[str]) -> None:
 def _ending_once(run: Path) -> Iterator[None]:
     """torchrun's --max-restarts also starts a launch again that ended on purpose: stopped by a signal, diverged,
     refused. What is started again then ends as it did, so that the launch comes to its end with that exit code."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not is_of_torchrun():
         yield
         return
     from vlm.train.runfolder import ENDED
 
     launch = os.getppid()  # the launcher's; the names of launches repeat
-    marker, is_main = run / ENDED, os.environ.get("RANK", "0") == "0"
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and marker.is_file():
+    marker, is_main = run / ENDED, launched_rank() == 0
+    if is_restarted() and marker.is_file():
         ended = json.loads(marker.read_text(encoding="utf-8"))
         if ended["launch"] == launch:
             raise typer.Exit(ended["code"])

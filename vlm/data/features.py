@@ -7,7 +7,6 @@ A file that is replaced or edited has other content and so another entry: featur
 from __future__ import annotations
 
 import hashlib
-import secrets
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from vlm.compat import follow_umask
 from vlm.errors import RecordError
+from vlm.files import replacing
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,11 @@ class FeatureStore:
     def put(self, image: str | bytes, features: Tensor) -> None:
         """Raises OSError when the disk refuses."""
         path = self._path(image)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{secrets.token_hex(4)}")
         try:
-            save_file({"features": features.detach().to("cpu", self.dtype).contiguous()}, temporary)
-            follow_umask(temporary)
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                save_file({"features": features.detach().to("cpu", self.dtype).contiguous()}, temporary)
+                follow_umask(temporary)
         except SafetensorError as error:
-            temporary.unlink(missing_ok=True)
             raise OSError(f"{path.parent}: features could not be written ({error})") from None
 
     def _path(self, image: str | bytes) -> Path:

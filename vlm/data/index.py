@@ -12,7 +12,6 @@ import hashlib
 import json
 import mmap
 import os
-import secrets
 import shutil
 import tempfile
 import zlib
@@ -27,6 +26,7 @@ from vlm.data.sniff import HEAD, describe, describe_json
 from vlm.data.spans import MAX_RECORD_BYTES, Span, find_json_array, find_lines, find_rows
 from vlm.data.tables import has_quoted_header, parse_row, refuse_joined_rows
 from vlm.errors import DataError, RecordError
+from vlm.files import replacing
 from vlm.logs import Progress, warn
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -279,14 +279,10 @@ def _spans(path: Path, cache: Path, scan: Callable[[mmap.mmap], Iterator[Span]])
         text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with its last reader
     with Progress(f"data: indexed {path.name}:", len(text), "bytes") as progress:
         spans = np.fromiter(_flat(scan(text), progress), dtype=np.int64).reshape(-1, 3)
-    temporary = stored.with_name(f".{secrets.token_hex(4)}.npy")
     try:
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        np.save(temporary, spans)
-        temporary.replace(stored)
+        with replacing(stored) as temporary:
+            np.save(temporary, spans)
     except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
         warn(f"data.cache: cannot write to {stored.parent} ({error.strerror}); {path.name} is indexed in memory")
         return spans, None
     mapped = _load_spans(stored, path.stat().st_size)
@@ -317,7 +313,6 @@ def _unpacked(path: Path, cache: Path) -> Path:
     if target.exists():
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         _unpack(path, target)
     except OSError as error:
         folder = Path(tempfile.mkdtemp(prefix="vlm-"))
@@ -329,13 +324,8 @@ def _unpacked(path: Path, cache: Path) -> Path:
 
 
 def _unpack(path: Path, target: Path) -> None:
-    temporary = target.with_name(f".{secrets.token_hex(4)}")
     try:
-        with temporary.open("xb") as file, gzip.open(path, "rb") as packed:
+        with replacing(target) as temporary, temporary.open("xb") as file, gzip.open(path, "rb") as packed:
             shutil.copyfileobj(packed, file, 1 << 20)
-        temporary.replace(target)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"data file {path} is not a whole gzip file ({error})") from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()

@@ -9,7 +9,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import secrets
 import time
 import zipfile
 import zlib
@@ -29,6 +28,7 @@ from vlm.data.notes import UnreadLog
 from vlm.data.records import RecordSource
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError, RecordError
+from vlm.files import replacing
 from vlm.logs import Progress, log, warn
 
 CHUNK = 2000  # records per task of a scanning process
@@ -239,10 +239,8 @@ def _load(path: Path, num_records: int) -> tuple[np.ndarray, UnreadLog] | None:
 
 def _store(path: Path, table: np.ndarray, unread: UnreadLog) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{secrets.token_hex(4)}.npz")
-        np.savez(temporary, table=table, unread=np.array(unread.to_json()))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            np.savez(temporary, table=table, unread=np.array(unread.to_json()))
     except OSError as error:
         warn(f"data.cache: cannot write to {path.parent} ({error.strerror}); records are measured again next time")
 

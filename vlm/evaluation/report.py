@@ -28,8 +28,8 @@ from vlm.evaluation.tasks import Question, read_task
 from vlm.export.evidence import FIGURES, figures_table, with_error, write_figures
 from vlm.export.load import LoadedModel, load
 from vlm.export.manifest import read_manifest
+from vlm.files import write_atomically
 from vlm.logs import Progress, log
-from vlm.train.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from vlm.config import RunConfig

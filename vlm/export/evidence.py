@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm.files import write_atomically
 from vlm.logs import warn
-from vlm.train.checkpoint import write_atomically
 
 PROOF = "proof.json"  # in a run folder, see vlm.proof; and in its exports
 FIGURES = "evaluation.json"  # beside an export, see vlm.evaluation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from vlm.errors import ConfigError
 from vlm.export.manifest import NAME
 from vlm.faults import fault
+from vlm.files import flush, flush_tree
 from vlm.logs import log
 
 
@@ -39,7 +39,7 @@ def replace_folder(final: Path) -> Iterator[Path]:
         ) from None
     try:
         yield temporary
-        _flush(temporary)
+        flush_tree(temporary)
         fault("export:rename")
         _swap(temporary, final)
     except BaseException:
@@ -53,7 +53,7 @@ def _swap(temporary: Path, final: Path) -> None:
         final.rename(old)
     fault("export:swap")
     temporary.rename(final)
-    _fsync(final.parent)
+    flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -77,17 +77,3 @@ def _refuse_foreign(final: Path) -> None:
             f"{final} exists and is no export of this program (no {NAME} in it), so it is not overwritten. "
             "Remove it, or name another folder"
         )
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _fsync(path)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

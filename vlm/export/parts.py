@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlm.config import read_kept_config
 from vlm.data.config import DataConfig
 from vlm.data.image_order import ImageOrder, learned_order
 from vlm.errors import CheckpointError, ConfigError
@@ -57,7 +55,7 @@ def read_run(run: Path) -> Trained:
         CheckpointError: no run, no intact checkpoint, a projector that nothing trained; or what the run began with was
             replaced.
     """
-    config = _read_config(run)
+    config = read_kept_config(run / "config.yaml")
     checkpoint = newest_verified(run)
     if checkpoint is None:
         raise CheckpointError(f"{run} has no checkpoint yet, so there is nothing to export. Train first: vlm train")
@@ -156,31 +154,6 @@ def check_shard_size(text: str) -> None:
         size = 0
     if size < 1:
         raise ConfigError(f"--max-shard-size {text!r}: expected a size such as 5GB or 200MB")
-
-
-@dataclass(frozen=True)
-class _RunConfig:
-    model: ModelConfig
-    data: DataConfig
-    init_from: str | None
-
-
-def _read_config(run: Path) -> _RunConfig:
-    """The sections of config.yaml that an export needs, with interpolations resolved in these only."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise CheckpointError(f"{run} is no run of this program: it has no config.yaml. Name the output_dir of a run")
-    try:
-        whole: Any = OmegaConf.load(path)
-        model = OmegaConf.to_container(whole["model"], resolve=True)
-        data = OmegaConf.to_container(whole["data"], resolve=True)
-        init_from = OmegaConf.select(whole, "init_from")
-        return _RunConfig(ModelConfig.model_validate(model), DataConfig.model_validate(data), init_from)
-    except (ValidationError, ValueError, KeyError, OSError, OmegaConfBaseException) as error:
-        reason = str(error).replace("\n", "; ")[:300]
-        raise CheckpointError(
-            f"{path} cannot be used ({reason}). It was edited, or written by another version"
-        ) from None
 
 
 def _complete(tensors: dict[str, Tensor], trained: Iterable[str], before: dict[str, Tensor]) -> dict[str, Tensor]:

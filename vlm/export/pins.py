@@ -18,11 +18,11 @@ from typing import Any
 from vlm.errors import CheckpointError
 from vlm.export.fingerprint import weight_files
 from vlm.export.manifest import ADAPTER, LLM, NAME, PROJECTOR, VISION, Manifest, read_manifest
+from vlm.files import sha256
 from vlm.logs import Progress, log
 from vlm.models.config import ModelConfig, VisionConfig
 from vlm.models.tokenizer_files import read_json
 from vlm.precision import remember
-from vlm.train.checkpoint import sha256
 
 Pins = dict[str, dict[str, str]]  # what of the config -> file -> sha256
 

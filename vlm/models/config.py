@@ -6,9 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from vlm.schema import PathText, Section
-
-TrainablePart = Literal["projector", "llm", "llm.lora", "vision"]
+from vlm.schema import PathText, Section, TrainablePart
 
 
 class VisionConfig(Section):

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm.data.config import DataConfig
+from vlm.config import RunConfig
 from vlm.errors import VLMError
-from vlm.models.config import LoRAConfig, ModelConfig
-from vlm.plan.estimate import Plan, engine_kind, estimate
+from vlm.models.config import LoRAConfig
+from vlm.plan.estimate import Plan, estimate
 from vlm.plan.memory import usable
-from vlm.plan.numerics import Settings
 from vlm.plan.shapes import ModelShape, read_shapes
-from vlm.train.config import EngineConfig, TrainConfig
+from vlm.train.engines.kinds import kind_of_launch
 
 _ADAPTERS = LoRAConfig(rank=128, alpha=256)
 _ENGINES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -25,16 +24,6 @@ _ENGINES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("zero stage 3, optimizer on the host", {"kind": "zero", "stage": 3, "offload": ("optimizer",)}),
     ("zero stage 3, all on the host", {"kind": "zero", "stage": 3, "offload": ("optimizer", "parameters")}),
 )
-
-
-@dataclass(frozen=True)
-class Sections:
-    """The sections of a config that the estimate reads, some of them changed."""
-
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    engine: EngineConfig
 
 
 @dataclass(frozen=True)
@@ -50,11 +39,10 @@ class Change:
         merged = {name: {**self.values.get(name, {}), **other.values.get(name, {})} for name in sections}
         return Change(f"{self.name}, {other.name}", merged, self.world_size or other.world_size)
 
-    def apply(self, config: Settings) -> Sections:
-        return Sections(*(
-            getattr(config, name).model_copy(update=self.values.get(name, {}))
-            for name in ("model", "data", "train", "engine")
-        ))  # fmt: skip
+    def apply(self, config: RunConfig) -> RunConfig:
+        """Nothing is validated: what cannot be combined is left out where it is tried."""
+        sections = {name: getattr(config, name).model_copy(update=values) for name, values in self.values.items()}
+        return config.model_copy(update=sections)
 
     def yaml_lines(self) -> list[str]:
         """
@@ -74,7 +62,7 @@ class Alternative:
 
 
 def alternatives(
-    config: Settings, world_size: int, memory: int, shape: ModelShape | None = None, limit: int = 8
+    config: RunConfig, world_size: int, memory: int, shape: ModelShape | None = None, limit: int = 8
 ) -> list[Alternative]:
     """Changes after which the run fits into `memory` bytes on every device, the smallest changes first.
 
@@ -94,7 +82,7 @@ def alternatives(
     return list(reversed(unique.values()))[:limit]
 
 
-def _helped(change: Change, config: Settings) -> Iterator[Change]:
+def _helped(change: Change, config: RunConfig) -> Iterator[Change]:
     """The change alone, then with what costs time only, then with one row per forward."""
     checkpointing = Change("gradient checkpointing", {"model": {"gradient_checkpointing": True}})
     one_row = Change("one row per forward", {"train": {"micro_batch_size": 1}})
@@ -106,9 +94,9 @@ def _helped(change: Change, config: Settings) -> Iterator[Change]:
         yield from (one + one_row for one in tried)
 
 
-def largest_micro_batch(config: Settings, world_size: int, memory: int, shape: ModelShape) -> int | None:
+def largest_micro_batch(config: RunConfig, world_size: int, memory: int, shape: ModelShape) -> int | None:
     """Rows per forward that fit on every device: the largest number that divides the rows of a step on a data rank."""
-    stages = config.engine.num_stages if engine_kind(config, world_size) == "pipeline" else 1
+    stages = config.engine.num_stages if kind_of_launch(config.engine, world_size) == "pipeline" else 1
     rows = max(1, config.train.global_batch_size // (world_size // stages))
     for size in (size for size in range(rows, 0, -1) if rows % size == 0):
         plan = _try(config, Change("", {"train": {"micro_batch_size": size}}), world_size, shape)
@@ -117,7 +105,7 @@ def largest_micro_batch(config: Settings, world_size: int, memory: int, shape: M
     return None
 
 
-def _changes(config: Settings, world_size: int, memory: int, shape: ModelShape) -> Iterator[Change]:
+def _changes(config: RunConfig, world_size: int, memory: int, shape: ModelShape) -> Iterator[Change]:
     model, train = config.model, config.train
     size = largest_micro_batch(config, world_size, memory, shape)
     if size is not None and size < train.micro_batch_size:
@@ -137,10 +125,10 @@ def _changes(config: Settings, world_size: int, memory: int, shape: ModelShape) 
             adapters = model.lora.model_copy(update={"rank": rank, "alpha": model.lora.alpha * rank // model.lora.rank})
             yield Change("smaller adapters", {"model": {"lora": adapters}})
     for devices in (world_size,) if world_size > 1 else (1, 2, 4, 8):
-        yield from _other_engines(config, engine_kind(config, world_size), devices)
+        yield from _other_engines(config, kind_of_launch(config.engine, world_size), devices)
 
 
-def _other_engines(config: Settings, kind: str, devices: int) -> Iterator[Change]:
+def _other_engines(config: RunConfig, kind: str, devices: int) -> Iterator[Change]:
     now = (kind, config.engine.stage if kind == "zero" else None, config.engine.offload if kind == "zero" else ())
     for name, values in _ENGINES:
         offload = values.get("offload", ())
@@ -161,7 +149,7 @@ def _holds(change: Change, more: Change) -> bool:
     )
 
 
-def _try(config: Settings, change: Change, world_size: int, shape: ModelShape) -> Plan | None:
+def _try(config: RunConfig, change: Change, world_size: int, shape: ModelShape) -> Plan | None:
     """None where the engine cannot be cut that way, or not with that optimizer."""
     changed, size = change.apply(config), change.world_size or world_size
     try:
@@ -170,9 +158,9 @@ def _try(config: Settings, change: Change, world_size: int, shape: ModelShape) -
         return None
 
 
-def _optimizer_works(config: Settings, world_size: int, shape: ModelShape) -> bool:
+def _optimizer_works(config: RunConfig, world_size: int, shape: ModelShape) -> bool:
     """Combinations that vlm.config and the pipeline engine refuse."""
-    train, kind = config.train, engine_kind(config, world_size)
+    train, kind = config.train, kind_of_launch(config.engine, world_size)
     if kind == "fsdp":
         return train.optimizer == "adamw"
     trains_tied = "llm" in config.model.trainable and not shape.llm.head

@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from vlm.batch import microbatches_per_step
-from vlm.errors import ConfigError
+from vlm.config import RunConfig
+from vlm.models.pipeline_build import check_cuts
 from vlm.plan import blocks
 from vlm.plan.blocks import Part
 from vlm.plan.cuts import balanced_cuts
-from vlm.plan.numerics import FLOAT32, Numerics, Settings, Workload, full_rows, read_numerics
+from vlm.plan.numerics import FLOAT32, Numerics, Workload, full_rows, read_numerics
 from vlm.plan.shapes import ModelShape, read_shapes
 from vlm.plan.states import States, device_states
 from vlm.plan.timeline import peak
+from vlm.train.engines.kinds import kind_of_launch
 
 GIB = 2**30
 
@@ -67,7 +69,7 @@ class Plan:
 
 
 def estimate(
-    config: Settings,
+    config: RunConfig,
     world_size: int = 1,
     *,
     workload: Workload | None = None,
@@ -87,7 +89,7 @@ def estimate(
         ConfigError: the engine, or the rows of a step, do not fit the number of processes.
         CheckpointError: a model's config.json cannot be read.
     """
-    kind = engine_kind(config, world_size)
+    kind = kind_of_launch(config.engine, world_size)
     num_stages = config.engine.num_stages if kind == "pipeline" else 1
     num_data_ranks = world_size // num_stages
     if workload is None:
@@ -104,7 +106,7 @@ def estimate(
     if kind == "pipeline":
         layers[-1] = [_own_copy_of_a_tied_head(layers[-1][0], shape, config, numerics)]
         cuts = config.engine.cuts or _balance(layers, num_stages, num_micro, num_data_ranks, config)
-        _check_cuts(cuts, len(layers))
+        check_cuts(cuts, len(layers))
     bounds = list(pairwise([0, *cuts, len(layers)]))
     devices = []
     for stage, (first, stop) in enumerate(bounds):
@@ -126,25 +128,7 @@ def estimate(
     )  # fmt: skip
 
 
-def engine_kind(config: Settings, world_size: int) -> str:
-    """`auto` resolved. Raises ConfigError when the engine does not fit the number of processes."""
-    kind = config.engine.kind
-    if kind == "auto":
-        return "local" if world_size == 1 else "ddp"
-    if kind == "local" and world_size > 1:
-        raise ConfigError(
-            f"engine.kind is local, which is one process, but {world_size} devices were asked for. Set engine.kind to "
-            "auto, ddp, zero, fsdp or pipeline, or ask for one with --gpus 1"
-        )
-    if kind == "pipeline" and world_size % config.engine.num_stages:
-        raise ConfigError(
-            f"engine.num_stages {config.engine.num_stages} does not divide {world_size} devices. Ask for a multiple: "
-            f"--gpus {config.engine.num_stages}"
-        )
-    return kind
-
-
-def model_layers(config: Settings, shape: ModelShape, work: Workload, numerics: Numerics) -> list[list[Part]]:
+def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics: Numerics) -> list[list[Part]]:
     """The parts of each layer, as vlm.models.pipeline counts layers: inputs, blocks, output."""
     from vlm.models.loss import CHUNK_TOKENS
 
@@ -175,7 +159,7 @@ def model_layers(config: Settings, shape: ModelShape, work: Workload, numerics: 
     return [inputs, *([block] for block in middle), [output]]
 
 
-def _num_parameters(config: Settings, shape: ModelShape) -> int:
+def _num_parameters(config: RunConfig, shape: ModelShape) -> int:
     """Of the whole model, adapters included."""
     llm, lora = shape.llm, config.model.lora if "llm.lora" in config.model.trainable else None
     adapters = shape.llm.lora_numel(lora) * len(llm.blocks) if lora else 0
@@ -212,20 +196,11 @@ def _device(
     )
 
 
-def _check_cuts(cuts: Sequence[int], num_layers: int) -> None:
-    """Raises ConfigError when a stage would get no layer."""
-    if cuts and cuts[-1] >= num_layers:
-        raise ConfigError(
-            f"engine.cuts {list(cuts)}: the model has {num_layers} layers, the inputs 0, blocks 1 to {num_layers - 2}, "
-            f"the output {num_layers - 1}; leave cuts out to have them balanced"
-        )
-
-
 def _bool_mask(work: Workload, numerics: Numerics) -> int:
     return work.rows * work.length**2 if blocks.has_mask(work, numerics) else 0
 
 
-def _own_copy_of_a_tied_head(part: Part, shape: ModelShape, config: Settings, numerics: Numerics) -> Part:
+def _own_copy_of_a_tied_head(part: Part, shape: ModelShape, config: RunConfig, numerics: Numerics) -> Part:
     """The last stage holds the embedding again when it is the head too."""
     if shape.llm.head:
         return part
@@ -236,7 +211,7 @@ def _own_copy_of_a_tied_head(part: Part, shape: ModelShape, config: Settings, nu
 
 
 def _balance(
-    layers: Sequence[Sequence[Part]], num_stages: int, num_micro: int, num_data_ranks: int, config: Settings
+    layers: Sequence[Sequence[Part]], num_stages: int, num_micro: int, num_data_ranks: int, config: RunConfig
 ) -> tuple[int, ...]:
     """Cuts that make the fullest stage as small as possible.
 
@@ -257,7 +232,7 @@ def _balance(
     return best
 
 
-def _cost(layer: Sequence[Part], held: float, num_data_ranks: int, config: Settings) -> float:
+def _cost(layer: Sequence[Part], held: float, num_data_ranks: int, config: RunConfig) -> float:
     states = device_states(layer, config, "pipeline", num_data_ranks)
     saved = sum(part.saved + part.saved_copies for part in layer)
     return states.parameters + states.optimizer + sum(part.gradients for part in layer) + held * saved

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from vlm.data.config import DataConfig
-from vlm.models.config import ModelConfig
+from vlm.config import RunConfig
 from vlm.precision import fast_precision
-from vlm.train.config import EngineConfig, TrainConfig
+from vlm.train.config import TrainConfig
 
 FLOAT32 = 4  # bytes
 ADAM = 8  # bytes per trained parameter: two float32 moments
 ADAM_8BIT = 2 + 2 * FLOAT32 / 256  # two bytes, and two scales per block; tensors under 4,096 elements have ADAM
-
-
-class Settings(Protocol):
-    """The sections that are read here; `vlm.config.RunConfig` has them all."""
-
-    @property
-    def model(self) -> ModelConfig: ...
-    @property
-    def data(self) -> DataConfig: ...
-    @property
-    def train(self) -> TrainConfig: ...
-    @property
-    def engine(self) -> EngineConfig: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +30,7 @@ class Workload:
         return self.rows * self.length
 
 
-def full_rows(config: Settings, tokens_per_image: int, rows: int | None = None) -> Workload:
+def full_rows(config: RunConfig, tokens_per_image: int, rows: int | None = None) -> Workload:
     """The largest micro-batch of a config: every row full, every token supervised, as many pictures as fit."""
     rows, length = rows or config.train.micro_batch_size, config.data.max_length
     images = min(config.data.max_images, length // tokens_per_image) if tokens_per_image else 0
@@ -77,7 +62,7 @@ def adam_bytes(train: TrainConfig) -> float:
     return ADAM_8BIT if train.has_8bit_state else ADAM
 
 
-def read_numerics(config: Settings, has_flash_attention: bool) -> Numerics:
+def read_numerics(config: RunConfig, has_flash_attention: bool) -> Numerics:
     """
     Args:
         has_flash_attention: what `attention: auto` takes on the GPU.

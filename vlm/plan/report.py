@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from vlm.config import RunConfig
 from vlm.plan.alternatives import Alternative, alternatives, largest_micro_batch
 from vlm.plan.estimate import GIB, Plan, estimate
 from vlm.plan.memory import usable
-from vlm.plan.numerics import Settings
 from vlm.plan.shapes import read_shapes
 
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
 
 
-def describe_plan(config: Settings, gpus: int, memory_bytes: int) -> list[str]:
+def describe_plan(config: RunConfig, gpus: int, memory_bytes: int) -> list[str]:
     """What `vlm train` says before it loads anything: the table, whether it fits, and if not, what would.
 
     Args:
@@ -31,7 +31,7 @@ def describe_plan(config: Settings, gpus: int, memory_bytes: int) -> list[str]:
     return lines
 
 
-def full_report(config: Settings, gpus: int, memory_bytes: int, memory_name: str) -> list[str]:
+def full_report(config: RunConfig, gpus: int, memory_bytes: int, memory_name: str) -> list[str]:
     """What `vlm plan` prints. Arguments as `describe_plan`; `memory_name` says what the memory is of."""
     shape = read_shapes(config.model)
     plan = estimate(config, gpus, shape=shape)
@@ -49,7 +49,7 @@ def full_report(config: Settings, gpus: int, memory_bytes: int, memory_name: str
     return lines
 
 
-def plan_table(plan: Plan, config: Settings) -> list[str]:
+def plan_table(plan: Plan, config: RunConfig) -> list[str]:
     """What each device holds, in GiB."""
     train, engine = config.train, f"{plan.kind}"
     if plan.kind == "zero":
@@ -110,5 +110,5 @@ def _millions(number: int, digits: int) -> str:
     return f"{number / 1e6:,.{digits}f} M" if number >= 1_000_000 else f"{number:,}"
 
 
-def _whose(config: Settings) -> str:
+def _whose(config: RunConfig) -> str:
     return "as the config says" if config.engine.cuts else "so that the fullest stage is as small as possible"

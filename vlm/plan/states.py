@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vlm.config import RunConfig
 from vlm.plan.blocks import Part
-from vlm.plan.numerics import ADAM, FLOAT32, Settings, adam_bytes
+from vlm.plan.numerics import ADAM, FLOAT32, adam_bytes
 
 REDUCE_BUCKET = 500_000_000  # elements; at most this, and no more than what trains: one float32 buffer exists
 MAX_LIVE = 1_000_000_000  # its default stage3_max_live_parameters: gathered weights that it keeps at most
@@ -45,7 +46,7 @@ class States:
 
 
 def device_states(
-    parts: Sequence[Part], config: Settings, kind: str, num_data_ranks: int, accumulates: bool = True
+    parts: Sequence[Part], config: RunConfig, kind: str, num_data_ranks: int, accumulates: bool = True
 ) -> States:
     """
     Args:
@@ -63,7 +64,7 @@ def device_states(
 
 
 def _all_on_the_device(
-    parts: Sequence[Part], config: Settings, kind: str, num_data_ranks: int, accumulates: bool
+    parts: Sequence[Part], config: RunConfig, kind: str, num_data_ranks: int, accumulates: bool
 ) -> States:
     """As if the state of the optimizer had no pages that may leave it."""
     weights, trained = sum(part.weights for part in parts), sum(part.trained for part in parts)
@@ -85,7 +86,7 @@ def _all_on_the_device(
     return States(weights, int(moments * trained), FLOAT32 * trained, gradient_share=0.0)  # they lie in the buckets
 
 
-def _zero(parts: Sequence[Part], config: Settings, weights: int, trained: int, share: float, bucket: int) -> States:
+def _zero(parts: Sequence[Part], config: RunConfig, weights: int, trained: int, share: float, bucket: int) -> States:
     """Stages 2 and 3."""
     offload = config.engine.offload
     on_host = "optimizer" in offload
@@ -123,7 +124,7 @@ def _bytes_of(elements: int, parts: Sequence[Part]) -> int:
     return elements * (FLOAT32 if is_mostly_trained else 2)
 
 
-def _setting(config: Settings, key: str, default: int) -> int:
+def _setting(config: RunConfig, key: str, default: int) -> int:
     """A value of the user's own DeepSpeed JSON, or DeepSpeed's default."""
     if config.engine.deepspeed is None or not Path(config.engine.deepspeed).is_file():
         return default

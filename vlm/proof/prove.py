@@ -21,6 +21,7 @@ from vlm.data.build import Data
 from vlm.distributed import gather_objects, note, on_main, together, world_size
 from vlm.errors import VLMError
 from vlm.export.evidence import PROOF
+from vlm.files import write_atomically
 from vlm.logs import log
 from vlm.models.build import Assembled
 from vlm.objectives.base import Objective
@@ -52,7 +53,6 @@ from vlm.proof.probe import LossProbe, StateProbe, relative
 from vlm.proof.records import Subject, choose, read_record
 from vlm.proof.state import unchanged
 from vlm.proof.text import check_batches, check_pixels, check_text, fresh_pixels
-from vlm.train.checkpoint import write_atomically
 from vlm.train.engines.base import Engine
 
 LEAST_SECONDS = 5.0  # a proof may take this long, or

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from typing import Any
 from vlm.distributed import is_main, on_main, together
 from vlm.errors import CheckpointError
 from vlm.faults import fault
+from vlm.files import flush, sha256, write_atomically
 from vlm.logs import warn
 
 FORMAT_VERSION = 2  # 1 had whole tensors of one rank in weights.safetensors; it is still read
@@ -86,7 +86,7 @@ def _complete(temporary: Path, final: Path, step: int, info: dict[str, Any]) -> 
     if final.exists():
         set_aside(final)
     temporary.rename(final)
-    _fsync(final.parent)
+    flush(final.parent)
 
 
 def _make_latest(run: Path, final: Path, keep_last: int) -> None:
@@ -177,26 +177,6 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file so that a reader sees the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _fsync(path.parent)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digest(manifest: dict[str, Any]) -> str:
     """Of a manifest without its own sum, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -205,13 +185,13 @@ def _digest(manifest: dict[str, Any]) -> str:
 def _write_manifest(folder: Path, step: int, info: dict[str, Any]) -> None:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _fsync(path)
+        flush(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
     manifest = {"format_version": FORMAT_VERSION, "step": step, **info, "files": files}
     manifest["sha256"] = _digest(manifest)
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
     for path in [p for p in folder.rglob("*") if p.is_dir()]:
-        _fsync(path)
+        flush(path)
 
 
 def _prune(run: Path, keep_last: int) -> None:
@@ -230,11 +210,3 @@ def _steps(run: Path) -> list[Path]:
 
 def _step_of(path: Path) -> int:
     return int(path.name[len("step-") :])
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

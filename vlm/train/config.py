@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from vlm.schema import PathText, Section
+from vlm.schema import PathText, Section, TrainablePart
 
 
 class SampleConfig(Section):
@@ -29,7 +29,7 @@ class TrainConfig(Section):
     """Packed rows per rank per forward."""
     learning_rate: PositiveFloat = 1e-3
     """The peak of the schedule."""
-    learning_rates: dict[Literal["projector", "llm", "llm.lora", "vision"], PositiveFloat] = Field(default_factory=dict)
+    learning_rates: dict[TrainablePart, PositiveFloat] = Field(default_factory=dict)
     """Per trainable part, where it differs from learning_rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the rate falls after the warm-up."""

@@ -12,8 +12,9 @@ from filelock import FileLock, Timeout
 
 from vlm.distributed import is_main, on_main
 from vlm.errors import ConfigError, RunLocked
+from vlm.files import write_atomically
 from vlm.logs import warn
-from vlm.train.checkpoint import clean_temporary, write_atomically
+from vlm.train.checkpoint import clean_temporary
 
 ENDED = ".ended.json"  # how a launch ended on purpose; see vlm.cli.train
 _BEFORE_A_RUN = ("run.lock", "run.owner.json", ENDED)  # stand there before config.yaml does

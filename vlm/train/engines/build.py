@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +12,8 @@ import torch
 from torch import nn
 
 from vlm.batch import microbatches_per_step
-from vlm.distributed import local_rank
 from vlm.errors import ConfigError
+from vlm.launch import launched_rank, launched_size, local_rank
 from vlm.models.partition import full_shape
 from vlm.models.pipeline_build import Stage
 from vlm.models.vlm import VisionLanguageModel
@@ -22,6 +21,7 @@ from vlm.objectives.base import Objective
 from vlm.train.config import EngineConfig, TrainConfig
 from vlm.train.engines.base import LossModule
 from vlm.train.engines.deepspeed_settings import deepspeed_settings
+from vlm.train.engines.kinds import kind_of_launch
 from vlm.train.engines.local import LocalEngine
 from vlm.train.engines.torch_engine import TorchEngine
 from vlm.train.optim import build_optimizer
@@ -59,22 +59,10 @@ def layout(config: EngineConfig) -> Layout:
     Raises:
         ConfigError: the engine does not fit the number of processes.
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    kind = config.kind
-    if kind == "auto":
-        kind = "local" if size == 1 else "ddp"
-    if kind == "local" and size > 1:
-        raise ConfigError(
-            f"engine.kind is local, which is one process, but WORLD_SIZE is {size}. Set engine.kind to auto, ddp, "
-            "zero, fsdp or pipeline, or start one process"
-        ).on_every_rank()
+    rank, size = launched_rank(), launched_size()
+    kind = kind_of_launch(config, size)
     if kind != "pipeline":
         return Layout(kind, rank, size, zero_stage=config.stage if kind == "zero" else 0)
-    if size % config.num_stages:
-        raise ConfigError(
-            f"engine.num_stages {config.num_stages} does not divide the {size} processes of this launch. Start a "
-            f"multiple of it: torchrun --nproc_per_node={config.num_stages} train_pipeline.py ..."
-        ).on_every_rank()
     num_data_ranks = size // config.num_stages
     return Layout(kind, rank % num_data_ranks, num_data_ranks, rank // num_data_ranks, config.num_stages)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.batch import Batch
+from vlm.launch import set_local_rank
 from vlm.models.pipeline import InputsLayer, OutputLayer, num_layers, run_layers
 from vlm.models.pipeline_build import Stage
 from vlm.models.trainable import part_of
@@ -93,7 +94,7 @@ def pipeline_module(stage: Stage, run: StageRun, groups: list[dict[str, Any]], n
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed fails without it; a launcher sets it
+    set_local_rank()
     own = {type(layer): layer for layer in stage.layers}
     first = [0, *stage.cuts][stage.number]
     total = num_layers(stage.built.model.llm)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vlm.batch import Batch
 from vlm.distributed import new_group, rank, world_size
+from vlm.launch import set_local_rank
 from vlm.models.loss import count_chunks
 from vlm.models.trainable import trained_weights
 from vlm.models.vlm import VisionLanguageModel
@@ -160,7 +161,7 @@ class Partitioner:
 
     def __call__(self, module: torch.nn.Module) -> None:
         if self._convert is None:
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed fails without it; a launcher sets it
+            set_local_rank()
             offload = self._settings["zero_optimization"].get("offload_param") or {}
             self._deepspeed.zero.Init(
                 module=module,
