@@ -160,9 +160,9 @@ def write_run(
     built = build_model(config, seed=seed)
     torch.manual_seed(seed)
     if init_from is not None:
-        from vlm.export.load import load_init
+        from vlm.export.initial import load_init
 
-        load_init(built.model, init_from)
+        load_init(built.model, config, init_from)
     if built.model.projector is not None and config.projector.normalize and init_from is None:
         built.model.projector.calibrate(torch.randn(2, 9, built.model.projector.in_width) * 2 + 1)
     with torch.no_grad():

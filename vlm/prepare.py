@@ -18,8 +18,7 @@ from vlm.config import RunConfig
 from vlm.data.build import Data, build_data
 from vlm.distributed import gather_objects, is_main, main_first, on_main, together, world_size
 from vlm.errors import ConfigError, DataError, MissingPackageError, VLMError
-from vlm.export.load import load_init
-from vlm.export.load_stage import load_init_stage
+from vlm.export.initial import load_init
 from vlm.export.manifest import read_manifest
 from vlm.logs import Progress, log, warn
 from vlm.models.build import Assembled, build_model, forked_random_state
@@ -211,7 +210,7 @@ def _tell_plan(config: RunConfig, plan: Layout) -> str:
 def _build_whole(config: RunConfig, device: torch.device) -> Assembled:
     built = build_model(config.model, precision=config.train.precision, device=str(device), seed=config.seed)
     if config.init_from is not None:
-        for line in load_init(built.model, Path(config.init_from)):
+        for line in load_init(built.model, config.model, config.init_from):
             log(f"init_from: {line}")
     return built
 
@@ -237,7 +236,7 @@ def _build_stage(config: RunConfig, plan: Layout, device: torch.device) -> Stage
     # an error while blocks are spread cannot be agreed on: the others wait in DeepSpeed's collectives
     stage = together(build) if spread is None else build()
     if config.init_from is not None:
-        for line in load_init_stage(stage, config.model, config.init_from):
+        for line in load_init(stage, config.model, config.init_from):
             log(f"init_from: {line}")
     return stage
 
@@ -254,7 +253,7 @@ def assemble_checkpoint(config: RunConfig, checkpoint: Path, device: torch.devic
     with forked_random_state():
         model = build_model(config.model, precision=config.train.precision, device=str(device), seed=config.seed).model
         if config.init_from is not None:  # what of it does not train is not in the checkpoint
-            load_init(model, Path(config.init_from))
+            load_init(model, config.model, config.init_from)
         if model.vision is not None and config.model.vision is not None and model.vision.is_frozen:
             dtype = precision.autocast_dtype(config.train.precision) or torch.float32
             model.vision.settle(model.vision.choose(config.model.vision, dtype, device))

@@ -16,7 +16,8 @@ from tiny_export import model_config, write_clip, write_llm, write_picture, writ
 
 import vlm.export.load as load_module
 from vlm.errors import CheckpointError, ConfigError, RecordError
-from vlm.export.load import LoadedModel, load, load_init
+from vlm.export.initial import load_init
+from vlm.export.load import LoadedModel, load
 from vlm.export.messages import to_conversation
 from vlm.export.weights import export_run
 from vlm.models.build import build_model
@@ -199,9 +200,13 @@ def fresh(root: Path, **changes: Any) -> Any:
     return build_model(model_config(root, **changes), seed=5).model
 
 
+def begin(root: Path, export: Path, **changes: Any) -> list[str]:
+    return load_init(fresh(root, **changes), model_config(root, **changes), export)
+
+
 def test_projector_and_adapter_continue(root: Path):
     model = fresh(root)
-    report = load_init(model, root / "run" / "export")
+    report = load_init(model, model_config(root), root / "run" / "export")
     assert report == ["projector: 4 tensors loaded", "llm.lora: 28 tensors loaded"]
     stored = load_file(root / "run" / "export" / "projector.safetensors")
     own = part_weights(model, "projector")
@@ -210,7 +215,7 @@ def test_projector_and_adapter_continue(root: Path):
 
 def test_a_new_adapter_starts_fresh_and_is_said_to(root: Path, tmp_path: Path):
     write_run(tmp_path / "run", model_config(root, trainable=["projector"], lora=None))
-    assert load_init(fresh(root), export_run(tmp_path / "run")) == [
+    assert begin(root, export_run(tmp_path / "run")) == [
         "projector: 4 tensors loaded",
         "llm.lora: not in the export, starts fresh",
     ]
@@ -218,9 +223,10 @@ def test_a_new_adapter_starts_fresh_and_is_said_to(root: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("trainable", [["projector"], ["projector", "llm"]])
 def test_an_adapter_that_is_not_trained_on_is_merged(root: Path, loaded: LoadedModel, trainable: list[str]):
-    model = fresh(root, trainable=trainable, lora=None)
+    changes = {"trainable": trainable, "lora": None}
+    model = fresh(root, **changes)
     trained_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    report = load_init(model, root / "run" / "export")
+    report = load_init(model, model_config(root, **changes), root / "run" / "export")
     assert "llm.lora: 28 tensors merged into the language model, as this config trains no adapter" in report
     assert not has_lora(model)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained_before
@@ -232,7 +238,7 @@ def test_an_adapter_that_is_not_trained_on_is_merged(root: Path, loaded: LoadedM
 def test_a_whole_language_model_is_the_start_of_an_adapter(root: Path, tmp_path: Path):
     built = write_run(tmp_path / "run", model_config(root, trainable=["projector", "llm"], lora=None))
     model = fresh(root)
-    assert any(line.startswith("llm: ") for line in load_init(model, export_run(tmp_path / "run")))
+    assert any(line.startswith("llm: ") for line in load_init(model, model_config(root), export_run(tmp_path / "run")))
     ids = torch.arange(3, 13).unsqueeze(0)
     with torch.no_grad():  # a new adapter adds nothing
         assert torch.equal(model.llm(ids).logits, built.model.llm(ids).logits)
@@ -255,7 +261,7 @@ def test_a_whole_language_model_is_the_start_of_an_adapter(root: Path, tmp_path:
 )
 def test_what_does_not_fit_is_refused_line_by_line(root: Path, changes: dict[str, Any], lines: list[str]):
     with pytest.raises(CheckpointError) as caught:
-        load_init(fresh(root, **changes), root / "run" / "export")
+        begin(root, root / "run" / "export", **changes)
     for line in lines:
         assert caught.match(line)
 
@@ -264,42 +270,42 @@ def test_what_does_not_fit_is_refused_line_by_line(root: Path, changes: dict[str
 def test_another_width_of_encoder_or_language_model_is_refused_line_by_line(root: Path, tmp_path: Path):
     wide = {"backend": "hf", "path": str(write_clip(tmp_path / "wide", width=64)), "layer": -2}
     with pytest.raises(CheckpointError, match=r"projector\.layers\.0\.weight: \[32, 32\] -> \[32, 64\]"):
-        load_init(fresh(root, vision=wide), root / "run" / "export")
+        begin(root, root / "run" / "export", vision=wide)
     wide_llm = {"path": str(write_llm(tmp_path / "wide_llm", width=48))}
     write_run(tmp_path / "run", model_config(root, trainable=["projector"], lora=None))
     with pytest.raises(CheckpointError, match=r"\[32, 32\] -> \[48, 32\]"):
-        load_init(fresh(root, llm=wide_llm), export_run(tmp_path / "run"))
+        begin(root, export_run(tmp_path / "run"), llm=wide_llm)
 
 
 def test_another_vocabulary_is_refused(root: Path, tmp_path: Path):
     write_run(tmp_path / "run", model_config(root, trainable=["projector", "llm"], lora=None))
     padded = {"path": str(root / "llm"), "pad_vocab_to_multiple_of": 512}
     with pytest.raises(CheckpointError, match=r"embed_tokens\.weight: \[\d+, 32\] -> \[512, 32\]"):
-        load_init(fresh(root, llm=padded), export_run(tmp_path / "run"))
+        begin(root, export_run(tmp_path / "run"), llm=padded)
 
 
 def test_an_adapter_beside_another_language_model_of_the_same_shape_is_refused(root: Path, tmp_path: Path):
     other = {"path": str(write_llm(tmp_path / "other", seed=9))}
     with pytest.raises(CheckpointError, match="trained beside another language model"):
-        load_init(fresh(root, llm=other), root / "run" / "export")
+        begin(root, root / "run" / "export", llm=other)
 
 
 def test_a_projector_may_move_to_another_language_model_of_its_width_and_this_is_said(root: Path, tmp_path: Path):
     write_run(tmp_path / "run", model_config(root, trainable=["projector"], lora=None))
     other = {"path": str(write_llm(tmp_path / "other", seed=9))}
-    report = load_init(fresh(root, llm=other), export_run(tmp_path / "run"))
+    report = begin(root, export_run(tmp_path / "run"), llm=other)
     assert report[0] == "the language model is another one than the projector was trained beside"
 
 
 def test_the_same_base_in_bfloat16_is_the_same_base(root: Path):
     model = build_model(model_config(root), precision="bf16").model
-    assert load_init(model, root / "run" / "export")[0] == "projector: 4 tensors loaded"
+    assert load_init(model, model_config(root), root / "run" / "export")[0] == "projector: 4 tensors loaded"
 
 
 def test_a_merged_llava_folder_is_no_start_and_says_what_is(root: Path, tmp_path: Path):
     full = export_run(root / "run", out=tmp_path / "full", full=True)
     with pytest.raises(CheckpointError, match="without --full"):
-        load_init(fresh(root), full)
+        begin(root, full)
 
 
 # What is refused

@@ -10,8 +10,7 @@ import torch
 from tiny_export import model_config, write_llm, write_run
 
 from vlm.errors import CheckpointError
-from vlm.export.load import load_init
-from vlm.export.load_stage import load_init_stage
+from vlm.export.initial import load_init
 from vlm.export.weights import export_run
 from vlm.models.build import build_model
 from vlm.models.pipeline_build import build_stage
@@ -36,12 +35,12 @@ def test_every_stage_gets_what_the_whole_model_gets(tmp_path: Path, before: Any,
     export = export_run(tmp_path / "run")
     config = model_config(tmp_path, **now)
     whole = build_model(config, seed=2).model
-    report = load_init(whole, export)
+    report = load_init(whole, config, export)
     expected = dict(whole.named_parameters(remove_duplicate=False)) | dict(whole.named_buffers())
     found = set()
     for number in range(3):
         stage = build_stage(config, (1, 3), number, seed=2)
-        assert load_init_stage(stage, config, export) == report
+        assert load_init(stage, config, export) == report
         own = stage.built.model
         for name, tensor in (*own.named_parameters(), *own.named_buffers()):
             assert torch.equal(tensor, expected[name]), name
@@ -65,7 +64,7 @@ def test_what_does_not_fit_is_refused_on_every_stage(tmp_path: Path, now: Any, m
     config = model_config(tmp_path, **now)
     for number in range(2):
         with pytest.raises(CheckpointError, match=message):
-            load_init_stage(build_stage(config, (1,), number), config, export)
+            load_init(build_stage(config, (1,), number), config, export)
 
 
 @pytest.mark.slow
@@ -75,4 +74,4 @@ def test_another_language_model_is_noticed_on_every_stage(tmp_path: Path):
     config = model_config(tmp_path, llm={"path": str(write_llm(tmp_path / "other", seed=9))})
     for number in range(2):
         with pytest.raises(CheckpointError, match="trained beside another language model"):
-            load_init_stage(build_stage(config, (1,), number), config, export)
+            load_init(build_stage(config, (1,), number), config, export)

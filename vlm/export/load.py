@@ -26,21 +26,18 @@ from vlm.data.image_order import ImageOrder
 from vlm.data.images import load_image, to_pixels
 from vlm.data.template import TEMPLATES, ChatTemplate
 from vlm.data.tokenize import ConversationTokenizer
-from vlm.errors import CheckpointError, ConfigError, RecordError
+from vlm.errors import ConfigError, RecordError
 from vlm.export.adapter import read_adapter
 from vlm.export.assemble import OnProgress, assemble_export
-from vlm.export.fingerprint import differences
 from vlm.export.load_base import with_bases_found, with_start_found
 from vlm.export.manifest import Manifest, read_manifest
 from vlm.export.messages import Messages, Picture, to_conversation
-from vlm.export.parts import read_parts
 from vlm.export.placement import check_device_map, spread
 from vlm.export.quantize import check_bits, quantize_linears
 from vlm.export.streaming import CONTEXT, TextStream
 from vlm.models.build import Assembled
-from vlm.models.config import LoRAConfig, ModelConfig
+from vlm.models.config import ModelConfig
 from vlm.models.generate import GenerationSettings, generate
-from vlm.models.trainable import has_lora, load_weights, merge_adapter, part_of, part_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.precision import DTYPES, autocast, resolve
 
@@ -50,7 +47,6 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _SETTINGS = {field.name for field in fields(GenerationSettings)}
 _END = object()
-MERGED = "llm.lora: {} tensors merged into the language model, as this config trains no adapter"
 
 
 @dataclass(frozen=True)
@@ -295,53 +291,6 @@ def build_tokens(
     return tokens
 
 
-def load_init(model: VisionLanguageModel, path: str | Path) -> list[str]:
-    """Start a model from an export: load every part that the export brings.
-
-    Args:
-        model: freshly built, frozen and with adapters as the new config says.
-
-    Returns:
-        a line per part: what was loaded, merged, or starts fresh.
-
-    Raises:
-        CheckpointError: a tensor does not fit (each is listed), an adapter was trained beside another language model,
-            or the export is a merged one in transformers' layout.
-    """
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    tensors = read_parts(folder, manifest)
-    where = f"init_from {folder}"
-    report = []
-    lora = {name: tensor for name, tensor in tensors.items() if part_of(name) == "llm.lora"}
-    other_base = _other_language_model(model, manifest)
-    if lora and other_base:
-        raise CheckpointError(
-            f"{where}: its adapter was trained beside another language model (hash of tensors then -> now):\n"
-            + "\n".join(other_base)
-            + "\nSet model.llm.path to the model that the export names, or start from an export without adapter"
-        )
-    if other_base:
-        report.append("the language model is another one than the projector was trained beside")
-    if lora and not has_lora(model):
-        assert manifest.model.lora is not None
-        merge_adapter(model, lora, manifest.model.lora)
-        report.append(MERGED.format(len(lora)))
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in lora}
-    elif lora:
-        _refuse_other_scale(model, manifest.model.lora, where)
-    load_weights(model, tensors, where, partial=True)
-    for part in ("projector", "vision", "llm", "llm.lora"):
-        own = part_weights(model, part)
-        count = sum(name in own for name in tensors)
-        if count:
-            fresh = len(own) - count if part in ("projector", "llm.lora") else 0
-            report.append(f"{part}: {count} tensors loaded" + (f", {fresh} new ones start fresh" if fresh else ""))
-        elif part in ("projector", "llm.lora") and own:
-            report.append(f"{part}: not in the export, starts fresh")
-    return report
-
-
 def make_settings(values: dict[str, Any]) -> GenerationSettings:
     """Raises ConfigError for an unknown name or a value out of range."""
     unknown = sorted(values.keys() - _SETTINGS)
@@ -384,23 +333,3 @@ def _known_template(name: str) -> str:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"chat template {name!r} is not known; {hint}There are {', '.join(known)}")
     return name
-
-
-def _refuse_other_scale(model: VisionLanguageModel, lora: LoRAConfig | None, where: str) -> None:
-    """Rank, and with it every shape, may agree while alpha does not; the adapter would then count for more or less."""
-    assert lora is not None
-    adapters: list[Any] = [module for module in model.llm.modules() if hasattr(module, "lora_A")]
-    now = {(module.r["default"], round(module.scaling["default"] * module.r["default"])) for module in adapters}
-    rank, alpha = min(now)
-    if rank == lora.rank and alpha != lora.alpha:
-        raise CheckpointError(
-            f"{where} does not fit this model (file -> model):\n  model.lora.alpha: {lora.alpha} -> {alpha}\n"
-            "Set it as it was, or remove model.lora and llm.lora from trainable to have the adapter merged"
-        )
-
-
-def _other_language_model(model: VisionLanguageModel, manifest: Manifest) -> list[str]:
-    if "llm" in manifest.included:
-        return []
-    own = {name.removeprefix("llm."): tensor for name, tensor in part_weights(model, "llm").items()}
-    return differences(manifest.base.get("llm", {}), own)
