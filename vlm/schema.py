@@ -19,9 +19,7 @@ PathText = Annotated[str, AfterValidator(_at_home)]
 """A file, folder, or name that a library resolves. `~` is the home directory, as in a shell."""
 
 TrainablePart = Literal["projector", "llm", "llm.lora", "vision"]
-PARTS: tuple[TrainablePart, ...] = get_args(
-    TrainablePart
-)  # what can train; all that is done for each follows this order
+PARTS: tuple[TrainablePart, ...] = get_args(TrainablePart)  # in the order in which lines about them stand
 
 
 def section_defaults(section: Section) -> dict[str, Any]:

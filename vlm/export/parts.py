@@ -25,7 +25,8 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.export.manifest import ADAPTER, LLM, PROJECTOR, VISION, Manifest, read_manifest
 from vlm.export.pins import pin_start, places_of, refuse_replaced
 from vlm.models.config import ModelConfig
-from vlm.models.trainable import PARTS, part_of
+from vlm.models.trainable import part_of
+from vlm.schema import PARTS
 from vlm.train.checkpoint import newest_verified, read_info
 from vlm.train.fragments import read_weights
 

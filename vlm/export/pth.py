@@ -18,7 +18,8 @@ from vlm.export.parts import read_run
 from vlm.export.weights import DType, build_merged
 from vlm.faults import fault
 from vlm.logs import log
-from vlm.models.trainable import PARTS, part_weights
+from vlm.models.trainable import part_weights
+from vlm.schema import PARTS
 
 
 def export_pth(run: str | Path, out: str | Path | None = None, full: bool = False, dtype: DType = "auto") -> Path:

@@ -28,10 +28,11 @@ from vlm.models.llm import (
     refuse_beyond_embedding,
 )
 from vlm.models.pipeline import PipelineLayer, num_layers, pipeline_layers
-from vlm.models.trainable import PARTS, canonical_name, load_weights, part_of, part_weights, trained_weights
+from vlm.models.trainable import canonical_name, load_weights, part_of, part_weights, trained_weights
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.weight_files import WeightFiles
 from vlm.precision import frozen_dtype
+from vlm.schema import PARTS
 
 Shapes = Mapping[str, tuple[int, ...]]
 

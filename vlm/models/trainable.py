@@ -19,8 +19,6 @@ from vlm.models.decoders import find_linears, is_transposed
 from vlm.models.partition import add, full_shape, write
 from vlm.models.vlm import VisionLanguageModel
 
-PARTS = ("projector", "llm", "llm.lora", "vision")
-
 
 def part_of(name: str) -> str:
     """
