@@ -69,7 +69,7 @@ def in_terminal(export: Path, pictures: list[Path], question: str, length: int) 
 def in_browser(export: Path, pictures: list[Path], question: str, length: int) -> tuple[float, list[str]]:
     from playwright.sync_api import sync_playwright
 
-    from vlm.chat.web_texts import tell
+    from vlm.apps.web.texts import tell
 
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     seconds, answers = 0.0, []

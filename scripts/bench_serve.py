@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from openai import OpenAI
 
-    from vlm.export.load import LoadedModel
+    from vlm.inference.load import LoadedModel
 
 QUESTIONS = (
     "Hello.",
@@ -47,7 +47,7 @@ def random_model(width: int, layers: int) -> LoadedModel:
 
     from vlm.data.build import build_template
     from vlm.data.tokenize import ConversationTokenizer
-    from vlm.export.load import LoadedModel
+    from vlm.inference.load import LoadedModel
     from vlm.models.config import ModelConfig
     from vlm.models.vlm import VisionLanguageModel
 
@@ -74,10 +74,10 @@ def serving(loaded: LoadedModel, max_running: int) -> Iterator[OpenAI]:
     import uvicorn
     from openai import OpenAI
 
-    from vlm.chat.api.app import build_app
-    from vlm.chat.api.limits import Limits, Media
-    from vlm.chat.api.media import MediaLoader
-    from vlm.chat.api.server import build_service
+    from vlm.apps.api.app import build_app
+    from vlm.apps.api.limits import Limits, Media
+    from vlm.apps.api.media import MediaLoader
+    from vlm.apps.api.server import build_service
 
     service = build_service(loaded, "bench", MediaLoader(Media()), Limits(max_running=max_running, max_queued=1000))
     server = uvicorn.Server(uvicorn.Config(build_app(service), port=0, log_level="warning"))
@@ -140,7 +140,7 @@ def main() -> None:
     prepare()
     import torch
 
-    from vlm.export.load import load
+    from vlm.inference.load import load
 
     torch.set_num_threads(arguments.threads)
     if arguments.export:

@@ -30,14 +30,14 @@ from toy_decoders import toy_config, toy_decoder
 
 from vlm.compat import prepare
 from vlm.errors import ConfigError
-from vlm.models.batched_generate import BatchedGenerator, Reply
+from vlm.generation.batched import BatchedGenerator, Reply
+from vlm.generation.generate import GenerationSettings, generate
+from vlm.generation.sampling import SamplingSettings
 from vlm.models.config import LLMConfig, LoRAConfig, ModelConfig
 from vlm.models.families import LLM_PARTS, REFUSED, refuse_decoder
-from vlm.models.generate import GenerationSettings, generate
 from vlm.models.head import find_logits_rule
 from vlm.models.llm import enable_gradient_checkpointing
 from vlm.models.row_decoders import PlainDecoder, RowByRowDecoder
-from vlm.models.sampling import SamplingSettings
 from vlm.models.trainable import set_trainable
 from vlm.models.vlm import VisionLanguageModel
 
@@ -187,7 +187,7 @@ def _measure_plan(row: Measured, llm: Any) -> None:
 
 @torch.no_grad()
 def _measure_bits(row: Measured, llm: Any) -> None:
-    from vlm.export.quantize import quantize_linears
+    from vlm.inference.quantize import quantize_linears
 
     counts = []
     for bits in (8, 4):

@@ -29,9 +29,9 @@ from demo.tiny import tiny_tokenizer, write_encoder, write_llm
 from safetensors.torch import save_file
 from toy_decoders import toy_decoder
 
+from vlm.artifacts.pins import pin_start
 from vlm.compat import prepare
-from vlm.export import weights
-from vlm.export.pins import pin_start
+from vlm.export import run as export_module
 from vlm.models.build import build_model
 from vlm.models.config import ModelConfig
 from vlm.models.trainable import trained_weights
@@ -126,7 +126,7 @@ def _export(model: dict[str, Any], run: Path, full: bool) -> str:
         _write_run(run, ModelConfig.model_validate(model))
         found: list[float] = []
         with Overheard(found):
-            export = weights.export_run(run, full=full)
+            export = export_module.export_run(run, full=full)
         layout = json.loads((export / "vlm.json").read_text())["layout"]
         return f"{found[0]:.0e}" + (f" {layout}" if full else "")
     except Exception as error:
@@ -139,17 +139,17 @@ class Overheard:
     """Keep the differences that exports are read back with."""
 
     def __init__(self, found: list[float]) -> None:
-        self.found, self.check = found, weights.check_readable
+        self.found, self.check = found, export_module.check_readable
 
     def __enter__(self) -> None:
         def check(*given: Any) -> float:
             self.found.append(self.check(*given))
             return self.found[-1]
 
-        weights.check_readable = check
+        export_module.check_readable = check
 
     def __exit__(self, *_: object) -> None:
-        weights.check_readable = self.check
+        export_module.check_readable = self.check
 
 
 def _write_run(run: Path, config: ModelConfig) -> None:

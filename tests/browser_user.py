@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from tiny_export import model_config, write_llm, write_picture, write_run
 
-from vlm.chat.web import RunningPage, WebOptions, serve
-from vlm.chat.web_models import ModelStore, find_exports
-from vlm.export.weights import export_run
-from vlm.models.generate import GenerationSettings, generate
+from vlm.apps.web.app import RunningPage, WebOptions, serve
+from vlm.apps.web.models import ModelStore, find_exports
+from vlm.export.run import export_run
+from vlm.generation.generate import GenerationSettings, generate
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MARKS = [
@@ -83,7 +83,7 @@ def endless_answers() -> Iterator[None]:
         return generate(model, input_ids, pixels, (), replace(settings, max_new_tokens=90_000), slowly, is_over)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vlm.export.load.generate", write)
+        patch.setattr("vlm.inference.load.generate", write)
         yield
 
 

@@ -17,8 +17,8 @@ import yaml
 from compose_spec import PyCompose
 from packaging.requirements import Requirement
 
-from vlm.chat.api.guard import OPEN_PATHS
-from vlm.chat.api.limits import MIB, Limits
+from vlm.apps.api.guard import OPEN_PATHS
+from vlm.apps.api.limits import MIB, Limits
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"

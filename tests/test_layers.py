@@ -14,21 +14,20 @@ PACKAGE = Path(__file__).parents[1] / "vlm"
 # A file imports its own room and rooms of a lower number. Equal numbers are neighbours that do not know each other.
 LAYERS = {
     "errors": 0, "batch": 0, "schema": 0, "layered_yaml": 0, "distributed": 0, "logs": 0, "compat": 0, "faults": 0,
-    "precision": 0,
+    "precision": 0, "launch": 0, "files": 0, "config": 0,
     "data": 1, "models": 1,
-    "objectives": 2,
+    "generation": 2, "objectives": 2,
     "train": 3,
-    "export": 4, "plan": 4,
-    "config": 5,
-    "chat": 6, "evaluation": 6, "prepare": 6, "proof": 6,
-    "run": 7,
+    "artifacts": 4, "plan": 4,
+    "inference": 5, "prepare": 5,
+    "export": 6, "evaluation": 6, "proof": 6,
+    "run": 7, "apps": 7,
     "cli": 8,
 }  # fmt: skip
 BOTTOM = {name for name, layer in LAYERS.items() if layer == 0}  # single files that may use each other
 FACADE = "__init__"  # vlm/__init__.py: the version, and vlm.load, imported when it is asked for
-SECTIONS = {
-    f"vlm.{room}.config" for room in LAYERS
-}  # a room's config.py knows vlm.schema only, so vlm.config takes all
+# a room's config.py knows vlm.schema only, so vlm.config takes all; an objective has its section beside it
+SECTIONS = {f"vlm.{room}.config" for room in LAYERS} | {"vlm.objectives", "vlm.objectives.base", "vlm.objectives.lm"}
 LIGHT = ("vlm.config", "vlm.cli.main", "vlm.errors", "vlm.batch", "vlm.schema", "vlm.layered_yaml", "vlm.logs")
 
 

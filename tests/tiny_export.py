@@ -160,7 +160,7 @@ def write_run(
     built = build_model(config, seed=seed)
     torch.manual_seed(seed)
     if init_from is not None:
-        from vlm.export.initial import load_init
+        from vlm.artifacts.initial import load_init
 
         load_init(built.model, config, init_from)
     if built.model.projector is not None and config.projector.normalize and init_from is None:

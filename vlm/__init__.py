@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm.export.load import load
+    from vlm.inference.load import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
@@ -23,7 +23,7 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name == "load":  # imported late: it pulls in torch and transformers
-        from vlm.export.load import load
+        from vlm.inference.load import load
 
         return load
     raise AttributeError(f"module 'vlm' has no attribute {name!r}")

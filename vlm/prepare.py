@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from vlm import precision
+from vlm.artifacts.initial import load_init
+from vlm.artifacts.manifest import read_manifest
 from vlm.batch import Batch
 from vlm.config import RunConfig
 from vlm.data.build import Data, build_data
 from vlm.distributed import gather_objects, is_main, main_first, on_main, together, world_size
 from vlm.errors import ConfigError, DataError, MissingPackageError, VLMError
-from vlm.export.initial import load_init
-from vlm.export.manifest import read_manifest
 from vlm.logs import Progress, log, warn
 from vlm.models.build import Assembled, build_model, forked_random_state
 from vlm.models.entry import embedding_scale

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from vlm.artifacts.pins import Pins, pin_start, places_of, refuse_replaced
 from vlm.config import RunConfig
 from vlm.data.build import Data
 from vlm.data.image_order import count_image_orders
 from vlm.data.skips import SkipLog
 from vlm.distributed import gather_objects, is_main, on_main, process_group, rank, world_size
 from vlm.errors import DataError, VLMError
-from vlm.export.pins import Pins, pin_start, places_of, refuse_replaced
 from vlm.logs import log, warn
 from vlm.models.build import Assembled
 from vlm.objectives.base import Objective

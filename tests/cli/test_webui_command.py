@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 
-import vlm.export.parts  # noqa: F401 - before `read_manifest` is replaced, of which it keeps the one it finds
+import vlm.artifacts.parts  # noqa: F401 - before `read_manifest` is replaced, of which it keeps the one it finds
 from vlm.cli.main import app, run
 
 
@@ -28,7 +28,7 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "runs" / "a" / "export"
     folder.mkdir(parents=True)
     (folder / "vlm.json").write_text("{}")
-    monkeypatch.setattr("vlm.export.manifest.read_manifest", lambda folder: None)
+    monkeypatch.setattr("vlm.artifacts.manifest.read_manifest", lambda folder: None)
     return folder
 
 
@@ -36,7 +36,7 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Options that the page would be served with."""
     seen: list[Any] = []
-    monkeypatch.setattr("vlm.chat.web.run_web", lambda models, options: seen.append((models, options)))
+    monkeypatch.setattr("vlm.apps.web.app.run_web", lambda models, options: seen.append((models, options)))
     return seen
 
 
@@ -51,7 +51,7 @@ def test_a_port_in_use_is_named_in_one_line(export: Path, capsys: pytest.Capture
 
 
 def test_port_0_takes_a_free_one():
-    from vlm.chat.address import choose_port
+    from vlm.apps.address import choose_port
 
     assert 1024 <= choose_port("127.0.0.1", 0) <= 65535
 
@@ -92,8 +92,8 @@ def test_the_defaults_are_closed(export: Path, served: list[Any]):
 def test_what_gradio_is_started_with(export: Path, monkeypatch: pytest.MonkeyPatch):
     import gradio as gr
 
-    from vlm.chat.web import WebOptions, serve
-    from vlm.chat.web_models import Export, ModelStore
+    from vlm.apps.web.app import WebOptions, serve
+    from vlm.apps.web.models import Export, ModelStore
 
     seen: dict[str, Any] = {}
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: seen.update(options))

@@ -19,7 +19,7 @@ from vlm.data.conversation import IMAGE, Conversation, Part, Turn
 from vlm.data.image_order import arrange_images, count_image_orders, learned_order, order_of
 from vlm.data.template import BOS, EOS, TEMPLATES, Piece
 from vlm.data.tokenize import ConversationTokenizer
-from vlm.export.messages import to_conversation
+from vlm.inference.messages import to_conversation
 
 
 def test_images_go_before_the_words_and_keep_their_own_order():

@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_export import model_config, write_picture, write_run
 from toy_decoders import toy_decoder
 
+from vlm.artifacts.evidence import figures_table
 from vlm.batch import IGNORE_INDEX
 from vlm.config import RunConfig
 from vlm.data.images import load_image, to_pixels
@@ -22,9 +23,8 @@ from vlm.evaluation.config import EvaluationConfig, TaskConfig
 from vlm.evaluation.predict import PictureFeatures, _merge, _Scorer, score_candidates
 from vlm.evaluation.report import evaluate_run, run_tasks
 from vlm.evaluation.tasks import Question, read_task
-from vlm.export.evidence import figures_table
-from vlm.export.load import LoadedModel, load
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
+from vlm.inference.load import LoadedModel, load
 from vlm.models.vlm import VisionLanguageModel
 
 COLORS = ["red", "green", "blue", "yellow"]

@@ -9,11 +9,11 @@ import pytest
 from tiny_export import model_config, write_picture, write_run
 
 import vlm
+from vlm.artifacts.adapter import read_adapter
+from vlm.artifacts.base_models import with_bases_found, with_start_found
+from vlm.artifacts.manifest import read_manifest
 from vlm.errors import CheckpointError
-from vlm.export.adapter import read_adapter
-from vlm.export.load_base import with_bases_found, with_start_found
-from vlm.export.manifest import read_manifest
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
 
 
 @pytest.fixture

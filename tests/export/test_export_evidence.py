@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tiny_export import model_config, write_run
 
-from vlm.export.evidence import write_figures
-from vlm.export.weights import export_run
+from vlm.artifacts.evidence import write_figures
+from vlm.export.run import export_run
 
 ROW = {
     "task": "talk", "kind": "loss", "metric": "loss per token", "own": 1.15, "own_standard_error": 0.05,

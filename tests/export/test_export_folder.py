@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from vlm.artifacts.folder import replace_folder
 from vlm.errors import ConfigError
-from vlm.export.folder import replace_folder
 
 WRITE = """
 import sys
 from pathlib import Path
-from vlm.export.folder import replace_folder
+from vlm.artifacts.folder import replace_folder
 from vlm.faults import fault
 with replace_folder(Path(sys.argv[1])) as folder:
     (folder / "vlm.json").write_text("new")

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from tiny_export import model_config, write_picture
 
 from vlm.config import load_config, resolve_for_log
-from vlm.export.load import load
 from vlm.export.pth import export_pth
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
+from vlm.inference.load import load
 from vlm.run import train
 from vlm.train.checkpoint import newest_verified
 

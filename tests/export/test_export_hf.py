@@ -14,8 +14,8 @@ from vlm.data.conversation import IMAGE, Conversation, Turn
 from vlm.data.images import load_image, to_pixels
 from vlm.data.template import TEMPLATES
 from vlm.data.tokenize import ConversationTokenizer
-from vlm.export.load import load
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
+from vlm.inference.load import load
 from vlm.models.build import Assembled
 
 # Worst difference seen over all cases below: 2.6e-5, of logits up to 7.5, in float32.

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from tiny_export import model_config, write_picture, write_run
 
-from vlm.chat.session import ChatSession
+from vlm.apps.session import ChatSession
+from vlm.artifacts.manifest import NAME, read_manifest
 from vlm.errors import CheckpointError
-from vlm.export.load import LoadedModel, load
-from vlm.export.manifest import NAME, read_manifest
-from vlm.export.messages import to_conversation
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
+from vlm.inference.load import LoadedModel, load
+from vlm.inference.messages import to_conversation
 from vlm.train.checkpoint import read_info
 
 
@@ -25,7 +25,7 @@ def export_counted(run: Path, orders: dict[str, int] | None, out: Path | None = 
         return read_info(checkpoint) | ({} if orders is None else {"image_orders": orders})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vlm.export.parts.read_info", info)
+        patch.setattr("vlm.artifacts.parts.read_info", info)
         return export_run(run, out)
 
 

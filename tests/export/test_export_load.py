@@ -14,14 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_export import model_config, write_clip, write_llm, write_picture, write_run
 
-import vlm.export.load as load_module
+import vlm.inference.load as load_module
+from vlm.artifacts.initial import load_init
 from vlm.errors import CheckpointError, ConfigError, RecordError
-from vlm.export.initial import load_init
-from vlm.export.load import LoadedModel, load
-from vlm.export.messages import to_conversation
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
+from vlm.generation.generate import GenerationSettings
+from vlm.inference.load import LoadedModel, load
+from vlm.inference.messages import to_conversation
 from vlm.models.build import build_model
-from vlm.models.generate import GenerationSettings
 from vlm.models.trainable import has_lora, part_weights
 
 
@@ -419,7 +419,7 @@ def test_a_newer_format_names_the_version_that_wrote_it(export: Path):
 def test_an_older_format_without_a_way_is_refused_and_one_with_a_way_is_migrated(
     export: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from vlm.export import manifest
+    from vlm.artifacts import manifest
 
     edit(export / "vlm.json", format_version=0, chat_template="chatml")
     values = json.loads((export / "vlm.json").read_text())

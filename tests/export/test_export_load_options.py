@@ -11,8 +11,8 @@ from tiny_export import model_config, write_llm, write_picture, write_run
 from torch import Tensor
 
 from vlm.errors import CheckpointError, ConfigError, MissingPackageError
-from vlm.export.load import LoadedModel, load
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
+from vlm.inference.load import LoadedModel, load
 from vlm.models.trainable import add_lora, load_weights, merge_lora, part_weights
 
 TEXT_ONLY = {"vision": None, "trainable": ["llm.lora"]}
@@ -58,8 +58,8 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: fl
 
 @pytest.mark.slow
 def test_an_adapter_is_folded_in_to_the_bit_as_peft_merges_it(root: Path):
-    from vlm.export.manifest import read_manifest
-    from vlm.export.parts import read_parts
+    from vlm.artifacts.manifest import read_manifest
+    from vlm.artifacts.parts import read_parts
 
     model = loaded(root, "plain").model
     manifest = read_manifest(root / "style" / "export")
@@ -138,7 +138,7 @@ def test_layers_that_bitsandbytes_cannot_pack_for_the_cpu_stay_whole(root: Path)
 
 
 def test_bits_without_bitsandbytes_name_the_extra(root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vlm.export.quantize.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("vlm.inference.quantize.importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"\[quant\]"):
         loaded(root, "own", bits=4)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_export import model_config, write_llm, write_run
 
+from vlm.artifacts.initial import load_init
 from vlm.errors import CheckpointError
-from vlm.export.initial import load_init
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
 from vlm.models.build import build_model
 from vlm.models.pipeline_build import build_stage
 

@@ -9,7 +9,7 @@ from PIL import Image
 from vlm.data.conversation import IMAGE
 from vlm.data.template import TEMPLATES
 from vlm.errors import RecordError
-from vlm.export.messages import to_conversation
+from vlm.inference.messages import to_conversation
 
 
 def png(color: str) -> bytes:

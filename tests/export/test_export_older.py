@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from tiny_export import model_config, write_decoder, write_llm, write_picture, write_run
 
+from vlm.artifacts import older
+from vlm.artifacts.older import finish_folder, older_rope
 from vlm.data.conversation import IMAGE, Conversation, Turn
-from vlm.export import older
-from vlm.export.load import load
-from vlm.export.older import finish_folder, older_rope
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
+from vlm.inference.load import load
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 64}
 

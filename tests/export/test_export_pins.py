@@ -12,10 +12,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_export import model_config, save_run, write_clip, write_llm, write_run
 
+from vlm.artifacts import pins
+from vlm.artifacts.pins import Pins, pin_start, places_of, refuse_replaced
 from vlm.errors import CheckpointError
-from vlm.export import pins
-from vlm.export.pins import Pins, pin_start, places_of, refuse_replaced
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
 from vlm.models.config import ModelConfig
 from vlm.models.trainable import trained_weights
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny_export import model_config, write_decoder, write_run
 
 from vlm.errors import CheckpointError
-from vlm.export import hf, read_back, weights
-from vlm.export.load import load
+from vlm.export import hf, read_back
+from vlm.export import run as weights
 from vlm.export.read_back import Answers, differences
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
+from vlm.inference.load import load
 from vlm.models.build import Assembled
 
 HEADS_WITH_BIAS = {"phi": {}, "gptj": {"rotary_dim": 4}, "codegen": {"rotary_dim": 4}}

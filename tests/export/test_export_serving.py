@@ -22,7 +22,7 @@ from tiny_export import model_config, write_picture, write_run, write_siglip, wr
 from vlm.data.conversation import IMAGE, Conversation, Turn
 from vlm.data.template import TEMPLATES
 from vlm.data.tokenize import ConversationTokenizer
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
 from vlm.models.build import Assembled
 
 Shape = tuple[int, ...]

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm.export.streaming import TextStream
+from vlm.generation.streaming import TextStream
 
 
 def decode_bytes(ids: list[int]) -> str:

@@ -11,7 +11,7 @@ from tiny_export import model_config, write_llm, write_picture, write_run
 from tokenizers_for_tests import sentencepiece_model
 
 import vlm
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from tiny_export import model_config, write_decoder, write_llm, write_picture, w
 
 from vlm.data.conversation import IMAGE, Conversation, Turn
 from vlm.data.images import load_image, to_pixels
-from vlm.export.load import load
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
+from vlm.inference.load import load
 
 VERSION = "4.57.6"
 READER = Path(__file__).parent.parent / "transformers4_reader.py"

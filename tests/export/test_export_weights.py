@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from tiny_export import model_config, save_run, write_llm, write_picture, write_run
 from warm import run_warm
 
+from vlm.artifacts.parts import read_run
 from vlm.errors import CheckpointError, ConfigError
-from vlm.export.load import load
-from vlm.export.parts import read_run
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
+from vlm.inference.load import load
 from vlm.models.config import ModelConfig
 from vlm.models.trainable import trained_weights
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from tiny_models import changed, write_llm
 
-from vlm.models import slot_cache
-from vlm.models.batched_generate import BatchedGenerator, EndReason, NotFinite, Reply, SharedPrompt
+from vlm.generation import slot_cache
+from vlm.generation.batched import BatchedGenerator, EndReason, NotFinite, Reply, SharedPrompt
+from vlm.generation.generate import GenerationSettings, generate
+from vlm.generation.sampling import NewToken, SamplingSettings
+from vlm.generation.slot_cache import BatchedDecoder, bytes_per_token
 from vlm.models.build import build_model
 from vlm.models.config import LLMConfig, ModelConfig
-from vlm.models.generate import GenerationSettings, generate
 from vlm.models.llm import load_llm
 from vlm.models.row_decoders import RowByRowDecoder
-from vlm.models.sampling import NewToken, SamplingSettings
-from vlm.models.slot_cache import BatchedDecoder, bytes_per_token
 from vlm.models.vlm import VisionLanguageModel
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], type]] = {

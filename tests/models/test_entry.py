@@ -11,10 +11,10 @@ from torch import Tensor
 from toy_decoders import toy_decoder
 
 from vlm.errors import ConfigError
-from vlm.models.batched_generate import BatchedGenerator, Reply
+from vlm.generation.batched import BatchedGenerator, Reply
+from vlm.generation.generate import GenerationSettings, generate
+from vlm.generation.sampling import SamplingSettings
 from vlm.models.entry import embedding_scale, embedding_std, find_embedding_factor
-from vlm.models.generate import GenerationSettings, generate
-from vlm.models.sampling import SamplingSettings
 from vlm.models.vlm import VisionLanguageModel
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])

@@ -14,7 +14,9 @@ from torch import nn
 from toy_decoders import toy_decoder
 
 from vlm.errors import ConfigError
-from vlm.models.batched_generate import BatchedGenerator, Reply
+from vlm.generation.batched import BatchedGenerator, Reply
+from vlm.generation.generate import GenerationSettings, generate
+from vlm.generation.sampling import SamplingSettings
 from vlm.models.build import build_model, build_on_meta
 from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.decoders import find_blocks, find_linears
@@ -28,10 +30,8 @@ from vlm.models.families import (
     packing_of,
     refuse_decoder,
 )
-from vlm.models.generate import GenerationSettings, generate
 from vlm.models.head import find_logits_rule
 from vlm.models.row_decoders import PlainDecoder, RowByRowDecoder, build_row_decoder
-from vlm.models.sampling import SamplingSettings
 from vlm.models.trainable import merge_lora, set_trainable
 from vlm.models.vlm import VisionLanguageModel
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import changed
 
+from vlm.generation.generate import GenerationSettings, generate
 from vlm.models.build import build_model
 from vlm.models.config import ModelConfig
-from vlm.models.generate import GenerationSettings, generate
 from vlm.models.vlm import VisionLanguageModel
 
 PROMPT = [2, *[28] * 16, 3, 4]  # a picture of 16 tokens between words

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlm.models.sampling import Sampler, SamplingSettings, adjust, nucleus, report
+from vlm.generation.sampling import Sampler, SamplingSettings, adjust, nucleus, report
 
 LOGITS = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
 

@@ -15,14 +15,14 @@ from tiny_models import write_llm
 
 from vlm.batch import Batch
 from vlm.compat import cache_argument
-from vlm.models.batched_generate import BatchedGenerator, Reply
+from vlm.generation.batched import BatchedGenerator, Reply
+from vlm.generation.generate import GenerationSettings, generate
+from vlm.generation.sampling import SamplingSettings
 from vlm.models.build import build_model
 from vlm.models.config import LLMConfig, ModelConfig
-from vlm.models.generate import GenerationSettings, generate
 from vlm.models.llm import load_llm
 from vlm.models.loss import chunked_cross_entropy
 from vlm.models.pipeline import pipeline_layers, run_layers
-from vlm.models.sampling import SamplingSettings
 from vlm.models.vlm import VisionLanguageModel
 
 ROOT = Path(__file__).parents[2]

@@ -158,7 +158,7 @@ def _write_export(root: Path) -> None:
     """Of a projector that is not at its start."""
     from tiny_export import save_run
 
-    from vlm.export.weights import export_run
+    from vlm.export.run import export_run
     from vlm.models.trainable import trained_weights
 
     parts = make_parts(root, "projector")

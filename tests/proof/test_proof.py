@@ -7,10 +7,10 @@ import pytest
 import torch
 from proof_setups import make_parts, write_config
 
+from vlm.artifacts.evidence import PROOF
 from vlm.cli.main import app, run
 from vlm.config import load_config
 from vlm.errors import ConfigError
-from vlm.export.evidence import PROOF
 from vlm.models.vlm import VisionLanguageModel
 from vlm.proof.prove import prove
 from vlm.run import train

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm.batch import IGNORE_INDEX, Batch
 from vlm.cli.train import start_training
 from vlm.errors import ConfigError
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
 from vlm.models.config import ProjectorConfig
 from vlm.models.projector import Projector, build_projector
 from vlm.train.initialize import fit_least_squares

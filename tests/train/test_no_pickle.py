@@ -21,10 +21,10 @@ from tiny_export import model_config, save_run, write_clip, write_llm, write_run
 from vlm.compat import prepare
 from vlm.config import load_config
 from vlm.errors import CheckpointError, ConfigError
-from vlm.export.load import load
 from vlm.export.pth import export_pth
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
 from vlm.files import sha256
+from vlm.inference.load import load
 from vlm.models.build import build_model
 from vlm.models.config import LLMConfig, VisionConfig
 from vlm.models.llm import load_llm

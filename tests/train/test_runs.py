@@ -14,7 +14,7 @@ from warm import run_warm, started
 
 from vlm.config import load_config
 from vlm.errors import CheckpointError, MissingPackageError, Preempted, TrainingDiverged, VLMError
-from vlm.export.weights import export_run
+from vlm.export.run import export_run
 from vlm.models.trainable import part_weights
 from vlm.prepare import assemble_checkpoint
 from vlm.run import train

@@ -88,9 +88,9 @@ def chat(
         raise CheckpointError(f"{export} is no folder. Name an export; `vlm export RUN` writes RUN/export")
     if cpu_only and device not in ("auto", "cpu"):
         raise ConfigError(f"--cpu-only and --device {device} contradict each other. Leave one out")
-    from vlm.chat.terminal import run_terminal
-    from vlm.chat.terminal_settings import without_effect
-    from vlm.export.load import load, make_settings
+    from vlm.apps.terminal.app import run_terminal
+    from vlm.apps.terminal.settings import without_effect
+    from vlm.inference.load import load, make_settings
     from vlm.logs import warn
 
     settings = make_settings(

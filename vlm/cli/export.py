@@ -33,6 +33,6 @@ def export(
 
         print(export_pth(run, out, full=full))
         return
-    from vlm.export.weights import export_run
+    from vlm.export.run import export_run
 
     print(export_run(run, out, full=full, max_shard_size=max_shard_size or "5GB"))

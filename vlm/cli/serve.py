@@ -83,12 +83,12 @@ def serve(
 ) -> int:
     """Answer OpenAI's chat API with an export, many chats at once. 提供兼容 OpenAI 的对话接口，可同时服务多个对话。"""
     _check(export, media_root, precision)
-    from vlm.chat.api.limits import MIB, Access, Limits, Media
-    from vlm.chat.api.server import default_name
-    from vlm.chat.api.server import serve as run_server
+    from vlm.apps.api.limits import MIB, Access, Limits, Media
+    from vlm.apps.api.server import default_name
+    from vlm.apps.api.server import serve as run_server
 
     def load_model():  # type: ignore[no-untyped-def]
-        from vlm.export.load import load
+        from vlm.inference.load import load
 
         return load(export, device, precision, image_order=image_order_of(image_order))  # type: ignore[arg-type]
 

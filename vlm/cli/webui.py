@@ -68,13 +68,13 @@ def webui(
     if export is not None and not export.is_dir():
         raise CheckpointError(f"{export} is no folder. Name an export; `vlm export RUN` writes RUN/export")
     login = _login(host, auth, allow_anyone, share)
-    from vlm.chat.address import choose_port
+    from vlm.apps.address import choose_port
 
     choose_port(host, port)  # before anything heavy
-    from vlm.chat.web import WebOptions, find_examples, run_web
-    from vlm.chat.web_models import ModelStore, find_exports
-    from vlm.export.manifest import read_manifest
-    from vlm.models.generate import GenerationSettings
+    from vlm.apps.web.app import WebOptions, find_examples, run_web
+    from vlm.apps.web.models import ModelStore, find_exports
+    from vlm.artifacts.manifest import read_manifest
+    from vlm.generation.generate import GenerationSettings
 
     if export is not None:
         read_manifest(export)
@@ -117,7 +117,7 @@ def main_webui_demo() -> None:
 
 def _login(host: str, auth: str | None, allow_anyone: bool, share: bool) -> tuple[str, str] | None:
     """User and password. Raises ConfigError when the page would be open to a network without one."""
-    from vlm.chat.address import is_loopback
+    from vlm.apps.address import is_loopback
 
     if auth is not None:
         user, colon, password = auth.partition(":")

@@ -343,7 +343,7 @@ def _with_system_of(
     return replace(plain, default_system=rendered.removeprefix(before).removesuffix(after)) if fits else plain
 
 
-# Lists of parts as text; `arrange_images` and `vlm.export.messages` do the same. Servers of other projects hand over
+# Lists of parts as text; `arrange_images` and `vlm.inference.messages` do the same. Servers of other projects hand over
 # images and words as they came.
 _IMAGES = "{%- for part in content -%}{%- if part['type'] == 'image' -%}<image>{%- endif -%}{%- endfor -%}"
 _FLAT: dict[ImageOrder, str] = {

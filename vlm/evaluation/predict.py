@@ -21,7 +21,7 @@ from torch import Tensor
 from vlm.batch import IGNORE_INDEX
 from vlm.data.images import load_image, to_pixels
 from vlm.evaluation.tasks import Question
-from vlm.export.load import LoadedModel
+from vlm.inference.load import LoadedModel
 from vlm.logs import log
 from vlm.models.decoders import find_decoder
 

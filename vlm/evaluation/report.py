@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import vlm
+from vlm.artifacts.evidence import FIGURES, figures_table, with_error, write_figures
+from vlm.artifacts.manifest import read_manifest
 from vlm.batch import IGNORE_INDEX
 from vlm.errors import ConfigError
 from vlm.evaluation.config import EvaluationConfig, TaskConfig
 from vlm.evaluation.metrics import Figure, accuracy, derangement, loss_per_token, majority_share
 from vlm.evaluation.predict import PictureFeatures, score_candidates
 from vlm.evaluation.tasks import Question, read_task
-from vlm.export.evidence import FIGURES, figures_table, with_error, write_figures
-from vlm.export.load import LoadedModel, load
-from vlm.export.manifest import read_manifest
 from vlm.files import write_atomically
+from vlm.inference.load import LoadedModel, load
 from vlm.logs import Progress, log
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vlm.artifacts.assemble import wrap_llava
+from vlm.artifacts.tokenizer import hand_over
 from vlm.batch import ImageSpec
 from vlm.data.tokenize import ConversationTokenizer
-from vlm.export.assemble import wrap_llava
 from vlm.export.read_back import Answers, compare, in_float32, llava_logits, make_question
-from vlm.export.tokenizer import hand_over
 from vlm.models.build import Assembled
 from vlm.models.config import ModelConfig
 from vlm.models.llm import IMAGE_TOKEN, pad_vocabulary

@@ -12,10 +12,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from vlm.artifacts.parts import read_run
 from vlm.compat import prepare
 from vlm.errors import ConfigError
-from vlm.export.parts import read_run
-from vlm.export.weights import DType, build_merged
+from vlm.export.run import DType, build_merged
 from vlm.faults import fault
 from vlm.logs import log
 from vlm.models.trainable import part_weights

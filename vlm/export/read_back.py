@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vlm.artifacts.assemble import assemble_export, read_llava
+from vlm.artifacts.base_models import with_bases_found
+from vlm.artifacts.manifest import read_manifest
 from vlm.data.conversation import IMAGE, Conversation, Turn
 from vlm.data.images import to_pixels
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import CheckpointError, VLMError
-from vlm.export.assemble import assemble_export, read_llava
-from vlm.export.load import build_tokens
-from vlm.export.load_base import with_bases_found
-from vlm.export.manifest import read_manifest
+from vlm.generation.generate import GenerationSettings, generate
+from vlm.inference.load import build_tokens
 from vlm.models.build import Assembled
 from vlm.models.decoders import find_blocks
-from vlm.models.generate import GenerationSettings, generate
 from vlm.models.llm import choose_attention
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vlm.artifacts.manifest import read_manifest
+from vlm.artifacts.parts import read_parts
 from vlm.errors import CheckpointError
-from vlm.export.manifest import read_manifest
-from vlm.export.parts import read_parts
 from vlm.models.partition import full_shape
 from vlm.models.trainable import canonical_name, part_of, part_weights
 from vlm.models.vlm import VisionLanguageModel

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 import vlm
+from vlm.artifacts.evidence import PROOF
 from vlm.config import RunConfig
 from vlm.data.build import Data
 from vlm.distributed import gather_objects, note, on_main, together, world_size
 from vlm.errors import VLMError
-from vlm.export.evidence import PROOF
 from vlm.files import write_atomically
 from vlm.logs import log
 from vlm.models.build import Assembled

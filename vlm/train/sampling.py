@@ -10,7 +10,7 @@ from vlm.batch import ImageSpec
 from vlm.data.conversation import IMAGE, Conversation, Turn
 from vlm.data.images import load_image, to_pixels
 from vlm.data.tokenize import ConversationTokenizer
-from vlm.models.generate import GenerationSettings, generate
+from vlm.generation.generate import GenerationSettings, generate
 from vlm.models.vlm import VisionLanguageModel
 from vlm.precision import autocast
 from vlm.train.config import SampleConfig

@@ -1,0 +1,226 @@
+"""Serve the page: address, password, limits, and an orderly end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from vlm.apps.address import choose_port, in_use, is_loopback
+from vlm.apps.web.models import ModelStore
+from vlm.apps.web.texts import Language
+from vlm.apps.web.uploads import MEGABYTE, Uploads
+from vlm.errors import ConfigError, MissingPackageError
+from vlm.generation.generate import GenerationSettings
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+_START_SECONDS = 60.0  # a busy machine takes more than the 5 seconds that gradio gives its server
+Example = tuple[str, Path | None]  # a question to click, and its picture if it has one
+
+# Environment variables by which gradio would open what this module closes.
+_OVERRIDES = ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH",
+              "GRADIO_NUM_WORKERS", "GRADIO_SSR_MODE", "GRADIO_MCP_SERVER", "GRADIO_WATCH_DIRS")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WebOptions:
+    """How the page is served; see the flags of `vlm webui`."""
+
+    host: str = "127.0.0.1"
+    port: int = 7860  # 0: a free one
+    auth: tuple[str, str] | None = None
+    share: bool = False
+    max_file_mb: int = 20
+    max_waiting: int = 16
+    language: Language | None = None
+    settings: GenerationSettings = field(default_factory=GenerationSettings)
+    examples: tuple[Example, ...] = ()
+
+
+@dataclass
+class RunningPage:
+    """A page that is being served. Its uploads go with it."""
+
+    page: gr.Blocks
+    url: str
+    folder: Path
+
+    def close(self) -> None:
+        try:
+            self.page.server.config.timeout_graceful_shutdown = 1  # second; every open page holds a connection
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would tell of each that is cut
+            self.page.close(verbose=False)
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def serve(models: ModelStore, options: WebOptions) -> RunningPage:
+    """Start serving; returns once the page answers.
+
+    Raises:
+        ConfigError: the port is in use or may not be taken.
+        MissingPackageError: gradio is not installed.
+    """
+    port = choose_port(options.host, options.port)
+    folder = Path(tempfile.mkdtemp(prefix="vlm-webui-")).resolve()
+    try:
+        page = _launch(models, options, port, folder)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ConfigError(in_use(options.host, port)) from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    host = "localhost" if options.host == "0.0.0.0" else _in_url(options.host)
+    return RunningPage(page, f"http://{host}:{port}/", folder)
+
+
+def run_web(models: ModelStore, options: WebOptions) -> None:
+    """What `vlm webui` does: serve until Ctrl-C or SIGTERM. Raises as `serve`."""
+    ended = threading.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        ended.set()
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        running = serve(models, options)
+        try:
+            _greet(running, models)
+            ended.wait()
+            print("stopped", flush=True)
+        finally:
+            running.close()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def find_examples(folder: Path) -> list[Example]:
+    """Pictures of a folder by name, each asked the text of the .txt beside it, or "What is this?".
+
+    Raises:
+        ConfigError: the folder is missing or holds no pictures.
+    """
+    from vlm.data.records import IMAGE_SUFFIXES
+
+    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+    if not pictures:
+        raise ConfigError(f"--examples {folder}: no folder with pictures ({' '.join(IMAGE_SUFFIXES)})")
+    asked: list[Example] = []
+    for picture in pictures[:8]:
+        text = picture.with_suffix(".txt")
+        question = text.read_text(encoding="utf-8").strip() if text.is_file() else "What is this?"
+        asked.append((question, picture.resolve()))
+    return asked
+
+
+def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) -> gr.Blocks:
+    for name in _OVERRIDES:
+        os.environ.pop(name, None)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read when components are made and when the app is
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio.http_server
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise MissingPackageError("gradio", "the browser chat", "serve") from None
+    server: Any = gradio.http_server.Server  # its own wait ends after 5 seconds, too early on a busy machine
+    server.run_in_thread = _run_in_thread
+    from vlm.apps.web.look import theme
+    from vlm.apps.web.page import build_page
+    from vlm.apps.web.state import MAX_PICTURES
+
+    uploads = Uploads(folder)
+    examples = _copied(options.examples, folder / "examples", uploads)
+    page = build_page(models, uploads, options.language, options.settings, examples, options.max_waiting)
+    max_file_size = options.max_file_mb * MEGABYTE
+    local_only = is_loopback(options.host) and not options.share
+    page.launch(
+        server_name=_in_url(options.host),
+        server_port=port,
+        auth=options.auth,
+        share=options.share,
+        max_file_size=max_file_size,
+        app_kwargs=_app_options(uploads, local_only, max_file_size, MAX_PICTURES * max_file_size + MEGABYTE),
+        prevent_thread_lock=True,
+        quiet=not options.share,  # else the public address is printed
+        show_error=False,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        num_workers=0,
+        state_session_capacity=1000,
+        theme=theme(),
+    )
+    return page
+
+
+def _run_in_thread(server: Any) -> None:
+    """Start gradio's server and wait until it serves. Raises OSError if it ended instead: the port is taken."""
+    server.thread = threading.Thread(target=server.run, daemon=True)
+    server.thread.start()
+    end = time.monotonic() + _START_SECONDS
+    while not server.started:
+        if not server.thread.is_alive() or time.monotonic() > end:
+            raise OSError("the server did not start")
+        time.sleep(0.01)
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _copied(examples: Sequence[Example], folder: Path, uploads: Uploads) -> list[Example]:
+    """Beside the uploads, where the browser learns nothing of this machine's folders."""
+    folder.mkdir()
+    copied: list[Example] = []
+    for number, (question, picture) in enumerate(examples, 1):
+        copy = None
+        if picture is not None:
+            copy = folder / f"example-{number}{picture.suffix.lower()}"
+            shutil.copyfile(picture, copy)
+            uploads.share(str(copy))
+        copied.append((question, copy))
+    return copied
+
+
+def _app_options(uploads: Uploads, local_only: bool, max_file_size: int, max_body: int) -> dict[str, Any]:
+    from starlette.middleware import Middleware
+
+    from vlm.apps.web.guard import Guard
+    from vlm.apps.web.look import HEAD
+
+    guard: Any = Guard
+    limits = {"max_file_size": max_file_size, "max_body": max_body}
+    middleware = Middleware(guard, uploads=uploads, local_only=local_only, head=HEAD, **limits)
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        app.uploaded_file_dir = uploads  # gradio asks it at each upload where to write
+        yield
+
+    hidden = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    return {"middleware": [middleware], "lifespan": lifespan, **hidden}
+
+
+def _greet(running: RunningPage, models: ModelStore) -> None:
+    shown = models.labels
+    print(f"Models: {', '.join(shown[:8])}{' ...' if len(shown) > 8 else ''}")
+    print(f"Open {running.url}   Ctrl-C ends it.", flush=True)

@@ -1,0 +1,122 @@
+"""The models that a page offers: exports found on disk, loaded when one is first asked."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from vlm.artifacts.manifest import NAME
+from vlm.data.image_order import ImageOrder
+from vlm.inference.load import LoadedModel, load
+from vlm.logs import log
+
+OnProgress = Callable[[float], None]
+Load = Callable[[Path, OnProgress], LoadedModel]
+
+
+@dataclass(frozen=True)
+class Export:
+    """One choice. The browser knows its number and label, never the path."""
+
+    label: str
+    path: Path
+
+
+def find_exports(first: Path | None, runs: Path | None) -> list[Export]:
+    """`first`, then all export folders below `runs` by name.
+
+    A label is the path below `runs`, without a last `/export`.
+    """
+    below = sorted(path.parent for path in runs.rglob(NAME)) if runs is not None and runs.is_dir() else []
+    below = [path for path in below if not any(part.startswith(".") for part in path.parts if part not in (".", ".."))]
+    exports = []
+    if first is not None:
+        same = [path for path in below if path.resolve() == first.resolve()]
+        exports.append(Export(_label(first, runs if same else None), first))
+        below = [path for path in below if path not in same]
+    return exports + [Export(_label(path, runs), path) for path in below]
+
+
+class ModelStore:
+    """Loads exports by number and keeps the last ones asked. All sessions of a page share one.
+
+    Args:
+        exports: the choices.
+        load_export: for tests; by default `vlm.load` on `device` with `image_order`.
+        max_loaded: models held in memory at once; the one asked longest ago goes first.
+    """
+
+    def __init__(
+        self,
+        exports: Sequence[Export],
+        device: str = "auto",
+        max_loaded: int = 1,
+        load_export: Load | None = None,
+        image_order: ImageOrder | None = None,
+    ) -> None:
+        self.exports = list(exports)
+        self.max_loaded = max_loaded
+        self._load = load_export or partial(_load_and_tell, device=device, image_order=image_order)
+        self._loaded: OrderedDict[int, LoadedModel] = OrderedDict()
+        self._turn = threading.Lock()
+
+    @property
+    def labels(self) -> list[str]:
+        return [export.label for export in self.exports]
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Held while a model is loaded and asked: one answer at a time."""
+        with self._turn:
+            yield
+
+    @property
+    def is_busy(self) -> bool:
+        """Somebody has the turn."""
+        return self._turn.locked()
+
+    def is_loaded(self, number: int) -> bool:
+        return number in self._loaded
+
+    def get(self, number: int, on_progress: OnProgress = lambda fraction: None) -> LoadedModel:
+        """The model of a choice; to be called in one's `turn`.
+
+        Args:
+            on_progress: called with 0..1 while it loads; never when it is in memory.
+
+        Raises:
+            VLMError: see `vlm.load`.
+        """
+        if number in self._loaded:
+            self._loaded.move_to_end(number)
+            return self._loaded[number]
+        while len(self._loaded) >= self.max_loaded:  # before loading, so that both need not fit
+            self._loaded.popitem(last=False)
+            gc.collect()
+        loaded = self._load(self.exports[number].path, on_progress)
+        self._loaded[number] = loaded
+        return loaded
+
+
+def _load_and_tell(path: Path, on_progress: OnProgress, device: str, image_order: ImageOrder | None) -> LoadedModel:
+    loaded = load(path, device=device, image_order=image_order, on_progress=on_progress)
+    log(f"{path}: {loaded.describe_compute()}")
+    return loaded
+
+
+def _label(path: Path, runs: Path | None) -> str:
+    """
+    >>> _label(Path("cache/runs/quickstart/finetune/export"), Path("cache/runs"))
+    'quickstart/finetune'
+    >>> _label(Path("cache/runs/quickstart/finetune/export-full"), Path("cache/runs"))
+    'quickstart/finetune/export-full'
+    """
+    parts = (path.relative_to(runs) if runs is not None and path.is_relative_to(runs) else path).parts
+    parts = parts[:-1] if parts and parts[-1] == "export" else parts
+    return "/".join(parts[-3:]) or path.resolve().name

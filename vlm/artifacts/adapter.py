@@ -1,0 +1,115 @@
+"""LoRA adapters of exports: folded into the language model's weights, and taken from another export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.artifacts.fingerprint import differences
+from vlm.artifacts.manifest import NAME, Manifest, read_manifest
+from vlm.artifacts.parts import read_parts
+from vlm.errors import CheckpointError
+from vlm.models.config import LoRAConfig
+from vlm.models.decoders import is_transposed, linear_shape
+from vlm.models.trainable import adapted_linears, misfit, part_of, part_weights
+from vlm.models.vlm import VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What `read_adapter` found. `replaces_own`: it is the export's own adapter, trained on or not."""
+
+    folder: Path
+    lora: LoRAConfig
+    tensors: dict[str, Tensor]  # canonical names
+    base: dict[str, str]  # fingerprints of the language model that it was trained beside
+    replaces_own: bool
+
+
+def read_adapter(folder: str | Path, export: Path, manifest: Manifest) -> Adapter:
+    """
+    Args:
+        folder: an export with an adapter, or the folder `adapter` in one.
+        export, manifest: what the adapter will be put on.
+
+    Raises:
+        CheckpointError: no export, one without an adapter, or one of another language model.
+    """
+    place = Path(folder)
+    if not (place / NAME).is_file() and (place.parent / NAME).is_file():
+        place = place.parent
+    theirs = read_manifest(place)
+    if "llm.lora" not in theirs.included or theirs.model.lora is None:
+        raise CheckpointError(
+            f"--adapter {folder} has no LoRA adapter: it holds {', '.join(theirs.included) or 'nothing'}. Name the "
+            "export of a run with llm.lora in model.trainable, made without --full"
+        )
+    base = theirs.base.get("llm", {})
+    if "llm" not in manifest.included:
+        ours = manifest.base.get("llm", {})
+        lines = [f"  {n}: {base[n]} -> {ours[n]}" for n in base if n in ours and ours[n] != base[n]]
+        _refuse_other_base(lines, place, export)
+    start = theirs.origin.get("init_from") or place
+    tensors = {name: tensor for name, tensor in read_parts(place, theirs).items() if part_of(name) == "llm.lora"}
+    continued = export.resolve() in (Path(start).resolve(), place.resolve())
+    return Adapter(place, theirs.model.lora, tensors, base, continued and "llm.lora" in manifest.included)
+
+
+@torch.no_grad()
+def fold_adapter(model: VisionLanguageModel, lora: LoRAConfig, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Add an adapter to the weights beside it, as peft merges it, to the bit: weight + alpha / rank * B @ A.
+
+    Importing peft would take as long as all else that loading a small model does.
+
+    Args:
+        tensors: `llm.lora.<module>.lora_A.weight` [rank, in] and `lora_B.weight` [out, rank].
+        where: what they come from, for the message.
+
+    Raises:
+        CheckpointError: lists every tensor that is missing, unknown, of another shape, or not finite once added.
+    """
+    layers: dict[str, Any] = adapted_linears(model.llm, lora)
+    expected: dict[str, list[int]] = {}
+    for name, layer in layers.items():
+        inputs, outputs = linear_shape(layer)
+        expected[f"llm.lora.{name}.lora_A.weight"] = [lora.rank, inputs]
+        expected[f"llm.lora.{name}.lora_B.weight"] = [outputs, lora.rank]
+    problems = [f"  {name}: not in the model" for name in tensors if name not in expected]
+    problems += [f"  {name}: missing" for name in expected if name not in tensors]
+    problems += [
+        f"  {name}: {list(tensor.shape)} -> {expected[name]}"
+        for name, tensor in tensors.items()
+        if name in expected and list(tensor.shape) != expected[name]
+    ]
+    if problems:
+        raise CheckpointError(misfit(where, problems))
+    for name, layer in layers.items():
+        down, up = (tensors[f"llm.lora.{name}.lora_{part}.weight"].to(layer.weight.device) for part in "AB")
+        delta = (up.float() @ down.float()) * (lora.alpha / lora.rank)
+        layer.weight += (delta.T if is_transposed(layer) else delta).to(layer.weight.dtype)
+        if not layer.weight.isfinite().all():
+            raise CheckpointError(f"{where}: llm.lora.{name} is not finite once added. The training diverged")
+
+
+def check_loaded_base(model: VisionLanguageModel, adapter: Adapter, export: Path) -> None:
+    """As `read_adapter` checks, for a complete export: its language model is compared, once loaded.
+
+    Raises:
+        CheckpointError: it is another one, or has an adapter merged into it.
+    """
+    own = {name.removeprefix("llm."): tensor for name, tensor in part_weights(model, "llm").items()}
+    _refuse_other_base(differences(adapter.base, own), adapter.folder, export)
+
+
+def _refuse_other_base(lines: list[str], adapter: Path, export: Path) -> None:
+    if lines:
+        raise CheckpointError(
+            f"--adapter {adapter} was trained beside another language model than that of {export} (hash of tensors, "
+            "the adapter's -> the export's):\n" + "\n".join(lines) + "\nUsually the adapter belongs to another base "
+            "model, or the export is a --full one with an adapter merged in: name the export made without --full"
+        )

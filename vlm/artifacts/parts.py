@@ -1,0 +1,202 @@
+"""What a run trained, as tensors with canonical names, and where they lie in an export.
+
+projector.safetensors                              projector.*
+adapter/adapter_model.safetensors + _config.json   llm.lora.*, as peft writes it
+llm/*.safetensors + config.json                    llm.*, as transformers writes it
+vision.safetensors + vision/config.json            vision.*
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlm.artifacts.manifest import ADAPTER, LLM, PROJECTOR, VISION, Manifest, read_manifest
+from vlm.artifacts.pins import pin_start, places_of, refuse_replaced
+from vlm.config import read_kept_config
+from vlm.data.config import DataConfig
+from vlm.data.image_order import ImageOrder, learned_order
+from vlm.errors import CheckpointError, ConfigError
+from vlm.models.config import ModelConfig
+from vlm.models.trainable import part_of
+from vlm.schema import PARTS
+from vlm.train.checkpoint import newest_verified, read_info
+from vlm.train.fragments import read_weights
+
+ADAPTER_CONFIG = "adapter/adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All weights of a run that are not those of its base models, and what is needed to write them down."""
+
+    model: ModelConfig
+    data: DataConfig
+    tensors: dict[str, Tensor]  # canonical names
+    trained: tuple[str, ...]
+    origin: dict[str, Any] = field(default_factory=dict)  # steps, data files, init_from
+    image_order: ImageOrder = "keep"  # of the training data
+
+    def part(self, part: str) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors.items() if part_of(name) == part}
+
+
+def read_run(run: Path) -> Trained:
+    """The newest intact checkpoint of a run, completed by the export that the run started from.
+
+    Raises:
+        CheckpointError: no run, no intact checkpoint, a projector that nothing trained; or what the run began with was
+            replaced.
+    """
+    config = read_kept_config(run / "config.yaml")
+    checkpoint = newest_verified(run)
+    if checkpoint is None:
+        raise CheckpointError(f"{run} has no checkpoint yet, so there is nothing to export. Train first: vlm train")
+    began = pin_start(config.model, config.init_from)
+    refuse_replaced(checkpoint, read_info(checkpoint).get("start"), began, places_of(config.model, config.init_from))
+    tensors = read_weights(checkpoint)
+    model = config.model
+    trained: list[str] = list(model.trainable)
+    info = read_info(checkpoint)
+    image_orders: dict[str, int] = info.get("image_orders", {})  # earlier versions did not count
+    order = learned_order(image_orders)
+    if config.init_from is not None:
+        start = Path(config.init_from)
+        manifest = read_manifest(start)
+        if "llm" not in trained and "llm.lora" not in trained and "llm.lora" in manifest.included:
+            model = model.model_copy(update={"lora": manifest.model.lora})  # its adapter is carried over
+        tensors = _complete(tensors, trained, read_parts(start, manifest))
+        order = order if image_orders else manifest.image_order
+        trained += [part for part in manifest.trained if any(part_of(name) == part for name in tensors)]
+    if model.vision is not None and not any(name.startswith("projector.") for name in tensors):
+        raise CheckpointError(
+            f"{run} trained {', '.join(trained)} and no projector, and started from no export that has one (init_from)"
+        )
+    origin = {
+        "steps": info["step"],
+        "data": [source.path for source in config.data.sources],
+        "init_from": config.init_from,
+        "image_orders": image_orders,
+    }
+    return Trained(model, config.data, tensors, tuple(part for part in PARTS if part in trained), origin, order)
+
+
+def read_parts(export: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The tensors of an export of layout "vlm", by canonical name.
+
+    Raises:
+        CheckpointError: the layout is another, or a file is missing or damaged.
+    """
+    if manifest.layout != "vlm":
+        raise CheckpointError(
+            f"{export} is one merged model in transformers' LLaVA layout; its parts cannot be told apart again. "
+            "Use the export that `vlm export RUN` writes without --full"
+        )
+    tensors: dict[str, Tensor] = {}
+    if "projector" in manifest.included:
+        tensors |= _read(export / PROJECTOR)
+    if "vision" in manifest.included:
+        tensors |= _read(export / VISION)
+    if "llm.lora" in manifest.included:
+        tensors |= {f"llm.lora.{n.removeprefix(_PEFT_PREFIX)}": t for n, t in _read(export / ADAPTER).items()}
+    if "llm" in manifest.included:
+        files = sorted((export / LLM).glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{export / LLM} holds no .safetensors. The export is incomplete: export again")
+        tensors |= {f"llm.{name}": tensor for file in files for name, tensor in _read(file).items()}
+    return tensors
+
+
+def write_parts(folder: Path, trained: Trained, max_shard_size: str) -> tuple[str, ...]:
+    """Write each part into its file. Returns the names of the parts that there are.
+
+    What a trained encoder or language model needs besides its weights (its shape) is not written here.
+    """
+    for part, file in (("projector", PROJECTOR), ("vision", VISION)):
+        tensors = trained.part(part)
+        if tensors:
+            _save(tensors, folder / file)
+    if trained.part("llm.lora"):
+        _write_adapter(folder, trained.part("llm.lora"), trained.model)
+    if trained.part("llm"):
+        tensors = {name.removeprefix("llm."): tensor for name, tensor in trained.part("llm").items()}
+        save_sharded(tensors, folder / LLM, max_shard_size)
+    return tuple(part for part in PARTS if trained.part(part))
+
+
+def save_sharded(tensors: dict[str, Tensor], folder: Path, max_shard_size: str) -> None:
+    """model.safetensors, or numbered shards and their index as transformers reads them."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    folder.mkdir(parents=True, exist_ok=True)
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for name, members in split.filename_to_tensors.items():
+        _save({member: tensors[member] for member in members}, folder / name)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def check_shard_size(text: str) -> None:
+    """Raises ConfigError unless it is written like 5GB or 200MB."""
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+    try:
+        size = parse_size_to_int(text)
+    except (ValueError, KeyError, TypeError):
+        size = 0
+    if size < 1:
+        raise ConfigError(f"--max-shard-size {text!r}: expected a size such as 5GB or 200MB")
+
+
+def _complete(tensors: dict[str, Tensor], trained: Iterable[str], before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What was trained now, with what came trained in the parts that stayed as they were."""
+    replaced = set(trained)
+    if "llm" in replaced:
+        replaced.add("llm.lora")  # was merged before this training, which wrote down the sum
+    return {name: tensor for name, tensor in before.items() if part_of(name) not in replaced} | tensors
+
+
+def _write_adapter(folder: Path, tensors: dict[str, Tensor], model: ModelConfig) -> None:
+    """peft's own layout, so that `PeftModel.from_pretrained(base, "adapter")` reads it."""
+    lora = model.lora
+    assert lora is not None
+    (folder / "adapter").mkdir()
+    names = {f"{_PEFT_PREFIX}{name.removeprefix('llm.lora.')}": tensor for name, tensor in tensors.items()}
+    _save(names, folder / ADAPTER)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.llm.path,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in names}),
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing. The export is incomplete: export the run again") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Copy it again, or export the run again") from None
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    # contiguous, on the CPU and sharing memory with no other, as safetensors demands
+    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    save_file(plain, path, metadata={"format": "pt"})

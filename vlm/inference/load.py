@@ -1,0 +1,335 @@
+"""Export -> a model to talk to, or the start of the next stage.
+
+Nothing but safetensors and JSON is read, and no code of an export is ever run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import queue
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlm.artifacts.adapter import read_adapter
+from vlm.artifacts.assemble import OnProgress, assemble_export
+from vlm.artifacts.base_models import with_bases_found, with_start_found
+from vlm.artifacts.manifest import Manifest, read_manifest
+from vlm.batch import ImageSpec
+from vlm.compat import prepare
+from vlm.data.build import build_template
+from vlm.data.conversation import Conversation
+from vlm.data.image_order import ImageOrder
+from vlm.data.images import load_image, to_pixels
+from vlm.data.template import TEMPLATES, ChatTemplate
+from vlm.data.tokenize import ConversationTokenizer
+from vlm.errors import ConfigError, RecordError
+from vlm.generation.generate import GenerationSettings, generate
+from vlm.generation.streaming import CONTEXT, TextStream
+from vlm.inference.messages import Messages, Picture, to_conversation
+from vlm.inference.placement import check_device_map, spread
+from vlm.inference.quantize import check_bits, quantize_linears
+from vlm.models.build import Assembled
+from vlm.models.config import ModelConfig
+from vlm.models.vlm import VisionLanguageModel
+from vlm.precision import DTYPES, autocast, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+_SETTINGS = {field.name for field in fields(GenerationSettings)}
+_END = object()
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """An export in memory, in evaluation mode. See `load`."""
+
+    model: VisionLanguageModel
+    tokenizer: PreTrainedTokenizerFast
+    conversation_tokenizer: ConversationTokenizer
+    image_spec: ImageSpec | None  # None: a plain language model
+    image_token_id: int | None
+    config: ModelConfig
+    system: str | None
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    @property
+    def template(self) -> ChatTemplate:
+        return self.conversation_tokenizer.template
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens, prompt and reply, that the language model was made for."""
+        return int(getattr(self.model.llm.config, "max_position_embeddings", None) or 1 << 20)
+
+    def describe_compute(self) -> str:
+        """In which number formats it computes, for a log."""
+        (name,) = [name for name, dtype in DTYPES.items() if dtype == self.compute_dtype]
+        vision = self.model.vision
+        own = "" if vision is None or vision.compute is None else f", vision encoder {vision.compute.name}"
+        return f"computes in {name}{own} on {self.device.type}"
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What every forward runs under."""
+        return autocast(self.device.type, self.compute_dtype)
+
+    def chat(
+        self,
+        messages: Messages,
+        images: Picture | Sequence[Picture] = (),
+        stop: str | Sequence[str] = (),
+        **settings: Any,
+    ) -> str:
+        """The reply to a question or a list of messages; see `to_conversation` for both forms.
+
+        Args:
+            messages: a plain string, or messages as OpenAI's API writes them. A reply at their end is gone on with.
+            images: paths or PIL pictures, shown before the first question unless the messages place them.
+            stop: texts that end the reply; they are not part of it.
+            settings: fields of `GenerationSettings`, e.g. max_new_tokens=64, do_sample=True, seed=1.
+
+        Raises:
+            RecordError: a picture or a message cannot be used.
+            ConfigError: an unknown setting, or the conversation is longer than the model can read.
+        """
+        conversation = to_conversation(messages, images, self.template)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        reply = "".join(self.stream(conversation, make_settings(settings), stop))
+        return reply.rstrip() if conversation.begun_reply else reply.strip()
+
+    def stream(
+        self,
+        conversation: Conversation,
+        settings: GenerationSettings | None = None,
+        stop: Sequence[str] = (),
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Generator[str, None, None]:
+        """The reply as it grows: pieces of text, each of whole characters, none empty.
+
+        Closing the iterator ends the generation.
+
+        Args:
+            conversation: ends with a question, or with the beginning of the reply.
+            should_stop: asked before every token; may answer from another thread.
+
+        Raises:
+            RecordError, ConfigError: as `chat`, at once and not at the first piece.
+        """
+        settings = settings or GenerationSettings()
+        input_ids = self.conversation_tokenizer.prompt(conversation)
+        left = self.max_tokens - len(input_ids)
+        if left < 1:
+            raise ConfigError(
+                f"the conversation has {len(input_ids):,} tokens ({len(conversation.images)} pictures included), the "
+                f"model reads at most {self.max_tokens:,}. Clear it, or ask again with fewer turns or pictures"
+            )
+        settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, left))
+        before = input_ids[-CONTEXT:] if conversation.begun_reply else ()
+        text = TextStream(self.conversation_tokenizer.decode, stop, before)
+        return self._stream(input_ids, self._pixels(conversation), settings, text, should_stop)
+
+    def _pixels(self, conversation: Conversation) -> Tensor | None:
+        if not conversation.images:
+            return None
+        if self.image_spec is None:
+            raise RecordError("image_without_encoder", "this model reads no pictures: it has no vision encoder")
+        background = self.image_spec.background
+        pictures = [load_image(image, background=background) for image in conversation.images]
+        return torch.stack([to_pixels(picture, self.image_spec) for picture in pictures]).to(self.device)
+
+    def _stream(
+        self,
+        input_ids: list[int],
+        pixel_values: Tensor | None,
+        settings: GenerationSettings,
+        text: TextStream,
+        should_stop: Callable[[], bool],
+    ) -> Generator[str, None, None]:
+        """transformers generates with callbacks; a thread and a queue turn them into an iterator."""
+        pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        closed = threading.Event()
+        seen = 0
+
+        def on_token(token: int) -> bool:
+            nonlocal seen
+            seen += 1
+            pieces.put(text.push(token))
+            return not text.stopped
+
+        def is_over() -> bool:
+            return closed.is_set() or should_stop()
+
+        def work() -> None:
+            try:
+                with self.autocast():  # autocast is a setting of the thread
+                    stop_ids = self.conversation_tokenizer.stop_ids
+                    ids = generate(self.model, input_ids, pixel_values, stop_ids, settings, on_token, is_over)
+                for token in ids[seen:]:  # beams give all tokens at the end
+                    pieces.put(text.push(token))
+                pieces.put(text.finish())
+                pieces.put(_END)
+            except BaseException as error:  # raised again where the reply is read
+                pieces.put(error)
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            while (piece := pieces.get()) is not _END:
+                if isinstance(piece, BaseException):
+                    raise piece
+                if piece:
+                    yield piece
+        finally:
+            closed.set()
+            worker.join()
+
+
+def load(
+    path: str | Path,
+    device: str = "auto",
+    precision: Precision = "auto",
+    *,
+    adapter: str | Path | None = None,
+    template: str | None = None,
+    image_order: ImageOrder | None = None,
+    bits: int | None = None,
+    device_map: str | None = None,
+    offload_folder: str | Path | None = None,
+    on_progress: OnProgress = lambda fraction: None,
+) -> LoadedModel:
+    """Load an export: what a run trained beside its base models, or a full one by itself.
+
+    Args:
+        path: the folder that `vlm export` wrote. Base models that it names by relative paths are looked for below
+            the current folder, then below the folders above the export.
+        device: "cpu", "cuda", "cuda:1"; "auto" takes the GPU if there is one.
+        precision: "auto" computes in bfloat16 where the hardware does so natively, else in float32.
+        adapter: another export, whose LoRA adapter is added to this one's before both are merged. If it went on
+            training this one's adapter (init_from), it replaces that.
+        template: chat template, by name, instead of the export's.
+        image_order: where the images of a user turn are put, before its words ("first"), after them ("last"), or as
+            they come ("keep"); None does as the training data did, which the export says.
+        bits: 8 or 4 keeps the language model's linear layers in so many bits, by bitsandbytes.
+        device_map: "auto" spreads the language model over all GPUs, then main memory, then `offload_folder`. The
+            weights pass through main memory.
+        offload_folder: with `device_map`, for layers that fit in no memory.
+        on_progress: called with the share that is done, 0..1, after each part.
+
+    Raises:
+        CheckpointError: no export; damaged; of another format version; a base model is missing or holds other weights;
+            a tensor does not fit (each is listed).
+        ConfigError: options that contradict each other, or that this machine cannot do.
+
+    >>> import vlm
+    >>> model = vlm.load(export)
+    >>> reply = model.chat("What is this?", images=["cat.png"], max_new_tokens=8)
+    >>> isinstance(reply, str)
+    True
+    >>> picture = {"type": "image_url", "image_url": {"url": "cat.png"}}
+    >>> question = {"type": "text", "text": "What is this?"}
+    >>> reply == model.chat([{"role": "user", "content": [picture, question]}], max_new_tokens=8)
+    True
+    """
+    target = torch.device(choose_device(device))
+    dtype = choose_dtype(precision, target)
+    check_bits(bits, target)
+    check_device_map(device_map, offload_folder, device)
+    prepare()
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    name = _known_template(template or manifest.template)
+    other = None if adapter is None else with_start_found(read_adapter(adapter, folder, manifest), folder, manifest)
+    found = with_bases_found(manifest, folder)
+    built = assemble_export(folder, found, dtype, target, other, on_progress)
+    if bits is not None:
+        quantize_linears(built.model.llm, bits, dtype, torch.device("cpu") if device_map else target)
+    if device_map is not None:
+        target = spread(built.model, offload_folder, only_cpu=target.type == "cpu")
+    else:
+        built.model.to(target)
+    tokens = build_tokens(built, manifest, name, image_order)
+    on_progress(1.0)
+    return LoadedModel(
+        model=built.model,
+        tokenizer=built.tokenizer,
+        conversation_tokenizer=tokens,
+        image_spec=manifest.image_spec,
+        image_token_id=built.image_token_id,
+        config=found.model,
+        system=manifest.system,
+        device=target,
+        compute_dtype=dtype,
+    )
+
+
+def build_tokens(
+    built: Assembled, manifest: Manifest, template_name: str, image_order: ImageOrder | None = None
+) -> ConversationTokenizer:
+    """How an export's prompts are written, and what ends its replies; arguments as for `load`."""
+    template, spec = build_template(template_name, built.tokenizer), manifest.image_spec
+    template = replace(template, image_order=image_order or manifest.image_order)
+    if template.bos == "tokenizer" and manifest.begins is not None:  # the exported tokenizer leaves it to the template
+        template = replace(template, bos="always" if manifest.begins else "never")
+    tokens = ConversationTokenizer(
+        built.tokenizer,
+        template,
+        image_token_id=built.image_token_id,
+        tokens_per_image=0 if spec is None else spec.num_tokens,
+        system=manifest.system,
+    )
+    tokens.stop_ids |= set(manifest.stop_ids)
+    return tokens
+
+
+def make_settings(values: dict[str, Any]) -> GenerationSettings:
+    """Raises ConfigError for an unknown name or a value out of range."""
+    unknown = sorted(values.keys() - _SETTINGS)
+    if unknown:
+        known = ", ".join(sorted(_SETTINGS))
+        raise ConfigError(f"unknown generation setting {', '.join(unknown)}; known: {known}, stop")
+    settings = GenerationSettings(**values)
+    if settings.max_new_tokens < 1 or settings.num_beams < 1:
+        raise ConfigError("max_new_tokens and num_beams must be at least 1")
+    if not 0 < settings.repetition_penalty < math.inf:
+        raise ConfigError(f"repetition_penalty {settings.repetition_penalty:g}: expected a number over 0; 1 is none")
+    if settings.seed is not None and not 0 <= settings.seed < 1 << 63:
+        raise ConfigError(f"seed {settings.seed}: expected 0 or more, below 2^63")
+    if settings.do_sample and not (
+        0 < settings.temperature < math.inf and 0 < settings.top_p <= 1 and settings.top_k >= 0
+    ):
+        raise ConfigError("sampling needs temperature > 0, 0 < top_p <= 1 and top_k >= 0")
+    return settings
+
+
+def choose_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {name}: torch sees no GPU here. Use auto or cpu; `vlm doctor` shows what is there")
+    return name
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Raises ConfigError for an unknown name, and for float16 on a CPU."""
+    if precision not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype {precision!r} is not known; there are auto, {', '.join(DTYPES)}")
+    return DTYPES[resolve(precision, device)]
+
+
+def _known_template(name: str) -> str:
+    if name != "tokenizer" and name not in TEMPLATES:
+        known = [*TEMPLATES, "tokenizer"]
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"chat template {name!r} is not known; {hint}There are {', '.join(known)}")
+    return name
