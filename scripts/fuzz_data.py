@@ -78,7 +78,7 @@ def read_source(path: Path, tokenizer: PreTrainedTokenizerFast) -> Outcome:
     config = DataConfig(sources=(source,), cache=str(path.parent / "cache"), max_skipped_share=1.0, max_length=512)
     token = tokenizer.convert_tokens_to_ids("<image>")
     data = build_data(config, tokenizer, spec, token, seed=0, global_batch_size=4, micro_batch_size=4)
-    reader = data.train.plan.scan.reader
+    reader = data.train.order.scan.reader
     outcome = Outcome(num_records=len(reader))
     raw = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     readable: dict[str, int] = {}

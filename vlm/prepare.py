@@ -33,7 +33,7 @@ from vlm.plan.memory import device_memory
 from vlm.plan.report import describe_plan
 from vlm.train.bitsandbytes_adamw import check_installed
 from vlm.train.engines.base import Engine
-from vlm.train.engines.build import Layout, block_spreader, build_engine, layout
+from vlm.train.engines.build import Place, block_spreader, build_engine, place_in_launch
 from vlm.train.features import fill_store, open_store
 from vlm.train.fragments import read_weights
 from vlm.train.initialize import CANDIDATES, fit_least_squares
@@ -111,14 +111,14 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
     """
     if config.train.precision == "auto":  # a caller with a checkpoint has settled it before
         config = settle_precision(config, device)
-    plan = layout(config.engine)
-    no_plan = _tell_plan(config, plan) if is_main() else ""
-    stage = _build_stage(config, plan, device)
+    place = place_in_launch(config.engine)
+    no_plan = _tell_plan(config, place) if is_main() else ""
+    stage = _build_stage(config, place, device)
     built = _build_whole(config, device) if stage is None else stage.built
     _settle_vision(config, built, device)
     if no_plan:  # what else stopped the plan has stopped the model too, and was said there
         log(f"no memory plan: {no_plan}")
-    data = _build_data(config, built, device, plan)
+    data = _build_data(config, built, device, place)
     max_steps = config.train.max_steps or data.train.steps_in(config.train.epochs or 1)
     if calibrate:
         _calibrate_projector(config, built, data, device)
@@ -131,17 +131,17 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
     log(f"model: {describe_sizes(shapes, trained, config.train)}, on {device.type}")
     if built.model.vision is not None and built.model.vision.compute is not None:
         log(f"vision encoder: computes in {built.model.vision.compute.name}")
-    log(f"engine: {plan.describe()}")
-    _describe_packing(config, built.model, plan)
+    log(f"engine: {place.describe()}")
+    _describe_packing(config, built.model, place)
     _refuse_different_data(data, max_steps)
     _describe_data(config, data, max_steps)
     objective = config.objective.build()
     engine = build_engine(
         config.engine,
         config.train,
-        stage if stage is not None and plan.kind == "pipeline" else built.model,
+        stage if stage is not None and place.kind == "pipeline" else built.model,
         objective,
-        plan,
+        place,
         device=device,
         autocast_dtype=precision.autocast_dtype(config.train.precision),
         accumulation_steps=data.train.microbatches_per_step,
@@ -164,7 +164,7 @@ def _refuse_different_data(data: Data, max_steps: int) -> None:
         raise error
 
 
-def _describe_packing(config: RunConfig, model: VisionLanguageModel, plan: Layout) -> None:
+def _describe_packing(config: RunConfig, model: VisionLanguageModel, place: Place) -> None:
     """Say that packing is slower with this decoder, if it is.
 
     Raises:
@@ -172,31 +172,31 @@ def _describe_packing(config: RunConfig, model: VisionLanguageModel, plan: Layou
     """
     longest, line = model.packing.longest, describe_packing(model.llm.config)
     kind = model.llm.config.model_type
-    gathers = plan.kind == "fsdp" or (plan.kind == "zero" and plan.zero_stage == 3)
-    is_spread = gathers and plan.num_data_ranks > 1
+    gathers = place.kind == "fsdp" or (place.kind == "zero" and place.zero_stage == 3)
+    is_spread = gathers and place.num_data_ranks > 1
     if line is not None and is_spread:  # seen to hang: ranks with other records gather blocks another number of times
         raise ConfigError(
-            f"engine.kind {plan.kind}: model type {kind} is decoded record by record, and ranks that gather a model's "
+            f"engine.kind {place.kind}: model type {kind} is decoded record by record, and ranks that gather a model's "
             "parts would wait for each other. Set engine.kind to ddp, or to zero with stage 2"
         )
     if line is not None and config.data.packing:
         log(line)
     depends = longest is not None and config.data.max_length > longest
-    if depends and (is_spread or (plan.kind == "pipeline" and config.data.packing)):
+    if depends and (is_spread or (place.kind == "pipeline" and config.data.packing)):
         raise ConfigError(
             f"data.max_length {config.data.max_length}: beyond {longest} tokens the rotary embedding of {kind} depends "
-            f"on the longest record of a row, which engine.kind {plan.kind} does not keep apart. Set data.max_length "
+            f"on the longest record of a row, which engine.kind {place.kind} does not keep apart. Set data.max_length "
             f"to {longest}, or engine.kind to ddp or to zero with stage 2"
         )
 
 
-def _tell_plan(config: RunConfig, plan: Layout) -> str:
+def _tell_plan(config: RunConfig, place: Place) -> str:
     """What each device will hold, before anything is loaded. An estimate: it warns, and neither refuses nor fails.
 
     Returns:
         one line that says why there is none, else "".
     """
-    world_size = plan.num_stages * plan.num_data_ranks
+    world_size = place.num_stages * place.num_data_ranks
     try:
         memory, _ = device_memory(config.engine.device, world_size)
         for line in describe_plan(config, world_size, memory):
@@ -215,21 +215,21 @@ def _build_whole(config: RunConfig, device: torch.device) -> Assembled:
     return built
 
 
-def _build_stage(config: RunConfig, plan: Layout, device: torch.device) -> Stage | None:
+def _build_stage(config: RunConfig, place: Place, device: torch.device) -> Stage | None:
     """This rank's part of the model, without the others' in memory: a pipeline's stage, or pieces of all blocks.
 
     None where a rank holds the whole model: most engines, and decoders whose parts are not known.
     """
-    spread = block_spreader(config.engine, config.train, plan, device)
+    spread = block_spreader(config.engine, config.train, place, device)
     cuts: tuple[int, ...] = ()
-    if plan.kind == "pipeline":
-        cuts = estimate(config, plan.num_stages * plan.num_data_ranks).cuts
+    if place.kind == "pipeline":
+        cuts = estimate(config, place.num_stages * place.num_data_ranks).cuts
     elif spread is None or not has_llm_parts(config.model.llm.path):
         return None
 
     def build() -> Stage:
         return build_stage(
-            config.model, cuts, plan.stage,
+            config.model, cuts, place.stage,
             precision=config.train.precision, device=str(device), seed=config.seed, spread=spread,
         )  # fmt: skip
 
@@ -261,7 +261,7 @@ def assemble_checkpoint(config: RunConfig, checkpoint: Path, device: torch.devic
     return model
 
 
-def _build_data(config: RunConfig, built: Assembled, device: torch.device, plan: Layout) -> Data:
+def _build_data(config: RunConfig, built: Assembled, device: torch.device, place: Place) -> Data:
     """The streams; with `data.cache_features`, every picture is encoded first. Rank 0 fills the caches on disk."""
     vision, spec = built.model.vision, built.image_spec
     store = None
@@ -277,10 +277,10 @@ def _build_data(config: RunConfig, built: Assembled, device: torch.device, plan:
             seed=config.seed,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
-            data_rank=plan.data_rank,
-            num_data_ranks=plan.num_data_ranks,
+            data_rank=place.data_rank,
+            num_data_ranks=place.num_data_ranks,
             features=store,
-            reads_pictures=plan.stage == 0,
+            reads_pictures=place.stage == 0,
         )
         if store is not None and vision is not None and spec is not None:
             fill_store(
@@ -403,7 +403,7 @@ def _describe_data(config: RunConfig, data: Data, max_steps: int) -> None:
         f"data: {data.num_records:,} records, {len(data.skips)} skipped, rows of {config.data.max_length} tokens "
         f"{data.train.fill:.0%} full"
     )
-    rows, at_once = data.train.plan.num_rows(0), config.train.global_batch_size
+    rows, at_once = data.train.order.num_rows(0), config.train.global_batch_size
     if rows < at_once:
         warn(
             f"data: an epoch has {rows} rows, fewer than one step takes (train.global_batch_size {at_once}): the rest "

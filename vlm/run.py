@@ -26,7 +26,7 @@ from vlm.proof.checks import Proof
 from vlm.proof.prove import Parts, prove, prove_run
 from vlm.schema import section_defaults
 from vlm.train.checkpoint import newest_verified, read_info
-from vlm.train.engines.build import choose_device, layout
+from vlm.train.engines.build import choose_device, place_in_launch
 from vlm.train.events import RunEvents
 from vlm.train.interrupt import StopRequest
 from vlm.train.loop import TrainLoop
@@ -59,7 +59,7 @@ def train(config: RunConfig, config_text: str) -> Path:
     device = choose_device(config.engine.device)
     check_available(config, device)
     with (
-        process_group(device, config.engine.timeout_seconds, always=layout(config.engine).needs_group),
+        process_group(device, config.engine.timeout_seconds, always=place_in_launch(config.engine).needs_group),
         RunFolder(config.output_dir) as run,
         _explain_out_of_memory(config),
     ):
@@ -75,7 +75,7 @@ def train(config: RunConfig, config_text: str) -> Path:
         if built.model.vision is not None and built.model.vision.compute is not None:
             identity[VISION_COMPUTE] = built.model.vision.compute.name
         data_settings = flatten(config.data.model_dump(mode="json", include=_DATA_SETTINGS), "data")
-        orders = count_image_orders(data.train.plan.scan.reader, data.train.plan.with_images) if is_main() else {}
+        orders = count_image_orders(data.train.order.scan.reader, data.train.order.with_images) if is_main() else {}
         state = RunState(run.path, engine, data.train.fingerprint, identity, data_settings, start, image_orders=orders)
         start_step = 0
         if checkpoint is not None:
@@ -117,7 +117,7 @@ def prove_alone(config: RunConfig) -> Proof:
     """What `train` checks before its first step, without a run folder and without a step."""
     device = choose_device(config.engine.device)
     check_available(config, device)
-    group = process_group(device, config.engine.timeout_seconds, always=layout(config.engine).needs_group)
+    group = process_group(device, config.engine.timeout_seconds, always=place_in_launch(config.engine).needs_group)
     with group, _explain_out_of_memory(config):
         config = settle_precision(config, device)
         torch.manual_seed(config.seed + rank())

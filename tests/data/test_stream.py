@@ -9,7 +9,7 @@ from vlm.batch import IGNORE_INDEX
 from vlm.data.build import build_data
 from vlm.data.config import DataConfig, SourceConfig
 from vlm.data.packing import pack_in_windows
-from vlm.data.stream import EpochPlan
+from vlm.data.stream import RowOrder
 from vlm.errors import ConfigError, DataError
 
 
@@ -42,7 +42,7 @@ def test_an_epoch_shows_every_record_once_and_the_next_one_in_another_order(reco
     assert flat(first) == sorted(f"records.jsonl: line {number}" for number in range(1, 32))
     assert flat(second) == flat(first)
     assert second != first
-    assert data.train.plan.order(0).tolist() != data.train.plan.order(1).tolist()
+    assert data.train.order.order(0).tolist() != data.train.order.order(1).tolist()
 
 
 def test_iterating_from_a_step_gives_what_follows_that_step(records, bpe, spec):
@@ -124,7 +124,7 @@ def test_a_picture_that_breaks_during_training_costs_its_record_alone(records, b
 def test_a_source_of_half_weight_shows_its_other_half_in_the_next_epoch(records, bpe, spec):
     path = records(12)
     data = build(path, bpe, spec, sources=[SourceConfig(path=str(path), weight=0.5)])
-    plan = data.train.plan
+    plan = data.train.order
     first, second = set(plan.order(0).tolist()), set(plan.order(1).tolist())
     assert len(first) == len(second) == 6
     assert first | second == set(range(12))
@@ -133,7 +133,7 @@ def test_a_source_of_half_weight_shows_its_other_half_in_the_next_epoch(records,
 def test_a_source_of_weight_two_and_a_half_shows_each_record_two_or_three_times(records, bpe, spec):
     path = records(12)
     data = build(path, bpe, spec, sources=[SourceConfig(path=str(path), weight=2.5)])
-    counts = np.bincount(data.train.plan.order(0), minlength=12)
+    counts = np.bincount(data.train.order.order(0), minlength=12)
     assert sorted(counts.tolist()) == [2] * 6 + [3] * 6
 
 
@@ -175,8 +175,8 @@ def test_nothing_left_to_train_on_is_an_error(records, bpe, spec):
 def test_a_step_late_in_a_run_plans_no_past_epoch_again(records, bpe, spec, monkeypatch):
     stream = build(records(12), bpe, spec).train
     planned = []
-    plan_rows = EpochPlan._plan_rows
-    monkeypatch.setattr(EpochPlan, "_plan_rows", lambda self, epoch: planned.append(epoch) or plan_rows(self, epoch))
+    plan_rows = RowOrder._plan_rows
+    monkeypatch.setattr(RowOrder, "_plan_rows", lambda self, epoch: planned.append(epoch) or plan_rows(self, epoch))
     start = sum(stream.steps_in_epoch(epoch) for epoch in range(8))
     planned.clear()
     for _ in itertools.islice(stream.iterate(start), 3 * stream.steps_in_epoch(8)):

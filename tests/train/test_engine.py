@@ -24,7 +24,7 @@ def parts(config_file):
         config.data, built.tokenizer, built.image_spec, built.image_token_id,
         seed=0, global_batch_size=1, micro_batch_size=1,
     )  # fmt: skip
-    scan = data.train.plan.scan
+    scan = data.train.order.scan
     examples = [scan.reader.read(number) for number in range(6)]
     return config, built, data.train.collator, examples
 

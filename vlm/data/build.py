@@ -19,7 +19,7 @@ from vlm.data.packing import pack_in_windows
 from vlm.data.records import open_source, source_names
 from vlm.data.scan import ExampleReader, Scan, refuse_too_many, scan_records
 from vlm.data.skips import counts_by_rule
-from vlm.data.stream import BatchStream, EpochPlan, EvalBatches
+from vlm.data.stream import BatchStream, EvalBatches, RowOrder
 from vlm.data.template import TEMPLATES, ChatTemplate, check_template, match_tokenizer_template
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError
@@ -109,7 +109,7 @@ def build_data(
     features: FeatureStore | None = None,
     reads_pictures: bool = True,
 ) -> Data:
-    """Scan all sources, hold out what the config says, and plan the training rows.
+    """Scan all sources, hold out what the config says, and put the training rows in order.
 
     Args:
         reads_pictures: false where another process has the encoder; batches are then without pixels and features.
@@ -127,9 +127,9 @@ def build_data(
     collator = Collator(
         image_spec if reads_pictures else None, conversation_tokenizer.pad_token_id, config.max_pixels, pad_to, features
     )
-    plan = build_plan(config, scan, members, seed)
+    order = build_order(config, scan, members, seed)
     stream = BatchStream(
-        plan,
+        order,
         collator,
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
@@ -152,9 +152,9 @@ def build_data(
     return Data(stream, evaluation, conversation_tokenizer, tuple(scans), scan.skips, len(scan))
 
 
-def build_plan(config: DataConfig, scan: Scan, members: tuple[np.ndarray, ...], seed: int) -> EpochPlan:
+def build_order(config: DataConfig, scan: Scan, members: tuple[np.ndarray, ...], seed: int) -> RowOrder:
     """Raises DataError when no record is left to train on."""
-    plan = EpochPlan(
+    order = RowOrder(
         scan=scan,
         members=members,
         weights=tuple(source.weight for source in config.sources),
@@ -164,9 +164,9 @@ def build_plan(config: DataConfig, scan: Scan, members: tuple[np.ndarray, ...], 
         packing=config.packing,
         window=config.pack_window,
     )
-    if not plan.rows(0):
+    if not order.rows(0):
         raise DataError("data: no record is left to train on; data.held_out or the sources' weights leave none")
-    return plan
+    return order
 
 
 def build_eval_batches(scan: Scan, numbers: np.ndarray, config: DataConfig, stream: BatchStream) -> EvalBatches | None:

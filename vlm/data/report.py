@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vlm.batch import IGNORE_INDEX, Example, ImageSpec, Skip
-from vlm.data.build import build_plan, build_reader, split_held_out
+from vlm.data.build import build_order, build_reader, split_held_out
 from vlm.data.config import DataConfig
 from vlm.data.images import from_pixels, load_image, to_pixels
 from vlm.data.notes import UnreadLog
@@ -188,7 +188,7 @@ def print_stats(config: DataConfig, tokenizer: ConversationTokenizer, *, seed: i
     turns = [sum(turn.role == "assistant" for turn in _conversation(reader, int(number))) for number in sample]
     _histogram(console, f"replies per record ({len(sample)} records)", np.array(turns))
     members, _ = split_held_out(scan, config.held_out, seed)
-    rows = build_plan(config, scan, members, seed).rows(0)
+    rows = build_order(config, scan, members, seed).rows(0)
     tokens = sum(int(scan.lengths[row].sum()) for row in rows)
     pictures = sum(int(scan.num_images[row].sum()) for row in rows)
     console.print(

@@ -24,7 +24,7 @@ _ORDER, _WEIGHTS = 1, 2  # separate the random numbers of different uses
 
 
 @dataclass(frozen=True, eq=False)
-class EpochPlan:
+class RowOrder:
     """Which records stand in which row of an epoch."""
 
     scan: Scan
@@ -63,7 +63,7 @@ class EpochPlan:
         if epoch not in self._rows:
             while len(self._rows) > 1:
                 del self._rows[next(iter(self._rows))]
-            self._rows[epoch] = self._plan_rows(epoch)
+            self._rows[epoch] = self._make_rows(epoch)
             self._num_rows[epoch] = len(self._rows[epoch])
         return self._rows[epoch]
 
@@ -71,7 +71,7 @@ class EpochPlan:
         """Kept for every epoch: a step is located by the numbers of all epochs before it."""
         return self._num_rows[epoch] if epoch in self._num_rows else len(self.rows(epoch))
 
-    def _plan_rows(self, epoch: int) -> list[np.ndarray]:
+    def _make_rows(self, epoch: int) -> list[np.ndarray]:
         order = self.order(epoch)
         if not self.packing:
             return [order[i : i + 1] for i in range(len(order))]
@@ -89,7 +89,7 @@ class EpochPlan:
 class BatchStream:
     """Micro-batches of one data rank, step by step, over any number of epochs. Its whole state is the step number.
 
-    A step takes `global_batch_size` rows of the epoch's plan; the last step of an epoch is filled up with empty rows.
+    A step takes `global_batch_size` rows of the epoch; the last step of an epoch is filled up with empty rows.
     Rank r of R takes the r-th of R equal parts of the step's rows, so that all ranks together always see the same
     rows in the same step, whatever R and the number of workers.
 
@@ -100,7 +100,7 @@ class BatchStream:
 
     def __init__(
         self,
-        plan: EpochPlan,
+        order: RowOrder,
         collator: Collator,
         *,
         global_batch_size: int,
@@ -110,7 +110,7 @@ class BatchStream:
         workers: int = 0,
     ) -> None:
         self.microbatches_per_step = microbatches_per_step(global_batch_size, micro_batch_size, num_data_ranks)
-        self.plan = plan
+        self.order = order
         self.collator = collator
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -121,26 +121,26 @@ class BatchStream:
     @property
     def fingerprint(self) -> str:
         """Of all that decides which record stands where; a resumed run compares it."""
-        plan = self.plan
+        order = self.order
         state = [
-            [source.content_digest() for source in plan.scan.reader.sources],
-            plan.scan.digest(), plan.scan.reader.tokenizer.fingerprint(), plan.seed, plan.weights,
-            plan.max_length, plan.max_images, plan.packing, plan.window,
-            [hashlib.sha256(members.tobytes()).hexdigest() for members in plan.members], self.global_batch_size,
+            [source.content_digest() for source in order.scan.reader.sources],
+            order.scan.digest(), order.scan.reader.tokenizer.fingerprint(), order.seed, order.weights,
+            order.max_length, order.max_images, order.packing, order.window,
+            [hashlib.sha256(members.tobytes()).hexdigest() for members in order.members], self.global_batch_size,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
 
     @property
     def fill(self) -> float:
         """Share of real tokens in the packed rows of the first epoch."""
-        rows = self.plan.rows(0)
-        tokens = sum(int(self.plan.scan.lengths[row].sum()) for row in rows)
-        return tokens / max(1, len(rows) * self.plan.max_length)
+        rows = self.order.rows(0)
+        tokens = sum(int(self.order.scan.lengths[row].sum()) for row in rows)
+        return tokens / max(1, len(rows) * self.order.max_length)
 
     def for_rank(self, data_rank: int, num_data_ranks: int) -> BatchStream:
         """The same stream for another data rank, read in this process."""
         return BatchStream(
-            self.plan,
+            self.order,
             self.collator,
             global_batch_size=self.global_batch_size,
             micro_batch_size=self.micro_batch_size,
@@ -149,7 +149,7 @@ class BatchStream:
         )
 
     def steps_in_epoch(self, epoch: int) -> int:
-        return -(-self.plan.num_rows(epoch) // self.global_batch_size)
+        return -(-self.order.num_rows(epoch) // self.global_batch_size)
 
     def steps_in(self, epochs: float) -> int:
         """Optimizer steps of so many epochs; a part of an epoch is rounded up to a step."""
@@ -183,11 +183,11 @@ class BatchStream:
         """Micro-batch `number` of this rank, counted from the start of the run."""
         step, micro = divmod(number, self.microbatches_per_step)
         epoch, within = self._locate(step)
-        rows = self.plan.rows(epoch)
+        rows = self.order.rows(epoch)
         per_rank = self.global_batch_size // self.num_data_ranks
         start = within * self.global_batch_size + self.data_rank * per_rank + micro * self.micro_batch_size
         chosen = [rows[i] if i < len(rows) else () for i in range(start, start + self.micro_batch_size)]
-        return read_batch(self.plan.scan, chosen, self.collator)
+        return read_batch(self.order.scan, chosen, self.collator)
 
     def _locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it)."""

@@ -153,7 +153,7 @@ class _Work:
         self.bounds = self.strict  # wider once it is known how the model rounds
         data = self.parts.data
         numbers = on_main(lambda: choose(data))
-        computed, others = together(lambda: [[read_record(data.train.plan.scan, n) for n in part] for part in numbers])
+        computed, others = together(lambda: [[read_record(data.train.order.scan, n) for n in part] for part in numbers])
         self.subject = Subject(computed, [*computed, *others], data.train.collator)
         self.rows = together(lambda: Rows.of(self.subject, self.parts.built.image_token_id))
 

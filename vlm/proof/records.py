@@ -52,7 +52,7 @@ class Subject:
 
 def choose(data: Data) -> tuple[list[int], list[int]]:
     """Numbers of the records to compute, and of others to read. Raises DataError if none can be read."""
-    plan = data.train.plan
+    plan = data.train.order
     first = np.concatenate([np.asarray(row, dtype=np.int64) for row in plan.rows(0)[:FIRST_ROWS]])
     lengths, num_images = plan.scan.lengths[first], plan.scan.num_images[first]
     is_terse = lengths - num_images * plan.scan.reader.tokenizer.tokens_per_image < TEXT_TOKENS
@@ -77,7 +77,7 @@ def _readable(data: Data, numbers: np.ndarray, count: int, with_images: bool = F
         if len(found) == count:
             break
         with suppress(DataError):
-            record = read_record(data.train.plan.scan, number)
+            record = read_record(data.train.order.scan, number)
             if with_images:
                 Subject([record], [], data.train.collator).batch([[record]])
             found[number] = record.example

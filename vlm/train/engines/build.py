@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Place:
     """What this process is in the launch."""
 
     kind: str  # local, ddp, zero, fsdp, pipeline
@@ -53,7 +53,7 @@ class Layout:
         return f"{kind}, {self.num_data_ranks * self.num_stages} processes{stages}"
 
 
-def layout(config: EngineConfig) -> Layout:
+def place_in_launch(config: EngineConfig) -> Place:
     """What this process is, from the launcher's environment variables; asks no other process.
 
     Raises:
@@ -62,9 +62,9 @@ def layout(config: EngineConfig) -> Layout:
     rank, size = launched_rank(), launched_size()
     kind = kind_of_launch(config, size)
     if kind != "pipeline":
-        return Layout(kind, rank, size, zero_stage=config.stage if kind == "zero" else 0)
+        return Place(kind, rank, size, zero_stage=config.stage if kind == "zero" else 0)
     num_data_ranks = size // config.num_stages
-    return Layout(kind, rank % num_data_ranks, num_data_ranks, rank // num_data_ranks, config.num_stages)
+    return Place(kind, rank % num_data_ranks, num_data_ranks, rank // num_data_ranks, config.num_stages)
 
 
 def choose_device(name: str) -> torch.device:
@@ -86,18 +86,18 @@ def choose_device(name: str) -> torch.device:
 
 
 def block_spreader(
-    config: EngineConfig, train: TrainConfig, plan: Layout, device: torch.device
+    config: EngineConfig, train: TrainConfig, place: Place, device: torch.device
 ) -> Callable[[nn.Module], object] | None:
     """What spreads a decoder block over the ranks while the model is loaded. None: every rank holds whole blocks."""
-    if plan.kind == "fsdp":
+    if place.kind == "fsdp":
         from vlm.train.engines.fsdp import shard_block
 
         return partial(shard_block, device=device)
-    if plan.kind == "zero" and config.stage == 3:
+    if place.kind == "zero" and config.stage == 3:
         from vlm.train.engines.zero import Partitioner
 
-        steps = microbatches_per_step(train.global_batch_size, train.micro_batch_size, plan.num_data_ranks)
-        settings = deepspeed_settings(config, train, accumulation_steps=steps, num_data_ranks=plan.num_data_ranks)
+        steps = microbatches_per_step(train.global_batch_size, train.micro_batch_size, place.num_data_ranks)
+        settings = deepspeed_settings(config, train, accumulation_steps=steps, num_data_ranks=place.num_data_ranks)
         return Partitioner(settings, device)
     return None
 
@@ -107,14 +107,14 @@ def build_engine(
     train: TrainConfig,
     model: VisionLanguageModel | Stage,
     objective: Objective,
-    plan: Layout,
+    place: Place,
     *,
     device: torch.device,
     autocast_dtype: torch.dtype | None,
     accumulation_steps: int,
     loss_scale: LossScale | None = None,
 ) -> Engine:
-    """The engine that `plan` says, over a model that is built, frozen and has its starting weights.
+    """The engine that `place` says, over a model that is built, frozen and has its starting weights.
 
     Args:
         model: whole, or this rank's stage for a pipeline.
@@ -125,26 +125,26 @@ def build_engine(
         from vlm.train.engines.pipeline import PipelineEngine
 
         settings = deepspeed_settings(
-            config, train, accumulation_steps=accumulation_steps, num_data_ranks=plan.num_data_ranks, stage=1,
+            config, train, accumulation_steps=accumulation_steps, num_data_ranks=place.num_data_ranks, stage=1,
             num_trained=sum(math.prod(model.shapes[name]) for name in model.trained),
         )  # fmt: skip
         return PipelineEngine(
             model, objective, train, settings,
-            num_data_ranks=plan.num_data_ranks, device=device, autocast_dtype=autocast_dtype, loss_scale=loss_scale,
+            num_data_ranks=place.num_data_ranks, device=device, autocast_dtype=autocast_dtype, loss_scale=loss_scale,
         )  # fmt: skip
     module = LossModule(model, objective, autocast_dtype)
-    if plan.kind == "zero" and config.stage == 0:  # for what a user's JSON contradicts; DeepSpeed itself has no part
-        deepspeed_settings(config, train, accumulation_steps=accumulation_steps, num_data_ranks=plan.num_data_ranks)
-    if plan.kind == "zero" and config.stage > 0:
+    if place.kind == "zero" and config.stage == 0:  # for what a user's JSON contradicts; DeepSpeed itself has no part
+        deepspeed_settings(config, train, accumulation_steps=accumulation_steps, num_data_ranks=place.num_data_ranks)
+    if place.kind == "zero" and config.stage > 0:
         from vlm.train.engines.zero import ZeroEngine
 
         settings = deepspeed_settings(
-            config, train, accumulation_steps=accumulation_steps, num_data_ranks=plan.num_data_ranks,
+            config, train, accumulation_steps=accumulation_steps, num_data_ranks=place.num_data_ranks,
             num_trained=sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
         )  # fmt: skip
         return ZeroEngine(module, build_optimizer(model, train), settings, device=device, loss_scale=loss_scale)
     engine_class: type[TorchEngine] = LocalEngine
-    if plan.kind == "fsdp":
+    if place.kind == "fsdp":
         from vlm.train.engines.fsdp import FullyShardedEngine, shard
 
         shard(module, device)
