@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_export import model_config, write_llm, write_picture, write_run
+from tiny_export import model_config, write_image, write_llm, write_run
 
 from vlm.apps.web.app import RunningPage, WebOptions, serve
 from vlm.apps.web.models import ModelStore, find_exports
@@ -38,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_run(root / "runs" / name, model_config(root), seed=seed)
         export_run(root / "runs" / name)
     for seed, name in enumerate(("cat.png", "dog.png", "example.png"), 1):
-        write_picture(root / name, seed=seed)
+        write_image(root / name, seed=seed)
     return root
 
 
@@ -110,7 +110,7 @@ class Page:
         self.page.set_input_files("#box input[type=file]", list(files))
 
     def attach(self, *files: Path) -> None:
-        """Add pictures and wait until they are there."""
+        """Add images and wait until they are there."""
         self.add(*files)
         self.page.wait_for_function(f"document.querySelectorAll('#box img').length === {len(files)}")
 
@@ -163,7 +163,7 @@ class Page:
         texts = self.page.locator("#chat [data-testid=user] .md, #chat [data-testid=user] .prose").all_inner_texts()
         return list(dict.fromkeys(text.strip() for text in texts))
 
-    def pictures(self) -> list[str]:
+    def images(self) -> list[str]:
         return [image.get_attribute("src") for image in self.page.locator("#chat img").all()]
 
     def toast(self) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_export import write_picture
+from tiny_export import write_image
 from tokenizers_for_tests import byte_level_bpe
 
 from vlm.data.template import TEMPLATES
@@ -40,7 +40,7 @@ def test_the_record_of_a_kind_is_read_by_its_task(kind: str, tmp_path: Path):
     (task,) = EvaluationConfig.model_validate(yaml.safe_load(block(kind, "yaml"))["evaluation"]).tasks
     assert task.kind == kind
     record = json.loads(block(kind, "json"))
-    write_picture(tmp_path / record["image"])
+    write_image(tmp_path / record["image"])
     records = [record, {**record, "answer": "A blue cross."}] if kind == "ranking" else [record]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
     changes = {"path": str(tmp_path / "records.jsonl"), "images": str(tmp_path), "num_candidates": 2}

@@ -19,7 +19,7 @@ from vlm.models.vlm import VisionLanguageModel
 
 
 class ColourTower(nn.Module):
-    """Mean colour of each quarter of the picture: [N, 3, S, S] -> [N, 4, 3]."""
+    """Mean colour of each quarter of the image: [N, 3, S, S] -> [N, 4, 3]."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class ColourTower(nn.Module):
 
 
 class FirstPatch(nn.Module):
-    """A projector that keeps one token a picture."""
+    """A projector that keeps one token an image."""
 
     num_tokens = 1
 

@@ -48,7 +48,7 @@ def test_recipes_keep_the_published_rates_of_llava_1_5():
     assert (stages["finetune_lora"].model.lora.rank, stages["finetune_lora"].model.lora.alpha) == (128, 256)
 
 
-# project -> tokens per picture, language model's parameters in millions; both from the models' own papers and cards
+# project -> tokens per image, language model's parameters in millions; both from the models' own papers and cards
 SHAPES = {
     "llava_qwen2_5_7b": (576, 7616),
     "llava_internlm3_8b": (576, 8804),

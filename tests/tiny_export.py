@@ -18,7 +18,7 @@ from vlm.models.trainable import trained_weights
 from vlm.train.checkpoint import save_checkpoint
 
 TEXT = [
-    "What is this? A red square. A green circle. A blue picture of a cat. Is it a dog? Yes. No. It is a bird.",
+    "What is this? A red square. A green circle. A blue image of a cat. Is it a dog? Yes. No. It is a bird.",
     "这是什么？一个红色的方块。一只蓝色的猫。是的。不是。",
     "system user assistant\n one two three four five six seven eight nine ten",
 ]
@@ -122,17 +122,17 @@ def write_siglip(folder: Path, *, width: int = 32, seed: int = 0) -> Path:
     return folder
 
 
-def write_picture(path: Path, size: tuple[int, int] = (48, 32), seed: int = 0) -> Path:
+def write_image(path: Path, size: tuple[int, int] = (48, 32), seed: int = 0) -> Path:
     """Gradients with a disc: smooth and sharp parts, not square."""
     width, height = size
     red = Image.linear_gradient("L").resize(size)
     green = Image.radial_gradient("L").resize(size)
     blue = Image.linear_gradient("L").rotate(90 * (seed % 4)).resize(size)
-    picture = Image.merge("RGB", (red, green, blue))
-    draw = ImageDraw.Draw(picture)
+    image = Image.merge("RGB", (red, green, blue))
+    draw = ImageDraw.Draw(image)
     left = 5 + 3 * (seed % 5)
     draw.ellipse((left, 8, left + width // 3, 8 + height // 2), fill=(250, 40 * (seed % 6), 20))
-    picture.save(path)
+    image.save(path)
     return path
 
 

@@ -43,14 +43,14 @@ class Skip(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How pictures become pixels for one vision encoder, and how many tokens each takes in the text."""
+    """How images become pixels for one vision encoder, and how many tokens each takes in the text."""
 
     size: int  # S, pixels per side of the square the encoder sees
     mean: tuple[float, float, float]  # per RGB channel, of values in [0, 1]
     std: tuple[float, float, float]
-    num_tokens: int  # T, placeholders per picture, after the projector
+    num_tokens: int  # T, placeholders per image, after the projector
     resize: str = "pad"  # "pad" to a square with `background`, "crop" the middle, "squash"
-    background: tuple[int, int, int] = (255, 255, 255)  # RGB under transparent pixels and around padded pictures
+    background: tuple[int, int, int] = (255, 255, 255)  # RGB under transparent pixels and around padded images
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]  # the token where the model is trained to say it, else IGNORE_INDEX; labels[0] is IGNORE_INDEX
-    images: tuple[str | bytes, ...] = ()  # resolved file paths or encoded pictures, in the order of their placeholders
+    images: tuple[str | bytes, ...] = ()  # resolved file paths or encoded images, in the order of their placeholders
     where: str = ""  # file and record, for errors
     unread: tuple[str, ...] = ()  # what its record holds and nothing read
 
@@ -80,10 +80,10 @@ class Batch:
     input_ids: Tensor  # int64 [B, L]
     labels: Tensor  # int64 [B, L]
     position_ids: Tensor  # int64 [B, L]
-    pixel_values: Tensor | None = None  # float32 [N, 3, S, S]; None when no row has a picture
+    pixel_values: Tensor | None = None  # float32 [N, 3, S, S]; None when no row has an image
     image_features: Tensor | None = None  # [N, P, C] of the frozen encoder, from the cache, instead of pixel_values
     where: list[str] = field(default_factory=list)  # file and record of every example, in order
-    skipped: list[Skip] = field(default_factory=list)  # examples left out: a picture of theirs could not be read
+    skipped: list[Skip] = field(default_factory=list)  # examples left out: an image of theirs could not be read
     num_padding: int = 0  # padding tokens among the B * L
 
     def to(self, device: torch.device | str) -> Batch:
@@ -100,8 +100,8 @@ class Batch:
 
     @property
     def num_images(self) -> int:
-        pictures = self.pixel_values if self.image_features is None else self.image_features
-        return 0 if pictures is None else len(pictures)
+        images = self.pixel_values if self.image_features is None else self.image_features
+        return 0 if images is None else len(images)
 
     @property
     def num_supervised(self) -> int:

@@ -194,7 +194,7 @@ def main_first() -> Iterator[None]:
 def _turn_of_main() -> Iterator[None]:
     """Rank 0 goes through the block, however long it takes; the others wait for that before they enter it.
 
-    They wait outside of a collective, whose timeout is for ranks that hang: encoding all pictures of a run, or adding
+    They wait outside of a collective, whose timeout is for ranks that hang: encoding all images of a run, or adding
     up the hashes of a large checkpoint, takes longer. If rank 0 is lost, the launcher ends them.
     """
     global _turns

@@ -42,7 +42,7 @@ from vlm.train.scaling import loss_scale_for
 
 FIRST_WITH_CHOICE = "model.projector.pool"  # in the identity of runs whose encoder chooses how it computes
 VISION_COMPUTE = "model.vision.compute"  # key of a run's identity: what its encoder computed in
-CALIBRATION_STEPS = 8  # optimizer steps whose pictures set the projector's channel statistics
+CALIBRATION_STEPS = 8  # optimizer steps whose images set the projector's channel statistics
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _refuse_different_data(data: Data, max_steps: int) -> None:
         error = DataError(
             "the ranks see different data:\n"
             + "\n".join(f"  rank {number}: {steps} steps, {digest}" for number, (digest, steps) in enumerate(found))
-            + "\nUsually a machine lacks some pictures or data files, or has another version of them: compare "
+            + "\nUsually a machine lacks some images or data files, or has another version of them: compare "
             "`vlm data check` on each"
         )
         error.everywhere = True
@@ -262,7 +262,7 @@ def assemble_checkpoint(config: RunConfig, checkpoint: Path, device: torch.devic
 
 
 def _build_data(config: RunConfig, built: Assembled, device: torch.device, place: Place) -> Data:
-    """The streams; with `data.cache_features`, every picture is encoded first. Rank 0 fills the caches on disk."""
+    """The streams; with `data.cache_features`, every image is encoded first. Rank 0 fills the caches on disk."""
     vision, spec = built.model.vision, built.image_spec
     store = None
     if config.data.cache_features and spec is not None:  # rank 0 has the encoder under every engine
@@ -280,7 +280,7 @@ def _build_data(config: RunConfig, built: Assembled, device: torch.device, place
             data_rank=place.data_rank,
             num_data_ranks=place.num_data_ranks,
             features=store,
-            reads_pictures=place.stage == 0,
+            reads_images=place.stage == 0,
         )
         if store is not None and vision is not None and spec is not None:
             fill_store(
@@ -307,7 +307,7 @@ def _settle_vision(config: RunConfig, built: Assembled, device: torch.device) ->
 
 
 def _calibrate_projector(config: RunConfig, built: Assembled, data: Data, device: torch.device) -> None:
-    """Set the projector's channel statistics from the first training pictures, unless init_from brought them.
+    """Set the projector's channel statistics from the first training images, unless init_from brought them.
 
     Rank 0 takes them from the rows of all ranks, so that they do not depend on how many there are.
     """
@@ -320,7 +320,7 @@ def _calibrate_projector(config: RunConfig, built: Assembled, data: Data, device
         if not projector.feature_mean.any():
             features = _first_features(config, built, data, device)
             projector.calibrate(features)
-            log(f"projector: channel statistics from {len(features)} pictures")
+            log(f"projector: channel statistics from {len(features)} images")
         return {name: buffer.cpu() for name, buffer in projector.named_buffers()}
 
     statistics = on_main(measure)
@@ -365,11 +365,11 @@ def _brings_projector(config: RunConfig) -> bool:
 
 
 def _first_features(config: RunConfig, built: Assembled, data: Data, device: torch.device) -> Tensor:
-    """[N, P, C] of the pictures in the first steps."""
+    """[N, P, C] of the images in the first steps."""
     found = [features for _, features in _with_features(config, built, data, device, CALIBRATION_STEPS)]
     if not found:
         raise ConfigError(
-            "model.projector.normalize needs pictures to take statistics from, and the first "
+            "model.projector.normalize needs images to take statistics from, and the first "
             f"{CALIBRATION_STEPS} steps have none. Set it to false, or check data.sources"
         )
     return torch.cat(found)

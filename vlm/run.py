@@ -202,7 +202,7 @@ def _build_loop(
 
 
 def _plot(run: Path) -> None:
-    """loss.png; a run that is done does not fail for want of a picture."""
+    """loss.png; a run that is done does not fail for want of an image."""
     try:
         plot_loss(run)
     except (DataError, OSError) as error:

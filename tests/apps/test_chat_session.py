@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_export import model_config, write_picture, write_run
+from tiny_export import model_config, write_image, write_run
 
 from vlm.apps.session import ChatSession
 from vlm.data.conversation import IMAGE
@@ -21,8 +21,8 @@ SHORT = GenerationSettings(max_new_tokens=4)
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("chat")
     write_run(root / "run", model_config(root))
-    write_picture(root / "cat.png")
-    write_picture(root / "dog.png", seed=2)
+    write_image(root / "cat.png")
+    write_image(root / "dog.png", seed=2)
     return root
 
 
@@ -40,7 +40,7 @@ def ask(session: ChatSession, question: str) -> str:
     return "".join(session.ask(question, SHORT)).strip()
 
 
-def test_a_conversation_remembers_questions_replies_and_pictures(session: ChatSession, root: Path):
+def test_a_conversation_remembers_questions_replies_and_images(session: ChatSession, root: Path):
     session.add_image(root / "cat.png")
     first = ask(session, "What is this?")
     second = ask(session, "And now?")
@@ -64,7 +64,7 @@ def test_the_system_prompt_comes_first(loaded: LoadedModel):
     assert [(turn.role, turn.text) for turn in turns] == [("system", "Be brief."), ("user", "Hello")]
 
 
-def test_a_picture_may_come_later_and_a_second_one_too(session: ChatSession, root: Path):
+def test_a_image_may_come_later_and_a_second_one_too(session: ChatSession, root: Path):
     ask(session, "Hello")
     session.add_image(root / "cat.png")
     ask(session, "What is this?")
@@ -74,7 +74,7 @@ def test_a_picture_may_come_later_and_a_second_one_too(session: ChatSession, roo
     assert session.images == [str(root / "cat.png"), str(root / "dog.png")]
 
 
-def test_clear_forgets_all_or_keeps_the_pictures(session: ChatSession, root: Path):
+def test_clear_forgets_all_or_keeps_the_images(session: ChatSession, root: Path):
     session.add_image(root / "cat.png")
     ask(session, "What is this?")
     session.clear(keep_images=True)
@@ -84,7 +84,7 @@ def test_clear_forgets_all_or_keeps_the_pictures(session: ChatSession, root: Pat
     assert session.images == []
 
 
-def test_undo_takes_back_one_exchange_with_its_picture(session: ChatSession, root: Path):
+def test_undo_takes_back_one_exchange_with_its_image(session: ChatSession, root: Path):
     session.add_image(root / "cat.png")
     ask(session, "What is this?")
     assert session.undo() == "What is this?"
@@ -148,7 +148,7 @@ def test_an_over_long_conversation_says_so_and_changes_nothing(session: ChatSess
     assert session.history == []
 
 
-def test_a_picture_is_checked_when_it_is_added(session: ChatSession, root: Path):
+def test_a_image_is_checked_when_it_is_added(session: ChatSession, root: Path):
     (root / "no.png").write_text("<html>")
     with pytest.raises(RecordError, match=r"no\.png"):
         session.add_image(root / "no.png")
@@ -157,7 +157,7 @@ def test_a_picture_is_checked_when_it_is_added(session: ChatSession, root: Path)
     assert session.images == []
 
 
-def test_another_picture_starts_another_conversation_unless_it_cannot_be_read(session: ChatSession, root: Path):
+def test_another_image_starts_another_conversation_unless_it_cannot_be_read(session: ChatSession, root: Path):
     session.set_image(root / "cat.png")
     ask(session, "What is this?")
     with pytest.raises(RecordError):
@@ -168,7 +168,7 @@ def test_another_picture_starts_another_conversation_unless_it_cannot_be_read(se
     assert session.images == [str(root / "dog.png")]
 
 
-def test_several_pictures_are_added_together_or_not_at_all(session: ChatSession, root: Path):
+def test_several_images_are_added_together_or_not_at_all(session: ChatSession, root: Path):
     session.add_images([root / "cat.png", root / "dog.png"])
     assert session.conversation("Compare").turns[0].num_images == 2
     with pytest.raises(RecordError):
@@ -193,7 +193,7 @@ def test_a_retry_that_fails_keeps_the_old_reply(session: ChatSession, root: Path
     assert session.exchanges == before
 
 
-def test_a_picture_added_since_joins_the_question_that_is_asked_again(session: ChatSession, root: Path):
+def test_a_image_added_since_joins_the_question_that_is_asked_again(session: ChatSession, root: Path):
     session.add_image(root / "cat.png")
     ask(session, "What is this?")
     session.add_image(root / "dog.png")

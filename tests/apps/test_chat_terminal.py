@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tiny_export import model_config, write_llm, write_picture, write_run
+from tiny_export import model_config, write_image, write_llm, write_run
 
 from vlm.apps.session import ChatSession
 from vlm.apps.terminal.app import Terminal, run_terminal
@@ -28,8 +28,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_llm(root / "llm", max_positions=100_000)
     write_run(root / "run", model_config(root))
     export_run(root / "run")
-    write_picture(root / "cat.png")
-    write_picture(root / "my dog.png", seed=2)
+    write_image(root / "cat.png")
+    write_image(root / "my dog.png", seed=2)
     (root / "page.png").write_text("<html>")
     return root
 
@@ -44,7 +44,7 @@ def converse(loaded: LoadedModel) -> Converse:
     def converse(*lines: str | type[BaseException]) -> tuple[str, Talk]:
         left: Iterator[str | type[BaseException]] = iter((*lines, EOFError))
 
-        def read(prompt: str, asks_for_picture: bool) -> str:
+        def read(prompt: str, asks_for_image: bool) -> str:
             line = next(left)
             if isinstance(line, str):
                 return line
@@ -67,36 +67,36 @@ def names(talk: Talk) -> list[str]:
     return [Path(str(image)).name for image in talk.session.images]
 
 
-def test_it_asks_for_a_picture_and_none_is_fine(converse: Converse, root: Path):
+def test_it_asks_for_a_image_and_none_is_fine(converse: Converse, root: Path):
     assert converse("", "Hello")[1].session.images == []
     text, talk = converse(str(root / "missing.png"), str(root / "cat.png"), ":f", "What?")
     assert "missing.png does not exist" in text
     assert (names(talk), questions(talk)) == (["cat.png"], ["What?"])
 
 
-def test_several_pictures_are_ended_by_f(converse: Converse, root: Path):
+def test_several_images_are_ended_by_f(converse: Converse, root: Path):
     _, talk = converse(str(root / "cat.png"), f"'{root / 'my dog.png'}'", ":f", "Compare them")
     assert len(talk.session.exchanges[0].images) == 2
 
 
 @pytest.mark.parametrize("line", ["{root}/cat.png '{root}/my dog.png'", "{root}/cat.png {root}/my\\ dog.png"])
-def test_several_pictures_in_one_line(converse: Converse, root: Path, line: str):
+def test_several_images_in_one_line(converse: Converse, root: Path, line: str):
     assert names(converse(line.format(root=root), ":f")[1]) == ["cat.png", "my dog.png"]
 
 
-def test_a_question_typed_where_a_picture_is_asked_for_is_a_question(converse: Converse, root: Path):
+def test_a_question_typed_where_a_image_is_asked_for_is_a_question(converse: Converse, root: Path):
     assert questions(converse("Hello", "Second")[1]) == ["Hello", "Second"]
     _, talk = converse(str(root / "cat.png"), "这是什么？")
     assert (names(talk), questions(talk)) == (["cat.png"], ["这是什么？"])
 
 
-def test_commands_work_where_a_picture_is_asked_for(converse: Converse):
+def test_commands_work_where_a_image_is_asked_for(converse: Converse):
     text, talk = converse(":help", "/exit", "never asked")
     assert ":exit :quit :q" in text
     assert questions(talk) == []
 
 
-def test_a_file_that_is_no_picture_is_said_and_not_kept(converse: Converse, root: Path):
+def test_a_file_that_is_no_image_is_said_and_not_kept(converse: Converse, root: Path):
     text, talk = converse(str(root / "page.png"), "", f":img {root / 'page.png'}", f":img + {root / 'page.png'}")
     assert text.count("page.png is an HTML page") == 3
     assert names(talk) == []
@@ -113,7 +113,7 @@ def test_every_way_to_leave(converse: Converse, leave: str | type[BaseException]
 
 
 @pytest.mark.parametrize("command", [":clh", ":clear-his", "/clear_his", "：CLH"])
-def test_clh_forgets_the_conversation_and_keeps_the_picture(converse: Converse, root: Path, command: str):
+def test_clh_forgets_the_conversation_and_keeps_the_image(converse: Converse, root: Path, command: str):
     text, talk = converse(str(root / "cat.png"), "", "What?", command, "/img")
     assert questions(talk) == []
     assert names(talk) == ["cat.png"]
@@ -123,7 +123,7 @@ def test_clh_forgets_the_conversation_and_keeps_the_picture(converse: Converse, 
 def test_img_shows_replaces_adds_and_takes_away(converse: Converse, root: Path):
     cat, dog = root / "cat.png", root / "my dog.png"
     text, talk = converse("", ":img", f":img {dog}", ":img")
-    assert "No picture." in text
+    assert "No image." in text
     assert names(talk) == ["my dog.png"]
     _, talk = converse(str(cat), "", "What?", f":img {dog}")
     assert (names(talk), questions(talk)) == (["my dog.png"], [])
@@ -134,7 +134,7 @@ def test_img_shows_replaces_adds_and_takes_away(converse: Converse, root: Path):
     assert (names(talk), questions(talk)) == ([], [])
 
 
-def test_a_picture_that_cannot_be_read_changes_nothing(converse: Converse, root: Path):
+def test_a_image_that_cannot_be_read_changes_nothing(converse: Converse, root: Path):
     text, talk = converse(str(root / "cat.png"), "", "What?", ":img nothing.png", ":img https://a.example/b.png")
     assert "nothing.png does not exist" in text
     assert "nothing is fetched" in text
@@ -218,7 +218,7 @@ def test_a_typo_gets_the_nearest_command(converse: Converse, typed: str, meant: 
 
 
 def test_a_path_typed_as_a_question_says_how_to_show_it(converse: Converse, root: Path):
-    assert f"To show that picture: :img {root / 'cat.png'}" in converse("", str(root / "cat.png"))[0]
+    assert f"To show that image: :img {root / 'cat.png'}" in converse("", str(root / "cat.png"))[0]
 
 
 def test_a_question_may_begin_like_a_command_after_a_blank(converse: Converse):
@@ -293,7 +293,7 @@ def test_stop_words_end_a_reply(loaded: LoadedModel, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.strip() == printable(whole[: whole.index(stop)]).strip()
 
 
-def test_a_picture_is_looked_at_before_the_model_is_loaded(root: Path):
+def test_a_image_is_looked_at_before_the_model_is_loaded(root: Path):
     from vlm.errors import RecordError
 
     with pytest.raises(RecordError, match=r"page\.png"):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from prompt_toolkit.completion import CompleteEvent, Completer
 from prompt_toolkit.document import Document
-from tiny_export import write_picture
+from tiny_export import write_image
 
 from vlm.apps.terminal.commands import completer
-from vlm.apps.terminal.input import history_file, open_history, picture_completer
+from vlm.apps.terminal.input import history_file, image_completer, open_history
 
 
 def completions(completer: Completer, line: str) -> list[str]:
@@ -53,10 +53,10 @@ def test_a_history_that_is_lost_later_is_said(tmp_path: Path, capsys: pytest.Cap
     assert "this line is not kept" in capsys.readouterr().err
 
 
-def test_commands_their_pictures_files_and_settings_are_completed(tmp_path: Path):
-    write_picture(tmp_path / "cat.png")
+def test_commands_their_images_files_and_settings_are_completed(tmp_path: Path):
+    write_image(tmp_path / "cat.png")
     (tmp_path / "cats").mkdir()
-    (tmp_path / "cat.txt").write_text("no picture")
+    (tmp_path / "cat.txt").write_text("no image")
     assert completions(completer(), ":cl") == [":clh", ":clear-his", ":clear", ":cl"]
     assert completions(completer(), "/sa") == ["/save"]
     for line in (f":img {tmp_path}/c", f":img + {tmp_path}/c"):
@@ -67,4 +67,4 @@ def test_commands_their_pictures_files_and_settings_are_completed(tmp_path: Path
         ":conf do_sample=true top_k=",
     ]
     assert completions(completer(), "What is") == []
-    assert completions(picture_completer(), f"{tmp_path}/cat.p") == [f"{tmp_path}/cat.png"]
+    assert completions(image_completer(), f"{tmp_path}/cat.p") == [f"{tmp_path}/cat.png"]

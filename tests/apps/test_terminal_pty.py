@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from tiny_export import model_config, write_llm, write_picture, write_run
+from tiny_export import model_config, write_image, write_llm, write_run
 
 from vlm.export.run import export_run
 
@@ -26,8 +26,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_llm(root / "llm", max_positions=100_000)
     write_run(root / "run", model_config(root))
     export_run(root / "run")
-    write_picture(root / "cat.png")
-    write_picture(root / "dog.png", seed=2)
+    write_image(root / "cat.png")
+    write_image(root / "dog.png", seed=2)
     (root / "page.png").write_text("<html>")
     return root
 
@@ -62,16 +62,16 @@ def at_prompt(chat: pexpect.spawn, prompt: str, line: str) -> None:
 
 
 def test_a_whole_conversation(chat: pexpect.spawn, root: Path):
-    at_prompt(chat, "picture \\(empty for none\\)", "page.png")
+    at_prompt(chat, "image \\(empty for none\\)", "page.png")
     chat.expect("is an HTML page")
-    chat.expect("picture \\(empty for none\\)")
+    chat.expect("image \\(empty for none\\)")
     chat.send("cat.p\t")
     chat.expect("cat.png")  # completed
     chat.sendline()
-    chat.expect("Picture  图片: cat.png")
+    chat.expect("Image  图片: cat.png")
     chat.expect("▀")  # a thumbnail
-    at_prompt(chat, "one more picture", "dog.png")
-    at_prompt(chat, "one more picture", ":f")
+    at_prompt(chat, "one more image", "dog.png")
+    at_prompt(chat, "one more image", ":f")
     at_prompt(chat, "user>", "这是什么？")
     chat.expect("bot> ")
     chat.expect(".{20}")  # it is writing
@@ -84,7 +84,7 @@ def test_a_whole_conversation(chat: pexpect.spawn, root: Path):
     at_prompt(chat, "user>", ":save talks")
     chat.expect("Saved as a training record: talks.jsonl")
     at_prompt(chat, "user>", ":clh")
-    chat.expect("pictures kept")
+    chat.expect("images kept")
     at_prompt(chat, "user>", ":imgg")
     chat.expect("Did you mean :img")
     chat.expect("user>")

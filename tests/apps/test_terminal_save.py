@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_export import model_config, write_picture
+from tiny_export import model_config, write_image
 
 from vlm.apps.saving import save_record
 from vlm.apps.session import Exchange
@@ -25,8 +25,8 @@ class Said:
 
 @pytest.fixture
 def said(tmp_path: Path) -> Said:
-    cat = write_picture(tmp_path / "cat.png")
-    dog = write_picture(tmp_path / "dog.png", seed=2)
+    cat = write_image(tmp_path / "cat.png")
+    dog = write_image(tmp_path / "dog.png", seed=2)
     return Said(
         Exchange("这是什么？", (str(cat),), "一只猫。"),
         Exchange("And <image> here?", (str(dog), dog.read_bytes()), "Two dogs."),
@@ -39,7 +39,7 @@ def test_data_check_accepts_the_file(said: Said, tmp_path: Path, capsys: pytest.
     file = save_record(said, tmp_path / "talks")
     save_record(said, file)
     (tmp_path / "other").mkdir()
-    file = file.rename(tmp_path / "other" / "talks.jsonl")  # the pictures are in it, so it may be moved
+    file = file.rename(tmp_path / "other" / "talks.jsonl")  # the images are in it, so it may be moved
     config = tmp_path / "run.yaml"
     model = model_config(tmp_path).model_dump(mode="json")
     data = {"sources": [{"path": str(file)}], "max_skipped_share": 0}
@@ -48,7 +48,7 @@ def test_data_check_accepts_the_file(said: Said, tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit) as end:
         main(["data", "check", str(config)])
     out = capsys.readouterr().out
-    assert "2 records, 6 pictures, skipped: none" in out
+    assert "2 records, 6 images, skipped: none" in out
     assert end.value.code == 0
 
 

@@ -1,4 +1,4 @@
-"""Pictures in a terminal: which way is taken, and what is written, decoded again."""
+"""Images in a terminal: which way is taken, and what is written, decoded again."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_kitty_and_iterm2_carry_a_png_of_the_cells_size():
         assert Image.open(io.BytesIO(base64.b64decode(data))).size == (64, 64)
 
 
-def test_sixel_decodes_to_the_picture():
+def test_sixel_decodes_to_the_image():
     decoded = decode_sixel(escape_sequence(RED_OVER_BLUE, "sixel", 2, 2))
     assert decoded.shape == (32, 16, 3)
     assert decoded[2, 3].tolist() == [100, 0, 0]  # percent

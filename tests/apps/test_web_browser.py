@@ -21,7 +21,7 @@ def test_upload_ask_and_see_the_answer_with_its_numbers(visit: Callable[..., Pag
     user = visit()
     stats = user.ask("What is this?", root / "cat.png", root / "dog.png")
     assert re.fullmatch(r"first · \d+ tokens · .+ s · \d+ tokens/s · first after .+ s( · cut at .+)?", stats)
-    assert len(user.pictures()) == 2
+    assert len(user.images()) == 2
     assert "What is this?" in user.page.inner_text("#chat")
     assert user.page.input_value("#box textarea") == ""
     assert user.page.locator("#box img").count() == 0
@@ -62,7 +62,7 @@ def test_retry_undo_and_edit(visit: Callable[..., Page], root: Path):
     user.page.wait_for_function("document.querySelector('#chat').innerText.includes('Edited question')")
     user.answered(1)
     assert "First question" not in user.page.inner_text("#chat")
-    assert len(user.pictures()) == 1  # the picture stayed
+    assert len(user.images()) == 1  # the image stayed
     user.page.fill("#box textarea", "")
     user.click("Undo")
     user.page.wait_for_function("document.querySelectorAll('#box img').length === 1")
@@ -76,7 +76,7 @@ def test_clear_begins_a_new_conversation(visit: Callable[..., Page], root: Path)
     user.page.wait_for_selector("#chat .example")
     assert user.stats() == []
     user.ask("Hello")
-    assert user.pictures() == []
+    assert user.images() == []
 
 
 def test_another_model_goes_on(visit: Callable[..., Page]):
@@ -137,7 +137,7 @@ def test_an_example_is_asked_at_once(visit: Callable[..., Page], root: Path):
     user.page.locator("#chat .example").first.click()
     user.answered(1)
     assert "Which animal?" in user.page.inner_text("#chat")
-    (source,) = user.pictures()
+    (source,) = user.images()
     assert user.page.request.get(source).body() == (root / "example.png").read_bytes()
     assert str(root) not in user.page.content()
 

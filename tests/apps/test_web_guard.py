@@ -1,4 +1,4 @@
-"""What passes between the network and the page, and who may read which picture."""
+"""What passes between the network and the page, and who may read which image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from starlette.requests import ClientDisconnect
-from tiny_export import write_picture
+from tiny_export import write_image
 
 from vlm.apps.web.guard import COOKIE, Guard, owner_of
 from vlm.apps.web.uploads import UploadRefused, Uploads
@@ -73,8 +73,8 @@ def guard_of(uploads: Uploads, app: Any, local_only: bool = True) -> Guard:
 # Uploads
 
 
-def test_only_the_browser_that_uploaded_a_picture_owns_it(uploads: Uploads):
-    path = str(write_picture(uploads.folder / "cat.png"))
+def test_only_the_browser_that_uploaded_a_image_owns_it(uploads: Uploads):
+    path = str(write_image(uploads.folder / "cat.png"))
     uploads.accept(ANNA, [path])
     assert uploads.owns(ANNA, path)
     assert not uploads.owns(BERT, path)
@@ -82,18 +82,18 @@ def test_only_the_browser_that_uploaded_a_picture_owns_it(uploads: Uploads):
 
 
 def test_a_path_is_looked_up_with_links_and_dots_followed(uploads: Uploads, tmp_path: Path):
-    path = write_picture(uploads.folder / "cat.png")
+    path = write_image(uploads.folder / "cat.png")
     uploads.accept(ANNA, [str(path)])
     (uploads.folder / "sub").mkdir()
     assert uploads.owns(ANNA, str(uploads.folder / "sub" / ".." / "cat.png"))
-    secret = write_picture(tmp_path / "secret.png")
+    secret = write_image(tmp_path / "secret.png")
     (uploads.folder / "link.png").symlink_to(secret)
     for other in (str(secret), "/etc/passwd", "", "\0", str(uploads.folder), str(uploads.folder / "link.png")):
         assert not uploads.owns(ANNA, other)
 
 
 def test_a_file_outside_the_folder_is_never_owned(uploads: Uploads, tmp_path: Path):
-    outside = str(write_picture(tmp_path / "outside.png"))
+    outside = str(write_image(tmp_path / "outside.png"))
     uploads.accept(ANNA, [outside])
     assert not uploads.owns(ANNA, outside)
     assert Path(outside).exists()
@@ -109,9 +109,9 @@ def test_a_file_outside_the_folder_is_never_owned(uploads: Uploads, tmp_path: Pa
         ("empty.jpg", b""),
     ],
 )
-def test_what_is_no_picture_is_refused_and_removed(uploads: Uploads, name: str, content: bytes):
+def test_what_is_no_image_is_refused_and_removed(uploads: Uploads, name: str, content: bytes):
     with uploads.receive():
-        good, bad = write_picture(Path(uploads) / "good.png"), Path(uploads) / name
+        good, bad = write_image(Path(uploads) / "good.png"), Path(uploads) / name
         bad.write_bytes(content)
         with pytest.raises(UploadRefused, match=name) as refused:
             uploads.accept(ANNA, [str(good), str(bad)])
@@ -120,9 +120,9 @@ def test_what_is_no_picture_is_refused_and_removed(uploads: Uploads, name: str, 
     assert not re.search(r"0x|/|Error|identify", str(refused.value))  # nothing of the decoder's, no folder
 
 
-def test_a_picture_under_the_name_of_a_page_is_refused(uploads: Uploads):
+def test_a_image_under_the_name_of_a_page_is_refused(uploads: Uploads):
     path = uploads.folder / "cat.html"
-    write_picture(uploads.folder / "cat.png").rename(path)
+    write_image(uploads.folder / "cat.png").rename(path)
     with pytest.raises(UploadRefused):
         uploads.accept(ANNA, [str(path)])
     assert not uploads.owns(ANNA, str(path))
@@ -139,13 +139,13 @@ def test_an_upload_leaves_nothing_but_what_was_accepted(uploads: Uploads):
     with uploads.receive():
         for name in ("hash", "empty"):
             (Path(uploads) / name).mkdir()
-        cat = write_picture(Path(uploads) / "hash" / "cat.png")
+        cat = write_image(Path(uploads) / "hash" / "cat.png")
         (Path(uploads) / "tmp123").write_bytes(b"of no one")
         uploads.accept(ANNA, [str(cat)])
     assert files_of(uploads) == [cat]
     assert not (cat.parents[1] / "empty").exists()
     with suppress(ClientDisconnect), uploads.receive():
-        write_picture(Path(uploads) / "dog.png")
+        write_image(Path(uploads) / "dog.png")
         raise ClientDisconnect
     assert list(uploads.folder.iterdir()) == [cat.parents[1]]
 
@@ -164,9 +164,9 @@ async def upload_in_another_task(uploads: Uploads) -> None:
 
 
 def keep(uploads: Uploads, size: int, name: str = "cat.bmp") -> Path:
-    """Upload a picture of so many bytes, all that is counted for it included."""
+    """Upload an image of so many bytes, all that is counted for it included."""
     with uploads.receive() as count:
-        path = write_picture(Path(uploads) / name)
+        path = write_image(Path(uploads) / name)
         with path.open("ab") as file:
             file.truncate(size - OVERHEAD)
         count(size - OVERHEAD)
@@ -174,7 +174,7 @@ def keep(uploads: Uploads, size: int, name: str = "cat.bmp") -> Path:
     return path
 
 
-def test_the_oldest_pictures_go_when_the_folder_is_full(uploads: Uploads):
+def test_the_oldest_images_go_when_the_folder_is_full(uploads: Uploads):
     uploads.max_total = 300_000
     paths = [keep(uploads, 100_000) for _ in range(4)]
     assert [path.exists() for path in paths] == [False, True, True, True]
@@ -188,7 +188,7 @@ def test_what_is_still_coming_counts_too(uploads: Uploads):
     with uploads.receive() as count:
         count(100_000)
         assert [path.exists() for path in paths] == [False, True, True]
-        with pytest.raises(UploadRefused, match="too many pictures") as refused:
+        with pytest.raises(UploadRefused, match="too many images") as refused:
             count(250_000)
         assert refused.value.status == 503
     assert keep(uploads, 100_000).exists()
@@ -217,12 +217,12 @@ def test_a_new_browser_gets_a_cookie_that_the_request_itself_carries(uploads: Up
     assert "set-cookie" in ask(guard, "/config", owner="x; drop")[1]  # not of our form
 
 
-def test_pictures_are_served_to_their_owner_only(uploads: Uploads):
-    path = str(write_picture(uploads.folder / "cat.png"))
+def test_images_are_served_to_their_owner_only(uploads: Uploads):
+    path = str(write_image(uploads.folder / "cat.png"))
     uploads.accept(ANNA, [path])
-    guard = guard_of(uploads, app_that_answers(b"picture"))
+    guard = guard_of(uploads, app_that_answers(b"image"))
     status, headers, body = ask(guard, f"/gradio_api/file={path}")
-    assert (status, body) == (200, b"picture")
+    assert (status, body) == (200, b"image")
     assert headers["content-security-policy"] == "default-src 'none'; sandbox"
     assert headers["x-content-type-options"] == "nosniff"
     assert ask(guard, f"/gradio_api/file={path}", owner=BERT)[0] == 403
@@ -279,7 +279,7 @@ def app_that_writes(uploads: Uploads, name: str, content: bytes, others: int = 0
 
 
 def test_an_upload_is_answered_after_it_was_looked_at(uploads: Uploads, tmp_path: Path):
-    cat = write_picture(tmp_path / "cat.png").read_bytes()
+    cat = write_image(tmp_path / "cat.png").read_bytes()
     length = {"content-length": "10"}
     guard = guard_of(uploads, app_that_writes(uploads, "cat.png", cat, others=3))
     status, _, body = ask(guard, "/gradio_api/upload", method="POST", headers=length)
@@ -290,7 +290,7 @@ def test_an_upload_is_answered_after_it_was_looked_at(uploads: Uploads, tmp_path
     status, headers, body = ask(guard, "/gradio_api/upload", method="POST", headers=length)
     assert status == 415
     assert headers["content-type"].startswith("text/plain")
-    assert "bad.png is no picture" in body.decode()
+    assert "bad.png is no image" in body.decode()
     assert "无法读取图片 bad.png" in body.decode()
     assert [path.name for path in files_of(uploads)] == ["cat.png"]
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_export import write_picture
+from tiny_export import write_image
 
 from vlm.apps.record import record_line, training_record
 from vlm.apps.session import Exchange
@@ -29,8 +29,8 @@ def read(said: Said, tmp_path: Path):
     return open_source(SourceConfig(path=str(file)), tmp_path / "cache").conversation(0)
 
 
-def test_pictures_and_turns_come_back_in_order(tmp_path: Path):
-    cat, dog = write_picture(tmp_path / "cat.png"), write_picture(tmp_path / "dog.jpg", seed=2)
+def test_images_and_turns_come_back_in_order(tmp_path: Path):
+    cat, dog = write_image(tmp_path / "cat.png"), write_image(tmp_path / "dog.jpg", seed=2)
     said = Said(
         Exchange("What are these?", (str(cat), dog.read_bytes()), "A cat\nand a dog."),
         Exchange("哪个更大？", (), "狗。"),
@@ -44,14 +44,14 @@ def test_pictures_and_turns_come_back_in_order(tmp_path: Path):
     assert conversation.images == (cat.read_bytes(), dog.read_bytes())
 
 
-def test_a_picture_without_words_is_a_question(tmp_path: Path):
-    cat = write_picture(tmp_path / "cat.png")
+def test_a_image_without_words_is_a_question(tmp_path: Path):
+    cat = write_image(tmp_path / "cat.png")
     assert read(Said(Exchange("", (str(cat),), "A cat.")), tmp_path).turns[0].parts == (IMAGE,)
 
 
 @pytest.mark.parametrize("where", ["question", "reply", "system"])
-def test_a_typed_mark_is_no_picture(tmp_path: Path, where: str):
-    cat = write_picture(tmp_path / "cat.png")
+def test_a_typed_mark_is_no_image(tmp_path: Path, where: str):
+    cat = write_image(tmp_path / "cat.png")
     texts = {"question": "What?", "reply": "That.", "system": "Hi."} | {where: "an <image> mark"}
     said = Said(Exchange(texts["question"], (str(cat),), texts["reply"]), system=texts["system"])
     conversation = read(said, tmp_path)
@@ -60,14 +60,14 @@ def test_a_typed_mark_is_no_picture(tmp_path: Path, where: str):
 
 
 def test_it_is_one_line_and_needs_no_other_file(tmp_path: Path):
-    cat = write_picture(tmp_path / "cat.png")
+    cat = write_image(tmp_path / "cat.png")
     line = record_line(Said(Exchange("One\ntwo", (str(cat),), "Three\nfour")))
     cat.unlink()
     assert line.count("\n") == 1
     assert parse_record(json.loads(line), SourceConfig(path="x")).images[0].startswith(b"\x89PNG")
 
 
-def test_nothing_said_and_a_picture_that_is_gone_are_refused(tmp_path: Path):
+def test_nothing_said_and_a_image_that_is_gone_are_refused(tmp_path: Path):
     with pytest.raises(RecordError, match="nothing was said"):
         training_record(Said())
     with pytest.raises(RecordError, match=r"gone\.png"):

@@ -46,19 +46,19 @@ def test_two_browsers_at_once_see_nothing_of_each_other(visit: Callable[..., Pag
         bert.answered(count)
     assert "Bert" not in anna.page.content()
     assert "Anna" not in bert.page.content()
-    (of_anna,), (of_bert,) = anna.pictures(), bert.pictures()
+    (of_anna,), (of_bert,) = anna.images(), bert.images()
     assert anna.page.request.get(of_anna).body() == (root / "cat.png").read_bytes()
     assert bert.page.request.get(of_bert).body() == (root / "dog.png").read_bytes()
     assert bert.page.request.get(of_anna).status == 403
     assert httpx.get(of_anna).status_code == 403
 
 
-def test_a_message_that_names_anothers_picture_is_refused(
+def test_a_message_that_names_anothers_image_is_refused(
     visit: Callable[..., Page], running: RunningPage, root: Path, capfd: pytest.CaptureFixture[str]
 ):
     anna, bert = visit(), visit()
     anna.ask("Mine", root / "cat.png")
-    (of_anna,) = anna.pictures()
+    (of_anna,) = anna.images()
     path = of_anna.split("file=", 1)[1]
     swap = {path: path}  # by what Bert's own upload is replaced in his request
 
@@ -86,11 +86,11 @@ def test_a_message_that_names_anothers_picture_is_refused(
     bert.ask("Mine", root / "dog.png")  # his own is fine
 
 
-def test_a_file_that_is_no_picture_is_refused_in_words(visit: Callable[..., Page], running: RunningPage):
+def test_a_file_that_is_no_image_is_refused_in_words(visit: Callable[..., Page], running: RunningPage):
     user = visit()
     user.add({"name": "notes.png", "mimeType": "image/png", "buffer": b"<html><script>alert(1)</script></html>"})
     told = user.toast()
-    assert "notes.png is no picture that can be read" in told
+    assert "notes.png is no image that can be read" in told
     assert not LEAK.search(told)
     assert user.page.locator("#box img").count() == 0
     user.ask("Hello")  # the page goes on
@@ -103,12 +103,12 @@ def test_markup_is_never_kept_or_served(running: RunningPage, name: str):
     answer = upload(running.url, name, b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
     assert answer.status_code == 415
     assert answer.headers["content-type"].startswith("text/plain")
-    assert f"{name} is no picture" in answer.text
+    assert f"{name} is no image" in answer.text
     assert not LEAK.search(answer.text)
     assert [path for path in running.folder.rglob(name) if path.is_file()] == []
 
 
-def test_a_picture_is_served_as_a_picture_that_may_run_nothing(running: RunningPage, root: Path):
+def test_a_image_is_served_as_a_image_that_may_run_nothing(running: RunningPage, root: Path):
     answer = upload(running.url, "cat.png", (root / "cat.png").read_bytes())
     owner = answer.cookies[COOKIE]
     served = httpx.get(f"{running.url}gradio_api/file={answer.json()[0]}", cookies={COOKIE: owner})

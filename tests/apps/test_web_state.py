@@ -10,12 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_export import write_picture
+from tiny_export import write_image
 
 from vlm.apps.session import Exchange
 from vlm.apps.web.models import Export, ModelStore
 from vlm.apps.web.page import settings_of
-from vlm.apps.web.state import MAX_PICTURES, MAX_QUESTION, PageError, WebChat
+from vlm.apps.web.state import MAX_IMAGES, MAX_QUESTION, PageError, WebChat
 from vlm.apps.web.texts import _TEXTS, tell
 from vlm.apps.web.uploads import Uploads
 from vlm.data.records import parse_record
@@ -77,7 +77,7 @@ def chat(models: ModelStore, uploads: Uploads) -> WebChat:
 
 @pytest.fixture
 def cat(uploads: Uploads) -> str:
-    path = str(write_picture(uploads.folder / "cat.png"))
+    path = str(write_image(uploads.folder / "cat.png"))
     uploads.accept(ANNA, [path])
     return path
 
@@ -123,7 +123,7 @@ def test_the_answer_grows(chat: WebChat, monkeypatch: pytest.MonkeyPatch):
     assert live[-5:-1] == ["0:1 ", "0:1 one ", "0:1 one two ", "0:1 one two three "]
 
 
-def test_pictures_stand_before_the_words_and_reach_the_model(chat: WebChat, cat: str):
+def test_images_stand_before_the_words_and_reach_the_model(chat: WebChat, cat: str):
     chat.ask("What is this?", [cat, cat])
     shown = answer(chat)[-1]
     assert [message["content"] for message in shown[:2]] == [{"path": cat}, {"path": cat}]
@@ -160,7 +160,7 @@ def talk(chat: WebChat, cat: str) -> None:
 
 
 def test_the_n_th_message_belongs_to_an_exchange(chat: WebChat, cat: str):
-    talk(chat, cat)  # picture, First, reply, numbers, Second, reply, numbers
+    talk(chat, cat)  # image, First, reply, numbers, Second, reply, numbers
     assert [chat.exchange_of(number) for number in range(7)] == [0, 0, 0, 0, 1, 1, 1]
     assert len(chat.messages()) == 7
     for wrong in (-1, 7):
@@ -168,7 +168,7 @@ def test_the_n_th_message_belongs_to_an_exchange(chat: WebChat, cat: str):
             chat.exchange_of(wrong)
 
 
-def test_retry_asks_the_same_question_with_its_pictures(chat: WebChat, cat: str):
+def test_retry_asks_the_same_question_with_its_images(chat: WebChat, cat: str):
     talk(chat, cat)
     chat.retry(1)
     assert [message["content"] for message in chat.messages()] == [{"path": cat}, [{"type": "text", "text": "First"}]]
@@ -177,7 +177,7 @@ def test_retry_asks_the_same_question_with_its_pictures(chat: WebChat, cat: str)
     assert chat.exchanges[0].images == (cat,)
 
 
-def test_edit_asks_other_words_with_the_same_pictures(chat: WebChat, cat: str):
+def test_edit_asks_other_words_with_the_same_images(chat: WebChat, cat: str):
     talk(chat, cat)
     chat.edit(1, "Other")
     answer(chat)
@@ -309,7 +309,7 @@ def test_a_model_is_chosen_from_the_list_only(chat: WebChat, number: int):
 def test_a_model_without_encoder_says_so(chat: WebChat, cat: str):
     model_of(chat).image_spec = None
     chat.ask("What?", [cat])
-    with pytest.raises(PageError, match="no_pictures"):
+    with pytest.raises(PageError, match="no_images"):
         list(chat.answer(0, GenerationSettings(), None))
 
 
@@ -324,7 +324,7 @@ def test_every_page_starts_with_nothing_of_another(chat: WebChat, cat: str):
     assert other.models is chat.models
 
 
-def test_a_picture_of_another_browser_is_refused(chat: WebChat, cat: str, models: ModelStore, uploads: Uploads):
+def test_a_image_of_another_browser_is_refused(chat: WebChat, cat: str, models: ModelStore, uploads: Uploads):
     other = WebChat(models, uploads)
     other.claim(BERT)
     for path in (cat, "/etc/passwd", str(uploads.folder / "missing.png"), ""):
@@ -341,23 +341,23 @@ def test_a_page_belongs_to_the_browser_that_opened_it(chat: WebChat):
     chat.claim(ANNA)
 
 
-def test_questions_and_pictures_have_limits(chat: WebChat, cat: str):
+def test_questions_and_images_have_limits(chat: WebChat, cat: str):
     for text, images, refused in (
         ("", [], "nothing_asked"),
         (" \n", [], "nothing_asked"),
         ("x" * (MAX_QUESTION + 1), [], "question_too_long"),
-        ("What?", [cat] * (MAX_PICTURES + 1), "too_many_pictures"),
+        ("What?", [cat] * (MAX_IMAGES + 1), "too_many_images"),
     ):
         with pytest.raises(PageError, match=refused):
             chat.ask(text, images)
-    chat.ask("x" * MAX_QUESTION, [cat] * MAX_PICTURES)
+    chat.ask("x" * MAX_QUESTION, [cat] * MAX_IMAGES)
 
 
-def test_a_picture_that_became_unreadable_is_told_without_the_decoders_words(chat: WebChat, cat: str):
-    Path(cat).write_bytes(b"no picture")
+def test_a_image_that_became_unreadable_is_told_without_the_decoders_words(chat: WebChat, cat: str):
+    Path(cat).write_bytes(b"no image")
     with pytest.raises(PageError) as raised:
         chat.ask("What?", [cat])
-    assert raised.value.told("en").startswith("cat.png is no picture that can be read.")
+    assert raised.value.told("en").startswith("cat.png is no image that can be read.")
     assert not LEAK.search(raised.value.told("en"))
 
 

@@ -20,7 +20,7 @@ model:
   vision: {backend: hf, path: openai/clip}
 data:
   sources:
-    - {path: a.json, images: pictures}
+    - {path: a.json, images: images}
 train:
   epochs: 1
 """
@@ -35,7 +35,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def complete() -> Path:
     """A config all of whose paths exist."""
     write_llm_folder("models/llm")
-    Path("pictures").mkdir()
+    Path("images").mkdir()
     Path("a.json").write_text("[]")
     Path("a.yaml").write_text(CONFIG)
     return Path("a.yaml")
@@ -140,9 +140,9 @@ def test_validate_lists_every_path_that_is_missing_with_its_line(tmp_path, vlm):
     ]
     assert [line.strip() for line in lines[1:-1]] == [
         "a.yaml:7: data.sources[0].path: data file a.json does not exist",
-        "a.yaml:7: data.sources[0].images: images folder pictures does not exist",
+        "a.yaml:7: data.sources[0].images: images folder images does not exist",
         "--options: evaluation.tasks[0].path: data file t.json does not exist",
-        "--options: train.samples[0].image: picture cat.png does not exist",
+        "--options: train.samples[0].image: image cat.png does not exist",
         "a.yaml:3: model.llm.path: ./models/llm does not exist. A name for a model hub has no leading . / ~ or cache/, "
         "and at most one /",
         "--options: init_from: runs/x/export does not exist; train and export the stage before first",

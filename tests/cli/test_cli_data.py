@@ -37,7 +37,7 @@ def test_data_verbs_show_what_training_will_see(tiny, monkeypatch, vlm):
 
 
 @pytest.mark.slow
-def test_check_ends_with_3_when_the_pictures_are_gone(tiny, monkeypatch, vlm):
+def test_check_ends_with_3_when_the_images_are_gone(tiny, monkeypatch, vlm):
     monkeypatch.chdir(tiny)
     (tiny / "empty").mkdir()
     code, out, _ = vlm("data", "check", "tiny/pretrain", "-o", "data.sources[0].images=empty", "--out", "bad.jsonl")

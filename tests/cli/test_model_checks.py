@@ -119,7 +119,7 @@ def test_an_encoder_of_another_type_is_a_problem_and_a_missing_preprocessor_a_no
     assert problems() == []
     Path("clip/preprocessor_config.json").unlink()
     (note,) = model_notes(config())
-    assert note.startswith("model.vision.path clip: the folder holds no preprocessor_config.json, so pictures are norm")
+    assert note.startswith("model.vision.path clip: the folder holds no preprocessor_config.json, so images are norm")
 
 
 def test_training_warns_of_the_missing_preprocessor_in_the_same_words(capsys: pytest.CaptureFixture[str]):

@@ -119,7 +119,7 @@ def test_what_gradio_is_started_with(export: Path, monkeypatch: pytest.MonkeyPat
         False,
         0,
     )
-    assert running.folder.stat().st_mode & 0o077 == 0  # nobody else on the machine reads the pictures
+    assert running.folder.stat().st_mode & 0o077 == 0  # nobody else on the machine reads the images
     running.page.server = SimpleNamespace(config=SimpleNamespace())
     running.close()
     assert not running.folder.exists()
@@ -135,13 +135,13 @@ def test_exports_are_offered_without_naming_one(
     assert webui(str(tmp_path / "nothing"), "--port", "0") == 5
 
 
-def test_examples_are_pictures_with_the_question_beside_them(
+def test_examples_are_images_with_the_question_beside_them(
     export: Path, served: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder = tmp_path / "examples"
     folder.mkdir()
     assert webui(str(export), "--port", "0", "--examples", str(folder)) == 2
-    assert "no folder with pictures" in capsys.readouterr().err
+    assert "no folder with images" in capsys.readouterr().err
     for name, question in (("a.png", "Which animal?\n"), ("b.jpg", None)):
         (folder / name).write_bytes(b"")
         if question is not None:

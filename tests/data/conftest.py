@@ -23,7 +23,7 @@ def bpe():
 
 @pytest.fixture
 def records(tmp_path):
-    """Writes `count` LLaVA records with pictures; every third is text alone. Returns the file."""
+    """Writes `count` LLaVA records with images; every third is text alone. Returns the file."""
 
     def write(count, name="records.jsonl", longest=1):
         rng = random.Random(0)

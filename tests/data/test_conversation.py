@@ -47,24 +47,24 @@ def test_other_orders_are_refused_by_a_named_rule(turns, rule, said):
     assert str(caught.value).startswith(f"a.json: record 3: {said}")
 
 
-def test_every_picture_needs_one_slot():
+def test_every_image_needs_one_slot():
     look = Turn("user", (IMAGE, "\nWhat?"))
     assert check_conversation(Conversation((look, REPLY), ("a.png",))).num_slots == 1
     for images in ((), ("a.png", "b.png")):
-        with pytest.raises(RecordError, match=f"1 <image> marks, {len(images)} pictures") as caught:
+        with pytest.raises(RecordError, match=f"1 <image> marks, {len(images)} images") as caught:
             check_conversation(Conversation((look, REPLY), images))
         assert caught.value.rule == "image_count"
 
 
 @pytest.mark.parametrize("role", ["system", "assistant"])
-def test_only_users_show_pictures(role):
+def test_only_users_show_images(role):
     turns = {"system": (Turn("system", (IMAGE,)), USER), "assistant": (USER, Turn("assistant", (IMAGE,)))}[role]
     with pytest.raises(RecordError) as caught:
         check_conversation(Conversation(turns, ("a.png",)))
     assert caught.value.rule == "image_in_answer"
 
 
-def test_users_in_a_row_are_joined_with_their_pictures_in_order():
+def test_users_in_a_row_are_joined_with_their_images_in_order():
     turns = (Turn("user", ("Look: ", IMAGE)), Turn("user", ("Now: ", IMAGE, " ok?")), REPLY)
     assert normalise_turns(turns) == (Turn("user", ("Look: ", IMAGE, "\n", "Now: ", IMAGE, " ok?")), REPLY)
 
@@ -78,7 +78,7 @@ def test_two_replies_in_a_row_are_not_joined():
     assert normalise_turns((USER, REPLY, REPLY)) == (USER, REPLY, REPLY)
 
 
-def test_the_first_turns_keep_only_their_pictures():
+def test_the_first_turns_keep_only_their_images():
     turns = (Turn("user", (IMAGE, "1")), REPLY, Turn("user", ("2", IMAGE, IMAGE)), REPLY)
     conversation = Conversation(turns, ("a", "b", "c"), "x")
     assert conversation.first_turns(2) == Conversation(turns[:2], ("a",), "x")

@@ -85,7 +85,7 @@ def test_text_alone_needs_no_image_spec(tmp_path, build):
     assert (batch.pixel_values, empty.num_supervised) == (None, 0)
 
 
-def test_pictures_for_a_model_without_an_encoder_are_skipped_by_rule(records, build):
+def test_images_for_a_model_without_an_encoder_are_skipped_by_rule(records, build):
     data = build(records(12), image_spec=None, max_skipped_share=0.7)
     assert {skip.rule for skip in data.skips} == {"image_without_encoder"}
     assert len(data.skips) == 8

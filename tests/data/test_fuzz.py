@@ -1,4 +1,4 @@
-"""Wrong records and hostile pictures among good ones (scripts/fuzz_data.py)."""
+"""Wrong records and hostile images among good ones (scripts/fuzz_data.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_the_run_ends_each_skip_is_named_and_nothing_unread_is_learned(tmp_path)
 
 
 @pytest.mark.slow  # measured: 2 minutes on a busy core
-def test_two_thousand_records_and_five_hundred_pictures(tmp_path):
+def test_two_thousand_records_and_five_hundred_images(tmp_path):
     outcome = read_source(write_source(tmp_path / "fuzz", 7, 1000, 2000, 500), byte_tokenizer())
     assert outcome.problems == []
     assert outcome.num_learned >= 1000

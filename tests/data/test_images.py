@@ -1,4 +1,4 @@
-"""Pictures as they are met (rows 23-30 of the faults). Every fixture is made here, in numbers one can check by eye."""
+"""Images as they are met (rows 23-30 of the faults). Every fixture is made here, in numbers one can check by eye."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def rule_of(source, **limits) -> str:
     return caught.value.rule
 
 
-# Row 23: files that are no pictures
+# Row 23: files that are no images
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def rule_of(source, **limits) -> str:
         *(f"half {kind}" for kind in ("png", "jpeg", "webp", "bmp", "tiff", "gif")),
     ],
 )
-def test_what_is_no_whole_picture_is_unreadable_from_a_file_and_from_bytes(tmp_path, content):
+def test_what_is_no_whole_image_is_unreadable_from_a_file_and_from_bytes(tmp_path, content):
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
     assert rule_of(path) == rule_of(str(path)) == rule_of(content) == "image_unreadable"
@@ -86,7 +86,7 @@ def test_what_is_no_whole_picture_is_unreadable_from_a_file_and_from_bytes(tmp_p
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_raster_formats_are_read_whatever_the_file_is_called(tmp_path, format):
-    path = tmp_path / "picture.dat"
+    path = tmp_path / "image.dat"
     path.write_bytes(encoded(Image.new("RGB", (8, 4), (200, 100, 50)), format))
     image = load_image(path)
     assert (image.mode, image.size) == ("RGB", (8, 4))
@@ -128,14 +128,14 @@ def test_the_cap_is_exact_and_ours():
     assert Image.MAX_IMAGE_PIXELS == 89_478_485  # Pillow's own guard stays up for everybody else
 
 
-def test_a_picture_without_pixels_is_unreadable():
+def test_a_image_without_pixels_is_unreadable():
     assert rule_of(png_header(0, 9)) == rule_of(png_header(9, 0)) == "image_unreadable"
 
 
 @pytest.mark.parametrize("resize", ["pad", "crop", "squash"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (1, 1_000_000), (3, 2)])
 def test_any_shape_becomes_a_square_without_a_giant_in_between(resize, size):
-    """A 1 x 1,000,000 picture padded first is 3 TB; with its short side scaled to 24 first it is 1.7 GB."""
+    """A 1 x 1,000,000 image padded first is 3 TB; with its short side scaled to 24 first it is 1.7 GB."""
     image = load_image(encoded(Image.new("RGB", size, RED)))
     pixels = to_pixels(image, ImageSpec(24, (0, 0, 0), (1, 1, 1), 1, resize, BLUE))
     assert pixels.shape == (3, 24, 24)
@@ -205,7 +205,7 @@ def test_transparency_shows_the_background_and_never_the_hidden_colour(content, 
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "F"])
-def test_bands_make_the_picture_that_one_piece_makes(mode, monkeypatch):
+def test_bands_make_the_image_that_one_piece_makes(mode, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (10, 7, 4), dtype=np.uint8)
     rgba = Image.fromarray(noise)
     image = {
@@ -229,7 +229,7 @@ def tiff(values, dtype) -> bytes:
     ("content", "expected"),
     [
         (grey_16([0, 40_000, 65_535]), [0, 156, 255]),  # clipped it would be 0, 255, 255
-        (grey_16([0, 100, 255]), [0, 0, 1]),  # a dark picture stays dark
+        (grey_16([0, 100, 255]), [0, 0, 1]),  # a dark image stays dark
         (tiff([0, 40_000, 65_535], "<u2"), [0, 156, 255]),
         (tiff([0, 40_000, 65_535], np.int32), [0, 156, 255]),
         (tiff([0, 1_000_000, 2_500_000], np.int32), [0, 102, 255]),
@@ -245,7 +245,7 @@ def test_greys_of_more_than_8_bit_are_scaled_not_clipped(content, expected):
     assert [image.getpixel((x, 0)) for x in range(3)] == [(grey,) * 3 for grey in expected]
 
 
-def test_a_float_picture_with_a_value_that_is_no_number_is_unreadable():
+def test_a_float_image_with_a_value_that_is_no_number_is_unreadable():
     assert rule_of(tiff([0.0, float("nan")], np.float32)) == "image_unreadable"
 
 
@@ -253,7 +253,7 @@ def test_a_float_picture_with_a_value_that_is_no_number_is_unreadable():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(orientation):
+def test_images_are_turned_upright(orientation):
     """Stored turned as cameras do, so that what EXIF undoes is: red left, green right, blue below both."""
     upright = Image.new("RGB", (32, 48), BLUE)
     upright.paste(RED, (0, 0, 16, 24))
@@ -295,7 +295,7 @@ def test_malformed_exif_of_other_formats_is_ignored(format, exif):
     assert load_image(encoded(Image.new("RGB", (16, 8), RED), format, exif=exif)).size == (16, 8)
 
 
-def test_a_damaged_tag_beside_the_orientation_does_not_leave_the_picture_on_its_side():
+def test_a_damaged_tag_beside_the_orientation_does_not_leave_the_image_on_its_side():
     entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x010E, 11, 1, 60)  # a caption of type float
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(60)
     plain = encoded(Image.new("RGB", (16, 8)), "JPEG")
@@ -469,7 +469,7 @@ def test_padding_a_giant_is_near_to_padding_it_before_it_is_resized(monkeypatch)
     assert np.abs(shrunk - exact).mean() < 1
 
 
-def test_pixels_become_the_picture_again():
+def test_pixels_become_the_image_again():
     image = photo(16, 16)
     spec = ImageSpec(16, CLIP_MEAN, CLIP_STD, 1, "squash")
     assert from_pixels(to_pixels(image, spec), spec).tobytes() == image.tobytes()

@@ -1,4 +1,4 @@
-"""Marks of other tools: places of the pictures, or a reason to skip the record; never words to be learned."""
+"""Marks of other tools: places of the images, or a reason to skip the record; never words to be learned."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("mark", [mark for marks in KNOWN.values() for mark in marks])
-def test_a_mark_of_any_tool_is_the_place_of_the_picture(mark):
+def test_a_mark_of_any_tool_is_the_place_of_the_image(mark):
     conversation = parse(llava(f"{mark}Which colour?", "Red.", image="a.png"))
     assert said(conversation) == [("user", IMAGE, "Which colour?"), ("assistant", "Red.")]
 
@@ -40,15 +40,15 @@ def test_a_mark_of_any_tool_is_the_place_of_the_picture(mark):
 @pytest.mark.parametrize(
     "record",
     [
-        lambda mark: llava(f"<image>\n{mark} What?", "A.", image="a.png"),  # beside the picture's own place
+        lambda mark: llava(f"<image>\n{mark} What?", "A.", image="a.png"),  # beside the image's own place
         lambda mark: llava(f"{mark} {mark} {mark} What?", "A.", images=["a", "b"]),
-        lambda mark: llava(f"{mark} What?", "A."),  # the picture was forgotten
+        lambda mark: llava(f"{mark} What?", "A."),  # the image was forgotten
         lambda mark: llava("<image>\nWhat?", f"A {mark}.", image="a.png"),
         lambda mark: llava([{"type": "image", "image": "a"}, {"type": "text", "text": f"{mark} What?"}], "A."),
         lambda mark: {"image": "a.png", "caption": f"{mark} A dog."},
     ],
 )
-def test_a_mark_that_fits_no_picture_is_not_learned(record, mark):
+def test_a_mark_that_fits_no_image_is_not_learned(record, mark):
     assert rule_of(record(mark)) == "foreign_mark"
 
 
@@ -56,7 +56,7 @@ def test_a_mark_that_fits_no_picture_is_not_learned(record, mark):
     "text", ["How do I centre an <img> in HTML?", "Run docker rmi <image_name>.", "Is List<Image> right?", "<b>Hi</b>",
              "Play a <video> tag.", "a < b > image", "[1] [image of the mind]", "#include <image.hpp>"]
 )  # fmt: skip
-def test_words_of_programs_stay_text_in_a_record_without_pictures(text):
+def test_words_of_programs_stay_text_in_a_record_without_images(text):
     conversation = parse(llava(text, "<img> and <video>, so."))
     assert said(conversation) == [("user", text), ("assistant", "<img> and <video>, so.")]
 
@@ -67,7 +67,7 @@ def test_a_word_that_may_be_a_mark_is_named_in_the_report():
     assert parse(llava("How do I bold <b>?", "So.")).unread == ()
 
 
-def test_numbers_in_marks_say_which_picture():
+def test_numbers_in_marks_say_which_image():
     record = llava("<|image_2|> or <|image_1|>?", "A.", images=["a.png", "b.png"])
     assert parse(record).images == ("b.png", "a.png")
     assert parse(llava("<image_0><image_1>?", "A.", images=["a", "b"])).images == ("a", "b")
@@ -75,9 +75,9 @@ def test_numbers_in_marks_say_which_picture():
     assert rule_of(llava("<image_1> and <image_3>?", "A.", images=["a", "b"])) == "foreign_mark"
 
 
-def test_a_path_between_tags_is_the_picture():
-    conversation = parse(llava("Picture 1: <img>x/a.png</img>\nAnd <img>b.jpg</img>?", "A."))
-    assert said(conversation)[0] == ("user", "Picture 1: ", IMAGE, "\nAnd ", IMAGE, "?")
+def test_a_path_between_tags_is_the_image():
+    conversation = parse(llava("Image 1: <img>x/a.png</img>\nAnd <img>b.jpg</img>?", "A."))
+    assert said(conversation)[0] == ("user", "Image 1: ", IMAGE, "\nAnd ", IMAGE, "?")
     assert conversation.images == ("x/a.png", "b.jpg")
     assert rule_of(llava("<img>https://example.org/a.png</img>What?", "A.")) == "remote_image"
 
@@ -91,8 +91,8 @@ def test_marks_of_videos_and_sounds_skip_the_record(text):
     assert rule_of(llava(f"<image>\n{text}", "A.", image="a.png")) == "unread_medium"
 
 
-def test_a_question_about_html_beside_a_picture_is_not_taken_for_its_place():
-    """One picture, one tag within a sentence: which is meant cannot be known."""
+def test_a_question_about_html_beside_a_image_is_not_taken_for_its_place():
+    """One image, one tag within a sentence: which is meant cannot be known."""
     assert rule_of(llava("What does <img> do here?", "A.", image="a.png")) == "foreign_mark"
     record = llava("<image>\nWhat does <img> do here?", "It shows.", image="a.png")
     assert said(parse(record))[0] == ("user", IMAGE, "\nWhat does <img> do here?")
@@ -107,7 +107,7 @@ def test_a_mark_in_the_prompt_of_a_caption_is_its_place(mark):
 
 
 @pytest.mark.parametrize("shown", ["![a dog](dog.png)", '<img src="dog.png">', "<video controls src='a.mp4'>"])
-def test_a_picture_shown_in_markdown_or_html_is_reported(shown):
+def test_a_image_shown_in_markdown_or_html_is_reported(shown):
     assert rule_of(llava(f"{shown}\nWhat?", "A dog.")) == "unread_medium"
     assert parse(llava(f"Mend this: {shown}", "So.")).unread == ("media shown in Markdown or HTML",)
     assert parse(llava("Show a dog.", f"{shown}")).unread == ()

@@ -12,7 +12,7 @@ def test_each_example_goes_into_the_fullest_row_that_still_takes_it():
     assert pack(np.array([7, 5, 3, 2, 3]), NONE, max_length=10, max_images=9) == [[0, 2], [1, 3, 4]]
 
 
-def test_pictures_are_a_budget_of_their_own():
+def test_images_are_a_budget_of_their_own():
     lengths, images = np.array([2, 2, 2, 2]), np.array([2, 1, 1, 0])
     assert pack(lengths, images, max_length=100, max_images=2) == [[0], [1, 2, 3]]
 

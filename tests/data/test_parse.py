@@ -29,7 +29,7 @@ def test_a_llava_record_keeps_its_text_and_the_line_end_behind_the_mark(key):
     assert conversation.images == ("a.jpg",)
 
 
-def test_marks_stand_where_they_were_typed_and_pictures_in_their_order():
+def test_marks_stand_where_they_were_typed_and_images_in_their_order():
     conversation = parse(llava("Is <image> like\n<image>", "Yes.", "<image>?", "No.", images=["a", "b", "c"]))
     assert said(conversation)[0] == ("user", "Is ", IMAGE, " like\n", IMAGE)
     assert said(conversation)[2] == ("user", IMAGE, "?")
@@ -69,7 +69,7 @@ def test_a_record_may_bring_its_system_prompt(record):
         ([{"type": "text", "text": "<image>\nWhat?"}], {"image": "a.png"}, (IMAGE, "\nWhat?"), ("a.png",)),
     ],
 )  # fmt: skip
-def test_openai_parts_name_their_pictures_or_take_those_of_the_record(parts, more, expected, images):
+def test_openai_parts_name_their_images_or_take_those_of_the_record(parts, more, expected, images):
     record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A."}], **more}
     conversation = parse(record)
     assert said(conversation) == [("user", *expected), ("assistant", "A.")]
@@ -95,10 +95,10 @@ def test_instruction_records_are_read(record, expected):
 
 
 @pytest.mark.parametrize("key", ["caption", "text"])
-def test_a_caption_answers_its_picture_and_the_prompt_if_there_is_one(key):
+def test_a_caption_answers_its_image_and_the_prompt_if_there_is_one(key):
     record = {"image": "a.png", key: "A red dog."}
     assert said(parse(record)) == [("user", IMAGE), ("assistant", "A red dog.")]
-    assert said(parse(record, "exact")) == said(parse(record))  # the format places the picture
+    assert said(parse(record, "exact")) == said(parse(record))  # the format places the image
     assert said(parse(record, prompt="Describe it.")) == [
         ("user", IMAGE, "\nDescribe it."),
         ("assistant", "A red dog."),
@@ -128,8 +128,8 @@ def test_the_format_decides_where_a_record_could_be_read_in_two_ways():
         ({}, "unknown_format"),
         ({"__comment__": "made by a script"}, "comment"),
         ({"a": 1, "b": 2}, "unknown_format"),
-        ({"caption": "no picture"}, "image_count"),
-        ({"image": ["a", "b"], "caption": "two pictures"}, "image_count"),
+        ({"caption": "no image"}, "image_count"),
+        ({"image": ["a", "b"], "caption": "two images"}, "image_count"),
         ({"conversations": "Hi"}, "bad_turns"),
         ({"conversations": ["Hi"]}, "bad_turns"),
         ({"conversations": [], "messages": []}, "mixed_keys"),
@@ -215,19 +215,19 @@ def test_turns_that_could_be_meant_otherwise_are_skipped(record, rule):
     assert rule_of(record) == rule
 
 
-# Row 35: as many marks as pictures
+# Row 35: as many marks as images
 
 
 @pytest.mark.parametrize("placement", ["auto", "exact"])
 @pytest.mark.parametrize(
     ("record", "rule"),
     [
-        (llava("<image>\nWhat?", "A."), "image_count"),  # the picture was forgotten
+        (llava("<image>\nWhat?", "A."), "image_count"),  # the image was forgotten
         (llava("<image>\nWhat?", "A.", image=None), "image_count"),
         (llava("<image>\nWhat?", "A.", image=[]), "image_count"),
         (llava("<image><image>\nWhat?", "A.", image="a"), "image_count"),
         (llava("<image>\nWhat?", "A.", images=["a", "b"]), "image_count"),
-        (llava("What?", "A.", images=["a", "b"]), "image_count"),  # two pictures, no mark: which first?
+        (llava("What?", "A.", images=["a", "b"]), "image_count"),  # two images, no mark: which first?
         (llava("What?", "An <image>.", image="a"), "image_in_answer"),
         (llava("<image>\nWhat?", "An <image>.", image="a"), "image_in_answer"),
         ({"system": "<image>", **llava("What?", "A.", image="a")}, "image_in_answer"),
@@ -239,11 +239,11 @@ def test_turns_that_could_be_meant_otherwise_are_skipped(record, rule):
                                                     {"type": "text", "text": "<image>"}]}]}, "image_count"),
     ],
 )  # fmt: skip
-def test_marks_and_pictures_must_be_equally_many(record, rule, placement):
+def test_marks_and_images_must_be_equally_many(record, rule, placement):
     assert rule_of(record, placement) == rule
 
 
-def test_one_picture_without_a_mark_comes_first_if_the_config_allows():
+def test_one_image_without_a_mark_comes_first_if_the_config_allows():
     record = llava("What?", "A.", "Sure?", "Yes.", image="a.png", system="Be brief.")
     assert said(parse(record)) == [
         ("system", "Be brief."),
@@ -255,7 +255,7 @@ def test_one_picture_without_a_mark_comes_first_if_the_config_allows():
     assert rule_of(record, "exact") == "image_count"
 
 
-def test_a_picture_is_not_placed_twice():
+def test_a_image_is_not_placed_twice():
     record = llava("Hi", "Yes?", "<image>\nWhat?", "A.", image="a.png")
     assert [turn.num_images for turn in parse(record).turns] == [0, 0, 1, 0]
 
@@ -273,7 +273,7 @@ def test_control_words_stay_text_in_every_role(text):
     assert said(conversation) == [("system", text), ("user", IMAGE, text), ("assistant", text)]
 
 
-def test_without_pictures_a_mark_in_an_answer_is_text():
+def test_without_images_a_mark_in_an_answer_is_text():
     assert said(parse(llava("How is SVG's tag called?", "<image>"))) == [
         ("user", "How is SVG's tag called?"),
         ("assistant", "<image>"),
@@ -347,17 +347,17 @@ def test_what_is_null_or_empty_counts_as_absent(record):
 
 
 @pytest.mark.parametrize("empty", ["", [], [""], None, " "])
-def test_an_empty_picture_field_is_no_picture(empty):
+def test_an_empty_image_field_is_no_image(empty):
     assert parse(llava("Hi", "Yes?", image=empty)).images == ()
     assert parse(llava("<image>\nHi", "Yes?", image="a.png", images=empty)).images == ("a.png",)
 
 
-def test_file_name_beside_image_names_no_second_picture():
+def test_file_name_beside_image_names_no_second_image():
     assert parse({"file_name": "b.png", "image": "a.png", "text": "Red."}).images == ("a.png",)
     assert parse({"file_name": "b.png", "text": "Red."}).images == ("b.png",)
 
 
-def test_parts_with_an_index_show_that_picture():
+def test_parts_with_an_index_show_that_image():
     parts = [{"type": "image", "index": 1}, {"type": "text", "text": "then"}, {"type": "image", "index": 0}]
     record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A."}]}
     assert parse(record | {"images": ["a.png", "b.png"]}).images == ("b.png", "a.png")
@@ -365,7 +365,7 @@ def test_parts_with_an_index_show_that_picture():
         assert rule_of(record | {"images": images}) == "bad_image_field"
 
 
-def test_a_turn_may_name_its_own_pictures():
+def test_a_turn_may_name_its_own_images():
     messages = [
         {"role": "user", "content": "<image_placeholder>Which?", "images": ["a.png"]},
         {"role": "assistant", "content": "Red."},
@@ -389,7 +389,7 @@ def test_a_turn_may_name_its_own_pictures():
         (base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(60)).decode(), b"\x89PNG\r\n\x1a\n" + bytes(60)),
     ],
 )
-def test_pictures_come_as_objects_and_as_bare_base64(image, expected):
+def test_images_come_as_objects_and_as_bare_base64(image, expected):
     assert parse(llava("<image>\nWhat?", "A.", image=image)).images == (expected,)
     assert parse({"image": [image], "caption": "A."}).images == (expected,)
 
@@ -402,8 +402,8 @@ def test_columns_and_roles_map_other_names():
     assert said(conversation) == [("user", IMAGE, "\nWas?"), ("assistant", "Rot.")]
     assert parse({"image": "a.png", "caption": "c"}, columns={"caption": "alt"}).unread == ("no column alt",)
     assert rule_of({"image": "a.png", "caption": "c", "alt": "d"}, columns={"caption": "alt"}) == "mixed_keys"
-    with pytest.raises(ValueError, match="'picture' is not read; known: from, value"):
-        parse({}, columns={"picture": "x"})
+    with pytest.raises(ValueError, match="'image' is not read; known: from, value"):
+        parse({}, columns={"image": "x"})
 
 
 def test_a_format_takes_the_keys_of_its_kind():

@@ -1,4 +1,4 @@
-"""Sources of records: files, folders and the pictures that they name (row 29 of the faults)."""
+"""Sources of records: files, folders and the images that they name (row 29 of the faults)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def outcome(records, number: int) -> Conversation | str:
     return rule
 
 
-def test_a_source_gives_conversations_with_pictures_that_exist_and_says_where_the_others_stand(folder):
+def test_a_source_gives_conversations_with_images_that_exist_and_says_where_the_others_stand(folder):
     (folder / "images2").mkdir()
     (folder / "images2" / "a.png").write_bytes(b"x")
     names = ["a.png", "none.png", "../images2/a.png", "\0", "b.jpg"]
@@ -57,17 +57,17 @@ def test_a_source_gives_conversations_with_pictures_that_exist_and_says_where_th
         "mix.jsonl: line 1",
     )
     assert found[4].where == "mix.jsonl: line 5"
-    with pytest.raises(RecordError, match=r"^mix\.jsonl: line 2: picture 'none\.png' is no file below images/$"):
+    with pytest.raises(RecordError, match=r"^mix\.jsonl: line 2: image 'none\.png' is no file below images/$"):
         records.conversation(1)
 
 
-def test_pictures_default_to_the_folder_of_the_file(folder):
+def test_images_default_to_the_folder_of_the_file(folder):
     (folder / "images/x.json").write_text(json.dumps([{"image": "b.jpg", "caption": "B"}]))
     records = open_source(SourceConfig(path=str(folder / "images/x.json")), folder / "cache")
     assert records.conversation(0).images == (str((folder / "images/b.jpg").resolve()),)
 
 
-def test_pictures_inside_the_record_need_no_file(folder):
+def test_images_inside_the_record_need_no_file(folder):
     records = source(folder, "x.json", json.dumps([{"image": PIXEL, "caption": "B"}]))
     assert records.conversation(0).images == (b"\x89PNG...",)
 
@@ -90,7 +90,7 @@ def test_caption_pairs_are_read_from_lists_lines_and_tables(folder, suffix):
     assert [Path(found.images[0]).name for found in outcomes(records)] == ["a.png", "b.jpg"]
 
 
-def test_a_folder_of_pictures_is_read_with_the_texts_beside_them(folder):
+def test_a_folder_of_images_is_read_with_the_texts_beside_them(folder):
     images = folder / "images"
     (images / "sub").mkdir()
     for name in ("sub/c.PNG", "d.png", "e.png", "f.png"):
@@ -99,7 +99,7 @@ def test_a_folder_of_pictures_is_read_with_the_texts_beside_them(folder):
         (images / name).write_text(text, encoding="utf-8")
     (images / "e.txt").write_bytes(b"\xff\xfe\x00")
     (folder / "secret.txt").write_text("secret")
-    (images / "f.txt").symlink_to(folder / "secret.txt")  # a caption may lead out as little as a picture
+    (images / "f.txt").symlink_to(folder / "secret.txt")  # a caption may lead out as little as an image
     records = open_source(SourceConfig(path=str(images), prompt="What?"), folder / "cache")
     found = outcomes(records)
     assert [records.where(number) for number in range(6)] == [
@@ -119,7 +119,7 @@ def test_the_fingerprint_changes_with_the_file_and_with_each_caption_of_a_folder
     for edit in ("A dog.", "A cat!!"):
         (folder / "images/a.txt").write_text(edit)
         seen.append(open_source(config, folder).fingerprint)
-    os.utime(folder / "images/b.jpg", ns=(1, 1))  # row 31: a picture that was touched
+    os.utime(folder / "images/b.jpg", ns=(1, 1))  # row 31: an image that was touched
     seen.append(open_source(config, folder).fingerprint)
     assert len(set(seen)) == 4
     assert open_source(config, folder).fingerprint == seen[-1]
@@ -138,7 +138,7 @@ def test_a_source_goes_to_a_worker_and_reads_there(folder):
         ("head.csv", None, "holds no records"),
         ("blank.jsonl", None, "holds no records"),
         ("good.json", "nowhere", "images folder"),
-        ("nothing", None, "holds no pictures"),
+        ("nothing", None, "holds no images"),
     ],
 )
 def test_a_source_that_holds_nothing_stops_the_run(folder, path, images, said):

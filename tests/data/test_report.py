@@ -29,16 +29,16 @@ def example(config, chat, number):
     return build_reader(config, config.sources, chat).read(number)
 
 
-def test_check_decodes_every_picture_and_lists_each_bad_record_once(records, made, spec, tmp_path, capsys):
+def test_check_decodes_every_image_and_lists_each_bad_record_once(records, made, spec, tmp_path, capsys):
     path = records(12)
-    (tmp_path / "4.png").write_bytes(b"no picture")
+    (tmp_path / "4.png").write_bytes(b"no image")
     (tmp_path / "7.png").unlink()
     config, chat = made(path, max_skipped_share=0.2)
     by_rule = check_records(config, chat, spec, out=tmp_path / "lists/bad.jsonl")
     assert by_rule == Counter(image_unreadable=1, image_missing=1)
     out = capsys.readouterr().out
     assert "records.jsonl: line 5: [image_unreadable]" in out
-    assert "12 records, 6 pictures, skipped: image_unreadable 1, image_missing 1" in out
+    assert "12 records, 6 images, skipped: image_unreadable 1, image_missing 1" in out
     listed = [json.loads(line) for line in (tmp_path / "lists/bad.jsonl").read_text().splitlines()]
     assert [(line["rule"], line["where"]) for line in listed] == [
         ("image_unreadable", "records.jsonl: line 5"),
@@ -48,7 +48,7 @@ def test_check_decodes_every_picture_and_lists_each_bad_record_once(records, mad
 
 def test_check_of_sound_data_finds_nothing(records, made, spec, capsys):
     assert check_records(*made(records(12)), spec) == Counter()
-    assert "12 records, 8 pictures, skipped: none" in capsys.readouterr().out
+    assert "12 records, 8 images, skipped: none" in capsys.readouterr().out
 
 
 def test_check_goes_through_the_eval_sources_as_well(records, made, spec, capsys):
@@ -60,8 +60,8 @@ def test_check_goes_through_the_eval_sources_as_well(records, made, spec, capsys
 
 def test_check_prints_a_few_and_ends_with_an_error_when_the_share_is_too_large(records, made, spec, tmp_path, capsys):
     config, chat = made(records(12), max_skipped_share=0.5)
-    for picture in tmp_path.glob("*.png"):
-        picture.unlink()
+    for image in tmp_path.glob("*.png"):
+        image.unlink()
     with pytest.raises(DataError, match=r"8 of 12 records skipped \(image_missing 8\).*line 2.*line 3.*line 5"):
         check_records(config, chat, spec, limit=2)
     out = capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_check_prints_a_few_and_ends_with_an_error_when_the_share_is_too_large(r
 def test_checking_processes_find_the_same(records, made, spec, tmp_path, monkeypatch):
     monkeypatch.setattr("vlm.data.report.CHUNK", 3)
     path = records(12)
-    (tmp_path / "4.png").write_bytes(b"no picture")
+    (tmp_path / "4.png").write_bytes(b"no image")
     lists = []
     for workers in (0, 2):
         config, chat = made(path, workers=workers, max_skipped_share=1)
@@ -83,7 +83,7 @@ def test_checking_processes_find_the_same(records, made, spec, tmp_path, monkeyp
     assert "image_unreadable" in lists[0]
 
 
-def test_what_is_learned_is_green_and_pictures_are_counted_not_spelled(records, made):
+def test_what_is_learned_is_green_and_images_are_counted_not_spelled(records, made):
     text = coloured(example(*made(records(3)), 1), made(records(3))[1])
     assert text.plain == (
         "<|im_start|>user\n[image x 3]\nQuestion 1?<|im_end|>\n<|im_start|>assistant\nAnswer 1.<|im_end|>\n"
@@ -92,7 +92,7 @@ def test_what_is_learned_is_green_and_pictures_are_counted_not_spelled(records, 
     assert green == ["Answer 1.<|im_end|>"]
 
 
-def test_pictures_side_by_side_are_two(bpe, spec, made, tmp_path):
+def test_images_side_by_side_are_two(bpe, spec, made, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     turns = [{"from": "human", "value": "<image><image>Same?"}, {"from": "gpt", "value": "Yes."}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"image": ["a.png", "a.png"], "conversations": turns}))
@@ -118,21 +118,21 @@ def test_preview_shows_sources_in_turn_and_saves_what_the_encoder_sees(records, 
     places = [out.index(where) for where in ("records.jsonl: line 1", "a[1].jsonl: line 1", "records.jsonl: line 2")]
     assert places == sorted(places)
     sheet = np.asarray(Image.open(tmp_path / "new/sheet.png"))
-    assert sheet.shape == (28 + 14 + 8, 2 * (28 + 8), 3)  # two pictures of 28 pixels, each with a caption
-    assert sheet[4 + 14, 4 + 14].tolist() == [200, 0, 0]  # the picture's middle
+    assert sheet.shape == (28 + 14 + 8, 2 * (28 + 8), 3)  # two images of 28 pixels, each with a caption
+    assert sheet[4 + 14, 4 + 14].tolist() == [200, 0, 0]  # the image's middle
     assert sheet[4 + 2, 4 + 14].tolist() == [255, 255, 255]  # padded to a square with the background
 
 
-def test_preview_goes_on_after_a_picture_that_cannot_be_read(records, made, spec, tmp_path, capsys):
+def test_preview_goes_on_after_a_image_that_cannot_be_read(records, made, spec, tmp_path, capsys):
     path = records(6)
-    (tmp_path / "1.png").write_bytes(b"no picture")
+    (tmp_path / "1.png").write_bytes(b"no image")
     preview_records(*made(path), spec, number=3, out=tmp_path / "sheet.png")
     out = capsys.readouterr().out
     assert "left out of training: " in out
-    assert "1 pictures as the encoder sees them" in out
+    assert "1 images as the encoder sees them" in out
 
 
-def test_preview_without_pictures_writes_no_sheet(records, made, tmp_path):
+def test_preview_without_images_writes_no_sheet(records, made, tmp_path):
     preview_records(*made(records(3)), None, number=1, out=tmp_path / "sheet.png")
     assert not (tmp_path / "sheet.png").exists()
 
@@ -148,7 +148,7 @@ def test_stats_count_tokens_replies_and_the_fill_of_rows(records, made, capsys):
     out = capsys.readouterr().out
     lengths = [len(example(config, chat, number).input_ids) for number in range(12)]
     learned = [sum(label != IGNORE_INDEX for label in example(config, chat, number).labels) for number in range(12)]
-    assert "12 records, 12 usable, 8 pictures" in out
+    assert "12 records, 12 usable, 8 images" in out
     assert (
         f"tokens per record: mean {np.mean(lengths):.1f}, median {np.median(lengths):.0f}, longest {max(lengths)}"
         in out

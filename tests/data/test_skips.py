@@ -6,7 +6,7 @@ from vlm.batch import Skip
 from vlm.data.skips import SkipLog
 from vlm.errors import DataError
 
-BAD = Skip("image_missing", "a.json: record 7", "picture 'x.png' does not exist")
+BAD = Skip("image_missing", "a.json: record 7", "image 'x.png' does not exist")
 
 
 def test_skips_are_listed_and_counted_by_rule(tmp_path):

@@ -1,4 +1,4 @@
-"""Messages say what a file or picture is, and what to do."""
+"""Messages say what a file or image is, and what to do."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ RECORD = {"image": "a.png", "caption": "Red."}
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\0\0\0\x18ftypheic" + bytes(99), "is a HEIC picture"),
-        (b"\0\0\0\x18ftypmif1" + bytes(99), "is a HEIC picture"),
-        (b"\0\0\0\x18ftypavif" + bytes(99), "is an AVIF picture"),
+        (b"\0\0\0\x18ftypheic" + bytes(99), "is a HEIC image"),
+        (b"\0\0\0\x18ftypmif1" + bytes(99), "is a HEIC image"),
+        (b"\0\0\0\x18ftypavif" + bytes(99), "is an AVIF image"),
         (b"\0\0\0\x18ftypisom" + bytes(99), "is an MP4 video"),
         (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "is an SVG drawing"),
         (b"\n<!DOCTYPE html><html>404</html>", "is an HTML page"),
@@ -36,12 +36,12 @@ RECORD = {"image": "a.png", "caption": "Red."}
         (b"%PDF-1.7 ...", "is a PDF document"),
         (b"PK\x03\x04....", "is a ZIP archive"),
         (b"RIFF\0\0\0\0WAVEfmt ", "is a WAV sound"),
-        (b"\xff\x0a" + bytes(99), "is a JPEG XL picture"),
-        (bytes(128) + b"DICM" + bytes(99), "is a DICOM picture"),
+        (b"\xff\x0a" + bytes(99), "is a JPEG XL image"),
+        (bytes(128) + b"DICM" + bytes(99), "is a DICOM image"),
         (bytes(99), "is of no format that is read"),
     ],
 )
-def test_a_picture_that_is_none_is_called_what_it_is(tmp_path, content, said):
+def test_a_image_that_is_none_is_called_what_it_is(tmp_path, content, said):
     (tmp_path / "a.jpg").write_bytes(content)
     for source in (tmp_path / "a.jpg", content):
         with pytest.raises(RecordError) as caught:
@@ -65,7 +65,7 @@ def chunked(content: bytes, kind: bytes, body: bytes) -> bytes:
         (b"iCCP", b"ICC\0\0" + zlib.compress(b"x" * (2 << 20))),
     ],
 )
-def test_a_long_text_in_a_png_s_header_does_not_cost_the_picture(kind, body):
+def test_a_long_text_in_a_png_s_header_does_not_cost_the_image(kind, body):
     out = io.BytesIO()
     Image.new("RGB", (8, 4), (255, 0, 0)).save(out, "PNG")
     content = chunked(out.getvalue(), kind, body)

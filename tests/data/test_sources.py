@@ -20,7 +20,7 @@ from vlm.errors import DataError, RecordError
 CAPTION = {"image": "a.png", "caption": "Red."}
 
 
-def picture(path: Path) -> Path:
+def image(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (9, 9)).save(path)
     return path
@@ -43,8 +43,8 @@ def message(source, number: int = 0) -> str:
 
 def test_links_of_a_hugging_face_cache_lead_to_its_blobs(tmp_path):
     snapshot = tmp_path / "datasets--x--y/snapshots/rev"
-    blob = picture(tmp_path / "datasets--x--y/blobs/0123.png")
-    secret = picture(tmp_path / "secret.png")
+    blob = image(tmp_path / "datasets--x--y/blobs/0123.png")
+    secret = image(tmp_path / "secret.png")
     (snapshot / "images").mkdir(parents=True)
     (snapshot / "images/a.png").symlink_to("../../../blobs/0123.png")
     (snapshot / "images/b.png").symlink_to(secret)
@@ -52,13 +52,13 @@ def test_links_of_a_hugging_face_cache_lead_to_its_blobs(tmp_path):
     path = lines(snapshot / "data.jsonl", *(CAPTION | {"image": name} for name in names))
     source = open_source(SourceConfig(path=path, images=str(snapshot / "images")), tmp_path / "cache")
     assert source.conversation(0).images == (str(blob),)
-    assert message(source, 1).startswith("image_outside_root: picture 'b.png' is a link that leads out of images/, to ")
+    assert message(source, 1).startswith("image_outside_root: image 'b.png' is a link that leads out of images/, to ")
     assert "data.sources[].links" in message(source, 1)
-    assert message(source, 2).startswith("image_outside_root: picture '../../../blobs/0123.png' leads out of images/")
+    assert message(source, 2).startswith("image_outside_root: image '../../../blobs/0123.png' leads out of images/")
 
 
 def test_links_to_another_disk_are_allowed_by_name(tmp_path):
-    kept = picture(tmp_path / "disk/store/a.png")
+    kept = image(tmp_path / "disk/store/a.png")
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.png").symlink_to(kept)
     (tmp_path / "images/sub").symlink_to(tmp_path / "disk/store")
@@ -92,7 +92,7 @@ def test_links_to_another_disk_are_allowed_by_name(tmp_path):
     ],
 )
 def test_a_file_of_nearly_the_name_is_suggested(tmp_path, name, there, said):
-    picture(tmp_path / "images" / there)
+    image(tmp_path / "images" / there)
     path = lines(tmp_path / "data.jsonl", CAPTION | {"image": name})
     source = open_source(SourceConfig(path=path, images=str(tmp_path / "images")), tmp_path / "cache")
     assert said in message(source)
@@ -110,10 +110,10 @@ def refuse(text: str) -> None:
 
 
 def test_nothing_is_suggested_where_nothing_is_near(tmp_path):
-    picture(tmp_path / "images/other.png")
+    image(tmp_path / "images/other.png")
     path = lines(tmp_path / "data.jsonl", CAPTION)
     source = open_source(SourceConfig(path=path, images=str(tmp_path / "images")), tmp_path / "cache")
-    assert message(source) == "image_missing: picture 'a.png' is no file below images/"
+    assert message(source) == "image_missing: image 'a.png' is no file below images/"
 
 
 # Folders
@@ -122,15 +122,15 @@ def test_nothing_is_suggested_where_nothing_is_near(tmp_path):
 def test_litter_in_a_folder_is_left_out_and_counted(tmp_path, capsys):
     litter = ["._a.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png", "@eaDir/a.png", "b/.hid/c.png"]
     for name in ["a.png", *litter]:
-        picture(tmp_path / "out" / name)
+        image(tmp_path / "out" / name)
     (tmp_path / "out/a.txt").write_text("Red.")
     assert FolderIndex(tmp_path / "out").names == ["a.png"]
-    assert "out: 5 pictures in hidden files or folders are left out" in capsys.readouterr().err
+    assert "out: 5 images in hidden files or folders are left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "train/metadata.csv", "data.json"])
-def test_a_folder_with_records_beside_its_pictures_points_to_them(tmp_path, name):
-    picture(tmp_path / "hf/train/a.png")
+def test_a_folder_with_records_beside_its_images_points_to_them(tmp_path, name):
+    image(tmp_path / "hf/train/a.png")
     lines(tmp_path / "hf" / name, CAPTION)
     with pytest.raises(DataError, match=f"has a .txt beside it. It has {name}: name that file as the path"):
         FolderIndex(tmp_path / "hf")
@@ -151,7 +151,7 @@ INFO = {
 
 @pytest.fixture
 def info(tmp_path) -> Path:
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     dialog = [{"who": "Q", "said": "<image>\nWhat?"}, {"who": "A", "said": "Red."}]
     (tmp_path / "a.json").write_text(json.dumps([{"dialog": dialog, "pics": ["a.png"]}]))
     lines(tmp_path / "b.jsonl", {"ask": "Add.", "about": "1 2", "reply": "3"})
@@ -194,8 +194,8 @@ def test_dataset_beside_any_other_file_is_refused(info, tmp_path):
 
 @pytest.fixture
 def mixed(tmp_path, bpe, spec):
-    """(config, tokenizer): 40 good records in one/train.jsonl, 2 without their pictures in two/train.jsonl."""
-    picture(tmp_path / "one/a.png")
+    """(config, tokenizer): 40 good records in one/train.jsonl, 2 without their images in two/train.jsonl."""
+    image(tmp_path / "one/a.png")
     good = [{"id": n, "notes": "x", **llava("<image>\nWhat?", "Red.", image="a.png")} for n in range(40)]
     paths = [lines(tmp_path / "one/train.jsonl", *good), lines(tmp_path / "two/train.jsonl", CAPTION, CAPTION)]
     sources = [SourceConfig(path=path) for path in paths]
@@ -229,7 +229,7 @@ def test_preview_says_why_it_shows_nothing(mixed, spec, tmp_path, capsys):
     config = config.model_copy(update={"sources": config.sources[1:]})
     with pytest.raises(DataError, match=r"none of 2 records can be shown \(image_missing 2\)"):
         preview_records(config, chat, spec, number=3, out=tmp_path / "sheet.png")
-    assert "not shown: train.jsonl: line 1: [image_missing] picture 'a.png'" in capsys.readouterr().out
+    assert "not shown: train.jsonl: line 1: [image_missing] image 'a.png'" in capsys.readouterr().out
 
 
 def test_settings_that_the_plain_template_does_not_use_are_told(tmp_path, bpe, spec, capsys):
@@ -247,8 +247,8 @@ def test_settings_that_the_plain_template_does_not_use_are_told(tmp_path, bpe, s
     assert "a.jsonl is not used: data.eval_sources are read once" in told
     assert "data.held_out: its records are neither trained on nor evaluated" in told
     (line,) = scan_records(build_reader(config, config.sources, chat), None).warnings()
-    assert "questions (template plain writes the user's pictures only) (all its records" in line
-    assert "system prompts (template plain writes the user's pictures only) (50 % of its records" in line
+    assert "questions (template plain writes the user's images only) (all its records" in line
+    assert "system prompts (template plain writes the user's images only) (50 % of its records" in line
     assert "data.sources[].prompt (all its records" in line
 
 

@@ -108,10 +108,10 @@ def test_without_packing_each_row_holds_one_record(records, bpe, spec):
     assert step[0].input_ids.shape[1] < 96
 
 
-def test_a_picture_that_breaks_during_training_costs_its_record_alone(records, bpe, spec):
+def test_a_image_that_breaks_during_training_costs_its_record_alone(records, bpe, spec):
     path = records(9)
     data = build(path, bpe, spec)
-    (path.parent / "4.png").write_bytes(b"no picture")
+    (path.parent / "4.png").write_bytes(b"no image")
     (path.parent / "7.png").unlink()
     batches = [b for step in itertools.islice(data.train.iterate(0), data.train.steps_in(1)) for b in step]
     skips = {(skip.rule, skip.where) for batch in batches for skip in batch.skipped}

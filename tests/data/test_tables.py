@@ -43,7 +43,7 @@ def test_rows_that_a_stray_quote_joins_are_reported_with_their_number(tmp_path):
     first, last = read(tmp_path, "a.csv", STRAY.format(","))
     assert first.startswith("bad_csv: a cell in quotes takes 4 lines, each of which could be a row")
     assert last == ["a.png", "last"]
-    text = 'q,a\nWhat?,"5\nWhere?,there\nWhen?,6"\n'  # without pictures
+    text = 'q,a\nWhat?,"5\nWhere?,there\nWhen?,6"\n'  # without images
     assert read(tmp_path, "b.csv", text)[0].startswith("bad_csv: a cell in quotes takes 3 lines")
     text = 'image,caption\n"a.png,tall\nb.png,5"\nc.png,x\n'
     assert "joins 2 lines" in read(tmp_path, "c.csv", text)[0]

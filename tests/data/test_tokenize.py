@@ -142,7 +142,7 @@ def test_a_conversation_without_a_reply_is_skipped_by_rule():
         assert caught.value.rule == "no_supervised_tokens"
 
 
-def test_a_picture_without_an_encoder_is_skipped_by_rule():
+def test_a_image_without_an_encoder_is_skipped_by_rule():
     text_only = ConversationTokenizer(BPE, TEMPLATES["chatml"])
     with pytest.raises(RecordError) as caught:
         text_only(talk((IMAGE, "Hi"), "Yes.", images=("a.png",)))
@@ -164,7 +164,7 @@ def test_an_over_long_record_is_dropped_or_cut_at_a_turn_as_the_config_says():
 
 
 @pytest.mark.parametrize("max_length", range(20, 90, 3))
-def test_a_cut_never_splits_a_picture(max_length):
+def test_a_cut_never_splits_a_image(max_length):
     try:
         example = tokenizer().fit(LONG, max_length, 9, "cut")
     except RecordError as error:
@@ -198,7 +198,7 @@ def test_a_cut_keeps_as_many_whole_turns_as_any_cut_could(turns, max_length, max
     assert found.input_ids.count(IMAGE_ID) == 3 * len(found.images)
 
 
-def test_too_many_pictures_is_a_rule_of_its_own():
+def test_too_many_images_is_a_rule_of_its_own():
     with pytest.raises(RecordError) as caught:
         tokenizer().fit(LONG, 1000, 1, "drop")
     assert caught.value.rule == "too_many_images"

@@ -17,7 +17,7 @@ MP4 = base64.b64encode(b"\0\0\0\x18ftypmp42" + bytes(range(90))).decode()
     "extra",
     [
         {"image_path": "a.png"}, {"img": "a.png"}, {"image_file": "a"}, {"image_url": "a.png"}, {"Image": "a.png"},
-        {"picture": "a.png"}, {"photo": ["a", "b"]}, {"imagePath": "x/a"}, {"pixel_values": [[0.1, 0.2]]},
+        {"image": "a.png"}, {"photo": ["a", "b"]}, {"imagePath": "x/a"}, {"pixel_values": [[0.1, 0.2]]},
         {"video": "v/5.mp4"}, {"videos": ["1.mp4"]}, {"audios": ["1.mp3"]}, {"frames": ["1.jpg", "2.jpg"]},
         {"x": "some/where.JPEG"}, {"x": "a.webm?start=3"}, {"x": ["note", "b.wav"]}, {"x": {"y": {"z": "c.tiff"}}},
         {"x": "https://example.org/page"}, {"x": "s3://bucket/key"}, {"source_url": "https://example.org/a.jpg"},
@@ -47,7 +47,7 @@ def test_bookkeeping_is_not_worth_a_word(extra):
     assert parse(llava("Which colour?", "Red.") | extra).unread == ()
 
 
-def test_names_of_the_record_s_own_picture_are_no_other_picture():
+def test_names_of_the_record_s_own_image_are_no_other_image():
     more = {
         "image_id": 17,
         "id": "17.jpg",
@@ -60,13 +60,13 @@ def test_names_of_the_record_s_own_picture_are_no_other_picture():
 
 
 @pytest.mark.parametrize("extra", [{"image_id": "17"}, {"img": "a.png"}, {"video": "a.mp4"}, {"photo": {"path": "a"}}])
-def test_a_caption_without_its_picture_says_where_one_is(extra):
+def test_a_caption_without_its_image_says_where_one_is(extra):
     with pytest.raises(RecordError, match=r"columns: \{image: ") as caught:
         parse({"caption": "A dog."} | extra)
     assert caught.value.rule == "unread_medium"
 
 
-def test_a_second_picture_beside_one_that_is_read_is_reported():
+def test_a_second_image_beside_one_that_is_read_is_reported():
     for more in ({"image_url": "b.png"}, {"image_url": ["b.png"]}, {"index": {"path": "b.png"}}, {"url": "b.png"}):
         part = {"type": "image", "image": "a.png", **more}
         assert rule_of({"messages": [{"role": "user", "content": [part]}]}) == "unread_medium"

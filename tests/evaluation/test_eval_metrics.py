@@ -40,7 +40,7 @@ def test_nothing_to_count_is_not_a_number():
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 101])
-def test_a_derangement_moves_every_picture_and_uses_each_once(count: int):
+def test_a_derangement_moves_every_image_and_uses_each_once(count: int):
     items = [f"{i}.png" for i in range(count)]
     other = derangement(items, seed=3)
     assert all(other[item] != item for item in items)
@@ -68,6 +68,6 @@ def test_one_who_is_alone_in_its_group_joins_another():
     assert all(other[item] != item for item in "abcf")
 
 
-def test_a_single_picture_cannot_be_exchanged():
+def test_a_single_image_cannot_be_exchanged():
     with pytest.raises(ValueError, match="nothing to exchange"):
         derangement(["a.png", "a.png"], 0)

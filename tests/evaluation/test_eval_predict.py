@@ -1,4 +1,4 @@
-"""Log-likelihoods of a tiny model: against one forward per candidate, and end to end where the picture decides."""
+"""Log-likelihoods of a tiny model: against one forward per candidate, and end to end where the image decides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_export import model_config, write_picture, write_run
+from tiny_export import model_config, write_image, write_run
 from toy_decoders import toy_decoder
 
 from vlm.artifacts.evidence import figures_table
@@ -20,7 +20,7 @@ from vlm.data.images import load_image, to_pixels
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation import predict
 from vlm.evaluation.config import EvaluationConfig, TaskConfig
-from vlm.evaluation.predict import PictureFeatures, _merge, _Scorer, score_candidates
+from vlm.evaluation.predict import FeatureCache, _merge, _Scorer, score_candidates
 from vlm.evaluation.report import evaluate_run, run_tasks
 from vlm.evaluation.tasks import Question, read_task
 from vlm.export.run import export_run
@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(root / "run", model_config(root))
     export_run(root / "run")
     for number in range(6):
-        write_picture(root / f"{number}.png", seed=number)
+        write_image(root / f"{number}.png", seed=number)
     return root
 
 
@@ -90,7 +90,7 @@ def test_sharing_the_prompt_gives_the_log_likelihoods_of_one_forward_per_candida
 ):
     """max_tokens 90 splits the candidates of a record among rows; 1 puts each in a row of its own."""
     questions = read(root, "choice", choice_records(), loaded)
-    found = score_candidates(loaded, questions, PictureFeatures(loaded), max_tokens=max_tokens)
+    found = score_candidates(loaded, questions, FeatureCache(loaded), max_tokens=max_tokens)
     expected = [one_forward_per_candidate(loaded, question) for question in questions]
     # worst difference seen: 7.6e-6, of sums from -47 to -16
     assert torch.tensor(found).sub(torch.tensor(expected)).abs().max().item() < 1e-4
@@ -132,7 +132,7 @@ def test_candidates_share_a_prompt_only_where_this_model_gives_each_what_it_gets
     changes, shares = SHARES[kind]
     loaded, question = toy(kind, **changes), toy_question(prompt=20, replies=4)
     shorter = toy_question(prompt=9, replies=3)
-    found = score_candidates(loaded, [question, shorter], PictureFeatures(loaded))
+    found = score_candidates(loaded, [question, shorter], FeatureCache(loaded))
     for each, scores in ((question, found[0]), (shorter, found[1])):
         for reply, score in zip(each.replies, scores, strict=True):
             ids = torch.tensor([each.prompt_ids + reply[:-1]])  # the last token predicts nothing
@@ -140,15 +140,15 @@ def test_candidates_share_a_prompt_only_where_this_model_gives_each_what_it_gets
             logs = logits.double().log_softmax(-1)[len(each.prompt_ids) - 1 :]
             own = sum(logs[place, token].item() for place, token in enumerate(reply))
             assert score == pytest.approx(own, abs=1e-3)  # worst seen: 3.1e-6
-    rows = _Scorer(loaded, _merge([question, shorter])[0], PictureFeatures(loaded)).choose_rows(1024)
+    rows = _Scorer(loaded, _merge([question, shorter])[0], FeatureCache(loaded)).choose_rows(1024)
     assert len(rows) == (2 if shares else 7)
 
 
 def test_a_window_that_no_row_reaches_forbids_nothing(capsys: pytest.CaptureFixture[str]):
     loaded, question = toy("mistral", sliding_window=64), toy_question(prompt=20, replies=4)
-    score_candidates(loaded, [question], PictureFeatures(loaded))
+    score_candidates(loaded, [question], FeatureCache(loaded))
     assert "one by one" not in "".join(capsys.readouterr())
-    score_candidates(loaded, [toy_question(prompt=70, replies=4)], PictureFeatures(loaded))
+    score_candidates(loaded, [toy_question(prompt=70, replies=4)], FeatureCache(loaded))
     assert "one by one" in "".join(capsys.readouterr())
 
 
@@ -158,8 +158,8 @@ def test_candidates_do_not_see_each_other(root: Path, loaded: LoadedModel):
         one.prompt_ids, [one.replies[0], one.replies[3]], [one.reply_labels[0], one.reply_labels[3]], 0, "red",
         one.images, "",
     )  # fmt: skip
-    pictures = PictureFeatures(loaded)
-    full, few = score_candidates(loaded, [one], pictures)[0], score_candidates(loaded, [changed], pictures)[0]
+    cache = FeatureCache(loaded)
+    full, few = score_candidates(loaded, [one], cache)[0], score_candidates(loaded, [changed], cache)[0]
     assert few == pytest.approx([full[0], full[3]], abs=2e-4)
 
 
@@ -171,7 +171,7 @@ def test_the_end_of_the_reply_counts(loaded: LoadedModel, root: Path):
     )
 
 
-def test_pictures_are_encoded_once_for_all_that_ask(root: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch):
+def test_images_are_encoded_once_for_all_that_ask(root: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch):
     encoded: list[int] = []
     encode = type(loaded.model).encode_images
 
@@ -191,8 +191,8 @@ def test_pictures_are_encoded_once_for_all_that_ask(root: Path, loaded: LoadedMo
 
 def test_features_beyond_the_memory_limit_are_computed_again(root: Path, loaded: LoadedModel):
     questions = read(root, "choice", choice_records(), loaded)
-    small = score_candidates(loaded, questions, PictureFeatures(loaded, max_bytes=1, batch_size=2))
-    kept = score_candidates(loaded, questions, PictureFeatures(loaded))
+    small = score_candidates(loaded, questions, FeatureCache(loaded, max_bytes=1, batch_size=2))
+    kept = score_candidates(loaded, questions, FeatureCache(loaded))
     assert torch.allclose(torch.tensor(small), torch.tensor(kept), atol=1e-4)
 
 
@@ -254,15 +254,15 @@ def test_the_loss_task_is_the_mean_cross_entropy_of_the_supervised_tokens(root: 
     assert row.shuffled.value != pytest.approx(row.own.value, abs=1e-4)
 
 
-def test_own_pictures_score_one_and_shuffled_ones_less_where_the_answer_depends_on_the_picture(
+def test_own_images_score_one_and_shuffled_ones_less_where_the_answer_depends_on_the_image(
     root: Path, loaded: LoadedModel
 ):
-    """Among pairs of letters one is found of which the random model likes each for half of the pictures. What it likes
-    is then made the truth, so that only the pictures tell."""
-    pictures = PictureFeatures(loaded)
+    """Among pairs of letters one is found of which the random model likes each for half of the images. What it likes
+    is then made the truth, so that only the images tell."""
+    cache = FeatureCache(loaded)
     for pair in itertools.combinations("abcdefghijklmnop", 2):
         records = [{"image": f"{n}.png", "prompt": "Which?", "choices": pair, "answer": pair[0]} for n in range(6)]
-        scores = score_candidates(loaded, read(root, "choice", records, loaded), pictures)
+        scores = score_candidates(loaded, read(root, "choice", records, loaded), cache)
         truth = [pair[0] if first > second else pair[1] for first, second in scores]
         if truth.count(pair[0]) == 3:
             break
@@ -306,7 +306,7 @@ def test_evaluate_prints_a_table_and_writes_what_it_printed(root: Path, capsys: 
     assert len(json.loads((root / "elsewhere.json").read_text())["results"]) == 1
 
 
-def test_a_loss_task_is_scored_on_blank_pictures_too(root: Path, loaded: LoadedModel):
+def test_a_loss_task_is_scored_on_blank_images_too(root: Path, loaded: LoadedModel):
     records = [{"image": f"{n}.png", "conversations": [
         {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": COLORS[n]}
     ]} for n in range(3)]  # fmt: skip
@@ -358,7 +358,7 @@ def test_more_candidates_than_answers_is_an_error_with_both_numbers(root: Path, 
 def test_bfloat16_ranks_as_float32_does_here(root: Path, loaded: LoadedModel):
     half = load(root / "run" / "export", device="cpu", precision="bf16")
     questions = read(root, "choice", choice_records(), loaded)
-    found = torch.tensor(score_candidates(half, questions, PictureFeatures(half)))
-    expected = torch.tensor(score_candidates(loaded, questions, PictureFeatures(loaded)))
+    found = torch.tensor(score_candidates(half, questions, FeatureCache(half)))
+    expected = torch.tensor(score_candidates(loaded, questions, FeatureCache(loaded)))
     # worst difference seen: 0.21, of sums from -47 to -16
     assert (found - expected).abs().max().item() < 1.0

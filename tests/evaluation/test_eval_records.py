@@ -1,4 +1,4 @@
-"""Records of tasks are read as training reads them: pictures in every form, marks as their places, or an error."""
+"""Records of tasks are read as training reads them: images in every form, marks as their places, or an error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_export import write_picture
+from tiny_export import write_image
 from tokenizers_for_tests import byte_level_bpe
 
 from vlm.data.config import SourceConfig
@@ -37,9 +37,9 @@ def asked(found: Question) -> str:
 
 
 @pytest.fixture(autouse=True)
-def pictures(tmp_path):
-    write_picture(tmp_path / "a.png")
-    write_picture(tmp_path / "b.png", seed=1)
+def images(tmp_path):
+    write_image(tmp_path / "a.png")
+    write_image(tmp_path / "b.png", seed=1)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_question_is_what_training_makes_of_it(tmp_path, record, text):
     assert asked(question(tmp_path, **record)) == text
 
 
-def test_pictures_come_in_every_form_that_training_reads(tmp_path):
+def test_images_come_in_every_form_that_training_reads(tmp_path):
     content = (tmp_path / "a.png").read_bytes()
     encoded = base64.b64encode(content).decode()
     for image in (f"data:image/png;base64,{encoded}", encoded, {"bytes": encoded, "path": None}):
@@ -96,7 +96,7 @@ def test_the_ids_are_those_of_the_same_record_in_training(tmp_path):
     assert trained.input_ids[len(found.prompt_ids) :][: len(found.replies[0])] == found.replies[0]
 
 
-def test_a_question_that_the_template_leaves_out_and_no_picture_is_refused(tmp_path):
+def test_a_question_that_the_template_leaves_out_and_no_image_is_refused(tmp_path):
     plain = ConversationTokenizer(TOKENIZER, TEMPLATES["plain"], image_token_id=IMAGE_TOKEN_ID, tokens_per_image=1)
     assert question(tmp_path, plain, image="a.png").prompt_ids == [IMAGE_TOKEN_ID]
     with pytest.raises(RecordError, match="line 1: nothing stands before the reply: template plain leaves"):

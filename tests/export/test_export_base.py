@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_export import model_config, write_picture, write_run
+from tiny_export import model_config, write_image, write_run
 
 import vlm
 from vlm.artifacts.adapter import read_adapter
@@ -34,11 +34,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_base_models_are_found_above_the_export(root):
-    picture = write_picture(root / "a.png")
+    image = write_image(root / "a.png")
     export = root / "cache/runs/x/export"
     model = vlm.load(export, precision="fp32")
     assert model.config.llm.path == str(root / "cache/llm")
-    assert isinstance(model.chat("What is this?", [picture], max_new_tokens=2), str)
+    assert isinstance(model.chat("What is this?", [image], max_new_tokens=2), str)
     assert vlm.load("../training/cache/runs/x/export", precision="fp32").config == model.config
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from launched import launch
 from safetensors import safe_open
-from tiny_export import model_config, write_picture
+from tiny_export import model_config, write_image
 
 from vlm.config import load_config, resolve_for_log
 from vlm.export.pth import export_pth
@@ -43,7 +43,7 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     records = []
     for number in range(6):
-        write_picture(folder / f"{number}.png", seed=number)
+        write_image(folder / f"{number}.png", seed=number)
         answer = "A red square. " * (1 + number % 3)
         turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": answer}]
         records.append({"image": f"{number}.png", "conversations": turns})

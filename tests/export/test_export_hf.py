@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_export import model_config, write_clip, write_llm, write_picture, write_run, write_siglip
+from tiny_export import model_config, write_clip, write_image, write_llm, write_run, write_siglip
 
 from vlm.data.conversation import IMAGE, Conversation, Turn
 from vlm.data.images import load_image, to_pixels
@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "padded with the mean": {"vision": {"background": MEAN}},
     "cropped": {"vision": {"resize": "crop"}},
     "squashed": {"vision": {"resize": "squash"}},
-    "other picture size": {"vision": {"image_size": 42}},
+    "other image size": {"vision": {"image_size": 42}},
     "siglip": {"vision": {"path": "siglip", "layer": -1, "background": (10, 200, 30)}},
     "head of its own": {"llm": {"path": "untied"}},
     "no adapter": {"trainable": ["projector"], "lora": None},
@@ -49,7 +49,7 @@ def build_case(tmp_path: Path, changes: dict[str, Any]) -> tuple[Path, Assembled
     return tmp_path / "run", built
 
 
-def ours(built: Assembled, picture: Path, question: str) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+def ours(built: Assembled, image: Path, question: str) -> tuple[list[int], torch.Tensor, torch.Tensor]:
     """Ids, pixels and logits of the model that was trained."""
     assert built.image_spec is not None
     tokens = ConversationTokenizer(
@@ -58,14 +58,14 @@ def ours(built: Assembled, picture: Path, question: str) -> tuple[list[int], tor
         image_token_id=built.image_token_id,
         tokens_per_image=built.image_spec.num_tokens,
     )
-    ids = tokens.prompt(Conversation((Turn("user", (IMAGE, f"\n{question}")),), (str(picture),)))
-    pixels = to_pixels(load_image(str(picture)), built.image_spec).unsqueeze(0)
+    ids = tokens.prompt(Conversation((Turn("user", (IMAGE, f"\n{question}")),), (str(image),)))
+    pixels = to_pixels(load_image(str(image)), built.image_spec).unsqueeze(0)
     with torch.no_grad():
         hidden = built.model(torch.tensor([ids]), torch.arange(len(ids)).unsqueeze(0), pixels)
         return ids, pixels, built.model.logits(hidden)[0]
 
 
-def stock(export: Path, picture: Path, question: str, **backend: str) -> tuple[Any, torch.Tensor]:
+def stock(export: Path, image: Path, question: str, **backend: str) -> tuple[Any, torch.Tensor]:
     """What transformers makes of the folder: processor output and logits."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -74,19 +74,19 @@ def stock(export: Path, picture: Path, question: str, **backend: str) -> tuple[A
     assert type(model).__name__ == "LlavaForConditionalGeneration"
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"\n{question}"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    image = Image.open(picture).convert("RGB")
-    inputs = processor(images=image, text=text, add_special_tokens=False, return_tensors="pt")
+    opened = Image.open(image).convert("RGB")
+    inputs = processor(images=opened, text=text, add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
         return inputs, model(**inputs).logits[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_stock_transformers_computes_the_same_logits_from_the_same_picture(case: str, tmp_path: Path):
+def test_stock_transformers_computes_the_same_logits_from_the_same_image(case: str, tmp_path: Path):
     run, built = build_case(tmp_path, CASES[case])
-    picture = write_picture(tmp_path / "picture.png")
-    ids, pixels, expected = ours(built, picture, "What is this?")
-    inputs, logits = stock(export_run(run, full=True), picture, "What is this?")
+    image = write_image(tmp_path / "image.png")
+    ids, pixels, expected = ours(built, image, "What is this?")
+    inputs, logits = stock(export_run(run, full=True), image, "What is this?")
     assert inputs["input_ids"][0].tolist() == ids
     assert inputs["pixel_values"].shape == pixels.shape
     assert logits.abs().max() > 1  # not a comparison of zeros
@@ -96,9 +96,9 @@ def test_stock_transformers_computes_the_same_logits_from_the_same_picture(case:
 @pytest.mark.slow
 def test_the_processor_makes_the_same_pixels_with_pillow(tmp_path: Path):
     run, built = build_case(tmp_path, {"vision": {"background": MEAN}})  # transformers' own colour: nothing was folded
-    picture = write_picture(tmp_path / "picture.png", size=(61, 33))
-    _, pixels, _ = ours(built, picture, "?")
-    inputs, _ = stock(export_run(run, full=True), picture, "?")
+    image = write_image(tmp_path / "image.png", size=(61, 33))
+    _, pixels, _ = ours(built, image, "?")
+    inputs, _ = stock(export_run(run, full=True), image, "?")
     # worst difference seen: 0
     assert (inputs["pixel_values"] - pixels).abs().max().item() < 1e-6
 
@@ -107,20 +107,20 @@ def test_the_processor_makes_the_same_pixels_with_pillow(tmp_path: Path):
 def test_the_processor_is_one_grey_level_off_at_most_with_torchvision(tmp_path: Path):
     """transformers' default resizes with torchvision, which rounds a few pixels the other way."""
     run, built = build_case(tmp_path, {"vision": {"background": MEAN}})
-    picture = write_picture(tmp_path / "picture.png", size=(61, 33))
-    _, pixels, expected = ours(built, picture, "?")
-    inputs, logits = stock(export_run(run, full=True), picture, "?", backend="torchvision")
+    image = write_image(tmp_path / "image.png", size=(61, 33))
+    _, pixels, expected = ours(built, image, "?")
+    inputs, logits = stock(export_run(run, full=True), image, "?", backend="torchvision")
     level = 1 / 255 / min(built.image_spec.std)
     assert (inputs["pixel_values"] - pixels).abs().max().item() < 1.001 * level
     # worst difference seen: 7e-4
     assert (logits[:, : expected.shape[1]] - expected).abs().max().item() < 0.01
 
 
-def test_another_picture_gives_other_logits(tmp_path: Path):
+def test_another_image_gives_other_logits(tmp_path: Path):
     run, _ = build_case(tmp_path, {})
     export = export_run(run, full=True)
-    one = stock(export, write_picture(tmp_path / "1.png"), "What?")[1]
-    two = stock(export, write_picture(tmp_path / "2.png", seed=3), "What?")[1]
+    one = stock(export, write_image(tmp_path / "1.png"), "What?")[1]
+    two = stock(export, write_image(tmp_path / "2.png", seed=3), "What?")[1]
     assert (one - two).abs().max() > 1e-2
 
 
@@ -128,7 +128,7 @@ def test_another_picture_gives_other_logits(tmp_path: Path):
 def test_the_placeholder_is_never_the_likeliest_next_token(tmp_path: Path):
     """Its id lies beyond the embedding, so a row was added: the mean of the others, whose logit is the mean logit."""
     run, built = build_case(tmp_path, {})
-    _, logits = stock(export_run(run, full=True), write_picture(tmp_path / "picture.png"), "What?")
+    _, logits = stock(export_run(run, full=True), write_image(tmp_path / "image.png"), "What?")
     assert logits.shape[1] == built.image_token_id + 1
     others = logits[:, :-1]
     # worst difference seen: 3.7e-8
@@ -161,10 +161,10 @@ def test_generation_stops_where_the_template_ends_a_reply(tmp_path: Path):
 
 def test_we_read_the_folder_back_and_say_the_same(tmp_path: Path):
     run, _ = build_case(tmp_path, {"vision": {"image_size": 42}})
-    picture = write_picture(tmp_path / "picture.png")
+    image = write_image(tmp_path / "image.png")
     parts = load(export_run(run), device="cpu", precision="fp32")
     whole = load(export_run(run, full=True), device="cpu", precision="fp32")
-    replies = [model.chat("What is this?", [picture], max_new_tokens=12) for model in (parts, whole)]
+    replies = [model.chat("What is this?", [image], max_new_tokens=12) for model in (parts, whole)]
     assert replies[0] == replies[1] != ""
 
 
@@ -174,8 +174,8 @@ def test_the_whole_folder_needs_no_base_models(tmp_path: Path):
     export = export_run(run, full=True)
     for name in ("clip", "llm", "run/checkpoints"):
         (tmp_path / name).rename(tmp_path / f"{name}-moved")
-    picture = write_picture(tmp_path / "picture.png")
-    assert load(export, device="cpu", precision="fp32").chat("What?", [picture], max_new_tokens=4) != ""
+    image = write_image(tmp_path / "image.png")
+    assert load(export, device="cpu", precision="fp32").chat("What?", [image], max_new_tokens=4) != ""
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_export import model_config, write_picture, write_run
+from tiny_export import model_config, write_image, write_run
 
 from vlm.apps.session import ChatSession
 from vlm.artifacts.manifest import NAME, read_manifest
@@ -33,7 +33,7 @@ def export_counted(run: Path, orders: dict[str, int] | None, out: Path | None = 
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("order")
     write_run(root / "run", model_config(root))
-    write_picture(root / "cat.png")
+    write_image(root / "cat.png")
     export_counted(root / "run", {"first": 990, "mixed": 4})
     return root
 

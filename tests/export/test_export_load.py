@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_export import model_config, write_clip, write_llm, write_picture, write_run
+from tiny_export import model_config, write_clip, write_image, write_llm, write_run
 
 import vlm.inference.load as load_module
 from vlm.artifacts.initial import load_init
@@ -31,7 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("load")
     write_run(root / "run", model_config(root))
     export_run(root / "run")
-    write_picture(root / "cat.png")
+    write_image(root / "cat.png")
     return root
 
 
@@ -62,7 +62,7 @@ def test_the_example_in_the_documentation_works(root: Path, monkeypatch: pytest.
         assert result.attempted == 7
 
 
-def test_all_forms_of_a_question_with_a_picture_get_the_same_reply(loaded: LoadedModel, root: Path):
+def test_all_forms_of_a_question_with_a_image_get_the_same_reply(loaded: LoadedModel, root: Path):
     path = root / "cat.png"
     with Image.open(path) as image:
         in_memory = image.convert("RGB")
@@ -76,9 +76,9 @@ def test_all_forms_of_a_question_with_a_picture_get_the_same_reply(loaded: Loade
     assert len(set(forms)) == 1
 
 
-def test_the_reply_depends_on_the_picture(loaded: LoadedModel, root: Path):
+def test_the_reply_depends_on_the_image(loaded: LoadedModel, root: Path):
     replies = {
-        loaded.chat("What is this?", [write_picture(root / f"{seed}.png", seed=seed)], max_new_tokens=8)
+        loaded.chat("What is this?", [write_image(root / f"{seed}.png", seed=seed)], max_new_tokens=8)
         for seed in range(4)
     }
     assert len(replies) > 1
@@ -179,11 +179,11 @@ def test_an_error_in_the_generation_thread_reaches_the_caller(loaded: LoadedMode
         loaded.chat("Hello")
 
 
-def test_a_picture_for_a_plain_language_model_is_refused(root: Path, tmp_path: Path):
+def test_a_image_for_a_plain_language_model_is_refused(root: Path, tmp_path: Path):
     write_run(tmp_path / "run", model_config(root, vision=None, trainable=["llm.lora"]))
     plain = load(export_run(tmp_path / "run"), "cpu", "fp32")
     assert plain.image_spec is None
-    with pytest.raises(RecordError, match="picture"):
+    with pytest.raises(RecordError, match="image"):
         plain.chat("What?", [root / "cat.png"])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_export import model_config, write_llm, write_picture, write_run
+from tiny_export import model_config, write_image, write_llm, write_run
 from torch import Tensor
 
 from vlm.errors import CheckpointError, ConfigError, MissingPackageError
@@ -21,7 +21,7 @@ TEXT_ONLY = {"vision": None, "trainable": ["llm.lora"]}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("options")
-    write_picture(root / "cat.png")
+    write_image(root / "cat.png")
     write_run(root / "plain", model_config(root, trainable=["projector"], lora=None))
     write_run(root / "own", model_config(root))
     write_run(root / "style", model_config(root, **TEXT_ONLY, lora={"rank": 2, "alpha": 6}), seed=5)

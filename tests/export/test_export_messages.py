@@ -18,7 +18,7 @@ def png(color: str) -> bytes:
     return stream.getvalue()
 
 
-def test_one_picture_needs_no_list(tmp_path):
+def test_one_image_needs_no_list(tmp_path):
     from PIL import Image
 
     path = tmp_path / "cat.png"
@@ -32,17 +32,17 @@ def test_a_plain_question_is_one_user_turn():
     assert [(turn.role, turn.parts) for turn in conversation.turns] == [("user", ("Hello",))]
 
 
-def test_pictures_come_first_and_on_a_line_of_their_own_as_in_training_data():
+def test_images_come_first_and_on_a_line_of_their_own_as_in_training_data():
     conversation = to_conversation("Compare.", ["a.png", "b.png"])
     assert conversation.turns[0].parts == (IMAGE, IMAGE, "\nCompare.")
     assert conversation.images == ("a.png", "b.png")
 
 
-def test_a_picture_without_words_is_a_turn_of_the_picture_alone():
+def test_a_image_without_words_is_a_turn_of_the_image_alone():
     assert to_conversation("", ["a.png"]).turns[0].parts == (IMAGE,)
 
 
-def test_parts_place_pictures_and_the_images_argument_fills_the_open_ones():
+def test_parts_place_images_and_the_images_argument_fills_the_open_ones():
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]},
@@ -59,12 +59,12 @@ def test_parts_place_pictures_and_the_images_argument_fills_the_open_ones():
     assert conversation.images == ("a.png", "b.png")
 
 
-def test_pictures_that_no_part_asks_for_stand_before_the_placed_ones_of_the_first_question():
+def test_images_that_no_part_asks_for_stand_before_the_placed_ones_of_the_first_question():
     messages = [{"role": "user", "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "?"}]}]
     assert to_conversation(messages, ["a.png"]).images == ("a.png", "b.png")
 
 
-def test_a_picture_in_memory_and_a_data_url_keep_every_pixel():
+def test_a_image_in_memory_and_a_data_url_keep_every_pixel():
     url = "data:image/png;base64," + base64.b64encode(png("red")).decode()
     messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
     assert to_conversation(messages).images == (png("red"),)
@@ -101,7 +101,7 @@ def test_a_template_decides_which_orders_a_prompt_may_have():
     with pytest.raises(RecordError, match="template llama2 cannot write") as caught:
         to_conversation(greeting, (), TEMPLATES["llama2"])
     assert caught.value.rule == "turn_order"
-    with pytest.raises(RecordError, match="picture stands in a system or assistant turn"):
+    with pytest.raises(RecordError, match="image stands in a system or assistant turn"):
         to_conversation([{"role": "assistant", "content": [{"type": "image"}]}], [b""], TEMPLATES["chatml"])
 
 

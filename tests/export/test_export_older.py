@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_export import model_config, write_decoder, write_llm, write_picture, write_run
+from tiny_export import model_config, write_decoder, write_image, write_llm, write_run
 
 from vlm.artifacts import older
 from vlm.artifacts.older import finish_folder, older_rope
@@ -177,12 +177,12 @@ def test_the_processor_of_a_llava_export_adds_no_second_begin_token(tmp_path: Pa
     add_begin_token(tmp_path / "llm", "PreTrainedTokenizerFast")
     write_run(tmp_path / "run", model_config(tmp_path), template="vicuna")
     export = export_run(tmp_path / "run", full=True)
-    processor, picture = AutoProcessor.from_pretrained(export, backend="pil"), write_picture(tmp_path / "a.png")
-    content = [{"type": "image", "path": str(picture)}, {"type": "text", "text": "Is it?"}]
+    processor, image = AutoProcessor.from_pretrained(export, backend="pil"), write_image(tmp_path / "a.png")
+    content = [{"type": "image", "path": str(image)}, {"type": "text", "text": "Is it?"}]
     messages = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    image = Image.open(picture)
-    found = [processor(images=image, text=text, **settings) for settings in ({}, {"add_special_tokens": False})]
+    opened = Image.open(image)
+    found = [processor(images=opened, text=text, **settings) for settings in ({}, {"add_special_tokens": False})]
     found.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True))
     begin = processor.tokenizer.bos_token_id
     assert [each["input_ids"][0].count(begin) for each in found] == [1, 1, 1]

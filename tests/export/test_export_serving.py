@@ -17,7 +17,7 @@ from typing import Any
 import jinja2.nodes
 import pytest
 from safetensors import safe_open
-from tiny_export import model_config, write_picture, write_run, write_siglip, write_tokenizer
+from tiny_export import model_config, write_image, write_run, write_siglip, write_tokenizer
 
 from vlm.data.conversation import IMAGE, Conversation, Turn
 from vlm.data.template import TEMPLATES
@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "clip, qwen2": {"family": "qwen2"},
     "clip, qwen3, untied": {"family": "qwen3", "tied": False},
     "clip, class token kept": {"vision": {"layer": -1, "keep_class_token": True}},
-    "clip, other picture size": {"vision": {"image_size": 42}},
+    "clip, other image size": {"vision": {"image_size": 42}},
     "siglip, llama": {"tower": "siglip"},
     "siglip, qwen2": {"tower": "siglip", "family": "qwen2", "vision": {"layer": -1}},
 }
@@ -288,7 +288,7 @@ def test_the_tower_yields_what_was_trained_on(export: Export):
         assert config["vision_feature_select_strategy"] == "full"
 
 
-def test_all_count_the_same_tokens_a_picture(export: Export):
+def test_all_count_the_same_tokens_a_image(export: Export):
     """vLLM counts from the tower's settings, the processor from its own; 16 for 28 x 28 pixels in patches of 7."""
     config, vision, processor = export.config, export.config["vision_config"], export.processor
     is_clip = vision["model_type"] == "clip_vision_model"
@@ -324,14 +324,14 @@ def test_a_linear_projector_is_for_transformers_only(tmp_path: Path):
 # --- processor, template and where a reply ends
 
 
-def test_the_processor_makes_pictures_of_the_size_that_the_tower_takes(export: Export, tmp_path: Path):
+def test_the_processor_makes_images_of_the_size_that_the_tower_takes(export: Export, tmp_path: Path):
     from PIL import Image
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(export.folder)
     assert type(processor).__name__ == "LlavaProcessor"  # vLLM asks for this class by name
-    picture = Image.open(write_picture(tmp_path / "picture.png", size=(61, 33)))
-    made = processor(text="<image>\nWhat?", images=picture, return_tensors="pt")
+    image = Image.open(write_image(tmp_path / "image.png", size=(61, 33)))
+    made = processor(text="<image>\nWhat?", images=image, return_tensors="pt")
     size = export.config["vision_config"]["image_size"]
     assert tuple(made["pixel_values"].shape) == (1, 3, size, size)
     ids = made["input_ids"][0].tolist()
@@ -341,7 +341,7 @@ def test_the_processor_makes_pictures_of_the_size_that_the_tower_takes(export: E
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["alpaca", "chatml", "internlm2", "llama2"])  # llama3 needs tokens of its own
 def test_a_request_of_openais_client_becomes_the_tokens_of_training(name: str, tmp_path: Path):
-    """Both engines hand a picture on as `{"type": "image"}` and text as it came, without the line break between."""
+    """Both engines hand an image on as `{"type": "image"}` and text as it came, without the line break between."""
     from PIL import Image
     from transformers import AutoProcessor
 
@@ -350,12 +350,12 @@ def test_a_request_of_openais_client_becomes_the_tokens_of_training(name: str, t
     tokens = ConversationTokenizer(
         built.tokenizer, TEMPLATES[name], image_token_id=built.image_token_id, tokens_per_image=16
     )
-    picture = write_picture(tmp_path / "picture.png")
-    trained = tokens.prompt(Conversation((Turn("user", (IMAGE, "\nWhat is this?")),), (str(picture),)))
+    image = write_image(tmp_path / "image.png")
+    trained = tokens.prompt(Conversation((Turn("user", (IMAGE, "\nWhat is this?")),), (str(image),)))
     for text in ("What is this?", "\nWhat is this?"):
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-        found = processor(images=Image.open(picture), text=prompt, add_special_tokens=False)["input_ids"][0]
+        found = processor(images=Image.open(image), text=prompt, add_special_tokens=False)["input_ids"][0]
         assert list(found) == trained
 
 

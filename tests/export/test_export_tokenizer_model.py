@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor
-from tiny_export import model_config, write_llm, write_picture, write_run
+from tiny_export import model_config, write_image, write_llm, write_run
 from tokenizers_for_tests import sentencepiece_model
 
 import vlm
@@ -37,5 +37,5 @@ def test_the_export_has_a_tokenizer_json_with_sentencepieces_ids(tmp_path: Path,
     for text in ("What is this?", "  这是什么？", "emoji 😀 end"):
         assert stock.encode(text, add_special_tokens=False) == expected.encode(text)
     loaded = vlm.load(export, precision="fp32")
-    assert isinstance(loaded.chat("What is this?", [write_picture(tmp_path / "a.png")], max_new_tokens=3), str)
+    assert isinstance(loaded.chat("What is this?", [write_image(tmp_path / "a.png")], max_new_tokens=3), str)
     assert loaded.conversation_tokenizer.stop_ids == {rows - 1}

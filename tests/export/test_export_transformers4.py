@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_export import model_config, write_decoder, write_llm, write_picture, write_run, write_siglip
+from tiny_export import model_config, write_decoder, write_image, write_llm, write_run, write_siglip
 
 from vlm.data.conversation import IMAGE, Conversation, Turn
 from vlm.data.images import load_image, to_pixels
@@ -88,13 +88,13 @@ def make_llava(root: Path, name: str) -> Path:
         trainable=["projector"],
     )  # fmt: skip
     write_run(root / name / "run", config)
-    export, picture = export_run(root / name / "run", root / "exports" / name, full=True), root / "picture.png"
-    write_picture(picture)
+    export, image = export_run(root / name / "run", root / "exports" / name, full=True), root / "image.png"
+    write_image(image)
     model = load(export, "cpu", "fp32")
     assert model.image_spec is not None
-    pixels = to_pixels(load_image(str(picture), background=model.image_spec.background), model.image_spec)[None]
-    conversation = Conversation((Turn("user", (IMAGE, "\nWhat is this?")),), (str(picture),))
-    write_answers(export, model, conversation, pixels, str(picture))
+    pixels = to_pixels(load_image(str(image), background=model.image_spec.background), model.image_spec)[None]
+    conversation = Conversation((Turn("user", (IMAGE, "\nWhat is this?")),), (str(image),))
+    write_answers(export, model, conversation, pixels, str(image))
     return export
 
 

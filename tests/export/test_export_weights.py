@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_export import model_config, save_run, write_llm, write_picture, write_run
+from tiny_export import model_config, save_run, write_image, write_llm, write_run
 from warm import run_warm
 
 from vlm.artifacts.parts import read_run
@@ -94,14 +94,14 @@ def test_a_whole_trained_language_model_is_a_folder_that_transformers_loads(tmp_
 def test_a_full_vlm_folder_honours_the_shard_size_and_needs_no_base_models(tmp_path: Path):
     config = model_config(tmp_path, projector={"kind": "linear", "unshuffle": 2})
     write_run(tmp_path / "run", config)
-    picture = write_picture(tmp_path / "picture.png")
+    image = write_image(tmp_path / "image.png")
     parts = load(export_run(tmp_path / "run"), device="cpu", precision="fp32")
-    expected = parts.chat("What?", [picture], max_new_tokens=8)
+    expected = parts.chat("What?", [image], max_new_tokens=8)
     full = export_run(tmp_path / "run", full=True, max_shard_size="20KB")
     assert len(list((full / "llm").glob("*.safetensors"))) > 2
     for name in ("clip", "llm"):
         (tmp_path / name).rename(tmp_path / f"{name}-moved")
-    assert load(full, device="cpu", precision="fp32").chat("What?", [picture], max_new_tokens=8) == expected != ""
+    assert load(full, device="cpu", precision="fp32").chat("What?", [image], max_new_tokens=8) == expected != ""
 
 
 @pytest.mark.slow
@@ -118,12 +118,12 @@ def test_a_timm_encoder_travels_in_a_full_vlm_folder(tmp_path: Path):
     vision = {"backend": "timm", "path": "vit_tiny_patch16_224", "pretrained": str(tmp_path / "vit.safetensors"),
               "image_size": 32}  # fmt: skip
     write_run(tmp_path / "run", model_config(tmp_path, vision=vision))
-    picture = write_picture(tmp_path / "picture.png")
-    expected = load(export_run(tmp_path / "run"), "cpu", "fp32").chat("What?", [picture], max_new_tokens=8)
+    image = write_image(tmp_path / "image.png")
+    expected = load(export_run(tmp_path / "run"), "cpu", "fp32").chat("What?", [image], max_new_tokens=8)
     full = export_run(tmp_path / "run", full=True)
     for name in ("vit.safetensors", "llm"):
         (tmp_path / name).rename(tmp_path / f"{name}-moved")
-    assert load(full, "cpu", "fp32").chat("What?", [picture], max_new_tokens=8) == expected != ""
+    assert load(full, "cpu", "fp32").chat("What?", [image], max_new_tokens=8) == expected != ""
 
 
 @pytest.mark.slow

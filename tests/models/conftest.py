@@ -22,7 +22,7 @@ def llm(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(clip: Path, llm: Path) -> ModelConfig:
-    """CLIP, a linear projector and Llama; 16 tokens a picture; only the projector trains."""
+    """CLIP, a linear projector and Llama; 16 tokens an image; only the projector trains."""
     return ModelConfig.model_validate(
         {"vision": {"backend": "hf", "path": str(clip), "layer": -2}, "llm": {"path": str(llm)}}
     )

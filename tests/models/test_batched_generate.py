@@ -41,7 +41,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], type]] = {
         RowByRowDecoder,
     ),
 }
-PICTURES = torch.randn(6, 3, 28, 28, generator=torch.Generator().manual_seed(7))
+IMAGES = torch.randn(6, 3, 28, 28, generator=torch.Generator().manual_seed(7))
 
 
 class Written:
@@ -89,7 +89,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageModel:
 
 
 @pytest.fixture
-def with_pictures(config: ModelConfig) -> VisionLanguageModel:
+def with_images(config: ModelConfig) -> VisionLanguageModel:
     return build_model(changed(config, trainable=["projector"])).model
 
 
@@ -113,11 +113,11 @@ def test_a_batch_writes_what_each_reply_alone_would_be(tmp_path: Path, name: str
     assert {one.end for one in written} == {"length"}
 
 
-def test_pictures_stay_with_their_reply(with_pictures: VisionLanguageModel):
+def test_images_stay_with_their_reply(with_images: VisionLanguageModel):
     prompt = [2, *[28] * 16, 3, 4]
-    written = [Written(prompt, pixels=PICTURES[n : n + 1]) for n in range(6)]
-    write(BatchedGenerator(with_pictures, max_running=4), *written)
-    expected = [greedy(with_pictures, prompt, pixels=PICTURES[n : n + 1]) for n in range(6)]
+    written = [Written(prompt, pixels=IMAGES[n : n + 1]) for n in range(6)]
+    write(BatchedGenerator(with_images, max_running=4), *written)
+    expected = [greedy(with_images, prompt, pixels=IMAGES[n : n + 1]) for n in range(6)]
     assert [one.ids for one in written] == expected
     assert len({tuple(ids) for ids in expected}) > 1
 
@@ -207,8 +207,8 @@ def test_no_memory_for_one_more_reply_ends_only_that_one(llama: VisionLanguageMo
 
 
 @pytest.mark.parametrize("max_running", [1, 2, 4])
-def test_a_prompt_that_replies_share_is_read_once(with_pictures: VisionLanguageModel, max_running: int):
-    """Its pictures too. Copying needs a reply that still runs, so one at a time must read it again."""
+def test_a_prompt_that_replies_share_is_read_once(with_images: VisionLanguageModel, max_running: int):
+    """Its images too. Copying needs a reply that still runs, so one at a time must read it again."""
     calls = {"encode_images": 0, "prefill": 0}
 
     def count(owner: Any, name: str) -> None:
@@ -221,13 +221,13 @@ def test_a_prompt_that_replies_share_is_read_once(with_pictures: VisionLanguageM
         setattr(owner, name, counting)
 
     prompt = [2, *[28] * 16, 3, 4]
-    alone = Written(prompt, pixels=PICTURES[:1], temperature=1.5, seed=3)
-    write(BatchedGenerator(with_pictures), alone)
-    generator = BatchedGenerator(with_pictures, max_running=max_running)
-    count(with_pictures, "encode_images")
+    alone = Written(prompt, pixels=IMAGES[:1], temperature=1.5, seed=3)
+    write(BatchedGenerator(with_images), alone)
+    generator = BatchedGenerator(with_images, max_running=max_running)
+    count(with_images, "encode_images")
     count(generator.decoder, "prefill")
     shared = SharedPrompt()
-    choices = [Written(prompt, 6 + 3 * n, PICTURES[:1], temperature=1.5, seed=n) for n in range(4)]
+    choices = [Written(prompt, 6 + 3 * n, IMAGES[:1], temperature=1.5, seed=n) for n in range(4)]
     for one in choices:
         one.reply.shared = shared
     write(generator, Written([2, 3], 2), *choices)
@@ -296,11 +296,11 @@ def test_an_error_in_one_reply_is_its_own(llama: VisionLanguageModel, monkeypatc
         assert isinstance(one.end, RuntimeError) == (n == slot)
 
 
-def test_pictures_that_do_not_fit_the_prompt_end_only_their_reply(with_pictures: VisionLanguageModel):
-    bad, good = Written([2, 28, 3], pixels=PICTURES[:1]), Written([2, 3])
-    write(BatchedGenerator(with_pictures), bad, good)
+def test_images_that_do_not_fit_the_prompt_end_only_their_reply(with_images: VisionLanguageModel):
+    bad, good = Written([2, 28, 3], pixels=IMAGES[:1]), Written([2, 3])
+    write(BatchedGenerator(with_images), bad, good)
     assert isinstance(bad.end, ValueError)
-    assert good.ids == greedy(with_pictures, [2, 3])
+    assert good.ids == greedy(with_images, [2, 3])
 
 
 def test_no_number_of_one_reply_reaches_the_next_in_its_slot(llama: VisionLanguageModel):

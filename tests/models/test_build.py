@@ -1,4 +1,4 @@
-"""A config becomes a model: what pictures must look like, which weights are new, and real shapes without weights."""
+"""A config becomes a model: what images must look like, which weights are new, and real shapes without weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlm.models.trainable import part_of
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
 
 
-def test_the_image_spec_says_what_pictures_must_look_like(config: ModelConfig):
+def test_the_image_spec_says_what_images_must_look_like(config: ModelConfig):
     built = build_model(config)
     clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     assert built.image_spec == ImageSpec(28, clip_mean, clip_std, num_tokens=16)

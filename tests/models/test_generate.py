@@ -11,8 +11,8 @@ from vlm.models.build import build_model
 from vlm.models.config import ModelConfig
 from vlm.models.vlm import VisionLanguageModel
 
-PROMPT = [2, *[28] * 16, 3, 4]  # a picture of 16 tokens between words
-PICTURE = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(7))
+PROMPT = [2, *[28] * 16, 3, 4]  # an image of 16 tokens between words
+IMAGE = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(7))
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def likeliest(model: VisionLanguageModel, count: int) -> list[int]:
     model.eval()
     ids = list(PROMPT)
     for _ in range(count):
-        hidden_states = model(torch.tensor([ids]), torch.arange(len(ids))[None], PICTURE)
+        hidden_states = model(torch.tensor([ids]), torch.arange(len(ids))[None], IMAGE)
         ids.append(int(model.logits(hidden_states[0, -1]).argmax()))
     return ids[len(PROMPT) :]
 
@@ -33,13 +33,13 @@ def likeliest(model: VisionLanguageModel, count: int) -> list[int]:
 def test_greedy_is_the_likeliest_token_each_time(model: VisionLanguageModel):
     expected = likeliest(model, 8)
     assert len(set(expected)) > 1
-    assert generate(model, PROMPT, PICTURE, [], GenerationSettings(max_new_tokens=8)) == expected
+    assert generate(model, PROMPT, IMAGE, [], GenerationSettings(max_new_tokens=8)) == expected
 
 
 def test_a_model_folders_own_generation_settings_do_not_leak_in(config: ModelConfig, model: VisionLanguageModel):
     expected = likeliest(model, 8)
     model.llm.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, top_k=3, eos_token_id=5)
-    assert generate(model, PROMPT, PICTURE, [], GenerationSettings(max_new_tokens=8)) == expected
+    assert generate(model, PROMPT, IMAGE, [], GenerationSettings(max_new_tokens=8)) == expected
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_nothing_that_a_base_model_asks_for_changes_a_reply_or_stops_it(model: V
 
     own = model.llm.generation_config = GenerationConfig.from_dict({"eos_token_id": 5, **settings})
     expected = likeliest(model, 6)
-    assert generate(model, PROMPT, PICTURE, [], GenerationSettings(max_new_tokens=6)) == expected
+    assert generate(model, PROMPT, IMAGE, [], GenerationSettings(max_new_tokens=6)) == expected
     assert model.llm.generation_config is own
 
 
@@ -87,7 +87,7 @@ def test_a_class_that_cannot_generate_by_itself_answers_all_the_same(
     expected = likeliest(model, 6)
     monkeypatch.setattr(type(model.llm), "prepare_inputs_for_generation", None)
     monkeypatch.setattr(model.llm, "generation_config", None)
-    assert generate(model, PROMPT, PICTURE, [], GenerationSettings(max_new_tokens=6)) == expected
+    assert generate(model, PROMPT, IMAGE, [], GenerationSettings(max_new_tokens=6)) == expected
 
 
 def test_a_stop_token_ends_the_reply_and_is_not_part_of_it(model: VisionLanguageModel):
@@ -95,7 +95,7 @@ def test_a_stop_token_ends_the_reply_and_is_not_part_of_it(model: VisionLanguage
     stop = free[3]
     seen = []
     reply = generate(
-        model, PROMPT, PICTURE, [stop], GenerationSettings(max_new_tokens=8), on_token=lambda t: seen.append(t) or True
+        model, PROMPT, IMAGE, [stop], GenerationSettings(max_new_tokens=8), on_token=lambda t: seen.append(t) or True
     )
     assert reply == free[: free.index(stop)] == seen
 
@@ -108,13 +108,13 @@ def test_every_token_is_seen_at_once_and_can_be_the_last(model: VisionLanguageMo
         seen.append(token)
         return len(seen) < 3
 
-    assert generate(model, PROMPT, PICTURE, [], GenerationSettings(max_new_tokens=8), on_token) == free[:3] == seen
+    assert generate(model, PROMPT, IMAGE, [], GenerationSettings(max_new_tokens=8), on_token) == free[:3] == seen
 
 
 def test_beams_hand_over_their_tokens_at_the_end(model: VisionLanguageModel):
     seen: list[int] = []
     settings = GenerationSettings(max_new_tokens=5, num_beams=3)
-    reply = generate(model, PROMPT, PICTURE, [0], settings, on_token=lambda t: seen.append(t) or True)
+    reply = generate(model, PROMPT, IMAGE, [0], settings, on_token=lambda t: seen.append(t) or True)
     assert reply == seen
     assert 0 < len(reply) <= 5
 
@@ -122,13 +122,13 @@ def test_beams_hand_over_their_tokens_at_the_end(model: VisionLanguageModel):
 @pytest.mark.parametrize("temperature", [1e-320, 1e-39, 1e-5])
 def test_a_tiny_temperature_takes_the_likeliest_too(model: VisionLanguageModel, temperature: float):
     settings = GenerationSettings(max_new_tokens=8, do_sample=True, temperature=temperature)
-    assert generate(model, PROMPT, PICTURE, [], settings) == likeliest(model, 8)
+    assert generate(model, PROMPT, IMAGE, [], settings) == likeliest(model, 8)
 
 
 def test_a_seed_decides_what_is_sampled(model: VisionLanguageModel):
     def sample(seed: int | None) -> list[int]:
         settings = GenerationSettings(max_new_tokens=16, do_sample=True, temperature=3.0, seed=seed)
-        return generate(model, PROMPT, PICTURE, [], settings)
+        return generate(model, PROMPT, IMAGE, [], settings)
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
@@ -140,7 +140,7 @@ def test_a_seed_decides_what_is_sampled(model: VisionLanguageModel):
 
 def test_sampling_considers_no_more_than_it_is_told(model: VisionLanguageModel):
     settings = GenerationSettings(max_new_tokens=8, do_sample=True, temperature=9.0, top_k=1)
-    assert generate(model, PROMPT, PICTURE, [], settings) == likeliest(model, 8)
+    assert generate(model, PROMPT, IMAGE, [], settings) == likeliest(model, 8)
 
 
 def test_a_training_run_does_not_notice(model: VisionLanguageModel):
@@ -150,7 +150,7 @@ def test_a_training_run_does_not_notice(model: VisionLanguageModel):
     expected = torch.rand(3)
     for seed in (None, 5):
         torch.manual_seed(11)
-        generate(model, PROMPT, PICTURE, [], GenerationSettings(max_new_tokens=4, do_sample=True, seed=seed))
+        generate(model, PROMPT, IMAGE, [], GenerationSettings(max_new_tokens=4, do_sample=True, seed=seed))
         assert torch.equal(torch.rand(3), expected)
         assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -165,7 +165,7 @@ def test_the_mode_comes_back_after_an_error(model: VisionLanguageModel):
         raise RuntimeError("the listener left")
 
     with pytest.raises(RuntimeError, match="the listener left"):
-        generate(model, PROMPT, PICTURE, [], GenerationSettings(max_new_tokens=4), fail)
+        generate(model, PROMPT, IMAGE, [], GenerationSettings(max_new_tokens=4), fail)
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 
@@ -175,11 +175,11 @@ def test_replies_come_in_every_precision(config: ModelConfig, precision: str, au
     settings = changed(config, trainable=["projector", "llm.lora"], lora={})
     model = build_model(settings, precision=precision).model
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        reply = generate(model, PROMPT, PICTURE, [], GenerationSettings(max_new_tokens=4))
+        reply = generate(model, PROMPT, IMAGE, [], GenerationSettings(max_new_tokens=4))
     assert len(reply) == 4
 
 
-def test_text_alone_needs_no_picture(model: VisionLanguageModel):
+def test_text_alone_needs_no_image(model: VisionLanguageModel):
     reply = generate(model, [2, 3, 4], None, [], GenerationSettings(max_new_tokens=4))
     expected = model.llm.generate(
         torch.tensor([[2, 3, 4]]), max_new_tokens=4, do_sample=False, attention_mask=torch.ones(1, 3), eos_token_id=-1

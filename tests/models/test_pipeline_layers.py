@@ -22,8 +22,8 @@ from vlm.models.pipeline_build import build_stage, check_cuts, load_stage_weight
 from vlm.models.trainable import load_weights, trained_weights
 from vlm.models.weight_files import WeightFiles
 
-TOKENS = 16  # per picture
-PICTURE = 28  # id of its placeholder
+TOKENS = 16  # per image
+IMAGE = 28  # id of its placeholder
 ADAPTERS = {"trainable": ["projector", "llm.lora"], "lora": {"rank": 4, "alpha": 8}}
 EVERYTHING = {"trainable": ["projector", "llm", "vision"]}
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
@@ -41,22 +41,22 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def packed(lengths: list[list[int]], pictures: tuple[int, ...] = (), seed: int = 0) -> Batch:
-    """Rows of examples of these lengths; `pictures`: rows that begin with one."""
+def packed(lengths: list[list[int]], images: tuple[int, ...] = (), seed: int = 0) -> Batch:
+    """Rows of examples of these lengths; `images`: rows that begin with one."""
     rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, 28, (len(lengths), sum(lengths[0])), generator=rng)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     labels = ids.masked_fill((torch.rand(ids.shape, generator=rng) < 0.5) | (positions == 0), IGNORE_INDEX)
-    for row in pictures:
-        ids[row, :TOKENS] = PICTURE
+    for row in images:
+        ids[row, :TOKENS] = IMAGE
         labels[row, :TOKENS] = IGNORE_INDEX
-    pixels = torch.randn(len(pictures), 3, 28, 28, generator=rng) if pictures else None
+    pixels = torch.randn(len(images), 3, 28, 28, generator=rng) if images else None
     return Batch(input_ids=ids, labels=labels, position_ids=positions, pixel_values=pixels)
 
 
 BATCHES = {
-    "packed, with pictures": packed([[20, 12, 8], [25, 15, 0]], (0, 1)),
-    "packed, a picture in one row": packed([[20, 12, 8], [5, 30, 5]], (0,)),
+    "packed, with images": packed([[20, 12, 8], [25, 15, 0]], (0, 1)),
+    "packed, an image in one row": packed([[20, 12, 8], [5, 30, 5]], (0,)),
     "text alone": packed([[13, 27], [40, 0]]),
     "nothing supervised": Batch(torch.full((1, 40), 3), torch.full((1, 40), IGNORE_INDEX), torch.arange(40)[None]),
 }
@@ -86,7 +86,7 @@ def test_all_layers_in_a_row_are_the_whole_model(
     name, settings = family
     llm = write_llm(tmp_path / name, name, tie_word_embeddings=trains is EVERYTHING, **settings)
     model = build_model(changed(config, llm={"path": str(llm)}, **trains)).model.train()
-    model.image_token_id = PICTURE  # tokenizers of the families differ
+    model.image_token_id = IMAGE  # tokenizers of the families differ
     expected = whole_loss(model, batch)
     loss = loss_of(model, run_layers(model, pipeline_layers(model), batch), batch)
     assert loss.item() == expected.item()  # the same operations in the same order
@@ -102,7 +102,7 @@ def test_every_family_that_can_be_cut_is_tested_here():
 def test_stages_one_after_another_are_the_whole_model_too(config: ModelConfig):
     """Each stage makes masks and rotary embeddings for itself."""
     model = build_model(changed(config, gradient_checkpointing=True, **ADAPTERS)).model.train()
-    batch = BATCHES["packed, with pictures"]
+    batch = BATCHES["packed, with images"]
     expected = whole_loss(model, batch)
     for cuts in ((1,), (2,), (3,), (1, 2), (1, 2, 3)):
         hidden_states = None
@@ -118,7 +118,7 @@ def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(config
         model = build_model(changed(settings, gradient_checkpointing=checkpointing)).model.train()
         attention = model.llm.model.layers[0].self_attn
         attention.register_forward_hook(lambda *_: calls.append(checkpointing))  # noqa: B023
-        batch = BATCHES["packed, with pictures"]
+        batch = BATCHES["packed, with images"]
         results.append(gradients(model, loss_of(model, run_layers(model, pipeline_layers(model), batch), batch)))
     assert calls == [False, True, True]
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
@@ -160,7 +160,7 @@ def test_stages_together_hold_exactly_what_build_model_gives(config, tmp_path, t
 
 def test_a_stage_computes_what_its_layers_of_the_whole_model_do(config: ModelConfig):
     settings = changed(config, **ADAPTERS)
-    batch = BATCHES["packed, a picture in one row"]
+    batch = BATCHES["packed, an image in one row"]
     expected = whole_loss(build_model(settings, seed=1).model, batch)
     hidden_states = None
     for number in range(3):

@@ -169,8 +169,8 @@ def test_trained_weights_go_into_another_model_and_make_it_equal(config: ModelCo
     assert not any(name.startswith(("vision.", "llm.model.")) for name in weights)
     load_weights(second, weights, where="a test")
     assert torch.equal(logits(first), logits(second))
-    pictures = torch.randn(1, 3, 28, 28)
-    assert torch.equal(first.encode_images(pictures), second.encode_images(pictures))
+    images = torch.randn(1, 3, 28, 28)
+    assert torch.equal(first.encode_images(images), second.encode_images(images))
 
 
 def test_a_trained_cnn_keeps_its_batch_statistics(config: ModelConfig, tmp_path: Path):

@@ -18,7 +18,7 @@ from vlm.models.config import VisionConfig
 from vlm.models.vision import FeatureMapTower, VisionEncoder, build_vision
 from vlm.models.vision_compute import read_compute
 
-PICTURES = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
 def encoder(backend: str, path: Path | str, **settings: Any) -> VisionEncoder:
@@ -42,10 +42,10 @@ def test_layers_of_hf_are_its_hidden_states(tmp_path: Path, kind: str, num_prefi
 
     folder = write_vision(tmp_path / kind, kind)
     reference = AutoModel.from_pretrained(folder).eval()
-    hidden_states = reference(PICTURES, output_hidden_states=True).hidden_states
+    hidden_states = reference(IMAGES, output_hidden_states=True).hidden_states
     expected = hidden_states[layer if layer < 0 else layer + 1]  # the first one is the embedding
     built = encoder("hf", folder, layer=layer)
-    assert difference(built(PICTURES), expected[:, num_prefix:]) == 0
+    assert difference(built(IMAGES), expected[:, num_prefix:]) == 0
     assert (built.num_patches, built.width, built.image_size) == (16, 24, 28)
 
 
@@ -62,8 +62,8 @@ def test_layer_minus_two_is_what_llava_takes(tmp_path: Path):
         )
     ).eval()
     llava.model.vision_tower.load_state_dict(load_file(folder / "model.safetensors"))
-    expected = llava.model.get_image_features(PICTURES).pooler_output
-    features = encoder("hf", folder, layer=-2)(PICTURES)
+    expected = llava.model.get_image_features(IMAGES).pooler_output
+    features = encoder("hf", folder, layer=-2)(IMAGES)
     assert difference(llava.model.multi_modal_projector(features), torch.stack(list(expected))) == 0
 
 
@@ -87,10 +87,10 @@ def test_the_class_token_is_kept_on_request_and_register_tokens_never(tmp_path: 
     from transformers import AutoModel
 
     folder = write_vision(tmp_path / "dino", "dinov2_with_registers")
-    tokens = AutoModel.from_pretrained(folder).eval()(PICTURES, output_hidden_states=True).hidden_states[-1]
+    tokens = AutoModel.from_pretrained(folder).eval()(IMAGES, output_hidden_states=True).hidden_states[-1]
     kept = encoder("hf", folder, keep_class_token=True)
     assert kept.num_patches == 17
-    assert difference(kept(PICTURES), torch.cat([tokens[:, :1], tokens[:, 5:]], dim=1)) == 0
+    assert difference(kept(IMAGES), torch.cat([tokens[:, :1], tokens[:, 5:]], dim=1)) == 0
 
 
 def test_siglip_has_no_class_token_to_keep(tmp_path: Path):
@@ -111,7 +111,7 @@ def test_a_whole_clip_and_its_vision_tower_alone_give_the_same(tmp_path: Path):
     whole = scramble(CLIPModel(config))
     whole.save_pretrained(tmp_path / "whole")
     CLIPVisionModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "tower")
-    features = [encoder("hf", tmp_path / name)(PICTURES) for name in ("whole", "tower")]
+    features = [encoder("hf", tmp_path / name)(IMAGES) for name in ("whole", "tower")]
     assert difference(*features) == 0
     assert features[0].std() > 0.1
 
@@ -161,8 +161,8 @@ def test_the_same_clip_weights_give_the_same_features_through_hf_and_open_clip(t
     weights = open_clip_from_hf(load_file(hf / "model.safetensors"))
     other = write_open_clip(tmp_path / "open_clip", shape, weights, width=16)
     for keep in (False, True):
-        a = encoder("hf", hf, layer=layer, keep_class_token=keep)(PICTURES)
-        b = encoder("open_clip", other, layer=layer, keep_class_token=keep)(PICTURES)
+        a = encoder("hf", hf, layer=layer, keep_class_token=keep)(IMAGES)
+        b = encoder("open_clip", other, layer=layer, keep_class_token=keep)(IMAGES)
         assert a.std() > 0.5
         assert difference(a, b) < 1e-5  # worst seen: 0.0; another CPU may add up in another order
 
@@ -177,23 +177,23 @@ def test_the_same_eva_weights_give_the_same_features_through_open_clip_and_timm(
     wrapped = {f"visual.trunk.{k}": v for k, v in model.state_dict().items()}
     shape = {"image_size": 224, "timm_model_name": name, "timm_pool": "token", "timm_proj": None}
     whole = write_open_clip(tmp_path / "open_clip", shape, wrapped, width=192)
-    pictures = torch.randn(1, 3, size or 224, size or 224)
+    images = torch.randn(1, 3, size or 224, size or 224)
     a = encoder("timm", alone, layer=-2, image_size=size)
     b = encoder("open_clip", whole, layer=-2, image_size=size)
-    assert difference(a(pictures), b(pictures)) == 0
+    assert difference(a(images), b(images)) == 0
     assert (b.num_patches, b.image_size, b.mean) == (64 if size else 256, size or 224, (0.1, 0.2, 0.3))
 
 
-# picture sizes
+# image sizes
 
 
 @pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model", "dinov2"])
-def test_another_picture_size_interpolates_the_position_embedding(tmp_path: Path, kind: str):
+def test_another_image_size_interpolates_the_position_embedding(tmp_path: Path, kind: str):
     folder = write_vision(tmp_path / kind, kind)
     larger = encoder("hf", folder, image_size=42)
     assert (larger.num_patches, larger.image_size) == (36, 42)
     assert larger(torch.randn(1, 3, 42, 42)).shape == (1, 36, 24)
-    assert difference(encoder("hf", folder, image_size=28)(PICTURES), encoder("hf", folder)(PICTURES)) == 0
+    assert difference(encoder("hf", folder, image_size=28)(IMAGES), encoder("hf", folder)(IMAGES)) == 0
 
 
 def timm_file(folder: Path, name: str = "vit_tiny_patch16_224") -> str:
@@ -213,11 +213,11 @@ def test_timm_takes_a_weight_file_and_interpolates_positions(tmp_path: Path):
     reference.load_state_dict(
         timm.models.vision_transformer.checkpoint_filter_fn(load_file(file), reference)  # timm's own resampling
     )
-    pictures = torch.randn(1, 3, 64, 64)
-    expected = reference.forward_intermediates(pictures, indices=[10], output_fmt="NLC", intermediates_only=True)[0]
+    images = torch.randn(1, 3, 64, 64)
+    expected = reference.forward_intermediates(images, indices=[10], output_fmt="NLC", intermediates_only=True)[0]
     built = encoder("timm", "vit_tiny_patch16_224", pretrained=file, image_size=64, layer=-2)
     assert built.num_patches == 16
-    assert difference(built(pictures), expected) < 1e-4  # worst seen: 0.0; another CPU may add up in another order
+    assert difference(built(images), expected) < 1e-4  # worst seen: 0.0; another CPU may add up in another order
 
 
 @pytest.mark.parametrize(
@@ -295,10 +295,10 @@ def test_a_cnn_gives_its_last_map_and_nothing_else(tmp_path: Path):
     model = scramble(timm.create_model("tf_efficientnet_lite0")).eval()
     folder = write_timm(tmp_path / "lite0", "tf_efficientnet_lite0", model)
     built = encoder("timm", folder, image_size=64)
-    pictures = torch.randn(1, 3, 64, 64)
-    expected = model.forward_features(pictures)  # [1, 1280, 2, 2]
+    images = torch.randn(1, 3, 64, 64)
+    expected = model.forward_features(images)  # [1, 1280, 2, 2]
     assert (built.num_patches, built.width) == (4, 1280)
-    assert difference(built(pictures)[0, 1], expected[0, :, 0, 1]) == 0
+    assert difference(built(images)[0, 1], expected[0, :, 0, 1]) == 0
     with pytest.raises(ConfigError, match="only layer -1"):
         encoder("timm", folder, layer=-2)
 
@@ -310,10 +310,10 @@ def test_a_cnn_waits_in_float32_until_its_format_is_chosen(tmp_path: Path):
     config = VisionConfig(backend="timm", path=str(folder), image_size=64, compute="auto")
     built = build_vision(config, torch.bfloat16).requires_grad_(False)
     assert next(built.parameters()).dtype == torch.float32
-    pictures = torch.randn(1, 3, 64, 64)
-    expected = built(pictures)
+    images = torch.randn(1, 3, 64, 64)
+    expected = built(images)
     built.settle(read_compute("fp32_channels_last"))
-    got = built(pictures)
+    got = built(images)
     assert all(parameter.is_contiguous() for parameter in built.parameters())  # fully_shard takes no others
     assert difference(got, expected) < 1e-5 * float(expected.abs().max())  # worst seen: 2.4e-6
     assert got.dtype == torch.float32
@@ -339,7 +339,7 @@ def test_a_trained_encoder_names_the_weights_that_no_feature_needs(tmp_path: Pat
     built = encoder("hf", write_vision(tmp_path / "clip"), layer=-2)
     assert built.train().training
     assert built.unused_parameters() == ["trunk.model.post_layernorm.weight", "trunk.model.post_layernorm.bias"]
-    assert built(PICTURES).requires_grad
+    assert built(IMAGES).requires_grad
 
 
 # what is refused

@@ -1,4 +1,4 @@
-"""The whole model: pictures land at their placeholders, text alone is first-class, three precisions."""
+"""The whole model: images land at their placeholders, text alone is first-class, three precisions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def built(config: ModelConfig) -> Assembled:
     return build_model(config)
 
 
-def pictures(count: int) -> torch.Tensor:
+def images(count: int) -> torch.Tensor:
     return torch.randn(count, 3, 28, 28, generator=torch.Generator().manual_seed(3))
 
 
@@ -34,7 +34,7 @@ def test_every_feature_lands_on_its_placeholder_in_reading_order():
     assert spliced.squeeze(-1).tolist() == [[1, 10, 11, 4], [20, 6, 7, 8]]
 
 
-def test_gradients_reach_words_and_pictures_and_no_replaced_word():
+def test_gradients_reach_words_and_images_and_no_replaced_word():
     is_image = torch.tensor([[False, True]])
     embeddings = torch.ones(1, 2, 1, requires_grad=True)
     features = torch.ones(1, 1, requires_grad=True)
@@ -57,22 +57,22 @@ def test_counts_that_differ_are_an_error_that_names_the_rows(count: int):
         splice_image_features(torch.zeros(2, 2, 1), torch.zeros(count, 1), is_image)
 
 
-def test_the_batchs_pictures_are_told_apart(built: Assembled):
-    """Swapping two pictures swaps what the text after each is about."""
+def test_the_batchs_images_are_told_apart(built: Assembled):
+    """Swapping two images swaps what the text after each is about."""
     model = built.model.eval()
     rows = torch.tensor([[2, *[IMAGE] * 16, 3], [2, *[IMAGE] * 16, 3]])
     places = torch.arange(18).expand(2, 18)
-    two = pictures(2)
+    two = images(2)
     straight, swapped = model(rows, places, two), model(rows, places, two.flip(0))
     assert (straight - swapped.flip(0)).abs().max() < 1e-5  # worst seen: 0.0
     assert (straight[0, -1] - straight[1, -1]).abs().max() > 0.01
 
 
-def test_a_placeholder_without_a_picture_is_an_error(built: Assembled):
+def test_a_placeholder_without_a_image_is_an_error(built: Assembled):
     with pytest.raises(ValueError, match="16 image placeholders, 0 image features"):
         built.model(torch.tensor([[2, *[IMAGE] * 16, 3]]), torch.arange(18)[None])
     with pytest.raises(ValueError, match="0 image placeholders, 16 image features"):
-        built.model(torch.tensor([[2, 3]]), torch.arange(2)[None], pictures(1))
+        built.model(torch.tensor([[2, 3]]), torch.arange(2)[None], images(1))
 
 
 # text alone
@@ -81,7 +81,7 @@ def test_a_placeholder_without_a_picture_is_an_error(built: Assembled):
 def test_text_alone_equals_the_language_model_alone(built: Assembled):
     ids = torch.tensor([[2, 3, 4, 5]])
     expected = built.model.llm(input_ids=ids, use_cache=False).logits
-    for mode in (True, False):  # in training a dummy picture takes part, with weight 0
+    for mode in (True, False):  # in training a dummy image takes part, with weight 0
         hidden_states = built.model.train(mode)(ids, torch.arange(4)[None])
         assert torch.equal(built.model.logits(hidden_states), expected)
 
@@ -99,13 +99,13 @@ def test_a_plain_language_model_goes_through_the_same_calls(config: ModelConfig)
 
 @pytest.mark.parametrize("trainable", [["projector"], ["projector", "llm.lora"], ["projector", "llm", "vision"]])
 def test_a_batch_of_text_alone_gives_every_trained_weight_a_gradient(config: ModelConfig, trainable: list[str]):
-    """A rank without pictures takes part in the reduction of the projector's gradient, with zeros."""
+    """A rank without images takes part in the reduction of the projector's gradient, with zeros."""
     model = build_model(changed(config, trainable=trainable, lora={"rank": 2, "alpha": 4})).model.train()
     model.logits(model(torch.tensor([[2, 3, 4, 5]]), torch.arange(4)[None])).square().sum().backward()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert [name for name, parameter in trained.items() if parameter.grad is None] == []
-    of_pictures = [p.grad.abs().max().item() for name, p in trained.items() if name.startswith(("proj", "vision"))]
-    assert of_pictures == [0.0] * len(of_pictures)
+    of_images = [p.grad.abs().max().item() for name, p in trained.items() if name.startswith(("proj", "vision"))]
+    assert of_images == [0.0] * len(of_images)
 
 
 def test_a_frozen_encoder_does_not_run_for_text_alone(config: ModelConfig):
@@ -144,13 +144,13 @@ def test_every_precision_trains(config: ModelConfig, precision: str, trainable: 
 
 
 def step(model: VisionLanguageModel, precision: str) -> torch.Tensor:
-    """One forward and backward of a row with a picture and one of text alone."""
+    """One forward and backward of a row with an image and one of text alone."""
     rows = torch.tensor([[2, *[IMAGE] * 16, 3, 4, 5], [6, 7, 8, 9, *[1] * 16]])
     labels = torch.full_like(rows, IGNORE_INDEX)
     labels[0, 17:], labels[1, 1:4] = rows[0, 17:], rows[1, 1:4]
     places = torch.stack([torch.arange(20), torch.cat([torch.arange(4), torch.zeros(16, dtype=torch.long)])])
     with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
-        loss = chunked_cross_entropy(model(rows, places, pictures(1)), labels, model.logits)
+        loss = chunked_cross_entropy(model(rows, places, images(1)), labels, model.logits)
     loss.backward()
     return loss
 

@@ -21,7 +21,7 @@ CLIP = {
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    """CLIP, a two-layer projector and the tiny decoder; 2 rows of 20 tokens, a picture is 16; 4 rows a step."""
+    """CLIP, a two-layer projector and the tiny decoder; 2 rows of 20 tokens, an image is 16; 4 rows a step."""
     case = Case("", TINY, ("projector",), 2, 20, CLIP, 1, micro_batches=2, extra={"projector": {"kind": "mlp"}})
     return bench_plan.write_config(case, tmp_path)
 

@@ -28,7 +28,7 @@ def test_the_columns_add_up_and_static_memory_is_exact(config):
     assert device.total == sum(parts)
 
 
-def test_full_rows_hold_as_many_pictures_as_fit(config):
+def test_full_rows_hold_as_many_images_as_fit(config):
     assert full_rows(config, 16) == Workload(rows=2, length=20, num_images=2, supervised=40)
     assert full_rows(config, 7).num_images == 2  # max_images is 1
     assert full_rows(config, 0).num_images == 0

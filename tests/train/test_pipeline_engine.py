@@ -195,7 +195,7 @@ def worst(found: list[float], expected: list[float]) -> float:
 
 @pytest.fixture
 def config(config_file, tiny, tmp_path):
-    """Pictures in some micro-batches and none in others, rows of unequal answers, clipping on, two learning rates."""
+    """Images in some micro-batches and none in others, rows of unequal answers, clipping on, two learning rates."""
     lines = (tiny / "data/finetune.jsonl").read_text().splitlines()[:24]
     talk = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "A red circle. " * 3}]}
     mixed = [line for number, line in enumerate(lines) for line in ([line, json.dumps(talk)] if number % 3 else [line])]

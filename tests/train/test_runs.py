@@ -212,14 +212,14 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(config_f
 
 
 def test_a_run_leaves_its_config_metrics_samples_and_plot(config_file, tiny):
-    picture = str(tiny / "data/images/red-circle-0.png")
+    image = str(tiny / "data/images/red-circle-0.png")
     run = run_here(
         config_file(
             train__max_steps=4,
             train__eval_every=2,
             train__sample_every=4,
             train__max_new_tokens=3,
-            train__samples=[{"prompt": "What is this?", "image": picture}, {"prompt": "Hi", "image": "gone.png"}],
+            train__samples=[{"prompt": "What is this?", "image": image}, {"prompt": "Hi", "image": "gone.png"}],
         )
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -267,7 +267,7 @@ def test_cached_features_train_as_the_encoder_does_and_are_made_once(config_file
     expected, got = steps_logged(straight), steps_logged(run_here(path))
     assert [loss for _, loss in got] == pytest.approx([loss for _, loss in expected], rel=1e-5)  # worst seen 2e-7
     files = list((tmp_path / "cache/vision").rglob("*.safetensors"))
-    assert len(files) == 72  # pictures of all records, the held-out ones too
+    assert len(files) == 72  # images of all records, the held-out ones too
     made = {file: file.stat().st_mtime_ns for file in files}
     changes = {"data__cache_features": True, "data__cache_dtype": "fp32", "output_dir": str(tmp_path / "again")}
     run_here(config_file("again.yaml", **changes))
@@ -282,19 +282,19 @@ def test_features_kept_in_bfloat16_move_the_losses_by_rounding_only(config_file,
     assert got != expected
 
 
-def test_a_replaced_picture_is_encoded_again(tmp_path):
+def test_a_replaced_image_is_encoded_again(tmp_path):
     from vlm.data.features import FeatureStore
 
     store = FeatureStore(tmp_path / "vision", "encoder")
-    picture = tmp_path / "a.png"
-    picture.write_bytes(b"first")
-    store.put(str(picture), torch.ones(2, 3))
-    assert torch.equal(store.get(str(picture)), torch.ones(2, 3))
-    picture.write_bytes(b"second")
-    assert store.get(str(picture)) is None
-    picture.write_bytes(b"first")
-    assert store.has(str(picture))
-    assert FeatureStore(tmp_path / "vision", "another").get(str(picture)) is None
+    image = tmp_path / "a.png"
+    image.write_bytes(b"first")
+    store.put(str(image), torch.ones(2, 3))
+    assert torch.equal(store.get(str(image)), torch.ones(2, 3))
+    image.write_bytes(b"second")
+    assert store.get(str(image)) is None
+    image.write_bytes(b"first")
+    assert store.has(str(image))
+    assert FeatureStore(tmp_path / "vision", "another").get(str(image)) is None
 
 
 @pytest.mark.slow

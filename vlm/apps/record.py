@@ -12,7 +12,7 @@ from vlm.apps.session import Exchange, Image
 from vlm.data.conversation import Turn
 from vlm.data.marks import without_marks
 from vlm.errors import RecordError
-from vlm.inference.messages import show_pictures
+from vlm.inference.messages import show_images
 
 _SIGNATURES = (
     (b"\x89PNG", "png"),
@@ -33,14 +33,14 @@ class Talk(Protocol):
 
 
 def training_record(session: Talk) -> dict[str, Any]:
-    """The conversation in OpenAI's form, complete in itself: pictures are in it as `data:` URLs.
+    """The conversation in OpenAI's form, complete in itself: images are in it as `data:` URLs.
 
     Read back by `vlm.data.parse.parse_record`, it is the conversation that the model saw. One thing differs: a typed
-    `<image>`, or the like, is written `< image>`, since in training data the former is the place of a picture. Empty
+    `<image>`, or the like, is written `< image>`, since in training data the former is the place of an image. Empty
     replies are marked as not to be learned.
 
     Raises:
-        RecordError: nothing was said yet (rule empty_conversation), or a picture is gone (image_missing).
+        RecordError: nothing was said yet (rule empty_conversation), or an image is gone (image_missing).
 
     >>> class Said:
     ...     system = "Be brief."
@@ -66,7 +66,7 @@ def record_line(session: Talk) -> str:
 
 
 def _parts(question: str, images: Sequence[Image]) -> list[dict[str, Any]]:
-    turn = show_pictures(Turn("user", (question,) if question else ()), len(images))
+    turn = show_images(Turn("user", (question,) if question else ()), len(images))
     shown = iter(images)
     return [
         {"type": "text", "text": without_marks(part)}

@@ -11,7 +11,7 @@ from vlm.errors import ConfigError, DataError, RecordError
 
 
 def save_record(session: Talk, path: str | Path) -> Path:
-    """Write the conversation as a training record, pictures included.
+    """Write the conversation as a training record, images included.
 
     A .jsonl file gets a line more, so conversations can be collected in one; a .json file is written new and never
     replaced; a name without ending becomes .jsonl.
@@ -20,7 +20,7 @@ def save_record(session: Talk, path: str | Path) -> Path:
         the file.
 
     Raises:
-        RecordError: nothing was said yet, every reply is empty, or a picture is gone.
+        RecordError: nothing was said yet, every reply is empty, or an image is gone.
         ConfigError: another ending, or a .json file that is there already.
         DataError: it cannot be written; then it is what it was before.
     """

@@ -1,4 +1,4 @@
-"""One conversation: its turns, its pictures, and the reply that is being written."""
+"""One conversation: its turns, its images, and the reply that is being written."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vlm.data.images import load_image
 from vlm.errors import ConfigError, RecordError
 from vlm.generation.generate import GenerationSettings
 from vlm.inference.load import LoadedModel
-from vlm.inference.messages import show_pictures
+from vlm.inference.messages import show_images
 
 Image = str | bytes
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question, the pictures it brought, and the reply."""
+    """A question, the images it brought, and the reply."""
 
     question: str
     images: tuple[Image, ...]
@@ -39,7 +39,7 @@ class ChatSession:
         self.loaded = loaded
         self.system = system
         self.exchanges: list[Exchange] = []
-        self._waiting: list[Image] = []  # pictures that the next question brings
+        self._waiting: list[Image] = []  # images that the next question brings
         self._stop = threading.Event()
 
     @property
@@ -57,23 +57,23 @@ class ChatSession:
 
     @property
     def images(self) -> list[Image]:
-        """All pictures of the conversation, in order, with those that wait for the next question."""
+        """All images of the conversation, in order, with those that wait for the next question."""
         return [image for exchange in self.exchanges for image in exchange.images] + self._waiting
 
     def add_image(self, image: str | Path | bytes) -> None:
-        """Show a picture with the next question.
+        """Show an image with the next question.
 
         Raises:
-            RecordError: it is missing or cannot be read, or the model reads no pictures.
+            RecordError: it is missing or cannot be read, or the model reads no images.
         """
         self.add_images([image])
 
     def add_images(self, images: Sequence[str | Path | bytes]) -> None:
-        """Show pictures with the next question: all of them, or on an error none. Raises as `add_image`."""
+        """Show images with the next question: all of them, or on an error none. Raises as `add_image`."""
         self._waiting = self._waiting + self._checked(images)
 
     def set_image(self, image: str | Path | bytes | None) -> None:
-        """Start a new conversation about another picture, or about none.
+        """Start a new conversation about another image, or about none.
 
         Raises:
             RecordError: as `add_image`; then nothing changes.
@@ -81,17 +81,17 @@ class ChatSession:
         self.set_images([] if image is None else [image])
 
     def set_images(self, images: Sequence[str | Path | bytes]) -> None:
-        """Start a new conversation about these pictures. Raises as `add_image`; then nothing changes."""
+        """Start a new conversation about these images. Raises as `add_image`; then nothing changes."""
         self._waiting = self._checked(images)
         self.exchanges = []
 
     def clear(self, keep_images: bool = False) -> None:
-        """Forget the conversation. With `keep_images` its pictures are shown again with the next question."""
+        """Forget the conversation. With `keep_images` its images are shown again with the next question."""
         self._waiting = self.images if keep_images else []
         self.exchanges = []
 
     def undo(self) -> str | None:
-        """Take the last question and its reply back; returns the question. Pictures that it brought wait again."""
+        """Take the last question and its reply back; returns the question. Images that it brought wait again."""
         if not self.exchanges:
             return None
         last = self.exchanges.pop()
@@ -99,7 +99,7 @@ class ChatSession:
         return last.question
 
     def retry(self, settings: GenerationSettings | None = None, stop: Sequence[str] = ()) -> Generator[str, None, None]:
-        """Ask the last question again, with pictures added since. With sampling and no seed, the reply differs.
+        """Ask the last question again, with images added since. With sampling and no seed, the reply differs.
 
         The old reply stays until the new one ends.
 
@@ -124,7 +124,7 @@ class ChatSession:
 
         Raises:
             ConfigError: the conversation has grown longer than the model can read; at once.
-            RecordError: a picture has become unreadable; at once.
+            RecordError: an image has become unreadable; at once.
         """
         return self._ask(self.exchanges, question, (), settings, stop)
 
@@ -138,11 +138,11 @@ class ChatSession:
 
     def _checked(self, images: Sequence[str | Path | bytes]) -> list[Image]:
         if images and self.loaded.image_spec is None:
-            raise RecordError("image_without_encoder", "this model reads no pictures: it has no vision encoder")
+            raise RecordError("image_without_encoder", "this model reads no images: it has no vision encoder")
         checked = [image if isinstance(image, bytes) else str(image) for image in images]
         for image in checked:
             if isinstance(image, str) and re.match(r"\w{2,}:/", image):
-                raise RecordError("remote_image", f"{image[:80]!r}: pictures are read from disk, nothing is fetched")
+                raise RecordError("remote_image", f"{image[:80]!r}: images are read from disk, nothing is fetched")
             load_image(image)  # found out now, not in the middle of an answer
         return checked
 
@@ -166,10 +166,10 @@ class ChatSession:
         turns = [] if self.system is None else [Turn("system", (self.system,))]
         shown: list[Image] = []
         for exchange in before:
-            turns.append(show_pictures(Turn("user", (exchange.question,)), len(exchange.images)))
+            turns.append(show_images(Turn("user", (exchange.question,)), len(exchange.images)))
             turns.append(Turn("assistant", (exchange.reply,)))
             shown += exchange.images
-        turns.append(show_pictures(Turn("user", (question,) if question else ()), len(images)))
+        turns.append(show_images(Turn("user", (question,) if question else ()), len(images)))
         return Conversation(tuple(turns), (*shown, *images), "chat")
 
     def _remember(
@@ -180,7 +180,7 @@ class ChatSession:
         taken: int,
         pieces: Generator[str, None, None],
     ) -> Generator[str]:
-        """Hands the pieces on; at the end, the exchange follows `before` and the `taken` pictures wait no more."""
+        """Hands the pieces on; at the end, the exchange follows `before` and the `taken` images wait no more."""
         written = ""
         failed = False
         try:

@@ -23,8 +23,8 @@ model = AutoModelForImageTextToText.from_pretrained("{name}")
 processor = AutoProcessor.from_pretrained("{name}", backend="pil")  # resizes exactly as in training
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
 text = processor.apply_chat_template(messages, add_generation_prompt=True)
-picture = Image.open("picture.png").convert("RGB")
-inputs = processor(images=picture, text=text, add_special_tokens=False, return_tensors="pt")
+image = Image.open("image.png").convert("RGB")
+inputs = processor(images=image, text=text, add_special_tokens=False, return_tensors="pt")
 new_ids = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(new_ids, skip_special_tokens=True))
 ```
@@ -99,7 +99,7 @@ def _table(manifest: Manifest) -> list[str]:
 
 def _use(manifest: Manifest, name: str) -> list[str]:
     sees = manifest.image_spec is not None
-    flag, argument = (" --image picture.png", ', images=["picture.png"]') if sees else ("", "")
+    flag, argument = (" --image image.png", ', images=["image.png"]') if sees else ("", "")
     lines = ["## Use", "", "```bash", f"vlm chat {name}{flag} --prompt 'What is this?'", "```", ""]
     lines += ["```python", "import vlm", "", f'model = vlm.load("{name}")']
     lines += [f'print(model.chat("What is this?"{argument}))', "```", ""]
@@ -115,7 +115,7 @@ def _vision_line(manifest: Manifest) -> str:
     if vision is None or spec is None:
         return "none: a plain language model"
     where = f"{public_name(manifest.origin.get('vision'))} ({vision.backend})"
-    return f"{where}, {spec.size} x {spec.size} pixels ({spec.resize}), {spec.num_tokens} tokens a picture"
+    return f"{where}, {spec.size} x {spec.size} pixels ({spec.resize}), {spec.num_tokens} tokens an image"
 
 
 def _order_line(counts: dict[str, int]) -> str:

@@ -20,7 +20,7 @@ FIGURES = "evaluation.json"  # beside an export, see vlm.evaluation
 CARD = "README.md"
 _START, _END = "<!-- vlm eval -->", "<!-- end of vlm eval -->"
 _NOT_YET = "Not measured yet: `vlm eval` on this folder writes its table here."
-_HEAD = ("task", "figure", "own pictures", "shuffled pictures", "blank pictures", "baseline", "records")
+_HEAD = ("task", "figure", "own images", "shuffled images", "blank images", "baseline", "records")
 
 
 def copy_proof(run: Path, export: Path) -> dict[str, Any] | None:
@@ -62,7 +62,7 @@ def figures_table(rows: Sequence[dict[str, Any]]) -> str:
     >>> print(figures_table([{"task": "talk", "metric": "loss per token", "own": 1.15, "own_standard_error": 0.05,
     ...     "shuffled": 1.95, "shuffled_standard_error": 0.04, "blank": 1.7, "blank_standard_error": 0.04,
     ...     "baseline": None, "baseline_name": "", "num_records": 523}]))
-    | task | figure | own pictures | shuffled pictures | blank pictures | baseline | records |
+    | task | figure | own images | shuffled images | blank images | baseline | records |
     |---|---|---|---|---|---|---|
     | talk | loss per token | 1.150 ± 0.050 | 1.950 ± 0.040 | 1.700 ± 0.040 |  | 523 |
     """

@@ -27,7 +27,7 @@ def _option(*names: str, help: str, **settings: Any) -> Any:
 def chat(
     export: Annotated[Path, typer.Argument(help="An export folder. 导出的模型文件夹。")],
     image: Annotated[
-        list[Path] | None, _option("--image", "-i", help="A picture. Repeatable. 图片，可多次给出。")
+        list[Path] | None, _option("--image", "-i", help="An image. Repeatable. 图片，可多次给出。")
     ] = None,
     prompt: Annotated[
         str | None, _option("--prompt", "-p", help="Ask this, print the answer, and end. 只问这一句，回答后退出。")
@@ -132,7 +132,7 @@ def chat(
 
 
 def main_cli_demo() -> None:
-    """`python cli_demo.py -c EXPORT [flags of vlm chat]`: asks for a picture, then chats."""
+    """`python cli_demo.py -c EXPORT [flags of vlm chat]`: asks for an image, then chats."""
     from vlm.cli.main import app, run, with_hyphens
 
     def command() -> object:

@@ -175,7 +175,7 @@ def _paths(config: RunConfig) -> Iterator[tuple[Key, str | None, str]]:
         yield ("evaluation", "tasks", number, "path"), task.path, "data file"
         yield ("evaluation", "tasks", number, "images"), task.images, "images folder"
     for number, sample in enumerate(config.train.samples):
-        yield ("train", "samples", number, "image"), sample.image, "picture"
+        yield ("train", "samples", number, "image"), sample.image, "image"
 
 
 def _files_of(name: str) -> list[Path]:

@@ -25,7 +25,7 @@ def check(
     limit: Annotated[int, typer.Option(help="Bad records to print; all go to the file.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Write all bad records here, as JSON lines.")] = None,
 ) -> None:
-    """Go through every record and decode every picture. Exit code 3 when more are bad than the config allows."""
+    """Go through every record and decode every image. Exit code 3 when more are bad than the config allows."""
     checked = load_checked(config, options or (), _READ, ("tokenizer",))
     from vlm.data.report import check_records
 
@@ -40,7 +40,7 @@ def preview(
     number: Annotated[int, typer.Option("-n", min=1, help="Records to show.")] = 5,
     out: Annotated[Path, typer.Option(help="Contact sheet of what the encoder will see.")] = Path("preview.png"),
 ) -> None:
-    """Print records with their supervised tokens coloured, and save their pictures as the encoder will see them."""
+    """Print records with their supervised tokens coloured, and save their images as the encoder will see them."""
     checked = load_checked(config, options or (), _READ, ("tokenizer",))
     from vlm.data.report import preview_records
 

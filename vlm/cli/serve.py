@@ -36,12 +36,12 @@ def serve(
         str | None, typer.Option(help="As clients name it; default: after the run. 对外的模型名，默认取自训练目录。")
     ] = None,
     media_root: Annotated[
-        Path | None, typer.Option(help="Let requests name pictures below this folder. 允许请求读取此文件夹下的图片。")
+        Path | None, typer.Option(help="Let requests name images below this folder. 允许请求读取此文件夹下的图片。")
     ] = None,
     allow_media_domain: Annotated[
         list[str] | None,
         typer.Option(
-            help="Let requests name pictures at HOST or HOST:PORT. Repeatable. 允许引用此主机上的图片，可多次给出。"
+            help="Let requests name images at HOST or HOST:PORT. Repeatable. 允许引用此主机上的图片，可多次给出。"
         ),
     ] = None,
     allow_origin: Annotated[

@@ -72,7 +72,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Where the results go; default: beside the export.")] = None,
     options: Options = None,
 ) -> None:
-    """Run the evaluation tasks of a config on an export: own pictures, shuffled pictures, baseline."""
+    """Run the evaluation tasks of a config on an export: own images, shuffled images, baseline."""
     path, found = _config_and_export(config)
     checked = load_checked(path, options or (), ("evaluation",), ())  # the export names its models
     from vlm.evaluation.report import evaluate_run

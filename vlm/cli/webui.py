@@ -44,7 +44,7 @@ def webui(
         bool,
         typer.Option("--share", help="A public address through gradio.live. Needs --auth. 生成公网地址，需要 --auth。"),
     ] = False,
-    max_file_size: Annotated[int, typer.Option(min=1, max=1000, help="MB of one picture. 单张图片的上限（MB）。")] = 20,
+    max_file_size: Annotated[int, typer.Option(min=1, max=1000, help="MB of one image. 单张图片的上限（MB）。")] = 20,
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Questions that wait; more are refused. 排队问题的上限，超出则拒绝。")
     ] = 16,
@@ -52,7 +52,7 @@ def webui(
     examples: Annotated[
         Path | None,
         typer.Option(
-            help="Pictures to click, each with a .txt of the question if any. 示例图片文件夹，同名 .txt 为问题。"
+            help="Images to click, each with a .txt of the question if any. 示例图片文件夹，同名 .txt 为问题。"
         ),
     ] = None,
     language: Annotated[

@@ -69,7 +69,7 @@ def _unused_settings(config: DataConfig, template: ChatTemplate) -> list[str]:
     """Settings that were given and change nothing beside the others, a line each."""
     lines = []
     if template.only_images_of_user:
-        why = f"is not used: template {template.name} writes the pictures of users only"
+        why = f"is not used: template {template.name} writes the images of users only"
         sources = (*config.sources, *config.eval_sources)
         lines += [f"the prompt of {source.path} {why}" for source in sources if source.prompt]
         lines += [f"data.system {why}"] if config.system else []
@@ -107,12 +107,12 @@ def build_data(
     data_rank: int = 0,
     num_data_ranks: int = 1,
     features: FeatureStore | None = None,
-    reads_pictures: bool = True,
+    reads_images: bool = True,
 ) -> Data:
     """Scan all sources, hold out what the config says, and put the training rows in order.
 
     Args:
-        reads_pictures: false where another process has the encoder; batches are then without pixels and features.
+        reads_images: false where another process has the encoder; batches are then without pixels and features.
 
     Raises:
         DataError: a source cannot be read, nothing is supervised, or more records are skipped than allowed.
@@ -125,7 +125,7 @@ def build_data(
     members, held_out = split_held_out(scan, config.held_out, seed)
     pad_to = config.max_length if config.packing else None
     collator = Collator(
-        image_spec if reads_pictures else None, conversation_tokenizer.pad_token_id, config.max_pixels, pad_to, features
+        image_spec if reads_images else None, conversation_tokenizer.pad_token_id, config.max_pixels, pad_to, features
     )
     order = build_order(config, scan, members, seed)
     stream = BatchStream(

@@ -1,4 +1,4 @@
-"""Packed examples -> Batch: pictures decoded, positions restarted, padding added."""
+"""Packed examples -> Batch: images decoded, positions restarted, padding added."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Collator:
     """Turns rows of examples into a batch.
 
     Args:
-        image_spec: None for a model without pictures.
+        image_spec: None for a model without images.
         pad_to: tokens of every row; None pads to the longest of the batch, rounded up to a multiple of 8.
-        max_pixels: pictures with more are left out, with their example.
-        features: where the encoder's features of every picture are; then pictures are not decoded at all.
+        max_pixels: images with more are left out, with their example.
+        features: where the encoder's features of every image are; then images are not decoded at all.
     """
 
     image_spec: ImageSpec | None
@@ -32,7 +32,7 @@ class Collator:
     features: FeatureStore | None = None
 
     def __call__(self, rows: Sequence[Sequence[Example]], skips: Sequence[Skip] = ()) -> Batch:
-        """A batch of `len(rows)` rows. An example whose picture cannot be read is left out and listed in `skipped`.
+        """A batch of `len(rows)` rows. An example whose image cannot be read is left out and listed in `skipped`.
 
         Args:
             skips: examples that were lost before, while reading their records.
@@ -96,4 +96,4 @@ class Collator:
 
 
 def _name(image: str | bytes) -> str:
-    return "the picture" if isinstance(image, bytes) else image.rpartition("/")[2]
+    return "the image" if isinstance(image, bytes) else image.rpartition("/")[2]

@@ -17,11 +17,11 @@ _RECORD_NAMES = (
 
 class SourceConfig(Section):
     path: PathText
-    """JSON, JSONL (.gz too), CSV, TSV, a folder of pictures with .txt files, or LLaMA-Factory's dataset_info.json."""
+    """JSON, JSONL (.gz too), CSV, TSV, a folder of images with .txt files, or LLaMA-Factory's dataset_info.json."""
     dataset: str | None = None
     """Which entry of a dataset_info.json; null takes the only one."""
     images: PathText | None = None
-    """Folder that every picture must lie in; null means the folder of `path`."""
+    """Folder that every image must lie in; null means the folder of `path`."""
     links: tuple[PathText, ...] = ()
     """Folders outside `images` that links in it may lead to. A Hugging Face cache's own blobs need not be named."""
     format: Literal["auto", "conversation", "instruction", "caption", "text"] = "auto"
@@ -56,18 +56,18 @@ class DataConfig(Section):
     max_length: PositiveInt = 2048
     """Tokens per packed row, image tokens counted."""
     max_images: PositiveInt = 16
-    """Pictures per packed row."""
+    """Images per packed row."""
     over_long: Literal["drop", "cut"] = "drop"
     """A record over max_length is dropped, or cut at the last turn boundary that fits."""
     packing: bool = True
     pack_window: PositiveInt = 512
     """Records among which best-fit packing chooses."""
     workers: NonNegativeInt = 0
-    """Processes that decode pictures, at most one per core; 0 decodes in the training process."""
+    """Processes that decode images, at most one per core; 0 decodes in the training process."""
     max_pixels: PositiveInt = 50_000_000
-    """A picture with more is skipped; read from its header before decoding. Pillow itself refuses above 179 million."""
+    """An image with more is skipped; read from its header before decoding. Pillow itself refuses above 179 million."""
     image_placement: Literal["exact", "auto"] = "auto"
-    """auto: one picture and no <image> mark in the record puts the picture first. exact: that is an error."""
+    """auto: one image and no <image> mark in the record puts the image first. exact: that is an error."""
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """More skipped records than this share stops the run with exit code 3."""
     max_skipped_in_a_row: PositiveInt = 100
@@ -75,6 +75,6 @@ class DataConfig(Section):
     cache: PathText = "cache/features"
     """Where record indexes, length tables and encoder features are kept."""
     cache_features: bool = False
-    """Encode every picture once, before training, and keep the frozen encoder's features on disk."""
+    """Encode every image once, before training, and keep the frozen encoder's features on disk."""
     cache_dtype: Literal["bf16", "fp32"] = "bf16"
     """Number format of those features, whatever the encoder computes in; bf16 rounds them to 8 bits of mantissa."""

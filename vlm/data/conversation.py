@@ -1,4 +1,4 @@
-"""A conversation: turns of text and image slots, and the pictures that fill the slots."""
+"""A conversation: turns of text and image slots, and the images that fill the slots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class ImageSlot:
-    """The place of one picture in a turn."""
+    """The place of one image in a turn."""
 
 
 IMAGE = ImageSlot()
@@ -28,7 +28,7 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The turn as one string, pictures left out."""
+        """The turn as one string, images left out."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
@@ -56,7 +56,7 @@ class Conversation:
         return text if text.strip() else ""
 
     def first_turns(self, count: int) -> Conversation:
-        """The conversation cut after `count` turns, with the pictures of those turns only."""
+        """The conversation cut after `count` turns, with the images of those turns only."""
         turns = self.turns[:count]
         return replace(self, turns=turns, images=self.images[: sum(turn.num_images for turn in turns)])
 
@@ -124,14 +124,14 @@ def check_conversation(conversation: Conversation) -> Conversation:
 
 
 def check_images(conversation: Conversation) -> Conversation:
-    """Return the conversation if its pictures can be shown. Raises RecordError: rules image_in_answer, image_count."""
+    """Return the conversation if its images can be shown. Raises RecordError: rules image_in_answer, image_count."""
     where = conversation.where
     if any(turn.num_images for turn in conversation.turns if turn.role != "user"):
-        raise RecordError("image_in_answer", "a picture stands in a system or assistant turn", where)
+        raise RecordError("image_in_answer", "an image stands in a system or assistant turn", where)
     if conversation.num_slots != len(conversation.images):
         raise RecordError(
             "image_count",
-            f"{conversation.num_slots} <image> marks, {len(conversation.images)} pictures: each picture needs one mark",
+            f"{conversation.num_slots} <image> marks, {len(conversation.images)} images: each image needs one mark",
             where,
         )
     return conversation

@@ -1,7 +1,7 @@
-"""A cache of frozen-encoder features on disk, found by the content of the picture file.
+"""A cache of frozen-encoder features on disk, found by the content of the image file.
 
 A file that is replaced or edited has other content and so another entry: features never go stale. What produced them
-(encoder, weights, picture size, normalisation, number type) is the caller's `key`.
+(encoder, weights, image size, normalisation, number type) is the caller's `key`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from vlm.files import replacing
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """Features [P, C] per picture, one safetensors file each, below `folder / key`."""
+    """Features [P, C] per image, one safetensors file each, below `folder / key`."""
 
     folder: Path
     key: str
     dtype: torch.dtype = torch.bfloat16  # that they are kept in, whatever they were computed in
 
     def get(self, image: str | bytes) -> Tensor | None:
-        """The features of a picture, or None when they are not there or damaged.
+        """The features of an image, or None when they are not there or damaged.
 
         Raises:
             RecordError: rule image_missing.

@@ -1,4 +1,4 @@
-"""A folder of pictures with their captions beside them."""
+"""A folder of images with their captions beside them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".tar
 
 
 class FolderIndex:
-    """A folder of pictures, each with a .txt file of the same name: its caption. Only the names lie in memory.
+    """A folder of images, each with a .txt file of the same name: its caption. Only the names lie in memory.
 
     Hidden files and folders, macOS' `._` files, notebooks' checkpoints and thumbnails are left out, and counted in the
     log.
@@ -28,23 +28,21 @@ class FolderIndex:
         name: of the folder, for messages; None takes its own.
 
     Raises:
-        DataError: there is no picture, or no caption at all beside them and a data file in their place.
+        DataError: there is no image, or no caption at all beside them and a data file in their place.
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder = folder.resolve()
         self.name = name or self.folder.name
-        names, num_litter = _pictures(self.folder)
+        names, num_litter = _images(self.folder)
         self.names = sorted(names)
         if num_litter:
-            log(f"data: {self.name}: {num_litter} pictures in hidden files or folders are left out")
+            log(f"data: {self.name}: {num_litter} images in hidden files or folders are left out")
         if not self.names:
-            raise DataError(f"data folder {folder} holds no pictures ({' '.join(IMAGE_SUFFIXES)}){self._others()}")
+            raise DataError(f"data folder {folder} holds no images ({' '.join(IMAGE_SUFFIXES)}){self._others()}")
         has_captions = any((self.folder / name).with_suffix(".txt").is_file() for name in self.names)
         if not has_captions and (others := self._others()):
-            raise DataError(
-                f"data folder {folder}: none of its {len(self.names)} pictures has a .txt beside it{others}"
-            )
+            raise DataError(f"data folder {folder}: none of its {len(self.names)} images has a .txt beside it{others}")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -54,21 +52,21 @@ class FolderIndex:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Raises RecordError rules caption_missing, bad_text."""
-        picture = Path(self.names[number])
+        image = Path(self.names[number])
         try:
-            text = resolve_image(self.folder, picture.with_suffix(".txt").as_posix()).read_text(encoding="utf-8-sig")
+            text = resolve_image(self.folder, image.with_suffix(".txt").as_posix()).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
-            raise RecordError("bad_text", f"{picture.stem}.txt is not UTF-8") from None
+            raise RecordError("bad_text", f"{image.stem}.txt is not UTF-8") from None
         except (RecordError, OSError):
-            raise RecordError("caption_missing", f"no readable {picture.stem}.txt beside the picture") from None
+            raise RecordError("caption_missing", f"no readable {image.stem}.txt beside the image") from None
         return {"image": self.names[number], "caption": text.strip()}
 
     def fingerprint(self) -> str:
-        """Changes when a picture or a caption is added, removed or edited."""
+        """Changes when an image or a caption is added, removed or edited."""
         state = hashlib.sha256()
         for name in self.names:
-            picture = self.folder / name
-            for path in (picture, picture.with_suffix(".txt")):
+            image = self.folder / name
+            for path in (image, image.with_suffix(".txt")):
                 state.update(f"{name!r} {fingerprint(path) if path.is_file() else 'none'}\n".encode())
         return state.hexdigest()[:16]
 
@@ -81,8 +79,8 @@ class FolderIndex:
         return f". It has {', '.join(names)}: name that file as the path, {{path: {found[0]}, images: ...}}"
 
 
-def _pictures(folder: Path) -> tuple[list[str], int]:
-    """Names of the pictures below a folder, and how many more are hidden or litter."""
+def _images(folder: Path) -> tuple[list[str], int]:
+    """Names of the images below a folder, and how many more are hidden or litter."""
     names, num_litter = [], 0
     for path in _files(folder):
         name = path.relative_to(folder)

@@ -1,4 +1,4 @@
-"""Pictures: found inside their folder, opened safely, upright, RGB, resized for the encoder."""
+"""Images: found inside their folder, opened safely, upright, RGB, resized for the encoder."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from vlm.data.sniff import HEAD, describe, describe_text
 from vlm.errors import RecordError
 from vlm.logs import warn
 
-# Raster formats only: Pillow's other readers run interpreters (EPS), read files beside the picture, or are rarely
+# Raster formats only: Pillow's other readers run interpreters (EPS), read files beside the image, or are rarely
 # tried with hostile input. "JPEG" opens the MPO of phones too, which keeps a second view behind the first.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 DEFAULT_MAX_PIXELS = 50_000_000
-_MAX_BETWEEN = 64_000_000  # pixels of a picture on the way to its square; 192 MB
+_MAX_BETWEEN = 64_000_000  # pixels of an image on the way to its square; 192 MB
 _BAND = 256  # rows that are converted at a time where that takes memory
 _WHITE = (255, 255, 255)
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -69,12 +69,12 @@ def resolve_image(root: Path, name: str, links: Sequence[Path] = ()) -> Path:
         inside, exists = path.is_relative_to(root), path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, half a surrogate pair
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise RecordError("image_missing", f"picture {name[:80]!r} cannot be looked up ({reason})") from None
+        raise RecordError("image_missing", f"image {name[:80]!r} cannot be looked up ({reason})") from None
     stays = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != ".."
     if not inside and not (stays and any(path.is_relative_to(folder) for folder in links)):
-        raise RecordError("image_outside_root", f"picture {name[:200]!r} {_way_out(root, path, stays)}")
+        raise RecordError("image_outside_root", f"image {name[:200]!r} {_way_out(root, path, stays)}")
     if not exists:
-        raise RecordError("image_missing", f"picture {name[:200]!r} is no file below {root.name}/")
+        raise RecordError("image_missing", f"image {name[:200]!r} is no file below {root.name}/")
     return path
 
 
@@ -153,7 +153,7 @@ def _way_out(root: Path, path: Path, stays: bool) -> str:
 def load_image(
     source: str | bytes | Path, max_pixels: int = DEFAULT_MAX_PIXELS, background: tuple[int, int, int] = _WHITE
 ) -> Image.Image:
-    """Open a picture as upright RGB; of an animation, the first frame.
+    """Open an image as upright RGB; of an animation, the first frame.
 
     16-bit and float greys are scaled to 8 bit, not clipped. Transparency is composited on `background` (RGB, 0-255),
     so that colour hidden under transparent pixels never shows.
@@ -165,7 +165,7 @@ def load_image(
     Raises:
         RecordError: rules image_missing, image_unreadable, image_too_large.
     """
-    label = "the picture" if isinstance(source, bytes) else Path(source).name
+    label = "the image" if isinstance(source, bytes) else Path(source).name
     if not isinstance(source, bytes) and not os.path.isfile(source):  # a folder; a pipe would block
         reason = "is no file" if os.path.exists(source) else "does not exist"
         raise RecordError("image_unreadable" if os.path.exists(source) else "image_missing", f"{label} {reason}")
@@ -248,13 +248,13 @@ def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:
 
 
 def from_pixels(pixels: Tensor, spec: ImageSpec) -> Image.Image:
-    """What `to_pixels` made, as a picture again: what the encoder sees."""
+    """What `to_pixels` made, as an image again: what the encoder sees."""
     values = pixels.permute(1, 2, 0).float() * torch.tensor(spec.std) + torch.tensor(spec.mean)
     return Image.fromarray((values * 255).round().clamp(0, 255).to(torch.uint8).numpy())
 
 
 def fit_square(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    """The RGB picture as an S x S square: padded with the background, cropped in the middle, or squashed."""
+    """The RGB image as an S x S square: padded with the background, cropped in the middle, or squashed."""
     size = (spec.size, spec.size)
     if spec.resize == "squash":
         return image.resize(size, Image.Resampling.BICUBIC)
@@ -279,7 +279,7 @@ def _middle(image: Image.Image, size: int) -> Image.Image:
 
 
 def _padded(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """The picture in the middle of a square, as LLaVA pads: before it is resized."""
+    """The image in the middle of a square, as LLaVA pads: before it is resized."""
     side = max(image.size)
     if side * side > _MAX_BETWEEN:  # shrunk first: the square round 1 x 50,000,000 pixels fits in no memory
         scale = _MAX_BETWEEN**0.5 / side
@@ -305,7 +305,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Turned as EXIF says. Not by `ImageOps.exif_transpose`: it writes EXIF anew and fails on any damaged tag of it."""
     try:
         turn = _TURN_BACK.get(image.getexif().get(_ORIENTATION, 0))
-    except Exception:  # malformed EXIF says nothing about orientation, so the picture stays as stored
+    except Exception:  # malformed EXIF says nothing about orientation, so the image stays as stored
         return image
     return image if turn is None else image.transpose(turn)
 
@@ -317,7 +317,7 @@ def _tell_of_animation(image: Image.Image, label: str) -> None:
         animated = True
     if animated and "animation" not in _told:
         _told.add("animation")
-        warn(f"data: {label} has several frames; of such pictures the first is taken (said once)")
+        warn(f"data: {label} has several frames; of such images the first is taken (said once)")
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -332,7 +332,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 
 
 def _flattened(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Over the background; in bands, as whole pictures in between would take three times the memory."""
+    """Over the background; in bands, as whole images in between would take three times the memory."""
     rgb = Image.new("RGB", image.size)
     for top in range(0, image.height, _BAND):
         band = image.crop((0, top, image.width, min(top + _BAND, image.height))).convert("RGBA")

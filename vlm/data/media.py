@@ -33,10 +33,10 @@ _MAGIC = {  # how base64 of these files begins
 _MIN_BASE64 = 60  # letters; a shorter word of these letters may be a name
 _MIN_UNKNOWN_BASE64 = 1000  # without a known beginning
 _MEDIUM_KEY = re.compile(
-    r"image|img|picture|photo|video|audio|frame|visual|pixel|sound|speech|thumbnail|screenshot"
+    r"image|img|image|photo|video|audio|frame|visual|pixel|sound|speech|thumbnail|screenshot"
     r"|(?<![a-z])(?:pic|pics|clip|wav|media|figure|vision|jpg|jpeg|png|webp|gif|mp3|mp4)(?![a-z])"
 )
-_MEDIUM_NAME = re.compile(r"(?:image|img|picture|photo|video|audio)s?_?(?:id|name|key|idx|index)s?")
+_MEDIUM_NAME = re.compile(r"(?:image|img|image|photo|video|audio)s?_?(?:id|name|key|idx|index)s?")
 _ABOUT = re.compile(  # words of keys that say something of a medium and are none
     r"(?<![a-z])(?:id|ids|idx|index|name|key|size|width|height|shape|format|type|mode|count|num|number|length|duration|fps"
     r"|hash|md5|sha\d*|phash|source|src|dataset|captions?|descriptions?|desc|summary|labels?|class|title|alt|text|ocr|score"
@@ -63,11 +63,11 @@ def read_image(value: Any, fields: Fields | None = None) -> Image:
     if isinstance(value, dict):
         return _from_object((fields or Fields({})).inner(value, "image."))
     if not isinstance(value, str):
-        raise RecordError("bad_image_field", f"a picture is given as {short(value)}; expected a path")
+        raise RecordError("bad_image_field", f"an image is given as {short(value)}; expected a path")
     if value.startswith("data:"):
         return decode_data_url(value)
     if _URL.match(value):
-        raise RecordError("remote_image", f"{value[:80]!r}: pictures are named by path, nothing is fetched")
+        raise RecordError("remote_image", f"{value[:80]!r}: images are named by path, nothing is fetched")
     if is_base64(value):
         return _decode(value)
     return value
@@ -144,7 +144,7 @@ def _from_object(fields: Fields) -> Image:
     if content is None and isinstance(fields.values.get("source"), dict):
         return read_image(fields.take("source"), fields)
     given = short(kind) if content is None and name is None else short(content if content is not None else name)
-    raise RecordError("bad_image_field", f"a picture is an object with {given}; expected path, url, bytes or base64")
+    raise RecordError("bad_image_field", f"an image is an object with {given}; expected path, url, bytes or base64")
 
 
 def _decode(body: str) -> bytes:

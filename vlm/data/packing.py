@@ -12,7 +12,7 @@ def pack(lengths: np.ndarray, num_images: np.ndarray, max_length: int, max_image
 
     Args:
         lengths: tokens of each example, int [n], each at most `max_length`.
-        num_images: pictures of each example, int [n], each at most `max_images`.
+        num_images: images of each example, int [n], each at most `max_images`.
 
     Returns:
         rows of positions into `lengths`; within a row in ascending order. Every example stands in one row.

@@ -4,9 +4,9 @@ Read are: LLaVA and ShareGPT (`conversations` or `conversation`, `from`/`value`)
 content as text or parts), pairs of a question and an answer (`instruction`, `input`, `output` and the names of
 `QUESTION_KEYS` and `ANSWER_KEYS`), caption pairs (`image` with `caption` or `text`) and plain `text`.
 
-`<image>` is a mark in every user turn, and there must be as many marks as pictures; one too many is an error too,
-since a record whose picture was forgotten looks the same. In a reply or system turn it is an error if the record has
-pictures, else text. What nothing here reads is judged by `vlm.data.unread`.
+`<image>` is a mark in every user turn, and there must be as many marks as images; one too many is an error too,
+since a record whose image was forgotten looks the same. In a reply or system turn it is an error if the record has
+images, else text. What nothing here reads is judged by `vlm.data.unread`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHAT_KEYS = ("conversations", "conversation", "messages")
 QUESTION_KEYS = ("instruction", "query", "question", "prompt", "human", "user", "input")
 ANSWER_KEYS = ("output", "response", "completion", "answer", "assistant", "gpt", "bot")
 _BESIDE_KEYS = ("input", "context")  # what a question is about, joined to it
-_IMAGE_KEYS = ("image", "images", "file_name")  # file_name: metadata files of picture folders on the Hugging Face hub
+_IMAGE_KEYS = ("image", "images", "file_name")  # file_name: metadata files of image folders on the Hugging Face hub
 _SYSTEM_KEYS = ("system", "system_prompt", "system_message", "meta_instruction")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -54,11 +54,11 @@ class _Draft:
 
 
 def parse_record(record: dict[str, Any], config: SourceConfig, image_placement: str = "auto") -> Conversation:
-    """A record as a conversation that can be trained on. Pictures are still as the record names them.
+    """A record as a conversation that can be trained on. Images are still as the record names them.
 
     The kind is told by the keys, unless `config.format` names it. With `image_placement` "auto", a record of exactly
-    one picture and no mark gets the picture first, then a line end; with "first", any number of pictures. A caption or
-    plain text becomes the reply to a user turn of the picture and the record's or `config.prompt`, if there are any.
+    one image and no mark gets the image first, then a line end; with "first", any number of images. A caption or
+    plain text becomes the reply to a user turn of the image and the record's or `config.prompt`, if there are any.
 
     Returns:
         the conversation; its `unread` names the keys and marks with content that nothing read.
@@ -244,9 +244,9 @@ def _is_list_of_turns(value: Any) -> bool:
 
 def _caption_turns(draft: _Draft) -> list[RawTurn]:
     if not draft.images:
-        judge(draft.fields, (), ())  # the picture may stand under another key
+        judge(draft.fields, (), ())  # the image may stand under another key
     if len(draft.images) != 1:
-        raise RecordError("image_count", f"a caption needs one picture, got {len(draft.images)}")
+        raise RecordError("image_count", f"a caption needs one image, got {len(draft.images)}")
     fields = draft.fields
     key = "caption" if fields.values.get("caption") is not None else "text"
     fields.settle(key)
@@ -280,7 +280,7 @@ def _question(draft: _Draft) -> str:
 
 
 def _place_first(turns: tuple[Turn, ...], count: int) -> tuple[Turn, ...]:
-    """The record's pictures, which have no mark, before the first thing that the user says."""
+    """The record's images, which have no mark, before the first thing that the user says."""
     first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None or any(turn.num_images for turn in turns):
         return turns
@@ -288,7 +288,7 @@ def _place_first(turns: tuple[Turn, ...], count: int) -> tuple[Turn, ...]:
 
 
 def _images_of(fields: Fields) -> list[Image]:
-    """The pictures that a record or turn names; file_name beside image only names the same one."""
+    """The images that a record or turn names; file_name beside image only names the same one."""
     given = fields.given(_IMAGE_KEYS[:2])
     if len(given) > 1:
         raise RecordError("bad_image_field", f"more than one of the keys {', '.join(_IMAGE_KEYS)}")

@@ -87,13 +87,13 @@ def _as_words(turn: RawTurn, has_images: bool, placed: Placed) -> RawTurn:
     """A reply or system turn, where marks are words: an error where images are about, as they would be learned."""
     for piece in turn.pieces:
         if isinstance(piece, Shown) or (has_images and isinstance(piece, Mark) and piece.strength == "ours"):
-            raise RecordError("image_in_answer", "an <image> mark or a picture stands in a system or assistant turn")
+            raise RecordError("image_in_answer", "an <image> mark or an image stands in a system or assistant turn")
         if isinstance(piece, Mark) and piece.strength == "sure":
             if has_images:
                 raise RecordError("foreign_mark", f"{piece.text[:40]!r} stands in a system or assistant turn")
             placed.unread.append(f"the word {piece.text[:60]}")
     if turn.images:
-        raise RecordError("image_in_answer", "a picture stands in a system or assistant turn")
+        raise RecordError("image_in_answer", "an image stands in a system or assistant turn")
     pieces = tuple(piece.text if isinstance(piece, Mark) else piece for piece in turn.pieces)
     return RawTurn(turn.role, ("".join(piece for piece in pieces if isinstance(piece, str)),), (), turn.is_learned)
 
@@ -107,7 +107,7 @@ def _with_own_images(turn: RawTurn, placement: str) -> RawTurn:
         return RawTurn(turn.role, (Shown(turn.images[0]), "\n", *turn.pieces), (), turn.is_learned)
     count = len(waiting) + len(places)
     if count != len(turn.images):
-        raise RecordError("image_count", f"a turn with {count} <image> marks and {len(turn.images)} pictures")
+        raise RecordError("image_count", f"a turn with {count} <image> marks and {len(turn.images)} images")
     pieces: list[str | Mark | Shown] = []
     images = iter(turn.images)
     for piece in turn.pieces:
@@ -140,14 +140,14 @@ def _choose(marks: list[Mark], num_images: int, placed: Placed) -> dict[int, Sho
     if len(chosen) != num_images and foreign:
         named = ", ".join(mark.text[:30] for mark in foreign[:3])
         raise RecordError(
-            "foreign_mark", f"{len(foreign)} marks ({named}), {num_images} pictures. Write {IMAGE_MARK} where each goes"
+            "foreign_mark", f"{len(foreign)} marks ({named}), {num_images} images. Write {IMAGE_MARK} where each goes"
         )
     return {id(mark): Shown(index=index) for mark, index in zip(chosen, _indexes(chosen), strict=True)}
 
 
 def _surplus(mark: Mark, has_places: bool) -> str:
-    what = "beside the places of all pictures" if has_places else "and no picture for it"
-    return f"{mark.text[:40]!r}, the mark of a picture, {what}. It would be learned as words"
+    what = "beside the places of all images" if has_places else "and no image for it"
+    return f"{mark.text[:40]!r}, the mark of an image, {what}. It would be learned as words"
 
 
 def _refuse_other_medium(mark: Mark, placed: Placed) -> None:
@@ -167,7 +167,7 @@ def _indexes(marks: list[Mark]) -> list[int | None]:
     first = min(1, min(numbers))
     if len(numbers) != len(marks) or sorted(numbers) != list(range(first, first + len(marks))):
         raise RecordError(
-            "foreign_mark", f"marks numbered {numbers[:8]} for {len(marks)} pictures; expected each number once"
+            "foreign_mark", f"marks numbered {numbers[:8]} for {len(marks)} images; expected each number once"
         )
     return [number - first for number in numbers]
 
@@ -178,7 +178,7 @@ def _ordered(shown: list[Shown], images: list[Image]) -> list[Image]:
     if inline:
         if images and images != inline:
             raise RecordError(
-                "bad_image_field", "pictures are named both in turns and beside them; their order is unclear"
+                "bad_image_field", "images are named both in turns and beside them; their order is unclear"
             )
         return inline
     indexes = [piece.index for piece in shown if piece.index is not None]
@@ -192,7 +192,7 @@ def _ordered(shown: list[Shown], images: list[Image]) -> list[Image]:
 
 
 def media_in_texts(turns: Sequence[RawTurn]) -> list[str]:
-    """What of the users' texts shows a medium in the way of Markdown or HTML: a page, or a picture that is not read.
+    """What of the users' texts shows a medium in the way of Markdown or HTML: a page, or an image that is not read.
 
     Raises:
         RecordError: rule unread_medium, if a file is written out within a text, or if a text begins with one that is
@@ -202,9 +202,9 @@ def media_in_texts(turns: Sequence[RawTurn]) -> list[str]:
     for turn in turns:
         for piece in turn.pieces:
             if isinstance(piece, str) and (found := embedded_medium(piece)):
-                raise RecordError("unread_medium", f"{found!r} within the text of a turn is not read as a picture")
+                raise RecordError("unread_medium", f"{found!r} within the text of a turn is not read as an image")
             if isinstance(piece, str) and turn.role == "user" and (found := named_medium(piece)):
                 if piece is turn.pieces[0] and piece.lstrip().startswith(found):
-                    raise RecordError("unread_medium", f"{found[:80]!r} begins a turn and is not read as a picture")
+                    raise RecordError("unread_medium", f"{found[:80]!r} begins a turn and is not read as an image")
                 shown.append("media shown in Markdown or HTML")
     return shown

@@ -1,4 +1,4 @@
-"""Sources: a data file or a folder of pictures -> conversations, with pictures that exist."""
+"""Sources: a data file or a folder of images -> conversations, with images that exist."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class RecordSource:
         return self.index.where(number)
 
     def content_digest(self) -> str:
-        """Changes with any byte of the file (of a folder: with any caption, and with a picture's size or time)."""
+        """Changes with any byte of the file (of a folder: with any caption, and with an image's size or time)."""
         if isinstance(self.index, FolderIndex):
             return self.index.fingerprint()
         with self.index.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def conversation(self, number: int) -> Conversation:
-        """Record `number`, counted from 0, with its pictures as absolute paths that exist below the images folder.
+        """Record `number`, counted from 0, with its images as absolute paths that exist below the images folder.
 
         Raises:
             RecordError: see `parse_record`, `resolve_image`, `RecordIndex.__getitem__`.

@@ -26,7 +26,7 @@ from vlm.errors import DataError, RecordError
 _BAR_WIDTH = 40
 CHUNK = 200  # records per task of a checking process; decoding takes 20 times as long as measuring
 _NUM_NOT_SHOWN = 5  # bad records that a preview names
-_CAPTION_HEIGHT = 14  # pixels under each picture of a contact sheet
+_CAPTION_HEIGHT = 14  # pixels under each image of a contact sheet
 
 
 def check_records(
@@ -37,7 +37,7 @@ def check_records(
     limit: int = 20,
     out: Path | None = None,
 ) -> Counter[str]:
-    """Tokenize every record and decode every picture; print the bad ones and the counts by rule.
+    """Tokenize every record and decode every image; print the bad ones and the counts by rule.
 
     Args:
         limit: bad records to print.
@@ -76,7 +76,7 @@ def check_records(
     for line in unread.warnings(num_usable):
         console.print(f"warning: {line}", soft_wrap=True)
     counts = counts_by_rule(by_rule) or "none"
-    console.print(f"{len(reader):,} records, {num_images:,} pictures, skipped: {counts}", soft_wrap=True)
+    console.print(f"{len(reader):,} records, {num_images:,} images, skipped: {counts}", soft_wrap=True)
     refuse_too_many(skips, len(reader), config.max_skipped_share, out)
     refuse_lost_source(skips, num_usable)
     return by_rule
@@ -114,18 +114,18 @@ def _decode_all(reader: ExampleReader, numbers: np.ndarray, *, max_pixels: int, 
 def preview_records(
     config: DataConfig, tokenizer: ConversationTokenizer, spec: ImageSpec | None, *, number: int, out: Path
 ) -> None:
-    """Print the first usable records, supervised tokens in green, and save their pictures as the encoder will see them.
+    """Print the first usable records, supervised tokens in green, and save their images as the encoder will see them.
 
     Args:
         number: records to show, from each source in turn.
-        out: the contact sheet, PNG; written when there is a picture.
+        out: the contact sheet, PNG; written when there is an image.
 
     Raises:
         DataError: no record can be shown; says why the first ones cannot.
     """
     reader = build_reader(config, config.sources, tokenizer)
     console = _console()
-    pictures: list[tuple[Image.Image, str]] = []
+    images: list[tuple[Image.Image, str]] = []
     examples, skips = _first_usable(reader, number)
     for skip in skips[:_NUM_NOT_SHOWN]:
         console.print(f"not shown: {skip.where}: [{skip.rule}] {skip.message}", style="red", soft_wrap=True)
@@ -145,11 +145,11 @@ def preview_records(
             except RecordError as error:
                 console.print(f"left out of training: {error.message}", style="red", soft_wrap=True)
                 continue
-            pictures += [(from_pixels(picture, spec), example.where) for picture in pixels]
-    if pictures:
+            images += [(from_pixels(image, spec), example.where) for image in pixels]
+    if images:
         out.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(pictures).save(out)
-        console.print(f"\n{len(pictures)} pictures as the encoder sees them: {out}", soft_wrap=True)
+        contact_sheet(images).save(out)
+        console.print(f"\n{len(images)} images as the encoder sees them: {out}", soft_wrap=True)
 
 
 def coloured(example: Example, tokenizer: ConversationTokenizer) -> Text:
@@ -181,7 +181,7 @@ def print_stats(config: DataConfig, tokenizer: ConversationTokenizer, *, seed: i
     refuse_too_many(scan.skips, len(scan), 1.0)
     refuse_lost_source(scan.skips, reader.count_by_source(scan.lengths > 0))
     usable = scan.lengths > 0
-    console.print(f"{len(scan):,} records, {int(usable.sum()):,} usable, {int(scan.num_images.sum()):,} pictures")
+    console.print(f"{len(scan):,} records, {int(usable.sum()):,} usable, {int(scan.num_images.sum()):,} images")
     _histogram(console, "tokens per record", scan.lengths[usable])
     _histogram(console, "supervised tokens per record", scan.num_supervised[usable])
     sample = np.flatnonzero(usable)[:: max(1, int(usable.sum()) // 1000)]
@@ -190,24 +190,24 @@ def print_stats(config: DataConfig, tokenizer: ConversationTokenizer, *, seed: i
     members, _ = split_held_out(scan, config.held_out, seed)
     rows = build_order(config, scan, members, seed).rows(0)
     tokens = sum(int(scan.lengths[row].sum()) for row in rows)
-    pictures = sum(int(scan.num_images[row].sum()) for row in rows)
+    images = sum(int(scan.num_images[row].sum()) for row in rows)
     console.print(
         f"rows of {config.max_length} tokens: {len(rows):,} an epoch, "
         f"{tokens / len(rows) / config.max_length:.1%} full, "
-        f"{sum(map(len, rows)) / len(rows):.1f} records and {pictures / len(rows):.1f} pictures a row"
+        f"{sum(map(len, rows)) / len(rows):.1f} records and {images / len(rows):.1f} images a row"
     )
 
 
-def contact_sheet(pictures: list[tuple[Image.Image, str]], columns: int = 6) -> Image.Image:
-    """Pictures in a grid, each with its caption below."""
-    side = max(picture.width for picture, _ in pictures)
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
+def contact_sheet(images: list[tuple[Image.Image, str]], columns: int = 6) -> Image.Image:
+    """Images in a grid, each with its caption below."""
+    side = max(image.width for image, _ in images)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (side + 8), rows * (side + _CAPTION_HEIGHT + 8)), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (picture, caption) in enumerate(pictures):
+    for number, (image, caption) in enumerate(images):
         left, top = number % columns * (side + 8) + 4, number // columns * (side + _CAPTION_HEIGHT + 8) + 4
-        sheet.paste(picture, (left, top))
+        sheet.paste(image, (left, top))
         draw.text((left, top + side + 1), caption[-side // 6 :], fill="black")
     return sheet
 

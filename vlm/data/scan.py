@@ -93,7 +93,7 @@ class Scan:
         return self.unread.warnings(self.reader.count_by_source(self.lengths > 0))
 
     def digest(self) -> str:
-        """Changes when any record's length, pictures or labels do, and with them the order of training."""
+        """Changes when any record's length, images or labels do, and with them the order of training."""
         state = hashlib.sha256()
         for array in (self.lengths, self.num_images, self.num_supervised):
             state.update(np.ascontiguousarray(array).tobytes())
@@ -108,7 +108,7 @@ def usable_workers(wanted: int) -> int:
 def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) -> Scan:
     """Measure every record, from the cache where its file, the tokenizer and the settings are unchanged.
 
-    Records that were skipped are looked at again each time: the missing picture may be there now. A scan that was
+    Records that were skipped are looked at again each time: the missing image may be there now. A scan that was
     interrupted goes on where it last wrote its table.
 
     Raises:
@@ -143,7 +143,7 @@ def refuse_too_many(scan: Scan, max_share: float) -> None:
 
 
 def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, list[Skip], UnreadLog]:
-    """int32 [len(numbers), 3]: tokens, pictures, supervised tokens of each; the skipped ones; what was not read."""
+    """int32 [len(numbers), 3]: tokens, images, supervised tokens of each; the skipped ones; what was not read."""
     unread = UnreadLog()
     table = np.zeros((len(numbers), 3), dtype=np.int32)
     skips: list[Skip] = []

@@ -20,7 +20,7 @@ _USUAL_CAUSES = {
     "image_outside_root": "Usually images: names the wrong folder. ",
     "over_long": "Raise data.max_length, or set data.over_long to cut. ",
     "too_many_images": "Raise data.max_images, or set data.over_long to cut. ",
-    "image_without_encoder": "The records have pictures, but model.vision is null. ",
+    "image_without_encoder": "The records have images, but model.vision is null. ",
     "no_supervised_tokens": "Usually the records' roles are not what they seem. ",
 }
 

@@ -26,13 +26,13 @@ _STARTS = (
     (b"SQLite format 3", "an SQLite database"),
     (b"\x89HDF", "an HDF5 file"),
     (b"\x93NUMPY", "a NumPy array"),
-    (b"8BPS", "a Photoshop picture"),
+    (b"8BPS", "a Photoshop image"),
     (b"%!PS", "a PostScript drawing"),
-    (b"\xff\x0a", "a JPEG XL picture"),
-    (b"\x00\x00\x00\x0cJXL ", "a JPEG XL picture"),
-    (b"\x00\x00\x00\x0cjP", "a JPEG 2000 picture"),
+    (b"\xff\x0a", "a JPEG XL image"),
+    (b"\x00\x00\x00\x0cJXL ", "a JPEG XL image"),
+    (b"\x00\x00\x00\x0cjP", "a JPEG 2000 image"),
     (b"\x00\x00\x01\x00", "an icon (ICO)"),
-    (b"\x76\x2f\x31\x01", "an OpenEXR picture"),
+    (b"\x76\x2f\x31\x01", "an OpenEXR image"),
     (b"\x1aE\xdf\xa3", "a WEBM or MKV video"),
     (b"FLV\x01", "an FLV video"),
     (b"OggS", "an OGG sound"),
@@ -41,9 +41,9 @@ _STARTS = (
     (b"fLaC", "a FLAC sound"),
 )  # fmt: skip
 _BRANDS = {  # of files that begin with a size and "ftyp"
-    b"heic": "a HEIC picture", b"heix": "a HEIC picture", b"hevc": "a HEIC picture", b"heim": "a HEIC picture",
-    b"heis": "a HEIC picture", b"mif1": "a HEIC picture", b"msf1": "a HEIC picture", b"avif": "an AVIF picture",
-    b"avis": "an AVIF picture", b"crx ": "a Canon raw picture", b"M4A ": "an MP4 sound",
+    b"heic": "a HEIC image", b"heix": "a HEIC image", b"hevc": "a HEIC image", b"heim": "a HEIC image",
+    b"heis": "a HEIC image", b"mif1": "a HEIC image", b"msf1": "a HEIC image", b"avif": "an AVIF image",
+    b"avis": "an AVIF image", b"crx ": "a Canon raw image", b"M4A ": "an MP4 sound",
 }  # fmt: skip
 _DATASET_INFO_KEYS = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 
@@ -56,7 +56,7 @@ def describe(head: bytes, size: int) -> str:
         size: all its bytes.
 
     >>> describe(b"<!DOCTYPE html><html>", 5000), describe(b"", 0), describe(bytes([0, 0, 0, 24]) + b"ftypheic", 9000)
-    ('an HTML page, usually of a download that failed', 'an empty file', 'a HEIC picture')
+    ('an HTML page, usually of a download that failed', 'an empty file', 'a HEIC image')
     """
     if size == 0:
         return "an empty file"
@@ -65,7 +65,7 @@ def describe(head: bytes, size: int) -> str:
     if head[:4] == b"RIFF" and head[8:12] in (b"AVI ", b"WAVE"):
         return "an AVI video" if head[8:12] == b"AVI " else "a WAV sound"
     if head[128:132] == b"DICM":
-        return "a DICOM picture"
+        return "a DICOM image"
     if head[257:262] == b"ustar":
         return "a tar archive"
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -74,7 +74,7 @@ def describe(head: bytes, size: int) -> str:
 
 
 def describe_text(head: bytes) -> str:
-    """What a text is that stands where a picture should; an empty text if the bytes are no text."""
+    """What a text is that stands where an image should; an empty text if the bytes are no text."""
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] in (b"{", b"["):
         return "JSON text"
@@ -97,7 +97,7 @@ def describe_json(path: Path, name: str) -> str:
     if isinstance(value.get("images"), list) and isinstance(value.get("annotations"), list):
         return (
             "It is an object of two lists, images and annotations, as COCO has them. Write a list with one object per "
-            'picture: {"image": its file_name, "caption": its caption}'
+            'image: {"image": its file_name, "caption": its caption}'
         )
     objects = [entry for entry in value.values() if isinstance(entry, dict)]
     if objects and len(objects) == len(value):

@@ -95,7 +95,7 @@ class BatchStream:
 
     Args:
         micro_batch_size: rows per `Batch`.
-        workers: processes that read records and decode pictures; 0 does so in this one.
+        workers: processes that read records and decode images; 0 does so in this one.
     """
 
     def __init__(

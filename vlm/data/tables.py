@@ -48,7 +48,7 @@ def refuse_joined_rows(raw: bytes, delimiter: str, num_columns: int) -> None:
     """Raise RecordError rule bad_csv when a quote that was meant as text has joined rows into one cell.
 
     The sign: each line of the row, read alone, has the header's number of cells, and the lines after the first name
-    picture files, or are several, with no doubled quote that would show that a program wrote them.
+    image files, or are several, with no doubled quote that would show that a program wrote them.
     """
     lines = raw.decode("utf-8", "replace").strip("\r\n").splitlines()
     if len(lines) < 2 or any(line.count(delimiter) != num_columns - 1 for line in lines):

@@ -54,7 +54,7 @@ class ChatTemplate:
     bos: Literal["always", "never", "tokenizer"] = "tokenizer"  # "tokenizer": if it adds one by itself
     default_system: str | None = None
     system_in_first_user: bool = False  # llama2: the system text stands inside the first user turn
-    only_images_of_user: bool = False  # plain: what the user says is left out, pictures stay
+    only_images_of_user: bool = False  # plain: what the user says is left out, images stay
     # where the images of a user turn are put; not part of the text, so no fingerprint of old runs changes
     image_order: ImageOrder = field(default="keep", repr=False)
 
@@ -85,18 +85,18 @@ class ChatTemplate:
         return [piece for piece in pieces if isinstance(piece, ImageSlot) or piece.text]
 
     def leaves_out(self, conversation: Conversation) -> tuple[str, ...]:
-        """What of a conversation is not written down, beyond the words with the first picture.
+        """What of a conversation is not written down, beyond the words with the first image.
 
         >>> turns = [Turn("user", (IMAGE, "What?")), Turn("assistant", ("A dog.",)), Turn("user", ("Sure?",))]
         >>> TEMPLATES["plain"].leaves_out(Conversation(tuple(turns)))
-        ("questions (template plain writes the user's pictures only)",)
+        ("questions (template plain writes the user's images only)",)
         """
         if not self.only_images_of_user:
             return ()
         roles = [turn.role for turn in conversation.turns]
         users = [turn for turn in conversation.turns if turn.role == "user"]
         is_silent = all(not turn.text.strip() or (turn is users[0] and turn.num_images) for turn in users)
-        why = f"(template {self.name} writes the user's pictures only)"
+        why = f"(template {self.name} writes the user's images only)"
         left_out = [] if is_silent else [f"questions {why}"]
         return tuple([*left_out, f"system prompts {why}"] if "system" in roles else left_out)
 
@@ -136,7 +136,7 @@ class ChatTemplate:
     def jinja(self, bos_token: str | None, eos_token: str | None, tokenizer_adds_bos: bool) -> str:
         """The same template in the form that transformers keeps in chat_template.jinja.
 
-        Replies stand between generation markers, so that assistant masks can be made from it. Pictures in a list of
+        Replies stand between generation markers, so that assistant masks can be made from it. Images in a list of
         content parts become `<image>`, and the words after one stand on a line of their own, as in training data; with
         an `image_order`, images of a user turn are put before or after its words.
         """

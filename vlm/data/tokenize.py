@@ -28,8 +28,8 @@ class ConversationTokenizer:
     Args:
         tokenizer: a fast tokenizer of transformers.
         template: how turns are written down.
-        image_token_id: stands at every image placeholder; None for a model without pictures.
-        tokens_per_image: placeholders per picture, T.
+        image_token_id: stands at every image placeholder; None for a model without images.
+        tokens_per_image: placeholders per image, T.
         system: for conversations that bring no system turn; None takes the template's default.
 
     Raises:
@@ -93,7 +93,7 @@ class ConversationTokenizer:
 
         Args:
             over_long: "drop" refuses a longer conversation; "cut" keeps as many whole turns as fit, ending with a
-                reply. Pictures of the turns cut away go with them; image tokens are never cut.
+                reply. Images of the turns cut away go with them; image tokens are never cut.
 
         Raises:
             RecordError: rules over_long, too_many_images, and those of `__call__`.
@@ -111,7 +111,7 @@ class ConversationTokenizer:
                 return self(conversation.first_turns(ends[num_replies - 1]))
         if len(example.images) > max_images:
             raise RecordError(
-                "too_many_images", f"{len(example.images)} pictures, data.max_images is {max_images}", example.where
+                "too_many_images", f"{len(example.images)} images, data.max_images is {max_images}", example.where
             )
         raise RecordError(
             "over_long", f"{len(example.input_ids)} tokens, data.max_length is {max_length}", example.where
@@ -166,7 +166,7 @@ class ConversationTokenizer:
         for piece in pieces:
             if isinstance(piece, ImageSlot):
                 if self.image_token_id is None:
-                    raise RecordError("image_without_encoder", "a picture, but model.vision is null", where)
+                    raise RecordError("image_without_encoder", "an image, but model.vision is null", where)
                 new = [self.image_token_id] * self.tokens_per_image
             else:
                 is_first = all(i in self._bos for i in ids)

@@ -10,7 +10,7 @@ from vlm.schema import PathText, Section
 
 
 class TaskConfig(Section):
-    """One figure. Each is also computed with the pictures shuffled among the records.
+    """One figure. Each is also computed with the images shuffled among the records.
 
     choice: records {"image", "prompt", "choices": [..], "answer": one of them}; accuracy of the likeliest choice.
     ranking: records {"image", "prompt", "answer"}; is the true answer the likeliest among `num_candidates`, the
@@ -25,7 +25,7 @@ class TaskConfig(Section):
     path: PathText
     """A data file."""
     images: PathText | None = None
-    """Folder that every picture must lie in; null means the folder of `path`."""
+    """Folder that every image must lie in; null means the folder of `path`."""
     num_candidates: Annotated[int, Field(ge=2)] = 20
     """ranking: answers among which the true one must be the likeliest."""
     max_records: PositiveInt | None = None

@@ -34,10 +34,10 @@ _ROOT = -1  # parent of a row's first token
 _BOUND = {torch.float32: 1e-3}
 
 
-class PictureFeatures:
-    """Projected features of pictures, each encoded once while `max_bytes` last.
+class FeatureCache:
+    """Projected features of images, each encoded once while `max_bytes` last.
 
-    Pictures are asked for twice or more: for their own record, for the record that is shown them by mistake on
+    Images are asked for twice or more: for their own record, for the record that is shown them by mistake on
     purpose, and by other tasks.
     """
 
@@ -48,10 +48,10 @@ class PictureFeatures:
         self._kept: dict[str | bytes, Tensor] = {}
 
     def get(self, images: Sequence[str | bytes]) -> dict[str | bytes, Tensor]:
-        """[T, D] for every picture.
+        """[T, D] for every image.
 
         Raises:
-            RecordError: a picture cannot be read.
+            RecordError: an image cannot be read.
         """
         found = {image: self._kept[image] for image in images if image in self._kept}
         missing = [image for image in dict.fromkeys(images) if image not in found]
@@ -75,7 +75,7 @@ class PictureFeatures:
 def score_candidates(
     loaded: LoadedModel,
     questions: Sequence[Question],
-    pictures: PictureFeatures,
+    cache: FeatureCache,
     max_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[float]]:
@@ -84,7 +84,7 @@ def score_candidates(
     What several questions ask alike (prompt, images, reply) is computed once.
 
     Args:
-        pictures: where features come from.
+        cache: where features come from.
         max_tokens: padded tokens per forward; None takes what suits the device. A row that is longer stands alone.
         on_progress: called with the number of questions begun so far.
 
@@ -93,7 +93,7 @@ def score_candidates(
     """
     max_tokens = max_tokens or MAX_TOKENS.get(loaded.device.type, 1024)
     prompts, places = _merge(questions)
-    scorer = _Scorer(loaded, prompts, pictures)
+    scorer = _Scorer(loaded, prompts, cache)
     scores = [[0.0] * len(prompt.replies) for prompt in prompts]
     begun: set[int] = set()
     for rows in _batches(scorer.choose_rows(max_tokens), max_tokens):
@@ -198,12 +198,12 @@ class _Scorer:
 
     loaded: LoadedModel
     prompts: list[_Prompt]
-    pictures: PictureFeatures
+    cache: FeatureCache
 
     def score(self, rows: list[_Row]) -> list[list[float]]:
         """Log-likelihood of every reply of every row."""
         images = [image for row in rows for image in self.prompts[row.prompt].images]
-        features = self.pictures.get(images)
+        features = self.cache.get(images)
         spliced = [features[image] for image in images]
         return _forward(self.loaded, rows, torch.cat(spliced) if spliced else None)
 

@@ -1,7 +1,7 @@
-"""The tasks of a config, scored on an export: each figure beside the same model's on shuffled pictures.
+"""The tasks of a config, scored on an export: each figure beside the same model's on shuffled images.
 
 A figure alone says little: a model that never looks may guess the kind of thing from how often it is the answer. So
-each is computed again with every picture replaced by another record's, and stands beside the baseline of its kind.
+each is computed again with every image replaced by another record's, and stands beside the baseline of its kind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vlm.batch import IGNORE_INDEX
 from vlm.errors import ConfigError
 from vlm.evaluation.config import EvaluationConfig, TaskConfig
 from vlm.evaluation.metrics import Figure, accuracy, derangement, loss_per_token, majority_share
-from vlm.evaluation.predict import PictureFeatures, score_candidates
+from vlm.evaluation.predict import FeatureCache, score_candidates
 from vlm.evaluation.tasks import Question, read_task
 from vlm.files import write_atomically
 from vlm.inference.load import LoadedModel, load
@@ -45,8 +45,8 @@ class Row:
     kind: str
     metric: str
     own: Figure
-    shuffled: Figure | None  # None: fewer than two different pictures
-    blank: Figure | None  # every picture white; None: not asked for, or no pictures
+    shuffled: Figure | None  # None: fewer than two different images
+    blank: Figure | None  # every image white; None: not asked for, or no images
     baseline: float | None
     baseline_name: str  # "majority" (always the most frequent answer), "chance", or "" for losses
 
@@ -77,7 +77,7 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
     Raises:
         ConfigError: the config has no tasks.
         CheckpointError: no export, or it does not load.
-        DataError: a task's records or pictures cannot be used.
+        DataError: a task's records or images cannot be used.
     """
     tasks = config.evaluation.tasks
     if not tasks:
@@ -110,9 +110,9 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
 
 
 def run_tasks(loaded: LoadedModel, config: EvaluationConfig, cache: Path) -> list[Row]:
-    """Score every task. Pictures are encoded once for all tasks that fit in memory."""
-    pictures = PictureFeatures(loaded)
-    return [_run_task(loaded, task, pictures, config.seed, cache) for task in config.tasks]
+    """Score every task. Images are encoded once for all tasks that fit in memory."""
+    features = FeatureCache(loaded)
+    return [_run_task(loaded, task, features, config.seed, cache) for task in config.tasks]
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -130,7 +130,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     print(markdown)
 
 
-def _run_task(loaded: LoadedModel, task: TaskConfig, pictures: PictureFeatures, seed: int, cache: Path) -> Row:
+def _run_task(loaded: LoadedModel, task: TaskConfig, features: FeatureCache, seed: int, cache: Path) -> Row:
     questions = read_task(task, loaded.conversation_tokenizer, cache, seed)
     shown = [image for question in questions for image in question.images]
     # within a group of one ranking, so that an image meets no candidates that it has not met as its own
@@ -143,12 +143,12 @@ def _run_task(loaded: LoadedModel, task: TaskConfig, pictures: PictureFeatures, 
     swapped = [replace(q, images=tuple(other[image] for image in q.images)) for q in questions] if other else []
     blanked: list[Question] = []
     if shown and task.kind == "loss":  # one more pass over the records, so not for every task
-        picture = _blank_picture()
-        blanked = [replace(question, images=(picture,) * len(question.images)) for question in questions]
+        white = _blank_image()
+        blanked = [replace(question, images=(white,) * len(question.images)) for question in questions]
     # together: what is asked of an image as its own and as another's is scored once
-    scores = iter(_scores(loaded, task.name, [*questions, *swapped, *blanked], pictures))
+    scores = iter(_scores(loaded, task.name, [*questions, *swapped, *blanked], features))
     own, shuffled, blank = (
-        _figure(task, some, list(islice(scores, len(some))), f"{which} pictures") if some else None
+        _figure(task, some, list(islice(scores, len(some))), f"{which} images") if some else None
         for which, some in (("own", questions), ("shuffled", swapped), ("blank", blanked))
     )
     assert own is not None
@@ -156,11 +156,9 @@ def _run_task(loaded: LoadedModel, task: TaskConfig, pictures: PictureFeatures, 
     return Row(task.name, task.kind, METRICS[task.kind], own, shuffled, blank, baseline, name)
 
 
-def _scores(
-    loaded: LoadedModel, name: str, questions: Sequence[Question], pictures: PictureFeatures
-) -> list[list[float]]:
+def _scores(loaded: LoadedModel, name: str, questions: Sequence[Question], features: FeatureCache) -> list[list[float]]:
     with Progress(f"evaluation: {name}:", len(questions), "questions") as progress:
-        scores = score_candidates(loaded, questions, pictures, on_progress=progress.show)
+        scores = score_candidates(loaded, questions, features, on_progress=progress.show)
     log(f"evaluation: {name}: {len(questions)} questions, {progress.seconds:.1f} s")
     return scores
 
@@ -176,7 +174,7 @@ def _figure(task: TaskConfig, questions: Sequence[Question], scores: list[list[f
     return figure
 
 
-def _blank_picture() -> bytes:
+def _blank_image() -> bytes:
     """A white one, encoded."""
     encoded = io.BytesIO()
     Image.new("RGB", (64, 64), "white").save(encoded, format="PNG")

@@ -45,7 +45,7 @@ def read_task(task: TaskConfig, tokenizer: ConversationTokenizer, cache: Path, s
     Raises:
         DataError: no records, or one that cannot be used (with its place).
     """
-    placement = "auto" if task.kind == "loss" else "first"  # several pictures without a mark stand before the question
+    placement = "auto" if task.kind == "loss" else "first"  # several images without a mark stand before the question
     format: Literal["auto", "instruction"] = "auto" if task.kind == "loss" else "instruction"
     source = open_source(SourceConfig(path=task.path, images=task.images, format=format), cache, placement)
     count = min(len(source), task.max_records or len(source))
@@ -130,7 +130,7 @@ def _question(record: _Record, candidates: Sequence[str], answer: int, tokenizer
         raise RecordError(
             "bad_task_record",
             f"nothing stands before the reply: template {tokenizer.template.name} leaves the question out, and the "
-            "record has no picture",
+            "record has no image",
             record.asked.where,
         )
     replies, labels = [ids for _, ids, _ in encoded], [ids for _, _, ids in encoded]

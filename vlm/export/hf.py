@@ -4,8 +4,8 @@ What that class does not know is folded into weights, exactly:
 
 - Channel statistics of the projector: W ((x - mean) / std) + b = (W / std) x + (b - (W / std) mean).
 - A linear projector: `linear_1`, no activation, and the identity as `linear_2`.
-- Position embeddings of another picture size: interpolated once, here.
-- The colour around padded pictures. transformers pads with the mean that it normalises with. So the mean is set to
+- Position embeddings of another image size: interpolated once, here.
+- The colour around padded images. transformers pads with the mean that it normalises with. So the mean is set to
   that colour, and the constant difference that this makes to every pixel goes through the patch embedding, which is
   linear, into its bias (SigLIP) or into the position embeddings of the patches (CLIP, whose convolution has no bias).
 - The placeholder's id, if it lies beyond the embedding: rows are added, each the mean of the others. Its logit is then
@@ -86,7 +86,7 @@ def write_llava(
         expected: what it answers.
 
     Returns:
-        how the folder reads itself (paths relative to it), what pictures look like, the model with the weights that
+        how the folder reads itself (paths relative to it), what images look like, the model with the weights that
         were written, and notes for the model card.
 
     Raises:
@@ -103,7 +103,7 @@ def write_llava(
     if spec.resize == "pad" and _padding_of(spec.mean) != spec.background:
         spec = _fold_background(vision, spec)
         notes.append(
-            f"Pictures are padded with {spec.background}. The processor normalises with that colour as the mean, and "
+            f"Images are padded with {spec.background}. The processor normalises with that colour as the mean, and "
             "the vision tower's embeddings make up for it: do not swap tower or processor for the original ones."
         )
     if config.projector.normalize:

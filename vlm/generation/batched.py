@@ -19,7 +19,7 @@ EndReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(eq=False)
 class SharedPrompt:
-    """What replies to the same prompt have in common, so that its pictures and tokens are read once.
+    """What replies to the same prompt have in common, so that its images and tokens are read once.
 
     It is filled when the first starts, and emptied when none waits any more.
     """
@@ -37,7 +37,7 @@ class Reply:
 
     Args:
         input_ids: the prompt, placeholders included.
-        pixel_values: [N, 3, S, S] of its pictures; None without pictures.
+        pixel_values: [N, 3, S, S] of its images; None without images.
         max_new_tokens: the stop token not counted.
         stop_ids: tokens that end it and are not part of it.
         on_token: sees each token at once; False ends the reply.
@@ -163,7 +163,7 @@ class BatchedGenerator:
                 left -= self._read_some(left)
 
     def _start_next(self) -> bool:
-        """Give the first reply that waits a slot, if it fits, and look at its pictures."""
+        """Give the first reply that waits a slot, if it fits, and look at its images."""
         if not self.waiting or len(self.running) >= self.max_running:
             return False
         reply = self.waiting[0]

@@ -51,7 +51,7 @@ def generate(
 
     Args:
         input_ids: the prompt, placeholders included.
-        pixel_values: [N, 3, S, S] of its pictures; None without pictures.
+        pixel_values: [N, 3, S, S] of its images; None without images.
         stop_ids: tokens that end the reply; with none, only `max_new_tokens` does.
         on_token: sees each new token at once; with beams, which settle only at the end, all of them then.
         should_stop: asked before every further token, with beams too.

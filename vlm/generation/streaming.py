@@ -47,7 +47,7 @@ class TextStream:
         if not text or text.endswith(_INCOMPLETE):
             if end - self._given <= _HELD:
                 return ""
-            if not text:  # tokens without text, e.g. marks of pictures, are not kept: each push decodes all that are
+            if not text:  # tokens without text, e.g. marks of images, are not kept: each push decodes all that are
                 self._ids.pop()
                 return ""
             end -= _CHARACTER - 1  # these may be the beginning of a character

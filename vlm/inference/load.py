@@ -33,7 +33,7 @@ from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import ConfigError, RecordError
 from vlm.generation.generate import GenerationSettings, generate
 from vlm.generation.streaming import CONTEXT, TextStream
-from vlm.inference.messages import Messages, Picture, to_conversation
+from vlm.inference.messages import ImageInput, Messages, to_conversation
 from vlm.inference.placement import check_device_map, spread
 from vlm.inference.quantize import check_bits, quantize_linears
 from vlm.models.build import Assembled
@@ -86,7 +86,7 @@ class LoadedModel:
     def chat(
         self,
         messages: Messages,
-        images: Picture | Sequence[Picture] = (),
+        images: ImageInput | Sequence[ImageInput] = (),
         stop: str | Sequence[str] = (),
         **settings: Any,
     ) -> str:
@@ -94,12 +94,12 @@ class LoadedModel:
 
         Args:
             messages: a plain string, or messages as OpenAI's API writes them. A reply at their end is gone on with.
-            images: paths or PIL pictures, shown before the first question unless the messages place them.
+            images: paths or PIL images, shown before the first question unless the messages place them.
             stop: texts that end the reply; they are not part of it.
             settings: fields of `GenerationSettings`, e.g. max_new_tokens=64, do_sample=True, seed=1.
 
         Raises:
-            RecordError: a picture or a message cannot be used.
+            RecordError: an image or a message cannot be used.
             ConfigError: an unknown setting, or the conversation is longer than the model can read.
         """
         conversation = to_conversation(messages, images, self.template)
@@ -130,8 +130,8 @@ class LoadedModel:
         left = self.max_tokens - len(input_ids)
         if left < 1:
             raise ConfigError(
-                f"the conversation has {len(input_ids):,} tokens ({len(conversation.images)} pictures included), the "
-                f"model reads at most {self.max_tokens:,}. Clear it, or ask again with fewer turns or pictures"
+                f"the conversation has {len(input_ids):,} tokens ({len(conversation.images)} images included), the "
+                f"model reads at most {self.max_tokens:,}. Clear it, or ask again with fewer turns or images"
             )
         settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, left))
         before = input_ids[-CONTEXT:] if conversation.begun_reply else ()
@@ -142,10 +142,10 @@ class LoadedModel:
         if not conversation.images:
             return None
         if self.image_spec is None:
-            raise RecordError("image_without_encoder", "this model reads no pictures: it has no vision encoder")
+            raise RecordError("image_without_encoder", "this model reads no images: it has no vision encoder")
         background = self.image_spec.background
-        pictures = [load_image(image, background=background) for image in conversation.images]
-        return torch.stack([to_pixels(picture, self.image_spec) for picture in pictures]).to(self.device)
+        opened = [load_image(image, background=background) for image in conversation.images]
+        return torch.stack([to_pixels(image, self.image_spec) for image in opened]).to(self.device)
 
     def _stream(
         self,
@@ -235,9 +235,9 @@ def load(
     >>> reply = model.chat("What is this?", images=["cat.png"], max_new_tokens=8)
     >>> isinstance(reply, str)
     True
-    >>> picture = {"type": "image_url", "image_url": {"url": "cat.png"}}
+    >>> image = {"type": "image_url", "image_url": {"url": "cat.png"}}
     >>> question = {"type": "text", "text": "What is this?"}
-    >>> reply == model.chat([{"role": "user", "content": [picture, question]}], max_new_tokens=8)
+    >>> reply == model.chat([{"role": "user", "content": [image, question]}], max_new_tokens=8)
     True
     """
     target = torch.device(choose_device(device))

@@ -24,22 +24,22 @@ from vlm.data.records import decode_data_url
 from vlm.data.template import ChatTemplate
 from vlm.errors import RecordError
 
-Picture = str | Path | bytes | Image.Image
+ImageInput = str | Path | bytes | Image.Image
 Messages = str | Sequence[dict[str, Any]]
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 
 
 def to_conversation(
-    messages: Messages, images: Picture | Sequence[Picture] = (), template: ChatTemplate | None = None
+    messages: Messages, images: ImageInput | Sequence[ImageInput] = (), template: ChatTemplate | None = None
 ) -> Conversation:
-    """Messages and pictures as turns.
+    """Messages and images as turns.
 
     Args:
         messages: one question, or a list of `{"role": .., "content": ..}`. Content is text, or a list of parts:
             `{"type": "text", "text": ..}`, `{"type": "image"}` (shows the next of `images`),
-            `{"type": "image", "image": path or PIL picture}`, `{"type": "image_url", "image_url": {"url": ..}}` with a
+            `{"type": "image", "image": path or PIL image}`, `{"type": "image_url", "image_url": {"url": ..}}` with a
             path or a `data:` URL.
-        images: paths, encoded bytes or PIL pictures, or one of them. Those that no part asks for come first in the
+        images: paths, encoded bytes or PIL images, or one of them. Those that no part asks for come first in the
             first user turn.
         template: lets turns stand in any order that it can write, and users in a row be one; None allows those only
             that are trained on. A reply at the end is gone on with.
@@ -66,7 +66,7 @@ def to_conversation(
         turns.append(Turn(role, _parts(message["content"], waiting, shown, f"message {number}")))
     for number, turn in enumerate(turns):
         if waiting and turn.role == "user":
-            turns[number] = show_pictures(turn, len(waiting))
+            turns[number] = show_images(turn, len(waiting))
             before = sum(earlier.num_images for earlier in turns[:number])
             shown[before:before] = waiting
             waiting = []
@@ -85,8 +85,8 @@ def check_prompt(conversation: Conversation, template: ChatTemplate) -> Conversa
     return check_images(replace(conversation, turns=turns))
 
 
-def show_pictures(turn: Turn, count: int) -> Turn:
-    """The turn with `count` pictures before its text, as training data has them."""
+def show_images(turn: Turn, count: int) -> Turn:
+    """The turn with `count` images before its text, as training data has them."""
     gap: tuple[Part, ...] = ()
     parts = turn.parts
     if count and parts and isinstance(parts[0], str) and not parts[0].startswith("\n"):
@@ -103,30 +103,30 @@ def _parts(content: Any, waiting: list[str | bytes], shown: list[str | bytes], w
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            # a picture and the words after it stand on lines of their own, as in training data
+            # an image and the words after it stand on lines of their own, as in training data
             gap = "\n" if parts and parts[-1] == IMAGE and not part["text"].startswith("\n") else ""
             parts.append(gap + part["text"])
         elif kind in ("image", "image_url"):
             parts.append(IMAGE)
-            shown.append(_picture_of(part, kind, waiting, where))
+            shown.append(_image_of(part, kind, waiting, where))
         else:
             raise RecordError("bad_message", f"{where}: part of type {kind!r}; known: text, image, image_url")
     return tuple(part for part in parts if part != "")
 
 
-def _picture_of(part: dict[str, Any], kind: str, waiting: list[str | bytes], where: str) -> str | bytes:
+def _image_of(part: dict[str, Any], kind: str, waiting: list[str | bytes], where: str) -> str | bytes:
     source = part.get(kind)
     if isinstance(source, dict):
         source = source.get("url")
     if source is not None:
         return _encoded(source)
     if not waiting:
-        raise RecordError("image_count", f"{where}: shows one more picture than `images` holds")
+        raise RecordError("image_count", f"{where}: shows one more image than `images` holds")
     return waiting.pop(0)
 
 
 def _encoded(image: Any) -> str | bytes:
-    """A path as text; a picture in memory as PNG bytes, which lose nothing."""
+    """A path as text; an image in memory as PNG bytes, which lose nothing."""
     if isinstance(image, Image.Image):
         stream = io.BytesIO()
         image.save(stream, format="PNG")
@@ -134,10 +134,10 @@ def _encoded(image: Any) -> str | bytes:
     if isinstance(image, bytes):
         return image
     if not isinstance(image, str | Path):
-        raise RecordError("bad_message", f"a picture is a {type(image).__name__}; expected a path or a PIL picture")
+        raise RecordError("bad_message", f"an image is a {type(image).__name__}; expected a path or a PIL image")
     text = str(image)
     if text.startswith("data:"):
         return decode_data_url(text)
     if "://" in text:
-        raise RecordError("remote_image", f"{text[:80]!r}: pictures are read from disk, nothing is fetched")
+        raise RecordError("remote_image", f"{text[:80]!r}: images are read from disk, nothing is fetched")
     return text

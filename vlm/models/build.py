@@ -1,4 +1,4 @@
-"""ModelConfig -> model, tokenizer, and what pictures must look like."""
+"""ModelConfig -> model, tokenizer, and what images must look like."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def build_on_meta(config: ModelConfig) -> VisionLanguageModel:
 
 
 def build_image_spec(config: ModelConfig) -> ImageSpec | None:
-    """What pictures must look like, from the encoder's shape alone."""
+    """What images must look like, from the encoder's shape alone."""
     if config.vision is None:
         return None
     with torch.device("meta"):
@@ -100,7 +100,7 @@ def assemble(
     """Put a projector between loaded parts and freeze what does not train.
 
     Returns:
-        the model, what pictures must look like, and the id that marks their placeholders.
+        the model, what images must look like, and the id that marks their placeholders.
     """
     image_token_id: Any = None
     if tokenizer is not None and vision is not None:

@@ -23,9 +23,9 @@ class VisionConfig(Section):
     image_size: PositiveInt | None = None
     """Pixels per side; null takes the encoder's own. Position embeddings are interpolated; windows (Swin) stay."""
     resize: Literal["pad", "crop", "squash"] = "pad"
-    """How a picture becomes a square: padded, its middle cut out, or squashed."""
+    """How an image becomes a square: padded, its middle cut out, or squashed."""
     background: tuple[int, int, int] = (255, 255, 255)
-    """RGB, 0-255, under transparent pixels and around padded pictures."""
+    """RGB, 0-255, under transparent pixels and around padded images."""
     compute: Literal["auto", "fp32", "fp32_channels_last", "bf16", "bf16_channels_last"] = "auto"
     """How it computes while it is frozen. auto: as train.precision says, but a convolutional network in the number and
     memory format that is fastest here, measured once per machine."""
@@ -41,7 +41,7 @@ class ProjectorConfig(Section):
     unshuffle: PositiveInt = 1
     """Merge squares of n x n patches into one token before projecting; 1 keeps all patches."""
     normalize: bool = False
-    """Standardise each vision channel with statistics of the first training pictures, kept with the weights."""
+    """Standardise each vision channel with statistics of the first training images, kept with the weights."""
     initialize: Literal["random", "least_squares"] = "random"
     """least_squares: before the first step, fit the last layer so that the tokens of an image come near to the mean
     embedding of the words of its replies. For short captions; without effect where init_from brings a projector."""

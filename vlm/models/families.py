@@ -60,12 +60,12 @@ REFUSED = {
     **dict.fromkeys(_ENCODERS.split(), "it is an encoder, whose tokens see later ones"),
     **dict.fromkeys(_DECODER_HALVES.split(), "it is half of an encoder-decoder, and nothing would feed its other half"),
     "blt": "it reads bytes in patches, not tokens",
-    "cpmant": "it takes token ids only, so pictures cannot be put in",
-    "deepseek_v4": "its experts are chosen by token id, which pictures do not have",
+    "cpmant": "it takes token ids only, so images cannot be put in",
+    "deepseek_v4": "its experts are chosen by token id, which images do not have",
     "gemma4_assistant": "it drafts for another model and cannot run alone",
     "gemma4_unified_assistant": "it drafts for another model and cannot run alone",
     "git": "it is a captioning model with an image encoder of its own",
-    "mllama": "its pictures come in by cross-attention",
+    "mllama": "its images come in by cross-attention",
     "modernbert-decoder": "its head is more than one matrix",
     "moshi": "it speaks: text is only one of its streams",
     "reformer": "it runs on rows of fixed lengths only",
@@ -85,7 +85,7 @@ def refuse_decoder(settings: Mapping[str, Any], where: str) -> None:
     reason = REFUSED.get(str(kind))
     text = settings.get("text_config") or settings
     if reason is None and isinstance(text, Mapping) and text.get("hidden_size_per_layer_input"):
-        reason = "it looks embeddings up by token id in every block, and pictures have none"
+        reason = "it looks embeddings up by token id in every block, and images have none"
     if reason is not None:
         raise ConfigError(
             f"model.llm.path {where}: model type {kind} cannot be trained here: {reason}. docs/models.md lists the "

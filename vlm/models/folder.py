@@ -23,7 +23,7 @@ from vlm.models.tokenizer_files import (
 # transformers' model types that vlm.models.vision has a tower for
 ENCODER_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers")
 NO_PREPROCESSOR = (
-    "the folder holds no preprocessor_config.json, so pictures are normalised as models of this type usually want. "
+    "the folder holds no preprocessor_config.json, so images are normalised as models of this type usually want. "
     "Usually the download is incomplete"
 )
 _INDEX = "model.safetensors.index.json"
@@ -93,7 +93,7 @@ def why_no_encoder(model_type: object) -> str | None:
 
 
 def lacks_preprocessor(path: str) -> bool:
-    """Whether a folder here does not say how pictures are normalised (`NO_PREPROCESSOR`)."""
+    """Whether a folder here does not say how images are normalised (`NO_PREPROCESSOR`)."""
     return Path(path).is_dir() and not (Path(path) / "preprocessor_config.json").is_file()
 
 

@@ -30,7 +30,7 @@ from vlm.models.tokenizer_files import COMPANIONS, VOCABULARY, why_not_converted
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-IMAGE_TOKEN = "<image>"  # its id marks the place of a picture; its embedding is never read
+IMAGE_TOKEN = "<image>"  # its id marks the place of an image; its embedding is never read
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers sets it on every block: forward, arguments -> output
 # keys of config.json that decide which weights fit
 _SHAPE_KEYS = (
@@ -40,7 +40,7 @@ _SHAPE_KEYS = (
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder, with one more special token for picture placeholders, and with a padding token.
+    """The tokenizer of a model folder, with one more special token for image placeholders, and with a padding token.
 
     Neither needs a row in the embedding: placeholders are masked before the lookup, and padding is a token it has.
     A folder with `tokenizer.model` alone needs no code of its own: the vocabulary is converted (see

@@ -27,7 +27,7 @@ class PipelineLayer(nn.Module):
 
 
 class InputsLayer(PipelineLayer):
-    """A micro-batch -> token embeddings with projected pictures at their placeholders."""
+    """A micro-batch -> token embeddings with projected images at their placeholders."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
         super().__init__()

@@ -82,7 +82,7 @@ class Projector(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, features: Tensor) -> None:
-        """Take each channel's mean and standard deviation from features [N, P, C] of training pictures, averaged."""
+        """Take each channel's mean and standard deviation from features [N, P, C] of training images, averaged."""
         flat = pool_patches(features.float(), self.pool).flatten(0, 1)
         std, mean = torch.std_mean(flat, dim=0)
         self.feature_mean.copy_(mean)

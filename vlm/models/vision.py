@@ -52,7 +52,7 @@ class VisionEncoder(nn.Module):
 
     Attributes:
         image_size: S, pixels per side.
-        num_patches: P, tokens it yields per picture, a kept class token included.
+        num_patches: P, tokens it yields per image, a kept class token included.
         width: C.
         mean, std: per RGB channel, of values in [0, 1].
     """
@@ -66,7 +66,7 @@ class VisionEncoder(nn.Module):
         self.std = _rgb(std)
         self.eval()
         with torch.no_grad():
-            probe = trunk(self._blank_picture())
+            probe = trunk(self._blank_image())
         self.num_patches, self.width = probe.shape[1:]
 
     @property
@@ -105,11 +105,11 @@ class VisionEncoder(nn.Module):
         """Names of trained weights that no feature depends on, such as a pooling head's. Found by one backward."""
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         with torch.enable_grad():
-            features = self.trunk(self._blank_picture())
+            features = self.trunk(self._blank_image())
         gradients = torch.autograd.grad(features.sum(), [parameter for _, parameter in named], allow_unused=True)
         return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
 
-    def _blank_picture(self) -> Tensor:
+    def _blank_image(self) -> Tensor:
         like = next(self.trunk.parameters())
         return torch.zeros(1, 3, self.image_size, self.image_size, dtype=like.dtype, device=like.device)
 

@@ -1,4 +1,4 @@
-"""Vision encoder, projector and language model as one: pictures are spliced into the text at their placeholders."""
+"""Vision encoder, projector and language model as one: images are spliced into the text at their placeholders."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class VisionLanguageModel(nn.Module):
         self.packing = packing_of(llm.config)
         self.logits_rule = find_logits_rule(llm)
         self.embedding_factor = find_embedding_factor(llm)
-        self.always_encode = False  # run encoder and projector without a picture too, so that all ranks call the same
+        self.always_encode = False  # run encoder and projector without an image too, so that all ranks call the same
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
         """Of a language model that does not train itself only adapters leave evaluation mode: no dropout, no noise."""
@@ -72,14 +72,14 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             input_ids: int64 [B, L].
-            image_features: [N, T, D] of all pictures, in the order of their placeholders; None for text alone.
+            image_features: [N, T, D] of all images, in the order of their placeholders; None for text alone.
 
         Returns:
             [B, L, D] in the embedding's dtype.
         """
         if self.image_token_id is None:
             if image_features is not None:
-                raise ValueError("pictures for a model without a placeholder token; give image_token_id")
+                raise ValueError("images for a model without a placeholder token; give image_token_id")
             return self._words(input_ids)
         is_image = input_ids == self.image_token_id
         embeddings = self._words(input_ids.masked_fill(is_image, 0))
@@ -119,7 +119,7 @@ class VisionLanguageModel(nn.Module):
         elif pixel_values is not None:
             features = self.encode_images(pixel_values)
         elif self.projector is not None and (self.training or self.always_encode):
-            zero = self._zero_from_a_dummy_picture()  # before the embedding, as a picture: ranks agree on the order
+            zero = self._zero_from_a_dummy_image()  # before the embedding, as an image: ranks agree on the order
         embeddings = self.embed(input_ids, features)
         return embeddings if zero is None else embeddings + zero
 
@@ -150,8 +150,8 @@ class VisionLanguageModel(nn.Module):
         output = decoder(inputs_embeds=embeddings, attention_mask=None, use_cache=False, **arguments)
         return output.last_hidden_state
 
-    def _zero_from_a_dummy_picture(self) -> Tensor | None:
-        """0, with a graph to every weight that would train if the batch had a picture; None if none would.
+    def _zero_from_a_dummy_image(self) -> Tensor | None:
+        """0, with a graph to every weight that would train if the batch had an image; None if none would.
 
         Ranks whose batch has none must still take part in the reduction of these gradients. The encoder computes it in
         evaluation mode: an image of zeros is none of the data, so batch norms must not keep its statistics.
@@ -195,7 +195,7 @@ def splice_image_features(inputs_embeds: Tensor, image_features: Tensor, is_imag
 
     Raises:
         ValueError: more or fewer placeholders than features. Usually the template or a cut record put another number
-            of placeholders than the projector yields per picture.
+            of placeholders than the projector yields per image.
 
     >>> mask = torch.tensor([[False, True, True]])
     >>> splice_image_features(torch.zeros(1, 3, 1), torch.tensor([[5.0], [6.0]]), mask).flatten().tolist()

@@ -31,7 +31,7 @@ class Workload:
 
 
 def full_rows(config: RunConfig, tokens_per_image: int, rows: int | None = None) -> Workload:
-    """The largest micro-batch of a config: every row full, every token supervised, as many pictures as fit."""
+    """The largest micro-batch of a config: every row full, every token supervised, as many images as fit."""
     rows, length = rows or config.train.micro_batch_size, config.data.max_length
     images = min(config.data.max_images, length // tokens_per_image) if tokens_per_image else 0
     return Workload(rows, length, rows * images, rows * length)

@@ -1,6 +1,6 @@
 """The shapes of a model, from its config files: built on the meta device, so no weight is read and nothing is computed.
 
-Letters: D LLM width, V vocabulary, C vision width, P patches, T tokens per picture.
+Letters: D LLM width, V vocabulary, C vision width, P patches, T tokens per image.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class VisionShape:
 
     numel: int
     width: int  # C of a patch's feature
-    num_patches: int  # P, what it yields per picture
+    num_patches: int  # P, what it yields per image
     num_tokens: int  # what its blocks compute with: patches, class token, registers
     num_blocks: int
     block_width: int

@@ -15,7 +15,7 @@ class SampleConfig(Section):
     prompt: str
     """The question."""
     image: PathText | None = None
-    """A picture file; null asks about none."""
+    """An image file; null asks about none."""
 
 
 class TrainConfig(Section):

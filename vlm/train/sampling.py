@@ -39,15 +39,15 @@ class Sampler:
         return self.tokenizer.decode(new_ids)
 
     def pixels(self, sample: SampleConfig) -> torch.Tensor | None:
-        """[1, 3, S, S] of a question's picture; None without one. Raises RecordError: it is missing or unreadable."""
+        """[1, 3, S, S] of a question's image; None without one. Raises RecordError: it is missing or unreadable."""
         if sample.image is None or self.image_spec is None:
             return None
-        picture = load_image(sample.image, background=self.image_spec.background)
-        return to_pixels(picture, self.image_spec).unsqueeze(0).to(self.device)
+        image = load_image(sample.image, background=self.image_spec.background)
+        return to_pixels(image, self.image_spec).unsqueeze(0).to(self.device)
 
 
 def sample_conversation(sample: SampleConfig) -> Conversation:
-    """The question as a conversation: picture first, then the prompt."""
+    """The question as a conversation: image first, then the prompt."""
     parts = (sample.prompt,) if sample.image is None else (IMAGE, f"\n{sample.prompt}" if sample.prompt else "")
     images = () if sample.image is None else (sample.image,)
     return Conversation(turns=(Turn("user", parts),), images=images, where="train.samples")

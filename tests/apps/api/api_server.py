@@ -77,7 +77,7 @@ async def without_port(service: Service, access: Access | None = None) -> AsyncI
 
 
 def user(text: str, *urls: str) -> list[dict[str, Any]]:
-    """Messages of one question, with pictures before it."""
+    """Messages of one question, with images before it."""
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from api_server import SMALL, Running, make_service, on_port, without_port
-from tiny_export import model_config, write_llm, write_picture, write_run
+from tiny_export import model_config, write_image, write_llm, write_run
 
 from vlm.apps.api.limits import Access, Limits
 from vlm.export.run import export_run
@@ -24,7 +24,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_llm(root / "llm", max_positions=1024)
     write_run(root / "run", model_config(root))
     for number in range(6):
-        write_picture(root / f"{number}.png", seed=number)
+        write_image(root / f"{number}.png", seed=number)
     return export_run(root / "run")
 
 
@@ -34,8 +34,8 @@ def loaded(export: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
-def picture(export: Path) -> Callable[[int], str]:
-    """The data: URL of one of six pictures."""
+def image(export: Path) -> Callable[[int], str]:
+    """The data: URL of one of six images."""
 
     def url(number: int) -> str:
         data = (export.parents[1] / f"{number}.png").read_bytes()

@@ -219,8 +219,8 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "audio": ({"modalities": ["text", "audio"]}, "modalities"),
     "no messages": ({"messages": []}, "messages"),
     "10,000 messages": ({"messages": user("a") * 10_000}, "messages"),
-    "1,000 pictures": ({"messages": user("a", *["data:,"] * 1000)}, "messages"),
-    "17 pictures in 17 turns": ({"messages": [m for _ in range(17) for m in user("a", "data:,")]}, "messages"),
+    "1,000 images": ({"messages": user("a", *["data:,"] * 1000)}, "messages"),
+    "17 images in 17 turns": ({"messages": [m for _ in range(17) for m in user("a", "data:,")]}, "messages"),
     "unknown role": ({"messages": [{"role": "narrator", "content": "a"}]}, "messages"),
     "tool without content": ({"messages": [*user("a"), {"role": "tool", "tool_call_id": "1"}]}, "messages"),
     "call without a name": (
@@ -228,7 +228,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
         "messages",
     ),
     "unknown role of a million letters": ({"messages": [{"role": "A" * 1_000_000, "content": "a"}]}, "messages"),
-    "picture in an answer": (
+    "image in an answer": (
         {"messages": [*user("a"), {"role": "assistant", "content": user("", "data:,")[0]["content"]}]},
         "messages",
     ),
@@ -251,7 +251,7 @@ def test_values_out_of_range_get_400_and_name_the_field(call: Call, name: str):
     assert len(error["message"]) < 400
 
 
-@pytest.mark.parametrize("name", ["10,000 messages", "1,000 pictures", "17 pictures in 17 turns"])
+@pytest.mark.parametrize("name", ["10,000 messages", "1,000 images", "17 images in 17 turns"])
 def test_numbers_are_bounded_before_anything_is_looked_at(call: Call, name: str):
     refused(call("POST", CHAT, json=ask(**BAD_REQUESTS[name][0])), 400, "too_many")
 

@@ -136,13 +136,13 @@ def test_nobody_waits_for_a_thread_that_has_ended(loaded: LoadedModel, monkeypat
 def test_choices_share_their_prompt(
     call: Callable[..., httpx.Response],
     loaded: LoadedModel,
-    picture: Callable[[int], str],
+    image: Callable[[int], str],
     monkeypatch: pytest.MonkeyPatch,
 ):
     encoded = []
     encode = loaded.model.encode_images
     monkeypatch.setattr(loaded.model, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
-    body = ask(messages=user("What?", picture(0)), n=8, temperature=2, seed=1, logit_bias={"2": -100})
+    body = ask(messages=user("What?", image(0)), n=8, temperature=2, seed=1, logit_bias={"2": -100})
     choices = call("POST", CHAT, json=body).json()["choices"]
     assert encoded == [1]
     assert len({choice["message"]["content"] for choice in choices}) > 4

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent / "clients"
 PYTHON = ["openai", "langchain-openai", "litellm", "llama-index-llms-openai-like"]
 NPM = ["openai@6", "ai@6", "@ai-sdk/openai-compatible@2", "@ai-sdk/openai@3", "zod@4"]
 ENVIRONMENT = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "DO_NOT_TRACK": "1", "NO_PROXY": "127.0.0.1"}
-# what each client should get: the reply about the picture, the beginning of a text gone on with, or itself
+# what each client should get: the reply about the image, the beginning of a text gone on with, or itself
 ITSELF: dict[str, Any] = {
     "openai models": [NAME], "openai message put back": True, "langchain json mode": "str", "langchain system": True,
     **dict.fromkeys(
@@ -104,9 +104,9 @@ def compare(output: subprocess.CompletedProcess[str], expected: Callable[[str], 
 
 
 def ask(command: list[Any], server: Running, export: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
-    picture = export.parents[1] / "1.png"
+    image = export.parents[1] / "1.png"
     return subprocess.run(
-        [*command, f"{server.url}/v1", NAME, picture],
+        [*command, f"{server.url}/v1", NAME, image],
         capture_output=True, text=True, timeout=900, check=False, env=os.environ | ENVIRONMENT, **settings,
     )  # fmt: skip
 

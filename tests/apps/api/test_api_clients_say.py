@@ -138,7 +138,7 @@ TOOLS = [
     {"type": "function", "function": {"name": name, "description": "", "parameters": {"type": "object"}}}
     for name in ("get_current_timestamp", "calculate_timestamp", "ask_user")
 ]
-# bodies of Open WebUI 0.12: its page, its tasks and its parameters; the words stand before the picture
+# bodies of Open WebUI 0.12: its page, its tasks and its parameters; the words stand before the image
 OPEN_WEBUI: dict[str, dict[str, Any]] = {
     "a chat, native tools by default": {"stream": True, "tools": TOOLS},
     "usage": {"stream": True, "temperature": 0, "stream_options": {"include_usage": True}},
@@ -162,8 +162,8 @@ HISTORIES: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize("name", OPEN_WEBUI)
-def test_the_bodies_of_open_webui_are_answered(call: Call, picture: Callable[[int], str], name: str, history: str):
-    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": picture(0)}}]
+def test_the_bodies_of_open_webui_are_answered(call: Call, image: Callable[[int], str], name: str, history: str):
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": image(0)}}]
     messages = [{"role": "user", "content": parts}, *HISTORIES[history]]
     body = {"model": "tiny", "messages": messages, "logit_bias": {"2": 100}} | OPEN_WEBUI[name]
     assert call("POST", CHAT, json={"max_tokens": 6} | body).status_code == 200

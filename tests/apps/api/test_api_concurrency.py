@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow  # servers with a model
 CHAT = "/v1/chat/completions"
 ENDLESS = {"max_tokens": 900, "logit_bias": {"2": -100}}  # token 2 would end the reply
 SECRET = "CUDA error at 0xdeadbeef in /opt/secret/kernel.cu"
-Picture = Callable[[int], str]
+Image = Callable[[int], str]
 
 
 class Gate:
@@ -66,13 +66,13 @@ def complete(server: Running, text: str = "What is this?", *urls: str, **setting
     return server.openai().chat.completions.create(model=NAME, messages=user(text, *urls), **settings)
 
 
-def test_fifty_clients_at_once_each_get_their_own_reply(loaded: LoadedModel, picture: Picture):
-    """Histories and pictures must not cross: every reply is the greedy one that its own conversation gets alone."""
+def test_fifty_clients_at_once_each_get_their_own_reply(loaded: LoadedModel, image: Image):
+    """Histories and images must not cross: every reply is the greedy one that its own conversation gets alone."""
     conversations: list[list[dict[str, Any]]] = []
     for number in range(50):
-        history: list[dict[str, Any]] = user(f"My number is {number}.", *([picture(number % 6)] if number % 3 else []))
+        history: list[dict[str, Any]] = user(f"My number is {number}.", *([image(number % 6)] if number % 3 else []))
         if number % 2:
-            history += [{"role": "assistant", "content": f"{number}"}, *user("And this?", picture((number + 1) % 6))]
+            history += [{"role": "assistant", "content": f"{number}"}, *user("And this?", image((number + 1) % 6))]
         conversations.append(history)
     expected = [loaded.chat(messages, max_new_tokens=10) for messages in conversations]
     assert len(set(expected)) > 40  # else crossing would not show
@@ -168,9 +168,9 @@ def no_detail(text: str) -> bool:
 
 
 def test_an_error_of_the_model_is_told_in_general_and_to_its_own_client(
-    loaded: LoadedModel, picture: Picture, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    loaded: LoadedModel, image: Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """One picture breaks the encoder, while other replies are being written."""
+    """One image breaks the encoder, while other replies are being written."""
     encode, broken = loaded.model.encode_images, threading.Event()
 
     def fail(pixel_values: Any) -> Any:
@@ -184,7 +184,7 @@ def test_an_error_of_the_model_is_told_in_general_and_to_its_own_client(
     with gated(loaded) as (server, gate):
         others = [in_thread(lambda: complete(server, "Hello", max_tokens=200)) for _ in range(3)]
         server.wait_until(lambda service: service.num_open == 3)
-        bad = in_thread(lambda: httpx.post(f"{server.url}{CHAT}", json=ask(messages=user("a", picture(0), picture(1)))))
+        bad = in_thread(lambda: httpx.post(f"{server.url}{CHAT}", json=ask(messages=user("a", image(0), image(1)))))
         server.wait_until(lambda service: service.num_open == 4)
         gate.open.set()
         answer = bad()
@@ -194,7 +194,7 @@ def test_an_error_of_the_model_is_told_in_general_and_to_its_own_client(
         assert no_detail(answer.text + str(answer.headers))
         assert [other().choices[0].message.content.strip() for other in others] == [expected] * 3
         with pytest.raises(openai.APIError) as caught:  # in a stream it is an event
-            list(complete(server, "a", picture(0), picture(1), stream=True))
+            list(complete(server, "a", image(0), image(1), stream=True))
         assert no_detail(str(caught.value) + str(caught.value.body))
     assert SECRET in capsys.readouterr().err
 

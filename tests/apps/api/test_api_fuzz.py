@@ -13,7 +13,7 @@ from vlm.inference.load import LoadedModel
 
 pytestmark = pytest.mark.slow
 
-# What the document promises. A request that it allows may still be refused: an order of turns, a token id or a picture
+# What the document promises. A request that it allows may still be refused: an order of turns, a token id or an image
 # that does not exist cannot be told by a schema.
 PROMISES = [
     not_a_server_error,

@@ -215,7 +215,7 @@ def test_errors_in_items_of_a_response_name_the_item_and_the_part():
         assert caught.value.message.startswith(message)
 
 
-def test_pictures_may_be_named_by_a_string_and_at_any_detail():
+def test_images_may_be_named_by_a_string_and_at_any_detail():
     for url in ("data:,", {"url": "data:,"}, {"url": "data:,", "detail": "original"}):
         asked = parse(ChatRequest, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": url}]}])
         assert asked.messages[0].content[0].image_url.url == "data:,"

@@ -1,4 +1,4 @@
-"""Pictures: data: URLs, files below the media folder, and the web where it is allowed. All else is refused."""
+"""Images: data: URLs, files below the media folder, and the web where it is allowed. All else is refused."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ BAD_DATA = {
     "cut base64": "data:image/png;base64,iVBO",
     "letters outside ASCII": "data:image/png;base64,好",
     "not said to be base64": "data:image/png,abc",
-    "not a picture by its kind": data_url(png(), "text/html"),
+    "not an image by its kind": data_url(png(), "text/html"),
     "empty": "data:image/png;base64,",
     "garbage": data_url(b"garbage" * 100),
-    "HTML": data_url(b"<html><body>picture</body></html>"),
+    "HTML": data_url(b"<html><body>image</body></html>"),
     "SVG": data_url(b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="1" height="1"/></svg>', "image/svg+xml"),
     "EPS": data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"),
     "truncated": data_url(png()[:40]),
@@ -66,7 +66,7 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
-def test_what_is_no_picture_gets_400_in_our_own_words(call: Call, name: str):
+def test_what_is_no_image_gets_400_in_our_own_words(call: Call, name: str):
     response = call("POST", CHAT, json=ask(messages=user("What is this?", BAD_DATA[name])))
     assert response.status_code == 400
     message = response.json()["error"]["message"]
@@ -84,7 +84,7 @@ def test_every_raster_format_is_read(call: Call):
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A media folder with neighbours that nobody may see, all of them good pictures."""
+    """A media folder with neighbours that nobody may see, all of them good images."""
     root = tmp_path / "media"
     for folder in (root / "cats", tmp_path / "media-private", tmp_path / "secret"):
         folder.mkdir(parents=True)
@@ -136,7 +136,7 @@ def test_no_file_outside_the_media_folder_is_read(root: Path, name: str):
         load(MediaLoader(Media(root)), outside(root)[name])
     assert caught.value.status == 400
     # the same words whether it exists or not
-    assert caught.value.message == "image_url: there is no such picture below the server's media folder"
+    assert caught.value.message == "image_url: there is no such image below the server's media folder"
 
 
 INSIDE = [
@@ -160,7 +160,7 @@ def test_a_large_file_is_refused(root: Path):
         load(MediaLoader(Media(root, fetch_bytes=1000)), "big.png")
 
 
-NO_PICTURES = [
+NO_IMAGES = [
     "cats/1.png",
     "file:///etc/passwd",
     "file://host/share/1.png",
@@ -172,7 +172,7 @@ NO_PICTURES = [
 ]
 
 
-@pytest.mark.parametrize("url", NO_PICTURES)
+@pytest.mark.parametrize("url", NO_IMAGES)
 def test_without_a_media_folder_no_file_is_read(root: Path, url: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(root)
     with pytest.raises(ApiError) as caught:
@@ -192,7 +192,7 @@ def test_a_link_put_in_place_of_a_file_after_the_look_is_not_followed(root: Path
         return found
 
     monkeypatch.setattr(media, "resolve_image", swap)
-    with pytest.raises(ApiError, match="no such picture"):
+    with pytest.raises(ApiError, match="no such image"):
         load(MediaLoader(Media(root)), "cats/1.png")
 
 
@@ -203,7 +203,7 @@ def test_a_request_shows_a_file_of_the_media_folder(call: Call, root: Path):
     assert response.json()["choices"] == same.json()["choices"]
 
 
-def test_pictures_from_files_count_as_if_they_had_been_sent(loaded: LoadedModel, root: Path):
+def test_images_from_files_count_as_if_they_had_been_sent(loaded: LoadedModel, root: Path):
     """Each request names 5 kB four times; 12 kB are allowed at a time."""
     service = make_service(loaded, replace(SMALL, all_bodies_bytes=12_000), Media(root))
 

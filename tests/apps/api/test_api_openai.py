@@ -14,7 +14,7 @@ from vlm.inference.load import LoadedModel
 
 pytestmark = pytest.mark.slow  # a server with a model
 
-Picture = Callable[[int], str]
+Image = Callable[[int], str]
 
 
 def complete(server: Running, text: str = "What is this?", *urls: str, **settings: Any) -> Any:
@@ -26,19 +26,19 @@ def texts(chunks: Any) -> str:
     return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
 
 
-def test_a_reply_is_the_one_that_the_model_gives_alone(server: Running, loaded: LoadedModel, picture: Picture):
-    messages = user("What is this?", picture(1))
+def test_a_reply_is_the_one_that_the_model_gives_alone(server: Running, loaded: LoadedModel, image: Image):
+    messages = user("What is this?", image(1))
     alone = loaded.chat(messages, max_new_tokens=24)
-    answer = complete(server, "What is this?", picture(1), max_tokens=24)
+    answer = complete(server, "What is this?", image(1), max_tokens=24)
     assert answer.choices[0].message.content.strip() == alone != ""
     assert answer.choices[0].message.role == "assistant"
     assert answer.model == NAME
     assert answer.object == "chat.completion"
 
 
-def test_a_stream_adds_up_to_the_same_reply(server: Running, picture: Picture):
-    whole = complete(server, "What is this?", picture(1), max_tokens=24).choices[0]
-    chunks = list(complete(server, "What is this?", picture(1), max_tokens=24, stream=True))
+def test_a_stream_adds_up_to_the_same_reply(server: Running, image: Image):
+    whole = complete(server, "What is this?", image(1), max_tokens=24).choices[0]
+    chunks = list(complete(server, "What is this?", image(1), max_tokens=24, stream=True))
     assert texts(chunks) == whole.message.content
     assert len([chunk for chunk in chunks if chunk.choices[0].delta.content]) > 3
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -47,15 +47,15 @@ def test_a_stream_adds_up_to_the_same_reply(server: Running, picture: Picture):
     assert all(chunk.usage is None for chunk in chunks)
 
 
-def test_usage_counts_tokens_and_comes_last_in_a_stream(server: Running, loaded: LoadedModel, picture: Picture):
-    usage = complete(server, "Hello", picture(0), max_tokens=5, logit_bias={"2": -100}).usage
+def test_usage_counts_tokens_and_comes_last_in_a_stream(server: Running, loaded: LoadedModel, image: Image):
+    usage = complete(server, "Hello", image(0), max_tokens=5, logit_bias={"2": -100}).usage
     without = complete(server, "Hello", max_tokens=5).usage
     spec = loaded.image_spec
     assert spec is not None
     assert usage.prompt_tokens - without.prompt_tokens >= spec.num_tokens
     assert (usage.completion_tokens, usage.total_tokens) == (5, usage.prompt_tokens + 5)
     options = {"stream": True, "stream_options": {"include_usage": True}, "logit_bias": {"2": -100}}
-    chunks = list(complete(server, "Hello", picture(0), max_tokens=5, **options))
+    chunks = list(complete(server, "Hello", image(0), max_tokens=5, **options))
     assert chunks[-1].choices == []
     assert chunks[-1].usage == usage
 

@@ -1,7 +1,7 @@
-"""Pictures from the web: what is never fetched, and what is cut off.
+"""Images from the web: what is never fetched, and what is cut off.
 
 Names are looked up in a table and connections to public addresses lead to a server on loopback, so nothing leaves the
-machine. Every trick has a picture waiting behind it: were it followed, the picture would come.
+machine. Every trick has an image waiting behind it: were it followed, the image would come.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from vlm.apps.api.remote import Fetcher, is_public, is_web_url, parse_url
 from vlm.errors import ConfigError
 
 PUBLIC = "93.184.216.34"
-PICTURE = b"picture"
-GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\npicture"
+IMAGE = b"image"
+GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nimage"
 Handle = Callable[[socket.socket], None]
 
 
@@ -107,8 +107,8 @@ def refusal(web: Web, url: str, *domains: str, **settings: float) -> ApiError:
     return caught.value
 
 
-def test_an_allowed_picture_is_fetched_from_the_address_that_was_checked(web: Web):
-    assert web.fetch("http://pictures.example/cats/1.png?size=2") == PICTURE
+def test_an_allowed_image_is_fetched_from_the_address_that_was_checked(web: Web):
+    assert web.fetch("http://pictures.example/cats/1.png?size=2") == IMAGE
     assert web.connected == [(PUBLIC, 80)]
     lines = web.requests[0].split(b"\r\n")
     assert lines[0] == b"GET /cats/1.png?size=2 HTTP/1.1"
@@ -117,9 +117,9 @@ def test_an_allowed_picture_is_fetched_from_the_address_that_was_checked(web: We
 
 def test_a_port_must_be_named(web: Web):
     assert refusal(web, "http://pictures.example:8080/1.png").code == "image_refused"
-    assert web.fetch("http://pictures.example:8080/1.png", "pictures.example:8080") == PICTURE
+    assert web.fetch("http://pictures.example:8080/1.png", "pictures.example:8080") == IMAGE
     assert b"Host: pictures.example:8080" in web.requests[0]
-    assert web.fetch("http://pictures.example:80/1.png") == PICTURE
+    assert web.fetch("http://pictures.example:80/1.png") == IMAGE
     assert refusal(web, "http://pictures.example/1.png", "pictures.example:8080").code == "image_refused"
 
 
@@ -172,7 +172,7 @@ TRICKS = [
     "http://pictures.example/1.png HTTP/1.1\r\nX-Injected: 1",
     "http://pictures.example/1.png\nX-Injected: 1",
     "http://pictures.example%2eevil.example/1.png",
-    "http://pictures。example/1.png",  # an ideographic full stop, which IDNA reads as a dot
+    "http://images。example/1.png",  # an ideographic full stop, which IDNA reads as a dot
     "http://ⓟictures.example/1.png",
     "http:///1.png",
     "http:pictures.example/1.png",
@@ -227,7 +227,7 @@ def test_an_allowed_name_that_leads_inside_is_not_followed(web: Web, address: st
 @pytest.mark.parametrize("address", [PUBLIC, "8.8.8.8", "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
 def test_public_addresses_are_followed(web: Web, address: str):
     web.addresses["pictures.example"] = [address]
-    assert web.fetch("http://pictures.example/1.png") == PICTURE
+    assert web.fetch("http://pictures.example/1.png") == IMAGE
     assert web.connected == [(address, 80)]
 
 
@@ -235,7 +235,7 @@ def test_a_name_that_changes_its_address_is_looked_up_once(web: Web):
     """DNS rebinding: the second answer would be an address inside."""
     answers = iter([[PUBLIC], ["127.0.0.1"], ["127.0.0.1"]])
     web.resolve = lambda host, port: web.looked_up.append(host) or next(answers)  # type: ignore[method-assign,func-returns-value]
-    assert web.fetch("http://pictures.example/1.png") == PICTURE
+    assert web.fetch("http://pictures.example/1.png") == IMAGE
     assert web.looked_up == ["pictures.example"]
     assert web.connected == [(PUBLIC, 80)]
 
@@ -250,7 +250,7 @@ def test_a_connection_that_ends_is_not_opened_again_by_name(web: Web, monkeypatc
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("target", ["http://127.0.0.1/1.png", "http://pictures.example/2.png", "file:///etc/passwd"])
 def test_no_redirect_is_followed(web: Web, status: int, target: str):
-    answer = f"HTTP/1.1 {status} Moved\r\nLocation: {target}\r\nContent-Length: 7\r\n\r\npicture"
+    answer = f"HTTP/1.1 {status} Moved\r\nLocation: {target}\r\nContent-Length: 7\r\n\r\nimage"
     web.handle = lambda connection: connection.sendall(answer.encode())
     error = refusal(web, "http://pictures.example/1.png")
     assert (error.status, error.code) == (502, "image_not_fetched")
@@ -304,11 +304,11 @@ def test_large_answers_are_cut_off(web: Web, name: str):
 
     web.handle = pour
     error = refusal(web, "http://pictures.example/1.png", max_bytes=2000)
-    assert (error.status, error.message) == (502, "image_url: the picture is larger than 2,000 bytes")
+    assert (error.status, error.message) == (502, "image_url: the image is larger than 2,000 bytes")
     assert sent < 20_000_000  # what loopback buffers
 
 
-def test_an_answer_that_is_cut_short_is_no_picture(web: Web):
+def test_an_answer_that_is_cut_short_is_no_image(web: Web):
     web.handle = lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\npic")
     assert refusal(web, "http://pictures.example/1.png").status == 502
 
@@ -317,7 +317,7 @@ OTHER = [b"HTTP/1.1 404 Not Found\r\n\r\n", b"garbage\r\n\r\n", b"HTTP/1.1 200 O
 
 
 @pytest.mark.parametrize("answer", OTHER)
-def test_other_answers_are_no_picture(web: Web, answer: bytes):
+def test_other_answers_are_no_image(web: Web, answer: bytes):
     web.handle = lambda connection: connection.sendall(answer)
     assert refusal(web, "http://pictures.example/1.png").status == 502
 
@@ -326,7 +326,7 @@ def test_an_unknown_name_is_told_apart_from_a_refused_one(web: Web):
     web.addresses.clear()
     assert (
         refusal(web, "http://pictures.example/1.png").message
-        == "image_url: the picture could not be fetched: its host was not found"
+        == "image_url: the image could not be fetched: its host was not found"
     )
 
 
@@ -341,7 +341,7 @@ def test_the_next_address_is_tried_when_one_does_not_answer(web: Web):
 
     web.connect = flaky  # type: ignore[method-assign]
     web.addresses["pictures.example"] = [PUBLIC, "8.8.8.8"]
-    assert web.fetch("http://pictures.example/1.png") == PICTURE
+    assert web.fetch("http://pictures.example/1.png") == IMAGE
     assert web.connected == [(PUBLIC, 80), ("8.8.8.8", 80)]
 
 
@@ -364,7 +364,7 @@ def test_https_checks_the_certificate_of_the_name_at_the_pinned_address(web: Web
     trusting = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
     web.addresses["other.example"] = [PUBLIC]
 
-    assert web.fetch("https://pictures.example/1.png", context=trusting) == PICTURE
+    assert web.fetch("https://pictures.example/1.png", context=trusting) == IMAGE
     assert names == ["pictures.example"]
     assert web.connected == [(PUBLIC, 443)]
     assert b"Host: pictures.example\r\n" in web.requests[0]

@@ -113,7 +113,7 @@ def test_a_prompt_begins_as_all_prompts_of_the_model_do_and_once(loaded: LoadedM
 
 
 PROMPTS: dict[str, tuple[Any, str]] = {
-    "picture": ("<image> What is this?", "place of a picture"),
+    "image": ("<image> What is this?", "place of an image"),
     "no id": ([5, 10**7], "is not a token id"),
     "negative": ([5, -1], "prompt"),
     "empty": ("", "empty"),
@@ -141,9 +141,9 @@ def response(**changes: Any) -> dict[str, Any]:
     return {"model": NAME, "input": "What is this?", "temperature": 0, "max_output_tokens": 6} | changes
 
 
-def test_a_response_is_the_reply_of_the_same_chat(call: Call, picture: Callable[[int], str]):
-    chat = good(call("POST", CHAT, json=ask(messages=user("What is this?", picture(1)), max_tokens=6)))
-    parts = [{"type": "input_image", "image_url": picture(1)}, {"type": "input_text", "text": "What is this?"}]
+def test_a_response_is_the_reply_of_the_same_chat(call: Call, image: Callable[[int], str]):
+    chat = good(call("POST", CHAT, json=ask(messages=user("What is this?", image(1)), max_tokens=6)))
+    parts = [{"type": "input_image", "image_url": image(1)}, {"type": "input_text", "text": "What is this?"}]
     answer = good(call("POST", RESPONSES, json=response(input=[{"role": "user", "content": parts}])))
     parsed = Response.model_validate(answer, strict=True)
     assert parsed.output_text == chat["choices"][0]["message"]["content"]

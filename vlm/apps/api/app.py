@@ -33,7 +33,7 @@ _ERRORS = {
     413: "Too large",
     415: "Not JSON",
     500: "The model failed",
-    502: "A picture could not be fetched",
+    502: "An image could not be fetched",
     503: "Too many requests wait, or the server shuts down",
     504: "Took too long",
 }

@@ -87,7 +87,7 @@ class JsonConstraints:
         with self._lock:
             if self._tokenizer is None:
                 loaded = self._loaded
-                # the mark of pictures may stand beyond the logits, rows of padding beyond the tokenizer
+                # the mark of images may stand beyond the logits, rows of padding beyond the tokenizer
                 size = max(self._num_tokens, len(loaded.tokenizer))
                 ends = sorted(loaded.conversation_tokenizer.stop_ids)
                 backend = loaded.tokenizer.backend_tokenizer.to_str()

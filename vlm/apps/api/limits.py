@@ -25,7 +25,7 @@ class Limits:
     json_items: int = 100_000  # values, counted by commas and brackets: each takes memory once parsed
     max_messages: int = 512
     max_images: int = 16  # per request
-    max_pixels: int = 50_000_000  # per picture
+    max_pixels: int = 50_000_000  # per image
     max_choices: int = 8  # n
     max_stops: int = 16
     stop_length: int = 256  # characters
@@ -33,11 +33,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Media:
-    """Where pictures may come from beside `data:` URLs."""
+    """Where images may come from beside `data:` URLs."""
 
     root: Path | None = None
     domains: tuple[str, ...] = ()  # HOST or HOST:PORT
-    fetch_seconds: float = 10.0  # for one picture, from looking the name up to the last byte
+    fetch_seconds: float = 10.0  # for one image, from looking the name up to the last byte
     fetch_bytes: int = 16 * MIB
 
 

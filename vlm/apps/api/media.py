@@ -1,4 +1,4 @@
-"""The picture that an `image_url` names -> its bytes. Refuses whatever the server's owner did not allow."""
+"""The image that an `image_url` names -> its bytes. Refuses whatever the server's owner did not allow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlm.errors import RecordError
 
 
 class MediaLoader:
-    """Reads pictures from `data:` URLs; from files and the web where `media` allows it."""
+    """Reads images from `data:` URLs; from files and the web where `media` allows it."""
 
     def __init__(self, media: Media, fetcher: Fetcher | None = None) -> None:
         self._root = None if media.root is None else media.root.resolve()
@@ -26,7 +26,7 @@ class MediaLoader:
     async def load(self, url: str) -> bytes:
         """
         Raises:
-            ApiError: 400 refused or unreadable; 502 a remote picture that could not be fetched.
+            ApiError: 400 refused or unreadable; 502 a remote image that could not be fetched.
         """
         if url.startswith("data:"):
             return await asyncio.to_thread(_decode, url)
@@ -37,11 +37,11 @@ class MediaLoader:
     def _read_file(self, url: str) -> bytes:
         name = _file_name(url)
         if self._root is None:
-            raise refused("pictures come as data: URLs; this server reads no files (--media-root)")
+            raise refused("images come as data: URLs; this server reads no files (--media-root)")
         try:
             return _read_regular(resolve_image(self._root, name), self._max_bytes)
         except (RecordError, OSError):  # one answer, so that nobody can feel for files outside
-            raise refused("there is no such picture below the server's media folder") from None
+            raise refused("there is no such image below the server's media folder") from None
 
 
 def _decode(url: str) -> bytes:
@@ -71,5 +71,5 @@ def _read_regular(path: Path, max_bytes: int) -> bytes:
             raise OSError("no regular file")
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise refused(f"the picture is larger than {max_bytes:,} bytes")
+        raise refused(f"the image is larger than {max_bytes:,} bytes")
     return data

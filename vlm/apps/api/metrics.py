@@ -20,9 +20,9 @@ class Metrics:
     def __init__(self, scheduler: Scheduler) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._counter("vlm_requests", "Requests answered.", "path", "status")
-        self.prompt_tokens = self._counter("vlm_prompt_tokens", "Tokens of prompts, pictures included.")
+        self.prompt_tokens = self._counter("vlm_prompt_tokens", "Tokens of prompts, images included.")
         self.new_tokens = self._counter("vlm_generated_tokens", "Tokens written.")
-        self.images = self._counter("vlm_images", "Pictures looked at.")
+        self.images = self._counter("vlm_images", "Images looked at.")
         self.cancelled = self._counter("vlm_cancelled", "Requests whose client left before the end.")
         self.refused = self._counter("vlm_queue_full", "Requests sent away because too many waited.")
         self.failed = self._counter("vlm_failed", "Requests that ended with an error of the model or the server.")

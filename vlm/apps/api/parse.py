@@ -56,7 +56,7 @@ def check_limits(request: GenerationRequest, limits: Limits, where: str) -> None
         parts = (part for message in request.messages for part in message.content or ())
         num_images = sum(isinstance(part, ImagePart) for part in parts)
         if num_images > limits.max_images:
-            raise _too_many(where, num_images, limits.max_images, "pictures")
+            raise _too_many(where, num_images, limits.max_images, "images")
 
 
 def _is_ids(value: list[Any]) -> bool:

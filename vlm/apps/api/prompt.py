@@ -57,38 +57,38 @@ class PromptBuilder:
     def longest(self) -> int:
         return min(self.max_tokens, self.loaded.max_tokens)
 
-    def __call__(self, request: GenerationRequest, pictures: Sequence[bytes]) -> list[Prompt]:
+    def __call__(self, request: GenerationRequest, images: Sequence[bytes]) -> list[Prompt]:
         """One prompt of a chat, or those of a plain completion.
 
         Args:
-            pictures: what `image_urls` name.
+            images: what `image_urls` name.
 
         Raises:
-            ApiError: 400 an order of turns that the template cannot write, a picture that cannot be read, token ids
+            ApiError: 400 an order of turns that the template cannot write, an image that cannot be read, token ids
                 that are none, or too long.
         """
-        if pictures and self.loaded.image_spec is None:
-            raise self._bad("this model reads no pictures", "images_not_supported")
+        if images and self.loaded.image_spec is None:
+            raise self._bad("this model reads no images", "images_not_supported")
         wanted = request.new_tokens
         if wanted is not None and wanted > self.longest:
             raise ApiError(400, f"max_tokens is {wanted:,}, at most {self.longest:,} here", "too_many", "max_tokens")
         if isinstance(request, TextRequest):
             return [self._of_text(prompt, wanted) for prompt in request.prompt]
         assert isinstance(request, ChatRequest)
-        return [self._of_chat(request, pictures)]
+        return [self._of_chat(request, images)]
 
-    def _of_chat(self, request: ChatRequest, pictures: Sequence[bytes]) -> Prompt:
+    def _of_chat(self, request: ChatRequest, images: Sequence[bytes]) -> Prompt:
         messages = _merged(request.messages)
         self._check_letters(sum(len(part.get("text", "")) for message in messages for part in message["content"]))
         try:
-            conversation = to_conversation(messages, pictures, self.loaded.template)
+            conversation = to_conversation(messages, images, self.loaded.template)
             input_ids = self.loaded.conversation_tokenizer.prompt(conversation)
-        except RecordError as error:  # about turns only: pictures are not opened yet
+        except RecordError as error:  # about turns only: images are not opened yet
             raise self._bad(f"{self.where}: {error.message}", error.rule) from None
-        new_tokens = self._new_tokens(input_ids, request.new_tokens, len(pictures))
+        new_tokens = self._new_tokens(input_ids, request.new_tokens, len(images))
         begun = conversation.begun_reply
         before = tuple(input_ids[-CONTEXT:]) if begun else ()
-        return Prompt(input_ids, self._pixels(pictures), new_tokens, before, begun)
+        return Prompt(input_ids, self._pixels(images), new_tokens, before, begun)
 
     def _of_text(self, prompt: str | list[int], wanted: int | None) -> Prompt:
         if isinstance(prompt, str):
@@ -100,7 +100,7 @@ class PromptBuilder:
             if len(prompt) < self.longest and max(prompt) >= vocabulary:
                 raise self._bad(f"{self.where}: {max(prompt)} is not a token id of this model", "invalid_request")
         if self.loaded.image_token_id in input_ids:
-            raise self._bad(f"{self.where}: holds the place of a picture; ask about pictures in a chat", "image_count")
+            raise self._bad(f"{self.where}: holds the place of an image; ask about images in a chat", "image_count")
         if not input_ids:
             raise self._bad(f"{self.where}: a prompt is empty", "invalid_request")
         new_tokens = self._new_tokens(input_ids, wanted, 0)
@@ -113,9 +113,9 @@ class PromptBuilder:
         ids: list[int] = self.loaded.tokenizer(whole, add_special_tokens=False).input_ids if text else []
         return ids
 
-    def _new_tokens(self, input_ids: list[int], wanted: int | None, num_pictures: int) -> int:
+    def _new_tokens(self, input_ids: list[int], wanted: int | None, num_images: int) -> int:
         if len(input_ids) >= self.longest:
-            shown = f" ({num_pictures} pictures included)" if num_pictures else ""
+            shown = f" ({num_images} images included)" if num_images else ""
             raise self._too_long(f"has {len(input_ids):,} tokens{shown}")
         return min(wanted or self.limits.default_new_tokens, self.longest - len(input_ids))
 
@@ -123,20 +123,20 @@ class PromptBuilder:
         if num_letters > _LONGEST_TOKEN * self.longest:  # not worth tokenizing
             raise self._too_long(f"has {num_letters:,} characters")
 
-    def _pixels(self, pictures: Sequence[bytes]) -> Tensor | None:
+    def _pixels(self, images: Sequence[bytes]) -> Tensor | None:
         spec, most = self.loaded.image_spec, self.limits.max_pixels
-        if not pictures or spec is None:
+        if not images or spec is None:
             return None
         pixels = []
-        for number, picture in enumerate(pictures, 1):
+        for number, image in enumerate(images, 1):
             try:
-                pixels.append(to_pixels(load_image(picture, most, spec.background), spec))
+                pixels.append(to_pixels(load_image(image, most, spec.background), spec))
             except RecordError as error:  # its text may quote the decoder
                 if error.rule == "image_too_large":
                     message = f"has more than {most:,} pixels"
                 else:
                     message = f"cannot be read: it is damaged, or none of {', '.join(FORMATS)}"
-                raise self._bad(f"image_url: picture {number} {message}", error.rule) from None
+                raise self._bad(f"image_url: image {number} {message}", error.rule) from None
         return torch.stack(pixels)
 
     def _too_long(self, what: str) -> ApiError:
@@ -148,7 +148,7 @@ class PromptBuilder:
 
 
 def image_urls(request: GenerationRequest) -> list[str]:
-    """In the order in which the pictures are shown."""
+    """In the order in which the images are shown."""
     messages = request.messages if isinstance(request, ChatRequest) else ()
     return [part.image_url.url for message in messages for part in message.content or () if isinstance(part, ImagePart)]
 

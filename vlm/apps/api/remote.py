@@ -1,4 +1,4 @@
-"""Pictures from the web, for a server that was told which hosts may be asked.
+"""Images from the web, for a server that was told which hosts may be asked.
 
 What a URL says must never decide where this machine connects. So: one parser, which knows one plain form and refuses
 the rest; the host must be on the list; its name is looked up once, all its addresses must be public, and the connection
@@ -112,7 +112,7 @@ def parse_domains(domains: Sequence[str]) -> frozenset[tuple[str, int | None]]:
 
 
 class Fetcher:
-    """Fetches pictures from allowed hosts.
+    """Fetches images from allowed hosts.
 
     Args:
         resolve, connect, context: for tests; by default those of the system.
@@ -139,7 +139,7 @@ class Fetcher:
     async def fetch(self, url: str) -> bytes:
         """
         Raises:
-            ApiError: 400 the URL or its host is not allowed, or leads to an address that is not public; 502 no picture
+            ApiError: 400 the URL or its host is not allowed, or leads to an address that is not public; 502 no image
                 came within size and time.
         """
         target = self.check(url)
@@ -154,7 +154,7 @@ class Fetcher:
     def check(self, url: str) -> Target:
         """What may be fetched. Raises ApiError 400."""
         if not self._allowed:
-            raise refused("pictures come as data: URLs; this server fetches nothing (--allow-media-domain)")
+            raise refused("images come as data: URLs; this server fetches nothing (--allow-media-domain)")
         target = parse_url(url)
         if target is None:
             raise refused("this is no plain http(s) URL with a host name")
@@ -244,9 +244,9 @@ def _cut(connection: socket.socket) -> None:
 
 
 def refused(reason: str) -> ApiError:
-    """A picture that the server's owner did not allow, or that is none."""
+    """An image that the server's owner did not allow, or that is none."""
     return ApiError(400, f"image_url: {reason}", "image_refused", "messages")
 
 
 def _failed(reason: str) -> ApiError:
-    return ApiError(502, f"image_url: the picture {reason}", "image_not_fetched", "messages")
+    return ApiError(502, f"image_url: the image {reason}", "image_not_fetched", "messages")

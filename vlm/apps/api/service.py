@@ -26,8 +26,8 @@ from vlm.generation.sampling import SamplingSettings
 from vlm.inference.load import LoadedModel
 from vlm.logs import log
 
-_PREPARED_AT_ONCE = 2  # requests whose pictures are decoded at the same time; a large one takes 400 MB for a moment
-_LOADED_AT_ONCE = 8  # pictures that are read from files or the web at the same time, before they are counted
+_PREPARED_AT_ONCE = 2  # requests whose images are decoded at the same time; a large one takes 400 MB for a moment
+_LOADED_AT_ONCE = 8  # images that are read from files or the web at the same time, before they are counted
 _T = TypeVar("_T")
 
 
@@ -45,7 +45,7 @@ class Service:
         self.limits = limits
         self.created = int(time.time())
         self.num_open = 0  # requests that came in and are not answered
-        self.num_held = 0  # bytes of their bodies and pictures, until these are pixels
+        self.num_held = 0  # bytes of their bodies and images, until these are pixels
         self.draining = False
         self.generations: set[Generation] = set()
         self._preparing = asyncio.Semaphore(_PREPARED_AT_ONCE)
@@ -89,24 +89,24 @@ class Service:
     async def start(
         self, request: GenerationRequest, hold: Callable[[int], None], where: str, form: str = "response_format"
     ) -> Generation:
-        """Look at the pictures, and let the replies be written.
+        """Look at the images, and let the replies be written.
 
         Args:
-            hold: told of the bytes of pictures that are no part of the body; may raise.
+            hold: told of the bytes of images that are no part of the body; may raise.
             where: the key that holds messages or prompts, for errors.
             form: the key that asks for a form of the reply, for errors.
 
         Raises:
-            ApiError: 400 for what the request asks; 404 for a model that is not served; 502 for a picture from
+            ApiError: 400 for what the request asks; 404 for a model that is not served; 502 for an image from
                 elsewhere; 503 too much at a time.
         """
         self._check(request, where)
-        pictures = [await self._load(url, hold, where) for url in image_urls(request)]
+        images = [await self._load(url, hold, where) for url in image_urls(request)]
         async with self._preparing:
             build = PromptBuilder(self.loaded, self.scheduler.max_tokens, self.limits, where)
-            prompts = await asyncio.to_thread(build, request, pictures)
+            prompts = await asyncio.to_thread(build, request, images)
             constraints = await asyncio.to_thread(self._constrain, request, prompts, form)
-        self.metrics.images.inc(len(pictures))
+        self.metrics.images.inc(len(images))
         return Generation(self, request, prompts, constraints)
 
     def note(self, names: list[str]) -> None:
@@ -130,12 +130,12 @@ class Service:
             if url.startswith("data:"):  # was counted as it came in
                 return await self.media.load(url)
             async with self._loading:
-                picture = await self.media.load(url)
+                image = await self.media.load(url)
         except ApiError as error:
             error.param = where
             raise
-        hold(len(picture))
-        return picture
+        hold(len(image))
+        return image
 
     def _check(self, request: GenerationRequest, where: str) -> None:
         if request.model != self.name:

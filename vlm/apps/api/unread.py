@@ -37,7 +37,7 @@ def _is_free_choice(value: Any) -> bool:
 _TEXT_ONLY = "this server answers with text only; leave it out"
 _NO_CALL = "this server's models call no tools: only none and auto can be chosen, and tools are left out of account"
 _FORM = "ask for a form with response_format (text.format in /v1/responses)"
-_CONTENT = "what it holds would not be read; put text and pictures into the messages"
+_CONTENT = "what it holds would not be read; put text and images into the messages"
 _STATE = "this server stores nothing; send the whole conversation"
 
 # Refused in every request, unless the value asks for nothing: name -> (the values that ask for nothing, what to do)

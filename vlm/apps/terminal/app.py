@@ -8,8 +8,8 @@ from pathlib import Path
 
 from vlm.apps.session import ChatSession
 from vlm.apps.terminal.commands import MARKS, Leave, completer, is_command, run_command
+from vlm.apps.terminal.images import image_paths, is_file, looks_like_path
 from vlm.apps.terminal.input import ReadLine, line_reader
-from vlm.apps.terminal.pictures import is_file, looks_like_path, picture_paths
 from vlm.apps.terminal.screen import Screen
 from vlm.apps.terminal.talk import Talk
 from vlm.data.images import load_image
@@ -31,11 +31,11 @@ def run_terminal(
     """What `vlm chat` does. With `prompt`, print one reply and return; else converse until :exit.
 
     Args:
-        load: called after the pictures were looked at, which takes less time than a model.
+        load: called after the images were looked at, which takes less time than a model.
         system, stop_words, streams, bot_name: see `Talk`.
 
     Raises:
-        VLMError: the export, a picture or the conversation cannot be used.
+        VLMError: the export, an image or the conversation cannot be used.
     """
     for image in images:
         load_image(image)
@@ -71,11 +71,11 @@ class Terminal:
     read: ReadLine | None = None
 
     def run(self) -> None:
-        """Ask for pictures unless there are some, then answer until the user leaves."""
+        """Ask for images unless there are some, then answer until the user leaves."""
         read = self.read or line_reader(self.talk.screen.out, completer)
         self.talk.note("Type a question, or :help for commands.  输入问题，或输入 :help 查看命令。")
         try:
-            question = self._first_pictures(read)
+            question = self._first_images(read)
             while True:
                 if question:
                     self._do(question)
@@ -85,23 +85,23 @@ class Terminal:
         except EOFError:
             self.talk.screen.say("")
 
-    def _first_pictures(self, read: ReadLine) -> str:
-        """Add pictures until :f or an empty line, and return a question that was typed instead of a path, or ""."""
+    def _first_images(self, read: ReadLine) -> str:
+        """Add images until :f or an empty line, and return a question that was typed instead of a path, or ""."""
         session = self.talk.session
         if session.loaded.image_spec is None:
-            self.talk.note("This model reads no pictures.  这个模型不看图片。")
+            self.talk.note("This model reads no images.  这个模型不看图片。")
             return ""
         if session.images:
             run_command(self.talk, ":img")
             return ""
         while True:
-            prompt = "picture (empty for none)  图片路径（可留空）> "
+            prompt = "image (empty for none)  图片路径（可留空）> "
             if session.images:
-                prompt = "one more picture (:f ends)  再加一张图片（输入 :f 结束）> "
-            line = _one_line(read, prompt, asks_for_picture=True)
+                prompt = "one more image (:f ends)  再加一张图片（输入 :f 结束）> "
+            line = _one_line(read, prompt, asks_for_image=True)
             if line.strip() in ("", ":f", "/f", "：f"):
                 return ""
-            names_files = any(is_file(path) for path in picture_paths(line))
+            names_files = any(is_file(path) for path in image_paths(line))
             if names_files or (looks_like_path(line) and not is_command(line)):
                 self._do(f":img + {line}")
             elif line[0] in MARKS:
@@ -115,13 +115,13 @@ class Terminal:
                 run_command(self.talk, line)
             elif line.strip():
                 self.talk.ask(line.strip())
-        except KeyboardInterrupt:  # while a picture was read, say; an answer ends by itself
+        except KeyboardInterrupt:  # while an image was read, say; an answer ends by itself
             self.talk.note("[stopped  已中止]")
 
 
-def _one_line(read: ReadLine, prompt: str, asks_for_picture: bool = False) -> str:
+def _one_line(read: ReadLine, prompt: str, asks_for_image: bool = False) -> str:
     """A line, its beginning as typed; "" when Ctrl-C dropped it. Raises EOFError at the end of input."""
     try:
-        return read(prompt, asks_for_picture).rstrip()
+        return read(prompt, asks_for_image).rstrip()
     except KeyboardInterrupt:
         return ""

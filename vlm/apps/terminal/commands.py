@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vlm.apps.saving import save_record
 from vlm.apps.terminal import settings as terminal_settings
-from vlm.apps.terminal.pictures import is_file, picture_paths
+from vlm.apps.terminal.images import image_paths, is_file
 from vlm.apps.terminal.talk import Talk
 from vlm.errors import VLMError
 
@@ -28,7 +28,7 @@ class Command:
     names: tuple[str, ...]  # the first is its own, the others are short for it
     run: Callable[[Talk, str], None]
     uses: tuple[tuple[str, str, str], ...]  # argument, what it does in English, in Chinese
-    completes: str = ""  # what its argument is: "picture", "file" or "setting"
+    completes: str = ""  # what its argument is: "image", "file" or "setting"
 
     @property
     def takes_argument(self) -> bool:
@@ -72,15 +72,15 @@ def is_command(line: str) -> bool:
 
 def _announce(talk: Talk, paths: list[str]) -> None:
     for path in paths:
-        talk.note(f"Picture  图片: {path}")
-        talk.screen.picture(path)
+        talk.note(f"Image  图片: {path}")
+        talk.screen.show_image(path)
 
 
 def _no_such(line: str, name: str) -> str:
     near = difflib.get_close_matches(name.lower().replace("_", "-"), _NAMES, 1, cutoff=0.5)
     hint = f"Did you mean :{near[0]}?  是不是 :{near[0]}？" if near else "See :help.  参见 :help。"
-    if line[0] == "/" and all(is_file(path) for path in picture_paths(line)):
-        hint = f"To show that picture: :img {line}  要显示这张图片，请输入 :img {line}"
+    if line[0] == "/" and all(is_file(path) for path in image_paths(line)):
+        hint = f"To show that image: :img {line}  要显示这张图片，请输入 :img {line}"
     return f"No command {line[0]}{name}. {hint}"
 
 
@@ -95,7 +95,7 @@ def _clear_screen(talk: Talk, _: str) -> None:
 
 def _forget(talk: Talk, _: str) -> None:
     talk.session.clear(keep_images=True)
-    talk.note("History cleared, pictures kept.  已清除历史，图片保留。")
+    talk.note("History cleared, images kept.  已清除历史，图片保留。")
 
 
 def _show_history(talk: Talk, _: str) -> None:
@@ -106,28 +106,28 @@ def _show_history(talk: Talk, _: str) -> None:
         talk.screen.say(f"user> {shown}{exchange.question}\n{talk.bot_name}> {exchange.reply}")
 
 
-def _pictures(talk: Talk, argument: str) -> None:
+def _images(talk: Talk, argument: str) -> None:
     if not argument:
-        _show_pictures(talk)
+        _show_images(talk)
     elif argument.startswith("+"):
-        paths = picture_paths(argument[1:])
+        paths = image_paths(argument[1:])
         talk.session.add_images(paths)
         _announce(talk, paths)
     else:
         had_history = bool(talk.session.exchanges)
-        paths = [] if argument == "-" else picture_paths(argument)
+        paths = [] if argument == "-" else image_paths(argument)
         talk.session.set_images(paths)
         _announce(talk, paths)
         if had_history or not paths:
-            talk.note(f"{'A' if paths else 'No picture, a'} new conversation.  开始新的对话。")
+            talk.note(f"{'A' if paths else 'No image, a'} new conversation.  开始新的对话。")
 
 
-def _show_pictures(talk: Talk) -> None:
+def _show_images(talk: Talk) -> None:
     if not talk.session.images:
-        talk.note("No picture.  没有图片。")
+        talk.note("No image.  没有图片。")
     for image in talk.session.images:
         talk.screen.say(_name_of(image))
-        talk.screen.picture(image)
+        talk.screen.show_image(image)
 
 
 def _seed(talk: Talk, argument: str) -> None:
@@ -176,24 +176,24 @@ def _leave(talk: Talk, _: str) -> None:
 
 
 def _name_of(image: str | bytes) -> str:
-    return image if isinstance(image, str) else "a picture in memory  内存中的图片"
+    return image if isinstance(image, str) else "an image in memory  内存中的图片"
 
 
 COMMANDS = (
     Command(("help", "h"), _help, (("", "this list", "显示本帮助"),)),
     Command(
         ("img",),
-        _pictures,
+        _images,
         (
-            ("", "the pictures of the conversation", "显示当前的图片"),
+            ("", "the images of the conversation", "显示当前的图片"),
             ("PATH ...", "these instead; a new conversation", "换成这些图片，开始新的对话"),
             ("+ PATH ...", "more of them, for the next question", "为下一个问题再加图片"),
             ("-", "none; a new conversation", "去掉图片，开始新的对话"),
         ),
-        "picture",
+        "image",
     ),
     Command(("his", "history"), _show_history, (("", "the conversation so far", "显示对话历史"),)),
-    Command(("clh", "clear-his"), _forget, (("", "forget it, keep the pictures", "清除对话历史，保留图片"),)),
+    Command(("clh", "clear-his"), _forget, (("", "forget it, keep the images", "清除对话历史，保留图片"),)),
     Command(("undo",), _undo, (("", "take the last question back", "撤回上一个问题"),)),
     Command(("retry",), _retry, (("", "answer the last question again", "重新回答上一个问题"),)),
     Command(("system",), _system, (("[TEXT]", "system prompt; - for the export's", "查看或设置系统提示，- 恢复默认"),)),
@@ -210,13 +210,13 @@ BY_NAME |= {name.replace("-", "_"): command for name, command in BY_NAME.items()
 
 
 def completer() -> Completer:
-    """Completes commands, and behind them pictures, files and settings."""
+    """Completes commands, and behind them images, files and settings."""
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
 
-    from vlm.apps.terminal.input import picture_completer
+    from vlm.apps.terminal.input import image_completer
 
-    paths = {"picture": picture_completer(), "file": PathCompleter(expanduser=True)}
+    paths = {"image": image_completer(), "file": PathCompleter(expanduser=True)}
 
     class Commands(Completer):
         def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:

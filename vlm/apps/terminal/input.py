@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
     from prompt_toolkit.history import History
 
-# (prompt, is it a picture that is asked for) -> line; EOFError at the end of input, KeyboardInterrupt at Ctrl-C
+# (prompt, is it an image that is asked for) -> line; EOFError at the end of input, KeyboardInterrupt at Ctrl-C
 ReadLine = Callable[[str, bool], str]
 
 
@@ -35,17 +35,17 @@ def line_reader(out: TextIO, completer: Callable[[], Completer]) -> ReadLine:
     chat: PromptSession[str] = PromptSession(
         history=open_history(history_file()), completer=completer(), complete_while_typing=False
     )
-    pictures: PromptSession[str] = PromptSession(
-        history=InMemoryHistory(), completer=picture_completer(), complete_while_typing=False
+    images: PromptSession[str] = PromptSession(
+        history=InMemoryHistory(), completer=image_completer(), complete_while_typing=False
     )
-    return lambda prompt, asks_for_picture: (pictures if asks_for_picture else chat).prompt(prompt)
+    return lambda prompt, asks_for_image: (images if asks_for_image else chat).prompt(prompt)
 
 
-def picture_completer() -> Completer:
-    """Completes folders and pictures."""
+def image_completer() -> Completer:
+    """Completes folders and images."""
     from prompt_toolkit.completion import PathCompleter
 
-    return PathCompleter(expanduser=True, file_filter=_is_folder_or_picture)
+    return PathCompleter(expanduser=True, file_filter=_is_folder_or_image)
 
 
 def history_file() -> Path:
@@ -85,11 +85,11 @@ def open_history(path: Path) -> History:
     return Kept(str(path))
 
 
-def _is_folder_or_picture(name: str) -> bool:
+def _is_folder_or_image(name: str) -> bool:
     return os.path.isdir(name) or name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _plain_line(prompt: str, asks_for_picture: bool) -> str:
+def _plain_line(prompt: str, asks_for_image: bool) -> str:
     if sys.stdin.isatty():  # only what is written goes into a file: the user still sees what is asked
         sys.stderr.write(prompt)
         sys.stderr.flush()

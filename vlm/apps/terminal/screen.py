@@ -32,7 +32,7 @@ def printable(text: str) -> str:
 
 @dataclass
 class Screen:
-    """Writes lines, pieces of a reply, tables and pictures to `out`."""
+    """Writes lines, pieces of a reply, tables and images to `out`."""
 
     out: TextIO = field(default_factory=lambda: sys.stdout)
     console: Console = field(init=False)
@@ -80,11 +80,11 @@ class Screen:
             self.out.write("\033[3J")  # what was scrolled off as well
             self.out.flush()
 
-    def picture(self, image: str | bytes) -> None:
+    def show_image(self, image: str | bytes) -> None:
         """A thumbnail, where the terminal can show one.
 
         Raises:
-            RecordError: the picture cannot be read.
+            RecordError: the image cannot be read.
             ConfigError: VLM_THUMBNAIL holds no known protocol.
         """
         if not self.is_terminal:
@@ -92,10 +92,10 @@ class Screen:
         protocol = choose_protocol(os.environ, self.console.color_system, self.out.encoding)
         if protocol == "none":
             return
-        picture = load_image(image)
-        columns, rows = fit_cells(picture.size, min(_THUMBNAIL[0], self.console.width - 1), _THUMBNAIL[1])
+        opened = load_image(image)
+        columns, rows = fit_cells(opened.size, min(_THUMBNAIL[0], self.console.width - 1), _THUMBNAIL[1])
         if protocol == "blocks":
-            self.console.print(half_blocks(picture, columns, rows))
+            self.console.print(half_blocks(opened, columns, rows))
         else:
-            self.out.write(escape_sequence(picture, protocol, columns, rows) + "\n")
+            self.out.write(escape_sequence(opened, protocol, columns, rows) + "\n")
             self.out.flush()

@@ -58,7 +58,7 @@ class Talk:
         try:
             with _stops_at_ctrl_c(self.session) as was_stopped:
                 pieces = begin()
-                if was_stopped():  # while pictures were read, which `ask` does not look out for
+                if was_stopped():  # while images were read, which `ask` does not look out for
                     self.session.stop()
                 self.screen.write(f"{self.bot_name}> ", _NAME)
                 self._show(pieces)
@@ -69,7 +69,7 @@ class Talk:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self.complain(
                 f"\n{type(error).__name__}: {first}\nThe conversation is as it was before the question. If memory ran "
-                "out: :clh, fewer pictures, a smaller max_new_tokens, or start with --bits 4"
+                "out: :clh, fewer images, a smaller max_new_tokens, or start with --bits 4"
             )
 
     def _show(self, pieces: Generator[str, None, None]) -> None:

@@ -1,4 +1,4 @@
-"""A picture in a terminal: by a graphics protocol where there is one, else in half blocks of two colours.
+"""An image in a terminal: by a graphics protocol where there is one, else in half blocks of two colours.
 
 Protocols: kitty (https://sw.kovidgoyal.net/kitty/graphics-protocol), iTerm2 (https://iterm2.com/documentation-images),
 sixel (DEC, VT3xx manual). Terminals are told by the variables they set; nothing is asked of them, as an answer could be
@@ -28,7 +28,7 @@ _SIXEL_COLORS = 64
 
 
 def choose_protocol(environ: Mapping[str, str], color_system: str | None, encoding: str) -> Protocol:
-    """How this terminal can show a picture.
+    """How this terminal can show an image.
 
     Args:
         color_system: rich's name for the colours it has; None for none.
@@ -56,7 +56,7 @@ def choose_protocol(environ: Mapping[str, str], color_system: str | None, encodi
 
 
 def fit_cells(size: tuple[int, int], columns: int, rows: int) -> tuple[int, int]:
-    """The largest number of columns and rows, at least one each, that keeps the picture's shape.
+    """The largest number of columns and rows, at least one each, that keeps the image's shape.
 
     >>> fit_cells((224, 224), 40, 10), fit_cells((400, 100), 40, 10), fit_cells((1, 5000), 40, 10)
     ((20, 10), (40, 5), (1, 10))
@@ -67,7 +67,7 @@ def fit_cells(size: tuple[int, int], columns: int, rows: int) -> tuple[int, int]
 
 
 def half_blocks(image: Image.Image, columns: int, rows: int) -> Text:
-    """RGB picture -> `rows` lines of upper half blocks: the letter's colour above, the background's below."""
+    """RGB image -> `rows` lines of upper half blocks: the letter's colour above, the background's below."""
     pixels = np.asarray(image.resize((columns, 2 * rows), Image.Resampling.LANCZOS))
     text = Text(no_wrap=True)
     for row in range(rows):
@@ -79,7 +79,7 @@ def half_blocks(image: Image.Image, columns: int, rows: int) -> Text:
 
 
 def escape_sequence(image: Image.Image, protocol: Protocol, columns: int, rows: int) -> str:
-    """RGB picture -> what shows it in `columns` x `rows` character cells."""
+    """RGB image -> what shows it in `columns` x `rows` character cells."""
     small = image.resize((columns * _CELL[0], rows * _CELL[1]), Image.Resampling.LANCZOS)
     if protocol == "sixel":
         return _sixel(small)

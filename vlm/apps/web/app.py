@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import gradio as gr
 
 _START_SECONDS = 60.0  # a busy machine takes more than the 5 seconds that gradio gives its server
-Example = tuple[str, Path | None]  # a question to click, and its picture if it has one
+Example = tuple[str, Path | None]  # a question to click, and its image if it has one
 
 # Environment variables by which gradio would open what this module closes.
 _OVERRIDES = ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH",
@@ -109,21 +109,21 @@ def run_web(models: ModelStore, options: WebOptions) -> None:
 
 
 def find_examples(folder: Path) -> list[Example]:
-    """Pictures of a folder by name, each asked the text of the .txt beside it, or "What is this?".
+    """Images of a folder by name, each asked the text of the .txt beside it, or "What is this?".
 
     Raises:
-        ConfigError: the folder is missing or holds no pictures.
+        ConfigError: the folder is missing or holds no images.
     """
     from vlm.data.records import IMAGE_SUFFIXES
 
-    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
-    if not pictures:
-        raise ConfigError(f"--examples {folder}: no folder with pictures ({' '.join(IMAGE_SUFFIXES)})")
+    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+    if not images:
+        raise ConfigError(f"--examples {folder}: no folder with images ({' '.join(IMAGE_SUFFIXES)})")
     asked: list[Example] = []
-    for picture in pictures[:8]:
-        text = picture.with_suffix(".txt")
+    for image in images[:8]:
+        text = image.with_suffix(".txt")
         question = text.read_text(encoding="utf-8").strip() if text.is_file() else "What is this?"
-        asked.append((question, picture.resolve()))
+        asked.append((question, image.resolve()))
     return asked
 
 
@@ -142,7 +142,7 @@ def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) ->
     server.run_in_thread = _run_in_thread
     from vlm.apps.web.look import theme
     from vlm.apps.web.page import build_page
-    from vlm.apps.web.state import MAX_PICTURES
+    from vlm.apps.web.state import MAX_IMAGES
 
     uploads = Uploads(folder)
     examples = _copied(options.examples, folder / "examples", uploads)
@@ -155,7 +155,7 @@ def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) ->
         auth=options.auth,
         share=options.share,
         max_file_size=max_file_size,
-        app_kwargs=_app_options(uploads, local_only, max_file_size, MAX_PICTURES * max_file_size + MEGABYTE),
+        app_kwargs=_app_options(uploads, local_only, max_file_size, MAX_IMAGES * max_file_size + MEGABYTE),
         prevent_thread_lock=True,
         quiet=not options.share,  # else the public address is printed
         show_error=False,
@@ -191,11 +191,11 @@ def _copied(examples: Sequence[Example], folder: Path, uploads: Uploads) -> list
     """Beside the uploads, where the browser learns nothing of this machine's folders."""
     folder.mkdir()
     copied: list[Example] = []
-    for number, (question, picture) in enumerate(examples, 1):
+    for number, (question, image) in enumerate(examples, 1):
         copy = None
-        if picture is not None:
-            copy = folder / f"example-{number}{picture.suffix.lower()}"
-            shutil.copyfile(picture, copy)
+        if image is not None:
+            copy = folder / f"example-{number}{image.suffix.lower()}"
+            shutil.copyfile(image, copy)
             uploads.share(str(copy))
         copied.append((question, copy))
     return copied

@@ -38,7 +38,7 @@ _POLICY = "; ".join(
         "default-src 'self'",
         "script-src 'self' 'unsafe-inline' 'unsafe-eval'",  # gradio's page cannot do without
         "style-src 'self' 'unsafe-inline'",
-        "img-src 'self' data: blob:",  # a picture that a reply names elsewhere is not fetched
+        "img-src 'self' data: blob:",  # an image that a reply names elsewhere is not fetched
         "font-src 'self' data:",
         "connect-src 'self'",
         "worker-src 'self' blob:",
@@ -95,7 +95,7 @@ class Guard:
             scope["headers"] = _with_cookie(scope["headers"], owner)
         path = scope["path"]
         if path.startswith(_FILE) and not self.uploads.owns(owner, path.removeprefix(_FILE)):
-            await _answer(send, 403, "not a picture of this conversation")
+            await _answer(send, 403, "not an image of this conversation")
             return
         policy = _FILE_POLICY if path.startswith(_FILE) else _POLICY
         send = _with_headers(send, policy, owner if is_new else None)
@@ -160,7 +160,7 @@ class Guard:
             await send(message)
 
     async def _accept(self, messages: list[MutableMapping[str, Any]], owner: str) -> None:
-        """Raises UploadRefused: gradio refused the upload, or it holds more than pictures."""
+        """Raises UploadRefused: gradio refused the upload, or it holds more than images."""
         status = next((message["status"] for message in messages if message["type"] == "http.response.start"), 500)
         if status == 413:
             raise UploadRefused(413, tell_both("file_too_large", limit=self.max_file_size // MEGABYTE))

@@ -95,7 +95,7 @@ def build_page(
 
     Args:
         language: None takes that of the browser.
-        examples: questions to click, each with a picture that is shared in `uploads`, or none; empty takes `EXAMPLES`.
+        examples: questions to click, each with an image that is shared in `uploads`, or none; empty takes `EXAMPLES`.
         max_waiting: questions of all pages that wait for their turn; the next ones are refused.
     """
     first = language or "en"
@@ -188,7 +188,7 @@ def texts_of(widgets: Widgets, language: Language, examples: Sequence[tuple[str,
 def _cards(language: Language, examples: Sequence[tuple[str, Path | None]]) -> list[dict[str, Any]]:
     if not examples:
         return [{"text": tell(language, name)} for name in EXAMPLES]
-    return [{"text": text, **({"files": [str(picture)]} if picture else {})} for text, picture in examples]
+    return [{"text": text, **({"files": [str(image)]} if image else {})} for text, image in examples]
 
 
 Changes = dict[Any, Any]  # component -> its new value, or an update
@@ -232,15 +232,15 @@ class Actions:
     def chosen(
         self, chat: WebChat, message: dict[str, Any] | None, request: gr.Request, event: gr.SelectData
     ) -> Changes:
-        """An example was clicked. One without a picture is asked of those in the box."""
+        """An example was clicked. One without an image is asked of those in the box."""
 
         def act() -> Changes:
             number = _index(event.index)
             cards = self.examples or [(tell(chat.language, name), None) for name in EXAMPLES]
             if not 0 <= number < len(cards):
                 raise PageError("no_turn")
-            text, picture = cards[number]
-            chat.ask(text, [str(picture)] if picture else (message or {}).get("files") or [])
+            text, image = cards[number]
+            chat.ask(text, [str(image)] if image else (message or {}).get("files") or [])
             return self._asking(chat, empty_box=True)
 
         return self._told(chat, request, act)
@@ -324,7 +324,7 @@ class Actions:
                 return {self.w.record: record_line(chat)}
             except RecordError as error:
                 gone = error.rule != "empty_conversation"
-                raise PageError("picture_gone" if gone else "nothing_to_save") from None
+                raise PageError("image_gone" if gone else "nothing_to_save") from None
 
         return {self.w.record: ""} | self._told(chat, request, act)
 

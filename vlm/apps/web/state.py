@@ -15,14 +15,14 @@ from typing import Any
 from vlm.apps.session import ChatSession, Exchange
 from vlm.apps.web.models import ModelStore
 from vlm.apps.web.texts import Language, tell
-from vlm.apps.web.uploads import Uploads, check_picture
+from vlm.apps.web.uploads import Uploads, check_image
 from vlm.data.images import DEFAULT_MAX_PIXELS
 from vlm.errors import ConfigError, RecordError, VLMError
 from vlm.generation.generate import GenerationSettings
 from vlm.inference.load import LoadedModel
 from vlm.logs import warn
 
-MAX_PICTURES = 8  # of one message
+MAX_IMAGES = 8  # of one message
 MAX_QUESTION = 20_000  # characters
 MILLION_PIXELS = DEFAULT_MAX_PIXELS // 1_000_000
 SECONDS_BETWEEN_UPDATES = 0.08  # each sends the growing answer to the browser
@@ -108,8 +108,8 @@ class WebChat:
             raise PageError("nothing_asked")
         if len(text) > MAX_QUESTION:
             raise PageError("question_too_long", limit=MAX_QUESTION)
-        if len(images) > MAX_PICTURES:
-            raise PageError("too_many_pictures", limit=MAX_PICTURES)
+        if len(images) > MAX_IMAGES:
+            raise PageError("too_many_images", limit=MAX_IMAGES)
         for image in images:
             self._check(image)
         self._put(text, tuple(images), is_new=True)
@@ -122,7 +122,7 @@ class WebChat:
         self._put(again.question, again.images, number)
 
     def edit(self, message: int, text: str) -> None:
-        """Ask a message's question in other words, with the same pictures."""
+        """Ask a message's question in other words, with the same images."""
         self._begin()
         number = self.exchange_of(message)
         if len(text) > MAX_QUESTION:
@@ -221,13 +221,13 @@ class WebChat:
         self._stop.clear()
 
     def _check(self, image: str) -> None:
-        """The picture is this browser's and can be decoded."""
+        """The image is this browser's and can be decoded."""
         if not self.uploads.owns(self.owner, image):
-            warn("webui: a message named a picture that its browser had not uploaded")
+            warn("webui: a message named an image that its browser had not uploaded")
             raise PageError("not_yours")
         name = Path(image).name
         try:
-            check_picture(image)
+            check_image(image)
         except RecordError as error:
             warn(f"webui: {error}")
             raise PageError(_reason(error), name=name, limit=MILLION_PIXELS) from None
@@ -316,10 +316,10 @@ def count_tokens(loaded: LoadedModel, text: str) -> int:
 
 def _reason(error: RecordError) -> str:
     known = {
-        "image_too_large": "picture_too_large",
-        "image_unreadable": "bad_picture",
-        "image_missing": "picture_gone",
-        "image_without_encoder": "no_pictures",
+        "image_too_large": "image_too_large",
+        "image_unreadable": "bad_image",
+        "image_missing": "image_gone",
+        "image_without_encoder": "no_images",
     }
     return known.get(error.rule, "failed")
 

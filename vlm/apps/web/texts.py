@@ -10,10 +10,10 @@ LANGUAGES: tuple[Language, ...] = get_args(Language)
 # name -> English, Chinese. Places in braces are filled by `tell`.
 _TEXTS: dict[str, tuple[str, str]] = {
     # the page
-    "title": ("Picture chat", "看图对话"),
-    "welcome": ("Show it a picture and ask about it.", "上传图片，向模型提问。"),
-    "welcome_more": ("Several pictures per message are fine.", "每条消息可以包含多张图片。"),
-    "input": ("Ask, or drop pictures here", "输入问题，或拖入图片"),
+    "title": ("Image chat", "看图对话"),
+    "welcome": ("Show it an image and ask about it.", "上传图片，向模型提问。"),
+    "welcome_more": ("Several images per message are fine.", "每条消息可以包含多张图片。"),
+    "input": ("Ask, or drop images here", "输入问题，或拖入图片"),
     "model": ("Model", "模型"),
     "model_info": ("Loaded when it is first asked", "首次提问时加载"),
     "system": ("System prompt", "系统提示词"),
@@ -48,27 +48,27 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "full_length": ("cut at the longest answer", "已达最大长度"),
     "no_words": ("(no words)", "（无内容）"),
     # what went wrong
-    "nothing_asked": ("Type a question or add a picture first.", "请先输入问题或添加图片。"),
+    "nothing_asked": ("Type a question or add an image first.", "请先输入问题或添加图片。"),
     "busy": ("An answer is being written. Stop it first.", "正在回答，请先停止。"),
     "question_too_long": ("The question is longer than {limit:,} characters.", "问题超过 {limit:,} 个字符。"),
-    "too_many_pictures": ("At most {limit} pictures per message.", "每条消息最多 {limit} 张图片。"),
+    "too_many_images": ("At most {limit} images per message.", "每条消息最多 {limit} 张图片。"),
     "not_yours": (
-        "A picture of this message was not uploaded here. Add it again.",
+        "An image of this message was not uploaded here. Add it again.",
         "消息中的图片不是在此上传的，请重新添加。",
     ),
-    "bad_picture": (
-        "{name} is no picture that can be read. Use PNG, JPEG, WebP, GIF, BMP or TIFF.",
+    "bad_image": (
+        "{name} is no image that can be read. Use PNG, JPEG, WebP, GIF, BMP or TIFF.",
         "无法读取图片 {name}。请使用 PNG、JPEG、WebP、GIF、BMP 或 TIFF 格式。",
     ),
-    "picture_too_large": (
+    "image_too_large": (
         "{name} has too many pixels (at most {limit} million).",
         "图片 {name} 的像素过多（最多 {limit} 百万）。",
     ),
     "file_too_large": ("The file is larger than {limit} MB.", "文件超过 {limit} MB。"),
-    "upload_full": ("The server holds too many pictures. Try later.", "服务器上的图片过多，请稍后再试。"),
+    "upload_full": ("The server holds too many images. Try later.", "服务器上的图片过多，请稍后再试。"),
     "upload_failed": ("The upload failed. Try again.", "上传失败，请重试。"),
-    "picture_gone": ("A picture of this conversation is no longer there.", "对话中的图片已不存在。"),
-    "no_pictures": ("This model reads no pictures.", "这个模型不支持图片。"),
+    "image_gone": ("An image of this conversation is no longer there.", "对话中的图片已不存在。"),
+    "no_images": ("This model reads no images.", "这个模型不支持图片。"),
     "too_long": (
         "The conversation is longer than this model can read. Start a new one, or take questions back.",
         "对话超出模型可读取的长度。请开始新对话，或撤回一些问题。",
@@ -91,7 +91,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "此对话属于其他浏览器，请刷新页面。",
     ),
     # examples
-    "example_1": ("What is in this picture?", "这张图片里有什么？"),
+    "example_1": ("What is in this image?", "这张图片里有什么？"),
     "example_2": ("What kind of thing is this?", "这是什么类型的东西？"),
     "example_3": ("Tell me a short story.", "讲一个简短的故事。"),
 }  # fmt: skip
@@ -124,8 +124,8 @@ BUTTONS = {
 def tell(language: Language, name: str, /, **places: object) -> str:
     """A text of the page.
 
-    >>> tell("en", "too_many_pictures", limit=8)
-    'At most 8 pictures per message.'
+    >>> tell("en", "too_many_images", limit=8)
+    'At most 8 images per message.'
     """
     return _TEXTS[name][LANGUAGES.index(language)].format(**places)
 

@@ -1,4 +1,4 @@
-"""Who uploaded which picture. A browser reads and names its own pictures and no others."""
+"""Who uploaded which image. A browser reads and names its own images and no others."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class UploadRefused(VLMError):
 
 
 class Uploads:
-    """The pictures below one folder, each with the browser that uploaded it.
+    """The images below one folder, each with the browser that uploaded it.
 
     It is itself a path, the one where gradio is to write: within `receive`, a folder that this upload has alone. So
     whatever gradio leaves there and nobody owns can go when the upload ends, however it ends.
 
     Args:
         folder: where gradio puts uploads; nothing outside it can be owned.
-        max_total: bytes kept, those of uploads in progress included; beyond it, the oldest pictures go.
+        max_total: bytes kept, those of uploads in progress included; beyond it, the oldest images go.
     """
 
     def __init__(self, folder: Path, max_total: int = 2048 * MEGABYTE) -> None:
@@ -76,14 +76,14 @@ class Uploads:
                 self._tidy(folder)
 
     def accept(self, owner: str, paths: Sequence[str]) -> None:
-        """Keep what was uploaded, if all of it is pictures.
+        """Keep what was uploaded, if all of it is images.
 
         Raises:
-            UploadRefused: a file is no picture; in both languages.
+            UploadRefused: a file is no image; in both languages.
         """
         try:
             for path in paths:
-                check_picture(path)
+                check_image(path)
         except RecordError as error:
             raise UploadRefused(415, refusal(error, Path(error.where or paths[0]).name)) from None
         with self._lock:
@@ -98,7 +98,7 @@ class Uploads:
             self._make_room()
 
     def share(self, path: str) -> None:
-        """Let everyone read a picture of the page itself."""
+        """Let everyone read an image of the page itself."""
         self._shared.add(_real(path))
 
     def owns(self, owner: str | None, path: str) -> bool:
@@ -136,15 +136,15 @@ class Uploads:
                 os.rmdir(where)
 
 
-def check_picture(path: str) -> None:
+def check_image(path: str) -> None:
     """Decode it once.
 
     Raises:
-        RecordError: it has another ending than pictures have, or cannot be decoded; `where` is the path.
+        RecordError: it has another ending than images have, or cannot be decoded; `where` is the path.
     """
     try:
         if Path(path).suffix.lower() not in IMAGE_SUFFIXES:  # the ending decides as what it is served
-            raise RecordError("image_unreadable", "ends as no picture does")
+            raise RecordError("image_unreadable", "ends as no image does")
         load_image(path)
     except RecordError as error:
         raise RecordError(error.rule, error.message, path) from None
@@ -153,8 +153,8 @@ def check_picture(path: str) -> None:
 def refusal(error: RecordError, name: str) -> str:
     """Our own words: what a decoder said may hold addresses and paths, and goes into the log only."""
     if error.rule == "image_too_large":
-        return tell_both("picture_too_large", name=name, limit=DEFAULT_MAX_PIXELS // 1_000_000)
-    return tell_both("bad_picture", name=name)
+        return tell_both("image_too_large", name=name, limit=DEFAULT_MAX_PIXELS // 1_000_000)
+    return tell_both("bad_image", name=name)
 
 
 def _real(path: str) -> str:

@@ -31,7 +31,7 @@ def shard(module: LossModule, device: torch.device) -> None:
     """Spread each decoder block by itself unless that was done, and all the rest as one, before the optimizer is made.
 
     Every rank gathers the rest once per forward and then block after block, whatever its batch holds, so a rank
-    without a picture, or with fewer supervised tokens, keeps nobody waiting.
+    without an image, or with fewer supervised tokens, keeps nobody waiting.
     """
     for block in find_blocks(module.model.llm).values():
         if not isinstance(block, FSDPModule):

@@ -100,7 +100,7 @@ class PipelineEngine(Engine):
         return self.step_output(sums, normalizer, grad_norm, applied)
 
     def broadcast(self, batches: list[Batch]) -> list[Batch]:
-        """What the first stage has read. A picture that only one stage can read would set their rows apart."""
+        """What the first stage has read. An image that only one stage can read would set their rows apart."""
         group = self._engine.grid.get_pipe_parallel_group()
         texts = [replace(batch, pixel_values=None, image_features=None) for batch in batches]
         dist.broadcast_object_list(texts, src=self.data_rank, group=group)  # the first stage's rank is its data rank

@@ -49,7 +49,7 @@ class StageRun:
     def forward(self, received: Tensor) -> Tensor:
         """Hidden states from the stage before, or anything on the first -> hidden states, or the loss on the last."""
         batch = next(self._batches)
-        if not self.stage.is_first:  # nobody looks at pictures here
+        if not self.stage.is_first:  # nobody looks at images here
             batch = dataclasses.replace(batch, pixel_values=None, image_features=None)
         batch = batch.to(self.device)
         hidden_states = None if self.stage.is_first else received

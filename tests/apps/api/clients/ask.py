@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 base, model, image = sys.argv[1:]
 url = "data:image/png;base64," + base64.b64encode(Path(image).read_bytes()).decode()
-PICTURE, WORDS = {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}
-ASKED = [{"role": "user", "content": [PICTURE, WORDS]}]
+IMAGE, WORDS = {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}
+ASKED = [{"role": "user", "content": [IMAGE, WORDS]}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
@@ -93,7 +93,7 @@ def langchain_clients():
     def llm(**changes):
         return ChatOpenAI(base_url=base, api_key="none", model=model, max_retries=0, **GREEDY | changes)
 
-    asked = [HumanMessage(content=[PICTURE, WORDS])]
+    asked = [HumanMessage(content=[IMAGE, WORDS])]
     block = {"type": "image", "source_type": "base64", "mime_type": "image/png", "data": url.partition(",")[2]}
     as_string = {"type": "image_url", "image_url": url}
     return {

@@ -1,4 +1,4 @@
-"""What a user types where a picture is asked for: paths, or something else."""
+"""What a user types where an image is asked for: paths, or something else."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from urllib.parse import unquote, urlparse
 _QUOTES = "'\"“”‘’"
 
 
-def picture_paths(text: str) -> list[str]:
+def image_paths(text: str) -> list[str]:
     """One path, which may hold blanks, or several, quoted or escaped as in a shell; `~` and file:// are understood.
 
-    >>> picture_paths("'my cat.png'"), picture_paths("file:///a/my%20cat.png")
+    >>> image_paths("'my cat.png'"), image_paths("file:///a/my%20cat.png")
     (['my cat.png'], ['/a/my cat.png'])
     """
     whole = _clean(text)
