@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vlm"
 
-# A file imports its own room and rooms of a lower number. Equal numbers are neighbours that do not know each other.
+# A file imports its own package and packages of a lower number. Equal numbers are neighbours that do not know each other.
 LAYERS = {
     "errors": 0, "batch": 0, "schema": 0, "layered_yaml": 0, "distributed": 0, "logs": 0, "compat": 0, "faults": 0,
     "precision": 0, "launch": 0, "files": 0, "config": 0,
@@ -26,12 +26,12 @@ LAYERS = {
 }  # fmt: skip
 BOTTOM = {name for name, layer in LAYERS.items() if layer == 0}  # single files that may use each other
 FACADE = "__init__"  # vlm/__init__.py: the version, and vlm.load, imported when it is asked for
-# a room's config.py knows vlm.schema only, so vlm.config takes all; an objective has its section beside it
-SECTIONS = {f"vlm.{room}.config" for room in LAYERS} | {"vlm.objectives", "vlm.objectives.base", "vlm.objectives.lm"}
+# a package's config.py knows vlm.schema only, so vlm.config takes all; an objective has its section beside it
+SECTIONS = {f"vlm.{name}.config" for name in LAYERS} | {"vlm.objectives", "vlm.objectives.base", "vlm.objectives.lm"}
 LIGHT = ("vlm.config", "vlm.cli.main", "vlm.errors", "vlm.batch", "vlm.schema", "vlm.layered_yaml", "vlm.logs")
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     return module.split(".")[1]
 
 
@@ -57,7 +57,7 @@ def offences(path: Path, root: Path = PACKAGE) -> list[str]:
     is_section = parts[1:] == ("config",)
     bad = []
     for line, module in imports_of(path):
-        other = room_of(module)
+        other = package_of(module)
         allowed = other.startswith("__") or LAYERS.get(other, 99) < LAYERS[own]  # vlm.__version__
         allowed = allowed or other == own or {own, other} <= BOTTOM or (own == "config" and module in SECTIONS)
         if is_section:
@@ -69,7 +69,7 @@ def offences(path: Path, root: Path = PACKAGE) -> list[str]:
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_file_imports_its_own_room_and_lower_ones_only(path):
+def test_file_imports_its_own_package_and_lower_ones_only(path):
     assert not offences(path), "\n".join(["", *offences(path)])
 
 

@@ -1,4 +1,4 @@
-"""All that data and models agree on. Neither room knows anything else of the other.
+"""All that data and models agree on. Neither package knows anything else of the other.
 
 Letters in shapes: B rows, L tokens, N images, S pixels per side, P patches, C vision width, T tokens per image.
 """

@@ -202,7 +202,7 @@ def _build_loop(
 
 
 def _plot(run: Path) -> None:
-    """loss.png; a run that is done does not fail for want of an image."""
+    """loss.png; a run that is done does not fail because it cannot be drawn."""
     try:
         plot_loss(run)
     except (DataError, OSError) as error:

@@ -1,4 +1,4 @@
-"""One tiny model for the tests of this room."""
+"""One tiny model for the tests of this package."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""Fixtures of this room; see conftest_plan."""
+"""Fixtures of this package; see conftest_plan."""
 
 from conftest_plan import config, shape  # noqa: F401

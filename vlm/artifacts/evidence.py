@@ -100,7 +100,7 @@ def with_error(value: float | None, error: float | None) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """None for a file that is not there or damaged: an export does not fail for want of it."""
+    """None for a file that is not there or damaged: an export does not fail because of it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

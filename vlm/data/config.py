@@ -1,4 +1,4 @@
-"""Config sections of the data room."""
+"""Config sections of the data package."""
 
 from __future__ import annotations
 

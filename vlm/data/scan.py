@@ -195,7 +195,7 @@ def in_chunks(
                 progress.show(min(start + size, len(numbers)))
         except BrokenProcessPool:
             raise DataError(
-                f"a process that reads records died, usually for want of memory. Lower data.workers (now {workers})"
+                f"a process that reads records died, usually because memory ran out. Lower data.workers (now {workers})"
             ) from None
 
 

@@ -1,4 +1,4 @@
-"""Config sections of the evaluation room."""
+"""Config sections of the evaluation package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Config sections of the models room."""
+"""Config sections of the models package."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 
 def balanced_cuts(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
-    """Cut a row of costs into contiguous stages so that the dearest stage is as cheap as possible.
+    """Cut a row of costs into contiguous stages so that the most expensive stage is as cheap as possible.
 
     Exact, by dynamic programming. Of all such cuts the one whose other stages are the most even is taken (the least
     sum of squares).
@@ -28,8 +28,8 @@ def balanced_cuts(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
     if not 1 <= num_stages <= len(costs):
         raise ValueError(f"{len(costs)} layers cannot be cut into {num_stages} stages")
     sums = [0.0, *accumulate(costs)]
-    dearest, _ = _best_cuts(sums, num_stages, max, lambda cost: cost)
-    limit = dearest * (1 + 1e-9)  # sums of floats differ in their last digits
+    highest, _ = _best_cuts(sums, num_stages, max, lambda cost: cost)
+    limit = highest * (1 + 1e-9)  # sums of floats differ in their last digits
     _, cuts = _best_cuts(sums, num_stages, operator.add, lambda cost: cost**2 if cost <= limit else math.inf)
     return tuple(cuts)
 

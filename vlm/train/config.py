@@ -1,4 +1,4 @@
-"""Config sections of the training room."""
+"""Config sections of the training package."""
 
 from __future__ import annotations
 

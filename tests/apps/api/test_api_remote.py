@@ -32,7 +32,7 @@ class Web:
     """The internet of one test: a resolver, and a server behind every address."""
 
     def __init__(self) -> None:
-        self.addresses: dict[str, list[str]] = {"pictures.example": [PUBLIC]}
+        self.addresses: dict[str, list[str]] = {"images.example": [PUBLIC]}
         self.looked_up: list[str] = []
         self.connected: list[tuple[str, int]] = []
         self.requests: list[bytes] = []
@@ -64,7 +64,7 @@ class Web:
         context: ssl.SSLContext | None = None,
     ) -> bytes:
         fetcher = Fetcher(
-            domains or ("pictures.example",), seconds, max_bytes, resolve=self.resolve, connect=self.connect,
+            domains or ("images.example",), seconds, max_bytes, resolve=self.resolve, connect=self.connect,
             context=context,
         )  # fmt: skip
         return asyncio.run(fetcher.fetch(url))
@@ -108,25 +108,25 @@ def refusal(web: Web, url: str, *domains: str, **settings: float) -> ApiError:
 
 
 def test_an_allowed_image_is_fetched_from_the_address_that_was_checked(web: Web):
-    assert web.fetch("http://pictures.example/cats/1.png?size=2") == IMAGE
+    assert web.fetch("http://images.example/cats/1.png?size=2") == IMAGE
     assert web.connected == [(PUBLIC, 80)]
     lines = web.requests[0].split(b"\r\n")
     assert lines[0] == b"GET /cats/1.png?size=2 HTTP/1.1"
-    assert b"Host: pictures.example" in lines
+    assert b"Host: images.example" in lines
 
 
 def test_a_port_must_be_named(web: Web):
-    assert refusal(web, "http://pictures.example:8080/1.png").code == "image_refused"
-    assert web.fetch("http://pictures.example:8080/1.png", "pictures.example:8080") == IMAGE
-    assert b"Host: pictures.example:8080" in web.requests[0]
-    assert web.fetch("http://pictures.example:80/1.png") == IMAGE
-    assert refusal(web, "http://pictures.example/1.png", "pictures.example:8080").code == "image_refused"
+    assert refusal(web, "http://images.example:8080/1.png").code == "image_refused"
+    assert web.fetch("http://images.example:8080/1.png", "images.example:8080") == IMAGE
+    assert b"Host: images.example:8080" in web.requests[0]
+    assert web.fetch("http://images.example:80/1.png") == IMAGE
+    assert refusal(web, "http://images.example/1.png", "images.example:8080").code == "image_refused"
 
 
 def test_by_default_nothing_is_fetched(web: Web):
     fetcher = Fetcher((), 5, 1000, resolve=web.resolve, connect=web.connect)
     with pytest.raises(ApiError, match="allow-media-domain"):
-        asyncio.run(fetcher.fetch("http://pictures.example/1.png"))
+        asyncio.run(fetcher.fetch("http://images.example/1.png"))
     assert (web.looked_up, web.connected) == ([], [])
 
 
@@ -147,38 +147,38 @@ TRICKS = [
     "http://100.64.0.1/1.png",
     "http://0.0.0.0/1.png",
     "http://0/1.png",
-    "http://pictures.example\\@127.0.0.1/1.png",  # two parsers, two hosts
-    "http://127.0.0.1\\@pictures.example/1.png",
+    "http://images.example\\@127.0.0.1/1.png",  # two parsers, two hosts
+    "http://127.0.0.1\\@images.example/1.png",
     "http:\\\\127.0.0.1\\1.png",
-    "http://pictures.example@127.0.0.1/1.png",
-    "http://127.0.0.1@pictures.example/1.png",
-    "http://user:password@pictures.example/1.png",
-    "http://pictures.example:80@127.0.0.1/1.png",
-    "http://127.0.0.1#@pictures.example/1.png",
-    "http://127.0.0.1#.pictures.example/1.png",
-    "http://127.0.0.1?.pictures.example/1.png",
-    "http://127.0.0.1/.pictures.example/1.png",
-    "http://pictures.example.evil.example/1.png",
-    "http://evilpictures.example/1.png",
-    "http://sub.pictures.example/1.png",
-    "http://pictures.example./1.png",
-    "http://pictures.example:99999/1.png",
-    "http://pictures.example:0/1.png",
-    "http://pictures.example:/1.png",
-    "http://pictures.example:22/1.png",
-    "http://pictures.example /1.png",
-    "http://pictures.example\t/1.png",
-    "http://pictures.example\r\nHost: internal/1.png",
-    "http://pictures.example/1.png HTTP/1.1\r\nX-Injected: 1",
-    "http://pictures.example/1.png\nX-Injected: 1",
-    "http://pictures.example%2eevil.example/1.png",
+    "http://images.example@127.0.0.1/1.png",
+    "http://127.0.0.1@images.example/1.png",
+    "http://user:password@images.example/1.png",
+    "http://images.example:80@127.0.0.1/1.png",
+    "http://127.0.0.1#@images.example/1.png",
+    "http://127.0.0.1#.images.example/1.png",
+    "http://127.0.0.1?.images.example/1.png",
+    "http://127.0.0.1/.images.example/1.png",
+    "http://images.example.evil.example/1.png",
+    "http://evilimages.example/1.png",
+    "http://sub.images.example/1.png",
+    "http://images.example./1.png",
+    "http://images.example:99999/1.png",
+    "http://images.example:0/1.png",
+    "http://images.example:/1.png",
+    "http://images.example:22/1.png",
+    "http://images.example /1.png",
+    "http://images.example\t/1.png",
+    "http://images.example\r\nHost: internal/1.png",
+    "http://images.example/1.png HTTP/1.1\r\nX-Injected: 1",
+    "http://images.example/1.png\nX-Injected: 1",
+    "http://images.example%2eevil.example/1.png",
     "http://images。example/1.png",  # an ideographic full stop, which IDNA reads as a dot
     "http://ⓟictures.example/1.png",
     "http:///1.png",
-    "http:pictures.example/1.png",
-    "https:/pictures.example/1.png",
-    "//pictures.example/1.png",
-    " http://pictures.example/1.png",
+    "http:images.example/1.png",
+    "https:/images.example/1.png",
+    "//images.example/1.png",
+    " http://images.example/1.png",
     "http://",
     "HTTP://127.0.0.1/1.png",
 ]
@@ -194,8 +194,8 @@ def test_no_trick_of_spelling_leads_anywhere(web: Web, url: str):
 
 
 NO_HOSTS = [
-    "127.0.0.1", "2130706433", "0x7f000001", "[::1]", "*.example", "*", "", "a b", "example:port", "pictures.example:0",
-    "http://pictures.example", "user@pictures.example", "pictures.example/",
+    "127.0.0.1", "2130706433", "0x7f000001", "[::1]", "*.example", "*", "", "a b", "example:port", "images.example:0",
+    "http://images.example", "user@images.example", "images.example/",
 ]  # fmt: skip
 
 
@@ -219,15 +219,15 @@ INTERNAL = [
 def test_an_allowed_name_that_leads_inside_is_not_followed(web: Web, address: str):
     assert not is_public(address)
     for addresses in ([address], [PUBLIC, address], [address, PUBLIC]):  # one that is not public spoils all
-        web.addresses["pictures.example"] = addresses
-        assert refusal(web, "http://pictures.example/1.png").code == "image_refused"
+        web.addresses["images.example"] = addresses
+        assert refusal(web, "http://images.example/1.png").code == "image_refused"
     assert web.connected == []
 
 
 @pytest.mark.parametrize("address", [PUBLIC, "8.8.8.8", "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
 def test_public_addresses_are_followed(web: Web, address: str):
-    web.addresses["pictures.example"] = [address]
-    assert web.fetch("http://pictures.example/1.png") == IMAGE
+    web.addresses["images.example"] = [address]
+    assert web.fetch("http://images.example/1.png") == IMAGE
     assert web.connected == [(address, 80)]
 
 
@@ -235,8 +235,8 @@ def test_a_name_that_changes_its_address_is_looked_up_once(web: Web):
     """DNS rebinding: the second answer would be an address inside."""
     answers = iter([[PUBLIC], ["127.0.0.1"], ["127.0.0.1"]])
     web.resolve = lambda host, port: web.looked_up.append(host) or next(answers)  # type: ignore[method-assign,func-returns-value]
-    assert web.fetch("http://pictures.example/1.png") == IMAGE
-    assert web.looked_up == ["pictures.example"]
+    assert web.fetch("http://images.example/1.png") == IMAGE
+    assert web.looked_up == ["images.example"]
     assert web.connected == [(PUBLIC, 80)]
 
 
@@ -244,15 +244,15 @@ def test_a_connection_that_ends_is_not_opened_again_by_name(web: Web, monkeypatc
     """http.client would connect anew, by itself and to any address."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("looked up a second time"))
     web.handle = lambda connection: connection.shutdown(socket.SHUT_RDWR)
-    assert refusal(web, "http://pictures.example/1.png").status == 502
+    assert refusal(web, "http://images.example/1.png").status == 502
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-@pytest.mark.parametrize("target", ["http://127.0.0.1/1.png", "http://pictures.example/2.png", "file:///etc/passwd"])
+@pytest.mark.parametrize("target", ["http://127.0.0.1/1.png", "http://images.example/2.png", "file:///etc/passwd"])
 def test_no_redirect_is_followed(web: Web, status: int, target: str):
     answer = f"HTTP/1.1 {status} Moved\r\nLocation: {target}\r\nContent-Length: 7\r\n\r\nimage"
     web.handle = lambda connection: connection.sendall(answer.encode())
-    error = refusal(web, "http://pictures.example/1.png")
+    error = refusal(web, "http://images.example/1.png")
     assert (error.status, error.code) == (502, "image_not_fetched")
     assert len(web.requests) == 1
 
@@ -279,7 +279,7 @@ def test_slow_answers_are_cut_off_in_time(web: Web, name: str, monkeypatch: pyte
 
     web.handle = drip
     started = time.monotonic()
-    error = refusal(web, "http://pictures.example/1.png", seconds=0.5)
+    error = refusal(web, "http://images.example/1.png", seconds=0.5)
     assert error.status == 502
     assert time.monotonic() - started < 20
 
@@ -303,14 +303,14 @@ def test_large_answers_are_cut_off(web: Web, name: str):
             sent += connection.send(part)
 
     web.handle = pour
-    error = refusal(web, "http://pictures.example/1.png", max_bytes=2000)
+    error = refusal(web, "http://images.example/1.png", max_bytes=2000)
     assert (error.status, error.message) == (502, "image_url: the image is larger than 2,000 bytes")
     assert sent < 20_000_000  # what loopback buffers
 
 
 def test_an_answer_that_is_cut_short_is_no_image(web: Web):
     web.handle = lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\npic")
-    assert refusal(web, "http://pictures.example/1.png").status == 502
+    assert refusal(web, "http://images.example/1.png").status == 502
 
 
 OTHER = [b"HTTP/1.1 404 Not Found\r\n\r\n", b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 500]
@@ -319,13 +319,13 @@ OTHER = [b"HTTP/1.1 404 Not Found\r\n\r\n", b"garbage\r\n\r\n", b"HTTP/1.1 200 O
 @pytest.mark.parametrize("answer", OTHER)
 def test_other_answers_are_no_image(web: Web, answer: bytes):
     web.handle = lambda connection: connection.sendall(answer)
-    assert refusal(web, "http://pictures.example/1.png").status == 502
+    assert refusal(web, "http://images.example/1.png").status == 502
 
 
 def test_an_unknown_name_is_told_apart_from_a_refused_one(web: Web):
     web.addresses.clear()
     assert (
-        refusal(web, "http://pictures.example/1.png").message
+        refusal(web, "http://images.example/1.png").message
         == "image_url: the image could not be fetched: its host was not found"
     )
 
@@ -340,16 +340,16 @@ def test_the_next_address_is_tried_when_one_does_not_answer(web: Web):
         return connect(address, port, seconds)
 
     web.connect = flaky  # type: ignore[method-assign]
-    web.addresses["pictures.example"] = [PUBLIC, "8.8.8.8"]
-    assert web.fetch("http://pictures.example/1.png") == IMAGE
+    web.addresses["images.example"] = [PUBLIC, "8.8.8.8"]
+    assert web.fetch("http://images.example/1.png") == IMAGE
     assert web.connected == [(PUBLIC, 80), ("8.8.8.8", 80)]
 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificate and key for pictures.example, signed by itself."""
+    """Certificate and key for images.example, signed by itself."""
     folder = tmp_path_factory.mktemp("tls")
-    subject = ["-subj", "/CN=pictures.example", "-addext", "subjectAltName=DNS:pictures.example"]
+    subject = ["-subj", "/CN=images.example", "-addext", "subjectAltName=DNS:images.example"]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem"]
     subprocess.run([*command, *subject], cwd=folder, check=True, capture_output=True)
     return folder
@@ -364,17 +364,17 @@ def test_https_checks_the_certificate_of_the_name_at_the_pinned_address(web: Web
     trusting = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
     web.addresses["other.example"] = [PUBLIC]
 
-    assert web.fetch("https://pictures.example/1.png", context=trusting) == IMAGE
-    assert names == ["pictures.example"]
+    assert web.fetch("https://images.example/1.png", context=trusting) == IMAGE
+    assert names == ["images.example"]
     assert web.connected == [(PUBLIC, 443)]
-    assert b"Host: pictures.example\r\n" in web.requests[0]
-    for url, context in (("https://other.example/1.png", trusting), ("https://pictures.example/1.png", None)):
+    assert b"Host: images.example\r\n" in web.requests[0]
+    for url, context in (("https://other.example/1.png", trusting), ("https://images.example/1.png", None)):
         with pytest.raises(ApiError) as caught:  # another name; a signer that is not trusted
-            web.fetch(url, "pictures.example", "other.example", context=context)
+            web.fetch(url, "images.example", "other.example", context=context)
         assert caught.value.status == 502
 
 
 def test_fragments_are_not_sent():
-    target = parse_url("http://pictures.example/a#b")
+    target = parse_url("http://images.example/a#b")
     assert target is not None
     assert target.path == "/a"

@@ -59,9 +59,9 @@ def is_web_url(url: str) -> bool:
 def parse_url(url: str) -> Target | None:
     """`http(s)://name[:port][/path]` of printable ASCII without user, backslash or numeric host; None for all else.
 
-    >>> parse_url("https://pictures.example.org/a.png?b=1")
-    Target(scheme='https', host='pictures.example.org', port=443, path='/a.png?b=1')
-    >>> parse_url("http://pictures.example.org\\\\@10.0.0.1/") is None
+    >>> parse_url("https://images.example.org/a.png?b=1")
+    Target(scheme='https', host='images.example.org', port=443, path='/a.png?b=1')
+    >>> parse_url("http://images.example.org\\\\@10.0.0.1/") is None
     True
     """
     found = _URL.fullmatch(url)
@@ -106,7 +106,7 @@ def parse_domains(domains: Sequence[str]) -> frozenset[tuple[str, int | None]]:
     for domain in domains:
         host, colon, port = domain.strip().lower().partition(":")
         if not _HOST.match(host) or (colon and not (port.isdecimal() and 0 < int(port) < 65536)):
-            raise ConfigError(f"--allow-media-domain {domain!r}: expected a host name, e.g. pictures.example.org")
+            raise ConfigError(f"--allow-media-domain {domain!r}: expected a host name, e.g. images.example.org")
         allowed.add((host, int(port) if colon else None))
     return frozenset(allowed)
 

@@ -286,7 +286,7 @@ class Actions:
                 writing.close()  # now, as it holds the turn
 
     def finished(self, chat: WebChat, request: gr.Request) -> Changes:
-        """After an answer, however it ended: what was asked in vain goes back into the box."""
+        """After an answer, however it ended: a question without an answer goes back into the box."""
         box = gr.update(submit_btn=True, stop_btn=False)
 
         def act() -> Changes:
