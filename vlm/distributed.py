@@ -232,7 +232,8 @@ def _name_the_lost() -> Iterator[None]:
         if not _is_collective_failure(error):
             raise
         raise DistributedError(
-            f"rank {rank()} waited for another rank, which did not come ({str(error).splitlines()[0][:200]}). Last seen:\n"
+            f"rank {rank()} waited for another rank, which did not come ({str(error).splitlines()[0][:200]}). "
+            "Last seen:\n"
             + "\n".join(f"  rank {number}: {_phase(number)}" for number in range(world_size()))
             + "\nUsually a process was killed (memory?) or hangs: look at the output of the rank that is furthest "
             "behind. The same command resumes from the newest checkpoint; torchrun --max-restarts=3 does so by itself; "
