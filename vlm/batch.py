@@ -1,12 +1,12 @@
 """All that data and models agree on. Neither package knows anything else of the other.
 
-Letters in shapes: B rows, L tokens, N images, S pixels per side, P patches, C vision width, T tokens per image.
+Letters in shapes: B rows, L tokens, N tiles of images, S pixels per side, P patches, C vision width, T tokens per tile.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from vlm.errors import ConfigError
 
@@ -41,16 +41,44 @@ class Skip(NamedTuple):
     message: str
 
 
+class ImageLayout(NamedTuple):
+    """What an image becomes, known before its pixels are decoded."""
+
+    tiles: tuple[tuple[int, int, int, int], ...]  # left, top, right, bottom in the image; each is encoded by itself
+    num_tokens: int  # placeholders in the text, of all tiles
+
+
 @dataclass(frozen=True)
 class ImageSpec:
-    """How images become pixels for one vision encoder, and how many tokens each takes in the text."""
+    """How images become pixels for one vision encoder, and how many tokens each takes in the text.
+
+    Everything that counts tokens or tiles asks `layout`. This is the kind whose images are all one tile.
+    """
 
     size: int  # S, pixels per side of the square the encoder sees
     mean: tuple[float, float, float]  # per RGB channel, of values in [0, 1]
     std: tuple[float, float, float]
-    num_tokens: int  # T, placeholders per image, after the projector
+    num_tokens: int  # T, placeholders per tile, after the projector
     resize: str = "pad"  # "pad" to a square with `background`, "crop" the middle, "squash"
     background: tuple[int, int, int] = (255, 255, 255)  # RGB under transparent pixels and around padded images
+
+    kind: ClassVar[str] = "square"
+    reads_size: ClassVar[bool] = False  # whether `layout` depends on the image, so that its header must be read
+
+    def layout(self, width: int, height: int) -> ImageLayout:
+        """Of an upright image of that many pixels. Pure: the same everywhere, from the scan to the server."""
+        return ImageLayout(((0, 0, width, height),), self.num_tokens)
+
+    def typical(self) -> ImageLayout:
+        """For estimates: of an image as large as a tile."""
+        return self.layout(self.size, self.size)
+
+    def fingerprint(self) -> object:
+        """What decides the number of tokens, as JSON."""
+        return self.num_tokens
+
+
+IMAGE_SPECS: dict[str, type[ImageSpec]] = {"square": ImageSpec}  # by the kind that an export names
 
 
 @dataclass(frozen=True)
@@ -80,7 +108,7 @@ class Batch:
     input_ids: Tensor  # int64 [B, L]
     labels: Tensor  # int64 [B, L]
     position_ids: Tensor  # int64 [B, L]
-    pixel_values: Tensor | None = None  # float32 [N, 3, S, S]; None when no row has an image
+    pixel_values: Tensor | None = None  # float32 [N, 3, S, S], a tile each; None when no row has an image
     image_features: Tensor | None = None  # [N, P, C] of the frozen encoder, from the cache, instead of pixel_values
     where: list[str] = field(default_factory=list)  # file and record of every example, in order
     skipped: list[Skip] = field(default_factory=list)  # examples left out: an image of theirs could not be read
@@ -100,6 +128,7 @@ class Batch:
 
     @property
     def num_images(self) -> int:
+        """Tiles that are encoded: of a spec whose images are one tile, images."""
         images = self.pixel_values if self.image_features is None else self.image_features
         return 0 if images is None else len(images)
 

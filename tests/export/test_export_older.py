@@ -230,7 +230,7 @@ def test_checkpoints_and_cached_features_follow_it_too(tmp_path: Path):
     try:
         save_tensors({"a": torch.zeros(1)}, tmp_path / "weights" / "rank-00000.safetensors")
         store = FeatureStore(tmp_path / "features", "key", torch.float32)
-        store.put(b"image", torch.zeros(2, 3))
+        store.put(b"image", torch.zeros(1, 2, 3))
     finally:
         os.umask(before)
     files = list(tmp_path.rglob("*.safetensors"))

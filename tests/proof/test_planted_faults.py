@@ -264,7 +264,8 @@ def _(patch, parts):
 
 @fault("one placeholder fewer than features", "placeholders")
 def _(patch, parts):
-    patch.setattr(parts.data.conversation_tokenizer, "tokens_per_image", 15)
+    tokens = parts.data.conversation_tokenizer
+    patch.setattr(tokens, "image_spec", replace(tokens.image_spec, num_tokens=15))
 
 
 @fault("all records are shown the first image", "pixels")

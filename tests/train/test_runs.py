@@ -288,8 +288,8 @@ def test_a_replaced_image_is_encoded_again(tmp_path):
     store = FeatureStore(tmp_path / "vision", "encoder")
     image = tmp_path / "a.png"
     image.write_bytes(b"first")
-    store.put(str(image), torch.ones(2, 3))
-    assert torch.equal(store.get(str(image)), torch.ones(2, 3))
+    store.put(str(image), torch.ones(1, 2, 3))
+    assert torch.equal(store.get(str(image)), torch.ones(1, 2, 3))
     image.write_bytes(b"second")
     assert store.get(str(image)) is None
     image.write_bytes(b"first")

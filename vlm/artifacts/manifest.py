@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 import vlm
-from vlm.batch import ImageSpec
+from vlm.batch import IMAGE_SPECS, ImageSpec
 from vlm.data.image_order import ImageOrder
 from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig
@@ -67,7 +67,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "trained": list(manifest.trained),
         "template": manifest.template,
         "system": manifest.system,
-        "image_spec": None if manifest.image_spec is None else asdict(manifest.image_spec),
+        "image_spec": None if manifest.image_spec is None else _spec_values(manifest.image_spec),
         "model": manifest.model.model_dump(mode="json"),
         "base": manifest.base,
         "image_order": manifest.image_order,
@@ -89,7 +89,8 @@ def read_manifest(folder: Path) -> Manifest:
         spec = values["image_spec"]
         if spec is not None:
             tuples = {key: tuple(value) for key, value in spec.items() if isinstance(value, list)}
-            spec = ImageSpec(**{**spec, **tuples})
+            kind = IMAGE_SPECS[spec.get("kind", "square")]  # of one tile in exports of earlier versions
+            spec = kind(**{name: value for name, value in {**spec, **tuples}.items() if name != "kind"})
         return Manifest(
             model=ModelConfig.model_validate(values["model"]),
             image_spec=spec,
@@ -106,6 +107,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{folder / NAME} is damaged or was edited ({type(error).__name__}: {reason}). Export the run again"
         ) from None
+
+
+def _spec_values(spec: ImageSpec) -> dict[str, Any]:
+    """With its kind, which exports of images of one tile have always left out."""
+    return asdict(spec) if spec.kind == ImageSpec.kind else {"kind": spec.kind, **asdict(spec)}
 
 
 def inside(folder: Path, model: ModelConfig, included: tuple[str, ...]) -> ModelConfig:

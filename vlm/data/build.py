@@ -60,7 +60,7 @@ def build_conversation_tokenizer(
         tokenizer,
         template,
         image_token_id=image_token_id,
-        tokens_per_image=0 if image_spec is None else image_spec.num_tokens,
+        image_spec=image_spec,
         system=config.system,
     )
 

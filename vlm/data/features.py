@@ -23,22 +23,23 @@ from vlm.files import replacing
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """Features [P, C] per image, one safetensors file each, below `folder / key`."""
+    """Features per image, one safetensors file each, below `folder / key`: [P, C] of one tile, else [tiles, P, C]."""
 
     folder: Path
     key: str
     dtype: torch.dtype = torch.bfloat16  # that they are kept in, whatever they were computed in
 
     def get(self, image: str | bytes) -> Tensor | None:
-        """The features of an image, or None when they are not there or damaged.
+        """The features of an image, [tiles, P, C], or None when they are not there or damaged.
 
         Raises:
             RecordError: rule image_missing.
         """
         try:
-            return load_file(self._path(image))["features"]
+            features = load_file(self._path(image))["features"]
         except (FileNotFoundError, SafetensorError, KeyError):
             return None
+        return features if features.ndim == 3 else features[None]
 
     def has(self, image: str | bytes) -> bool:
         """Is there an entry whose file is whole? Reads its header only.
@@ -53,8 +54,9 @@ class FeatureStore:
             return False
 
     def put(self, image: str | bytes, features: Tensor) -> None:
-        """Raises OSError when the disk refuses."""
+        """Keep features [tiles, P, C]. Raises OSError when the disk refuses."""
         path = self._path(image)
+        features = features[0] if len(features) == 1 else features
         try:
             with replacing(path) as temporary:
                 save_file({"features": features.detach().to("cpu", self.dtype).contiguous()}, temporary)

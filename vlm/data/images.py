@@ -20,7 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vlm.batch import ImageSpec
+from vlm.batch import ImageLayout, ImageSpec
 from vlm.data.sniff import HEAD, describe, describe_text
 from vlm.errors import RecordError
 from vlm.logs import warn
@@ -42,6 +42,9 @@ _TURN_BACK = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SWAP_SIDES = (
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+)  # fmt: skip
 _told: set[str] = set()  # warnings given once per process
 _SUFFIXES = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _MAX_DEPTH = 20  # folders of a name that are looked at
@@ -237,14 +240,43 @@ def _head(path: Path) -> bytes:
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:
-    """Resize by `spec.resize` (bicubic, antialiased) and normalise.
+    """Cut by `spec.layout`, resize each tile by `spec.resize` (bicubic, antialiased) and normalise.
 
     Returns:
-        float32 [3, S, S], (value / 255 - mean) / std per RGB channel.
+        float32 [tiles, 3, S, S], (value / 255 - mean) / std per RGB channel.
     """
-    values = torch.from_numpy(np.array(fit_square(image, spec), dtype=np.float32))
     mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
-    return ((values / 255 - mean) / std).permute(2, 0, 1).contiguous()
+    tiles = []
+    for box in spec.layout(*image.size).tiles:
+        tile = image if box == (0, 0, *image.size) else image.crop(box)
+        values = torch.from_numpy(np.array(fit_square(tile, spec), dtype=np.float32))
+        tiles.append(((values / 255 - mean) / std).permute(2, 0, 1).contiguous())
+    return torch.stack(tiles)
+
+
+def image_layout(source: str | bytes | Path, spec: ImageSpec) -> ImageLayout:
+    """What an image becomes. Its header is read only where the layout depends on its size.
+
+    Raises:
+        RecordError: rules image_missing, image_unreadable.
+    """
+    return spec.layout(*upright_size(source)) if spec.reads_size else spec.typical()
+
+
+def upright_size(source: str | bytes | Path) -> tuple[int, int]:
+    """Width and height in pixels as `load_image` gives them, from the header alone."""
+    label = "the image" if isinstance(source, bytes) else Path(source).name
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+                width, height = image.size
+                turn = _TURN_BACK.get(_orientation(image))
+                return (height, width) if turn in _SWAP_SIDES else (width, height)
+    except FileNotFoundError:
+        raise RecordError("image_missing", f"{label} does not exist") from None
+    except Exception as error:  # as load_image
+        raise RecordError("image_unreadable", f"{label}{_what_it_is(source, error)}") from None
 
 
 def from_pixels(pixels: Tensor, spec: ImageSpec) -> Image.Image:
@@ -303,11 +335,16 @@ def _check_size(size: tuple[int, int], max_pixels: int, label: str) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as EXIF says. Not by `ImageOps.exif_transpose`: it writes EXIF anew and fails on any damaged tag of it."""
-    try:
-        turn = _TURN_BACK.get(image.getexif().get(_ORIENTATION, 0))
-    except Exception:  # malformed EXIF says nothing about orientation, so the image stays as stored
-        return image
+    turn = _TURN_BACK.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number; 0 where there is none."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 0))
+    except Exception:  # malformed EXIF says nothing about orientation, so the image stays as stored
+        return 0
 
 
 def _tell_of_animation(image: Image.Image, label: str) -> None:

@@ -145,7 +145,7 @@ def preview_records(
             except RecordError as error:
                 console.print(f"left out of training: {error.message}", style="red", soft_wrap=True)
                 continue
-            images += [(from_pixels(image, spec), example.where) for image in pixels]
+            images += [(from_pixels(tile, spec), example.where) for tiles in pixels for tile in tiles]
     if images:
         out.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(images).save(out)
@@ -157,13 +157,16 @@ def coloured(example: Example, tokenizer: ConversationTokenizer) -> Text:
     text = Text()
     start = 0
     ids, labels = example.input_ids, example.labels
+    counts = map(tokenizer.num_tokens, example.images)
     for place in range(len(ids) + 1):
         kind = _kind(ids, labels, place, tokenizer.image_token_id)
         if place and kind != _kind(ids, labels, place - 1, tokenizer.image_token_id):
             run, previous = ids[start:place], _kind(ids, labels, place - 1, tokenizer.image_token_id)
             if previous == "image":
-                count = len(run) // max(1, tokenizer.tokens_per_image)
-                text.append("".join(f"[image x {tokenizer.tokens_per_image}]" for _ in range(count)), "cyan")
+                while run:
+                    count = min(next(counts), len(run))
+                    text.append(f"[image x {count}]", "cyan")
+                    run = run[max(1, count) :]
             else:
                 shown = tokenizer.text(run).replace("\x1b", "\u241b")  # a data file must not steer the terminal
                 text.append(shown, "bold green" if previous == "reply" else "dim")

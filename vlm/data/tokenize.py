@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from vlm.batch import IGNORE_INDEX, Example
+from vlm.batch import IGNORE_INDEX, Example, ImageSpec
 from vlm.data.conversation import Conversation, ImageSlot
+from vlm.data.images import image_layout
 from vlm.data.template import BOS, EOS, ChatTemplate, Piece, adds_bos, why_no_end
 from vlm.errors import ConfigError, RecordError
 
@@ -29,7 +30,7 @@ class ConversationTokenizer:
         tokenizer: a fast tokenizer of transformers.
         template: how turns are written down.
         image_token_id: stands at every image placeholder; None for a model without images.
-        tokens_per_image: placeholders per image, T.
+        image_spec: how many placeholders an image takes; None for a model without images.
         system: for conversations that bring no system turn; None takes the template's default.
 
     Raises:
@@ -42,12 +43,12 @@ class ConversationTokenizer:
         template: ChatTemplate,
         *,
         image_token_id: int | None = None,
-        tokens_per_image: int = 0,
+        image_spec: ImageSpec | None = None,
         system: str | None = None,
     ) -> None:
         self.template = template
         self.image_token_id = image_token_id
-        self.tokens_per_image = tokens_per_image
+        self.image_spec = image_spec
         self.system = system
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         self._first = _encoder(backend, keep_added_tokens=False, keep_prefix=True)
@@ -83,7 +84,7 @@ class ConversationTokenizer:
 
     def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Ids and labels, whether or not there is anything to learn."""
-        ids, labels = self._encode(self.template.render(conversation, self.system), conversation.where)
+        ids, labels = self._encode(self.template.render(conversation, self.system), conversation)
         if labels:
             labels[0] = IGNORE_INDEX  # nothing comes before it that could predict it, in a packed row least of all
         return ids, labels
@@ -128,7 +129,7 @@ class ConversationTokenizer:
         pieces = self.template.render(conversation, self.system, add_generation_prompt=True)
         if begun:
             pieces.append(Piece(self.template.assistant.prefix + begun))
-        return self._encode(pieces, conversation.where)[0]
+        return self._encode(pieces, conversation)[0]
 
     def decode(self, ids: list[int]) -> str:
         return str(self._decoder.decode(ids, skip_special_tokens=True))
@@ -153,21 +154,26 @@ class ConversationTokenizer:
             "vocabulary": self._control.to_str(),
             "template": repr(self.template),
             "system": self.system,
-            "image": [self.image_token_id, self.tokens_per_image],
+            "image": [self.image_token_id, 0 if self.image_spec is None else self.image_spec.fingerprint()],
             "special": [self._bos, self._eos],
         }
 
     def _fits(self, conversation: Conversation, max_length: int, max_images: int) -> bool:
         return len(conversation.images) <= max_images and len(self.encode(conversation)[0]) <= max_length
 
-    def _encode(self, pieces: list[Piece | ImageSlot], where: str) -> tuple[list[int], list[int]]:
+    def num_tokens(self, image: str | bytes) -> int:
+        """Placeholders of an image. Raises RecordError: its header is needed and cannot be read."""
+        return 0 if self.image_spec is None else image_layout(image, self.image_spec).num_tokens
+
+    def _encode(self, pieces: list[Piece | ImageSlot], conversation: Conversation) -> tuple[list[int], list[int]]:
         ids: list[int] = []
         labels: list[int] = []
+        images = iter(conversation.images)
         for piece in pieces:
             if isinstance(piece, ImageSlot):
                 if self.image_token_id is None:
-                    raise RecordError("image_without_encoder", "an image, but model.vision is null", where)
-                new = [self.image_token_id] * self.tokens_per_image
+                    raise RecordError("image_without_encoder", "an image, but model.vision is null", conversation.where)
+                new = [self.image_token_id] * self.num_tokens(next(images))
             else:
                 is_first = all(i in self._bos for i in ids)
                 new = (self._encode_control if piece.is_control else self._encode_content)(piece.text, is_first)

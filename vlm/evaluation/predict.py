@@ -64,12 +64,13 @@ class FeatureCache:
                     self._kept[image] = features
         return found
 
-    def _encode(self, images: list[str | bytes]) -> Tensor:
+    def _encode(self, images: list[str | bytes]) -> list[Tensor]:
         loaded, spec = self._loaded, self._loaded.image_spec
         assert spec is not None
-        pixels = torch.stack([to_pixels(load_image(image, background=spec.background), spec) for image in images])
+        pixels = [to_pixels(load_image(image, background=spec.background), spec) for image in images]
         with torch.inference_mode(), loaded.autocast():
-            return loaded.model.encode_images(pixels.to(loaded.device))
+            tiles = loaded.model.encode_images(torch.cat(pixels).to(loaded.device))
+        return [each.flatten(0, 1) for each in tiles.split([len(each) for each in pixels])]
 
 
 def score_candidates(

@@ -56,6 +56,8 @@ def why_not_llava(config: ModelConfig, built: Assembled) -> str | None:
     if config.vision.backend != "hf" or vision.trunk.model.config.model_type not in _TOWERS:
         name = Path(config.vision.path).name
         return f"its encoder ({config.vision.backend}: {name}) is no CLIP or SigLIP of transformers"
+    if built.image_spec is not None and built.image_spec.reads_size:
+        return "its images take tokens by their size"
     if config.projector.patches_per_token > 1:
         side = config.projector.pool * config.projector.unshuffle
         return f"its projector merges {side} x {side} patches"

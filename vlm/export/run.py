@@ -176,7 +176,7 @@ def _build_tokens(trained: Trained, built: Assembled) -> ConversationTokenizer:
         built.tokenizer,
         template,
         image_token_id=built.image_token_id,
-        tokens_per_image=0 if built.image_spec is None else built.image_spec.num_tokens,
+        image_spec=built.image_spec,
         system=trained.data.system,
     )
 

@@ -145,7 +145,7 @@ class LoadedModel:
             raise RecordError("image_without_encoder", "this model reads no images: it has no vision encoder")
         background = self.image_spec.background
         opened = [load_image(image, background=background) for image in conversation.images]
-        return torch.stack([to_pixels(image, self.image_spec) for image in opened]).to(self.device)
+        return torch.cat([to_pixels(image, self.image_spec) for image in opened]).to(self.device)
 
     def _stream(
         self,
@@ -284,7 +284,7 @@ def build_tokens(
         built.tokenizer,
         template,
         image_token_id=built.image_token_id,
-        tokens_per_image=0 if spec is None else spec.num_tokens,
+        image_spec=spec,
         system=manifest.system,
     )
     tokens.stop_ids |= set(manifest.stop_ids)

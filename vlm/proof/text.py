@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlm.batch import IGNORE_INDEX, Batch, ImageSpec
 from vlm.data.conversation import ImageSlot
-from vlm.data.images import fit_square, load_image
+from vlm.data.images import fit_square, image_layout, load_image
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.proof.checks import Finding, at_most, holds, not_made
 from vlm.proof.records import Record, Subject
@@ -37,12 +37,12 @@ def check_text(subject: Subject, tokens: ConversationTokenizer, system: str | No
 def check_batches(subject: Subject, tokens: ConversationTokenizer, num_tokens: int | None) -> dict[str, Finding]:
     """
     Args:
-        num_tokens: features per image, as the projector says; None without images.
+        num_tokens: features per tile, as the projector says; None without images.
     """
     records = subject.computed
     batch = subject.batch([records, records[:1]])
     return {
-        "placeholders": _placeholders(subject.read, tokens.image_token_id, num_tokens),
+        "placeholders": _placeholders(subject.read, tokens, num_tokens),
         "positions": holds(_positions_problem(batch, records)),
         "padding": holds(_padding_problem(batch, records)),
     }
@@ -62,12 +62,14 @@ def check_pixels(batch: Batch, records: list[Record], spec: ImageSpec, mean: Ten
 
 
 def fresh_pixels(records: list[Record], spec: ImageSpec, mean: Tensor, std: Tensor) -> Tensor:
-    """[N, 3, S, S] of all images of the records, in order."""
+    """[N, 3, S, S] of all tiles of the records' images, in order."""
     pixels = []
     for record in records:
         for image in record.conversation.images:
-            square = np.asarray(fit_square(load_image(image, background=spec.background), spec), dtype=np.float32)
-            pixels.append(((torch.tensor(square) / 255 - mean) / std).permute(2, 0, 1))
+            opened = load_image(image, background=spec.background)
+            for box in spec.layout(*opened.size).tiles:
+                square = np.asarray(fit_square(opened.crop(box), spec), dtype=np.float32)
+                pixels.append(((torch.tensor(square) / 255 - mean) / std).permute(2, 0, 1))
     return torch.stack(pixels)
 
 
@@ -116,13 +118,15 @@ def _text(records: list[Record], tokens: ConversationTokenizer, system: str | No
     return at_most(worst, 0.0, where)
 
 
-def _placeholders(records: list[Record], image_token_id: int | None, num_tokens: int | None) -> Finding:
-    if num_tokens is None:
+def _placeholders(records: list[Record], tokens: ConversationTokenizer, num_tokens: int | None) -> Finding:
+    image_token_id, spec = tokens.image_token_id, tokens.image_spec
+    if num_tokens is None or spec is None:
         return not_made("the model reads no images")
     for record in records:
         count = record.example.input_ids.count(image_token_id)  # type: ignore[arg-type]
         images = record.conversation.images
-        if count != num_tokens * len(images):
+        num_tiles = sum(len(image_layout(image, spec).tiles) for image in images)
+        if count != num_tokens * num_tiles:
             return holds(f"{record.example.where}: {count} placeholders, {len(images)} images of {num_tokens} features")
     return holds("") if any(record.example.images for record in records) else not_made("no image in the first records")
 
@@ -189,12 +193,22 @@ def _with_specials(text: str, tokens: ConversationTokenizer) -> str:
 
 def _decoded(record: Record, tokens: ConversationTokenizer) -> str:
     """The ids as text, the placeholders of each image as one mark."""
-    image, count = tokens.image_token_id, tokens.tokens_per_image
+    image = tokens.image_token_id
+    counts = map(tokens.num_tokens, record.example.images)
     parts = []
     for is_image, run in groupby(record.example.input_ids, lambda token: image is not None and token == image):
         ids = list(run)
-        parts.append(IMAGE_TEXT * round(len(ids) / max(1, count)) if is_image else tokens.text(ids))
+        parts.append(IMAGE_TEXT * _num_images(len(ids), counts) if is_image else tokens.text(ids))
     return "".join(parts)
+
+
+def _num_images(num_placeholders: int, counts: Iterator[int]) -> int:
+    """Images of a run of placeholders, by what each of them takes."""
+    found = 0
+    while num_placeholders > 0:
+        num_placeholders -= max(1, next(counts, 1))
+        found += 1
+    return found
 
 
 def _plain(text: str) -> str:

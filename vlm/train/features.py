@@ -56,14 +56,14 @@ def fill_store(
             images, pixels = _decode(chunk, max_pixels, spec)
             if images:
                 with torch.no_grad(), autocast(device.type, autocast_dtype):
-                    features = encoder(torch.stack(pixels).to(device))
-                for image, feature in zip(images, features, strict=True):
+                    features = encoder(torch.cat(pixels).to(device))
+                for image, feature in zip(images, features.split([len(each) for each in pixels]), strict=True):
                     store.put(image, feature)
             progress.show(start + len(chunk))
 
 
 def _decode(images: Sequence[str | bytes], max_pixels: int, spec: ImageSpec) -> tuple[list[str | bytes], list[Tensor]]:
-    """Those that can be read, and their pixels [3, S, S]. Training skips and names the records of the others."""
+    """Those that can be read, and their pixels [tiles, 3, S, S]. Training skips and names the records of the others."""
     readable, pixels = [], []
     for image in images:
         try:

@@ -39,11 +39,11 @@ class Sampler:
         return self.tokenizer.decode(new_ids)
 
     def pixels(self, sample: SampleConfig) -> torch.Tensor | None:
-        """[1, 3, S, S] of a question's image; None without one. Raises RecordError: it is missing or unreadable."""
+        """[tiles, 3, S, S] of a question's image; None without one. Raises RecordError: it is missing or unreadable."""
         if sample.image is None or self.image_spec is None:
             return None
         image = load_image(sample.image, background=self.image_spec.background)
-        return to_pixels(image, self.image_spec).unsqueeze(0).to(self.device)
+        return to_pixels(image, self.image_spec).to(self.device)
 
 
 def sample_conversation(sample: SampleConfig) -> Conversation:

@@ -137,7 +137,7 @@ class PromptBuilder:
                 else:
                     message = f"cannot be read: it is damaged, or none of {', '.join(FORMATS)}"
                 raise self._bad(f"image_url: image {number} {message}", error.rule) from None
-        return torch.stack(pixels)
+        return torch.cat(pixels)
 
     def _too_long(self, what: str) -> ApiError:
         message = f"the conversation {what}; this server takes at most {self.longest:,} tokens, with the reply"
