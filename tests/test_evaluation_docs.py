@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny_export import write_image
-from tokenizers_for_tests import byte_level_bpe, square
+from tokenizers_for_tests import byte_level_bpe
 
 from vlm.data.template import TEMPLATES
 from vlm.data.tokenize import ConversationTokenizer
@@ -46,7 +46,7 @@ def test_the_record_of_a_kind_is_read_by_its_task(kind: str, tmp_path: Path):
     changes = {"path": str(tmp_path / "records.jsonl"), "images": str(tmp_path), "num_candidates": 2}
     tokenizer = byte_level_bpe()
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-    encode = ConversationTokenizer(tokenizer, TEMPLATES["chatml"], image_token_id=image_token_id, image_spec=square(4))
+    encode = ConversationTokenizer(tokenizer, TEMPLATES["chatml"], image_token_id=image_token_id, tokens_per_image=4)
     question = read_task(task.model_copy(update=changes), encode, tmp_path / "cache")[0]
     assert len(question.replies) == {"choice": 2, "ranking": 2, "loss": 1}[kind]
     assert question.images == (str(tmp_path / record["image"]),)

@@ -1,4 +1,4 @@
-"""Images of several tiles, a kind that only the tests know: the whole image, then its quarters along the longer side."""
+"""Images of several tiles, a kind that only the tests know: the whole image, then its parts along the longer side."""
 
 from __future__ import annotations
 

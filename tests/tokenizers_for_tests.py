@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vlm.batch import ImageSpec
-
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = [
     "<|im_start|>user\nWhat is this?<|im_end|>\n<|im_start|>assistant\nA red circle.<|im_end|>\n",
@@ -73,8 +71,3 @@ def sentencepiece_model(kind: str = "bpe", vocab_size: int = 420, **options: obj
         sentence_iterator=iter(LINES), model_writer=written, model_type=kind, vocab_size=vocab_size, **settings
     )
     return written.getvalue()
-
-
-def square(num_tokens: int) -> ImageSpec:
-    """Images of one tile, each so many placeholders."""
-    return ImageSpec(size=8, mean=(0.5,) * 3, std=(0.5,) * 3, num_tokens=num_tokens)

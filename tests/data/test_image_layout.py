@@ -14,7 +14,7 @@ from tokenizers_for_tests import byte_level_bpe
 from vlm.batch import ImageSpec
 from vlm.data.collate import Collator
 from vlm.data.conversation import IMAGE, Conversation, Turn
-from vlm.data.images import image_layout, load_image, to_pixels, upright_size
+from vlm.data.images import image_layout, load_image, to_tiles, upright_size
 from vlm.data.packing import pack
 from vlm.data.template import TEMPLATES
 from vlm.data.tokenize import ConversationTokenizer
@@ -54,13 +54,13 @@ def images(folder: Path, count: int = 60) -> list[str]:
 def test_header_pixels_placeholders_and_packed_rows_agree(spec: ImageSpec, tmp_path: Path):
     tokenizer = byte_level_bpe()
     image_id = tokenizer.convert_tokens_to_ids("<image>")
-    tokens = ConversationTokenizer(tokenizer, TEMPLATES["chatml"], image_token_id=image_id, image_spec=spec)
+    tokens = ConversationTokenizer(tokenizer, TEMPLATES["chatml"], image_token_id=image_id, tokens_per_image=spec)
     collate = Collator(spec, pad_token_id=0, max_pixels=10**6)
     examples, expected = [], []
     for path in images(tmp_path):
         opened = load_image(path)
         assert upright_size(path) == opened.size
-        tiles = to_pixels(opened, spec)
+        tiles = to_tiles(opened, spec)
         layout = image_layout(path, spec)
         assert tiles.shape == (len(layout.tiles), 3, 8, 8)
         talk = Conversation((Turn("user", (IMAGE, "\nWhat?")), Turn("assistant", ("Red.",))), (path,))

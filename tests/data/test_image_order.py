@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_for_tests import byte_level_bpe, square
+from tokenizers_for_tests import byte_level_bpe
 
 from vlm.data.build import build_reader
 from vlm.data.config import DataConfig
@@ -77,7 +77,7 @@ def test_words_first_become_the_tokens_of_training():
     tokenizer = byte_level_bpe()
     image = tokenizer.convert_tokens_to_ids("<image>")
     template = replace(TEMPLATES["chatml"], image_order="first")
-    tokens = ConversationTokenizer(tokenizer, template, image_token_id=image, image_spec=square(2))
+    tokens = ConversationTokenizer(tokenizer, template, image_token_id=image, tokens_per_image=2)
     trained = tokens.prompt(Conversation((Turn("user", (IMAGE, "\nWhat is this?")),), ("a.png",)))
     parts = [{"type": "text", "text": "What is this?"}, {"type": "image"}]
     asked = to_conversation([{"role": "user", "content": parts}], ["a.png"], template)
@@ -100,7 +100,7 @@ def reader(tmp_path: Path, questions: list[str], template: str = "chatml") -> An
     config = DataConfig.model_validate({"sources": [source], "template": template, "cache": str(tmp_path / "cache")})
     tokenizer = byte_level_bpe()
     image = tokenizer.convert_tokens_to_ids("<image>")
-    tokens = ConversationTokenizer(tokenizer, TEMPLATES[template], image_token_id=image, image_spec=square(2))
+    tokens = ConversationTokenizer(tokenizer, TEMPLATES[template], image_token_id=image, tokens_per_image=2)
     return build_reader(config, config.sources, tokens)
 
 

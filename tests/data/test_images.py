@@ -137,7 +137,7 @@ def test_a_image_without_pixels_is_unreadable():
 def test_any_shape_becomes_a_square_without_a_giant_in_between(resize, size):
     """A 1 x 1,000,000 image padded first is 3 TB; with its short side scaled to 24 first it is 1.7 GB."""
     image = load_image(encoded(Image.new("RGB", size, RED)))
-    (pixels,) = to_pixels(image, ImageSpec(24, (0, 0, 0), (1, 1, 1), 1, resize, BLUE))
+    pixels = to_pixels(image, ImageSpec(24, (0, 0, 0), (1, 1, 1), 1, resize, BLUE))
     assert pixels.shape == (3, 24, 24)
     middle = pixels[:, 12, 12].tolist()
     if resize != "pad" or size == (1, 1):
@@ -411,7 +411,7 @@ def test_each_part_of_the_check_is_needed(root):
 
 def test_pixels_are_normalised_by_hand():
     image = Image.new("RGB", (7, 7), (255, 51, 0))
-    (pixels,) = to_pixels(image, ImageSpec(2, (0.5, 0.2, 0.1), (0.5, 0.1, 0.2), 1))
+    pixels = to_pixels(image, ImageSpec(2, (0.5, 0.2, 0.1), (0.5, 0.1, 0.2), 1))
     assert pixels.dtype == torch.float32
     assert pixels.is_contiguous()
     expected = torch.tensor([1.0, 0.0, -0.5]).view(3, 1, 1).expand(3, 2, 2)  # (1-.5)/.5, (.2-.2)/.1, (0-.1)/.2
@@ -447,7 +447,7 @@ def test_crop_equals_the_clip_processor_of_transformers(size):
 
     processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     expected = torch.as_tensor(np.asarray(processor(photo(*size))["pixel_values"][0]))
-    (pixels,) = to_pixels(photo(*size), ImageSpec(64, CLIP_MEAN, CLIP_STD, 1, "crop"))
+    pixels = to_pixels(photo(*size), ImageSpec(64, CLIP_MEAN, CLIP_STD, 1, "crop"))
     torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)  # measured 4e-7; one of 255 steps is 0.014
 
 
@@ -472,4 +472,4 @@ def test_padding_a_giant_is_near_to_padding_it_before_it_is_resized(monkeypatch)
 def test_pixels_become_the_image_again():
     image = photo(16, 16)
     spec = ImageSpec(16, CLIP_MEAN, CLIP_STD, 1, "squash")
-    assert from_pixels(to_pixels(image, spec)[0], spec).tobytes() == image.tobytes()
+    assert from_pixels(to_pixels(image, spec), spec).tobytes() == image.tobytes()

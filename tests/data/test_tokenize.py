@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers_for_tests import CONTROL, TEXTS, byte_level_bpe, sentencepiece_like, square
+from tokenizers_for_tests import CONTROL, TEXTS, byte_level_bpe, sentencepiece_like
 from transformers import PreTrainedTokenizerFast
 
 from vlm.batch import IGNORE_INDEX
@@ -22,7 +22,7 @@ END = BPE.convert_tokens_to_ids("<|im_end|>")
 
 def tokenizer(name="chatml", backend=BPE, tokens_per_image=3):
     image_id = backend.convert_tokens_to_ids("<image>")
-    return ConversationTokenizer(backend, TEMPLATES[name], image_token_id=image_id, image_spec=square(tokens_per_image))
+    return ConversationTokenizer(backend, TEMPLATES[name], image_token_id=image_id, tokens_per_image=tokens_per_image)
 
 
 def talk(*turns, images=(), where="a.json: record 1"):

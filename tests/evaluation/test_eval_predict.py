@@ -66,7 +66,7 @@ def read(root: Path, kind: str, records: list[dict[str, Any]], loaded: LoadedMod
 def one_forward_per_candidate(loaded: LoadedModel, question: Question) -> list[float]:
     """The definition: log-softmax at each reply token of one plain row, summed."""
     assert loaded.image_spec is not None
-    pixels = torch.cat([to_pixels(load_image(image), loaded.image_spec) for image in question.images])
+    pixels = torch.stack([to_pixels(load_image(image), loaded.image_spec) for image in question.images])
     sums = []
     for reply, labels in zip(question.replies, question.reply_labels, strict=True):
         ids = question.prompt_ids + reply

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_export import write_image
-from tokenizers_for_tests import byte_level_bpe, square
+from tokenizers_for_tests import byte_level_bpe
 
 from vlm.data.config import SourceConfig
 from vlm.data.records import open_source
@@ -20,7 +20,7 @@ from vlm.evaluation.tasks import Question, read_task
 
 TOKENIZER = byte_level_bpe()
 IMAGE_TOKEN_ID = TOKENIZER.convert_tokens_to_ids("<image>")
-ENCODE = ConversationTokenizer(TOKENIZER, TEMPLATES["chatml"], image_token_id=IMAGE_TOKEN_ID, image_spec=square(1))
+ENCODE = ConversationTokenizer(TOKENIZER, TEMPLATES["chatml"], image_token_id=IMAGE_TOKEN_ID, tokens_per_image=1)
 
 
 def question(tmp_path: Path, encode=ENCODE, **record) -> Question:
@@ -97,7 +97,7 @@ def test_the_ids_are_those_of_the_same_record_in_training(tmp_path):
 
 
 def test_a_question_that_the_template_leaves_out_and_no_image_is_refused(tmp_path):
-    plain = ConversationTokenizer(TOKENIZER, TEMPLATES["plain"], image_token_id=IMAGE_TOKEN_ID, image_spec=square(1))
+    plain = ConversationTokenizer(TOKENIZER, TEMPLATES["plain"], image_token_id=IMAGE_TOKEN_ID, tokens_per_image=1)
     assert question(tmp_path, plain, image="a.png").prompt_ids == [IMAGE_TOKEN_ID]
     with pytest.raises(RecordError, match="line 1: nothing stands before the reply: template plain leaves"):
         question(tmp_path, plain, image=None)

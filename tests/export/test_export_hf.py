@@ -56,10 +56,10 @@ def ours(built: Assembled, image: Path, question: str) -> tuple[list[int], torch
         built.tokenizer,
         TEMPLATES["chatml"],
         image_token_id=built.image_token_id,
-        image_spec=built.image_spec,
+        tokens_per_image=built.image_spec,
     )
     ids = tokens.prompt(Conversation((Turn("user", (IMAGE, f"\n{question}")),), (str(image),)))
-    pixels = to_pixels(load_image(str(image)), built.image_spec)
+    pixels = to_pixels(load_image(str(image)), built.image_spec).unsqueeze(0)
     with torch.no_grad():
         hidden = built.model(torch.tensor([ids]), torch.arange(len(ids)).unsqueeze(0), pixels)
         return ids, pixels, built.model.logits(hidden)[0]

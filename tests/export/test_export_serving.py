@@ -18,7 +18,6 @@ import jinja2.nodes
 import pytest
 from safetensors import safe_open
 from tiny_export import model_config, write_image, write_run, write_siglip, write_tokenizer
-from tokenizers_for_tests import square
 
 from vlm.data.conversation import IMAGE, Conversation, Turn
 from vlm.data.template import TEMPLATES
@@ -349,7 +348,7 @@ def test_a_request_of_openais_client_becomes_the_tokens_of_training(name: str, t
     built = write_run(tmp_path / "run", model_config(tmp_path, projector=MLP), template=name)
     processor = AutoProcessor.from_pretrained(export_run(tmp_path / "run", full=True), backend="pil")
     tokens = ConversationTokenizer(
-        built.tokenizer, TEMPLATES[name], image_token_id=built.image_token_id, image_spec=square(16)
+        built.tokenizer, TEMPLATES[name], image_token_id=built.image_token_id, tokens_per_image=16
     )
     image = write_image(tmp_path / "image.png")
     trained = tokens.prompt(Conversation((Turn("user", (IMAGE, "\nWhat is this?")),), (str(image),)))

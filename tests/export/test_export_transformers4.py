@@ -92,7 +92,7 @@ def make_llava(root: Path, name: str) -> Path:
     write_image(image)
     model = load(export, "cpu", "fp32")
     assert model.image_spec is not None
-    pixels = to_pixels(load_image(str(image), background=model.image_spec.background), model.image_spec)
+    pixels = to_pixels(load_image(str(image), background=model.image_spec.background), model.image_spec)[None]
     conversation = Conversation((Turn("user", (IMAGE, "\nWhat is this?")),), (str(image),))
     write_answers(export, model, conversation, pixels, str(image))
     return export

@@ -265,7 +265,7 @@ def _(patch, parts):
 @fault("one placeholder fewer than features", "placeholders")
 def _(patch, parts):
     tokens = parts.data.conversation_tokenizer
-    patch.setattr(tokens, "image_spec", replace(tokens.image_spec, num_tokens=15))
+    patch.setattr(tokens, "tokens_per_image", replace(tokens.tokens_per_image, num_tokens=15))
 
 
 @fault("all records are shown the first image", "pixels")

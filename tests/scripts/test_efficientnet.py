@@ -91,7 +91,7 @@ def test_the_encoder_that_training_uses_gives_the_same_from_the_picture_on(origi
     spec = ImageSpec(size=256, num_tokens=64, mean=encoder.mean, std=encoder.std, resize="squash")
     square = cat.resize((256, 256), Image.Resampling.BICUBIC)  # so that no resampling is compared
     with torch.inference_mode():
-        ours = encoder(to_pixels(square, spec))
+        ours = encoder(to_pixels(square, spec)[None])
         theirs = original.extract_features(original_input(square, 256)).flatten(2).transpose(1, 2)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # worst seen: 1.7e-5; normalised in another order
 

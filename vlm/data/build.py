@@ -60,7 +60,7 @@ def build_conversation_tokenizer(
         tokenizer,
         template,
         image_token_id=image_token_id,
-        image_spec=image_spec,
+        tokens_per_image=image_spec or 0,
         system=config.system,
     )
 

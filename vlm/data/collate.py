@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlm.batch import IGNORE_INDEX, Batch, Example, ImageSpec, Skip
 from vlm.data.features import FeatureStore
-from vlm.data.images import load_image, to_pixels
+from vlm.data.images import load_image, to_tiles
 from vlm.errors import RecordError
 
 
@@ -73,7 +73,7 @@ class Collator:
         if self.features is not None:
             return [self._features(self.features, image) for image in example.images]
         background = self.image_spec.background
-        return [to_pixels(load_image(image, self.max_pixels, background), self.image_spec) for image in example.images]
+        return [to_tiles(load_image(image, self.max_pixels, background), self.image_spec) for image in example.images]
 
     def _features(self, store: FeatureStore, image: str | bytes) -> Tensor:
         features = store.get(image)

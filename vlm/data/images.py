@@ -239,19 +239,22 @@ def _head(path: Path) -> bytes:
         return file.read(HEAD)
 
 
-def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:
-    """Cut by `spec.layout`, resize each tile by `spec.resize` (bicubic, antialiased) and normalise.
+def to_tiles(image: Image.Image, spec: ImageSpec) -> Tensor:
+    """What the encoder sees of an image: float32 [tiles, 3, S, S], cut by `spec.layout`."""
+    whole = (0, 0, *image.size)
+    boxes = spec.layout(*image.size).tiles
+    return torch.stack([to_pixels(image if box == whole else image.crop(box), spec) for box in boxes])
+
+
+def to_pixels(tile: Image.Image, spec: ImageSpec) -> Tensor:
+    """Resize one tile by `spec.resize` (bicubic, antialiased) and normalise.
 
     Returns:
-        float32 [tiles, 3, S, S], (value / 255 - mean) / std per RGB channel.
+        float32 [3, S, S], (value / 255 - mean) / std per RGB channel.
     """
+    values = torch.from_numpy(np.array(fit_square(tile, spec), dtype=np.float32))
     mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
-    tiles = []
-    for box in spec.layout(*image.size).tiles:
-        tile = image if box == (0, 0, *image.size) else image.crop(box)
-        values = torch.from_numpy(np.array(fit_square(tile, spec), dtype=np.float32))
-        tiles.append(((values / 255 - mean) / std).permute(2, 0, 1).contiguous())
-    return torch.stack(tiles)
+    return ((values / 255 - mean) / std).permute(2, 0, 1).contiguous()
 
 
 def image_layout(source: str | bytes | Path, spec: ImageSpec) -> ImageLayout:

@@ -16,7 +16,7 @@ from rich.text import Text
 from vlm.batch import IGNORE_INDEX, Example, ImageSpec, Skip
 from vlm.data.build import build_order, build_reader, split_held_out
 from vlm.data.config import DataConfig
-from vlm.data.images import from_pixels, load_image, to_pixels
+from vlm.data.images import from_pixels, load_image, to_tiles
 from vlm.data.notes import UnreadLog
 from vlm.data.scan import ExampleReader, in_chunks, scan_records
 from vlm.data.skips import counts_by_rule, refuse_lost_source, refuse_too_many
@@ -100,7 +100,7 @@ def _decode_all(reader: ExampleReader, numbers: np.ndarray, *, max_pixels: int, 
             example = reader.read(number)
             if spec is not None:
                 for image in example.images:
-                    to_pixels(load_image(image, max_pixels, spec.background), spec)
+                    to_tiles(load_image(image, max_pixels, spec.background), spec)
                     checked.num_images += 1
         except RecordError as error:
             checked.skips.append(Skip(error.rule, error.where or source.where(local), error.message))
@@ -141,7 +141,7 @@ def preview_records(
             console.print(f"not read: {', '.join(example.unread)}", style="yellow", soft_wrap=True)
         if spec is not None:
             try:
-                pixels = [to_pixels(load_image(i, config.max_pixels, spec.background), spec) for i in example.images]
+                pixels = [to_tiles(load_image(i, config.max_pixels, spec.background), spec) for i in example.images]
             except RecordError as error:
                 console.print(f"left out of training: {error.message}", style="red", soft_wrap=True)
                 continue

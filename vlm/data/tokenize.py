@@ -30,7 +30,7 @@ class ConversationTokenizer:
         tokenizer: a fast tokenizer of transformers.
         template: how turns are written down.
         image_token_id: stands at every image placeholder; None for a model without images.
-        image_spec: how many placeholders an image takes; None for a model without images.
+        tokens_per_image: placeholders per image: a number, or what says it of each image.
         system: for conversations that bring no system turn; None takes the template's default.
 
     Raises:
@@ -43,12 +43,12 @@ class ConversationTokenizer:
         template: ChatTemplate,
         *,
         image_token_id: int | None = None,
-        image_spec: ImageSpec | None = None,
+        tokens_per_image: int | ImageSpec = 0,
         system: str | None = None,
     ) -> None:
         self.template = template
         self.image_token_id = image_token_id
-        self.image_spec = image_spec
+        self.tokens_per_image = tokens_per_image
         self.system = system
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         self._first = _encoder(backend, keep_added_tokens=False, keep_prefix=True)
@@ -150,11 +150,12 @@ class ConversationTokenizer:
 
     def fingerprint(self) -> dict[str, Any]:
         """All that decides the ids, as JSON."""
+        count = self.tokens_per_image
         return {
             "vocabulary": self._control.to_str(),
             "template": repr(self.template),
             "system": self.system,
-            "image": [self.image_token_id, 0 if self.image_spec is None else self.image_spec.fingerprint()],
+            "image": [self.image_token_id, count if isinstance(count, int) else count.fingerprint()],
             "special": [self._bos, self._eos],
         }
 
@@ -163,7 +164,19 @@ class ConversationTokenizer:
 
     def num_tokens(self, image: str | bytes) -> int:
         """Placeholders of an image. Raises RecordError: its header is needed and cannot be read."""
-        return 0 if self.image_spec is None else image_layout(image, self.image_spec).num_tokens
+        count = self.tokens_per_image
+        return count if isinstance(count, int) else image_layout(image, count).num_tokens
+
+    def num_tiles(self, image: str | bytes) -> int:
+        """Squares that the encoder sees of an image."""
+        count = self.tokens_per_image
+        return 1 if isinstance(count, int) else len(image_layout(image, count).tiles)
+
+    @property
+    def typical_tokens(self) -> int:
+        """Placeholders of an image as large as a tile, for estimates."""
+        count = self.tokens_per_image
+        return count if isinstance(count, int) else count.typical().num_tokens
 
     def _encode(self, pieces: list[Piece | ImageSlot], conversation: Conversation) -> tuple[list[int], list[int]]:
         ids: list[int] = []
@@ -173,7 +186,7 @@ class ConversationTokenizer:
             if isinstance(piece, ImageSlot):
                 if self.image_token_id is None:
                     raise RecordError("image_without_encoder", "an image, but model.vision is null", conversation.where)
-                new = [self.image_token_id] * self.num_tokens(next(images))
+                new = [self.image_token_id] * self.num_tokens(next(images, b""))
             else:
                 is_first = all(i in self._bos for i in ids)
                 new = (self._encode_control if piece.is_control else self._encode_content)(piece.text, is_first)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vlm.batch import IGNORE_INDEX
-from vlm.data.images import load_image, to_pixels
+from vlm.data.images import load_image, to_tiles
 from vlm.evaluation.tasks import Question
 from vlm.inference.load import LoadedModel
 from vlm.logs import log
@@ -67,10 +67,13 @@ class FeatureCache:
     def _encode(self, images: list[str | bytes]) -> list[Tensor]:
         loaded, spec = self._loaded, self._loaded.image_spec
         assert spec is not None
-        pixels = [to_pixels(load_image(image, background=spec.background), spec) for image in images]
+        pixels = [to_tiles(load_image(image, background=spec.background), spec) for image in images]
         with torch.inference_mode(), loaded.autocast():
             tiles = loaded.model.encode_images(torch.cat(pixels).to(loaded.device))
         return [each.flatten(0, 1) for each in tiles.split([len(each) for each in pixels])]
+
+
+PictureFeatures = FeatureCache  # its name in earlier versions
 
 
 def score_candidates(

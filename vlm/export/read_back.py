@@ -21,7 +21,7 @@ from vlm.artifacts.assemble import assemble_export, read_llava
 from vlm.artifacts.base_models import with_bases_found
 from vlm.artifacts.manifest import read_manifest
 from vlm.data.conversation import IMAGE, Conversation, Turn
-from vlm.data.images import to_pixels
+from vlm.data.images import to_tiles
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import CheckpointError, VLMError
 from vlm.generation.generate import GenerationSettings, generate
@@ -75,7 +75,7 @@ def make_question(built: Assembled, tokens: ConversationTokenizer) -> Question:
     if built.image_spec is None:
         return Question(tokens.prompt(text), None)
     shown = Conversation((Turn("user", (IMAGE, f"\n{_QUESTION}")),), (b"",))
-    ids, pixels = tokens.prompt(shown), to_pixels(_draw(), built.image_spec)
+    ids, pixels = tokens.prompt(shown), to_tiles(_draw(), built.image_spec)
     return Question(ids, pixels) if len(ids) < _most_tokens(built) else Question(tokens.prompt(text), None)
 
 
@@ -90,7 +90,7 @@ def ask(built: Assembled, tokens: ConversationTokenizer, like: Answers | None = 
     question = make_question(built, tokens)
     with in_float32(model.llm, model.vision, model.projector):
         if built.image_spec is not None:
-            pixels = question.pixels if question.pixels is not None else to_pixels(_draw(), built.image_spec)
+            pixels = question.pixels if question.pixels is not None else to_tiles(_draw(), built.image_spec)
             features = model.encode_images(pixels).float()
         settings = GenerationSettings(max_new_tokens=max(1, min(NUM_NEW, _most_tokens(built) - len(question.ids))))
         reply = generate(model, question.ids, question.pixels, tokens.stop_ids, settings)

@@ -176,7 +176,7 @@ def _build_tokens(trained: Trained, built: Assembled) -> ConversationTokenizer:
         built.tokenizer,
         template,
         image_token_id=built.image_token_id,
-        image_spec=built.image_spec,
+        tokens_per_image=built.image_spec or 0,
         system=trained.data.system,
     )
 

@@ -27,7 +27,7 @@ from vlm.compat import prepare
 from vlm.data.build import build_template
 from vlm.data.conversation import Conversation
 from vlm.data.image_order import ImageOrder
-from vlm.data.images import load_image, to_pixels
+from vlm.data.images import load_image, to_tiles
 from vlm.data.template import TEMPLATES, ChatTemplate
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import ConfigError, RecordError
@@ -145,7 +145,7 @@ class LoadedModel:
             raise RecordError("image_without_encoder", "this model reads no images: it has no vision encoder")
         background = self.image_spec.background
         opened = [load_image(image, background=background) for image in conversation.images]
-        return torch.cat([to_pixels(image, self.image_spec) for image in opened]).to(self.device)
+        return torch.cat([to_tiles(image, self.image_spec) for image in opened]).to(self.device)
 
     def _stream(
         self,
@@ -284,7 +284,7 @@ def build_tokens(
         built.tokenizer,
         template,
         image_token_id=built.image_token_id,
-        image_spec=spec,
+        tokens_per_image=spec or 0,
         system=manifest.system,
     )
     tokens.stop_ids |= set(manifest.stop_ids)

@@ -55,9 +55,7 @@ def choose(data: Data) -> tuple[list[int], list[int]]:
     plan = data.train.order
     first = np.concatenate([np.asarray(row, dtype=np.int64) for row in plan.rows(0)[:FIRST_ROWS]])
     lengths, num_images = plan.scan.lengths[first], plan.scan.num_images[first]
-    spec = plan.scan.reader.tokenizer.image_spec
-    per_image = 0 if spec is None else spec.typical().num_tokens
-    is_terse = lengths - num_images * per_image < TEXT_TOKENS
+    is_terse = lengths - num_images * plan.scan.reader.tokenizer.typical_tokens < TEXT_TOKENS
     order = np.lexsort((np.arange(len(first)), lengths, is_terse, num_images == 0))  # the last key counts first
     short = _readable(data, first[order], NUM_SHORT, with_images=True)
     if not short:

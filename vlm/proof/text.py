@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlm.batch import IGNORE_INDEX, Batch, ImageSpec
 from vlm.data.conversation import ImageSlot
-from vlm.data.images import fit_square, image_layout, load_image
+from vlm.data.images import fit_square, load_image
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.proof.checks import Finding, at_most, holds, not_made
 from vlm.proof.records import Record, Subject
@@ -119,13 +119,12 @@ def _text(records: list[Record], tokens: ConversationTokenizer, system: str | No
 
 
 def _placeholders(records: list[Record], tokens: ConversationTokenizer, num_tokens: int | None) -> Finding:
-    image_token_id, spec = tokens.image_token_id, tokens.image_spec
-    if num_tokens is None or spec is None:
+    if num_tokens is None:
         return not_made("the model reads no images")
     for record in records:
-        count = record.example.input_ids.count(image_token_id)  # type: ignore[arg-type]
+        count = record.example.input_ids.count(tokens.image_token_id)  # type: ignore[arg-type]
         images = record.conversation.images
-        num_tiles = sum(len(image_layout(image, spec).tiles) for image in images)
+        num_tiles = sum(map(tokens.num_tiles, images))
         if count != num_tokens * num_tiles:
             return holds(f"{record.example.where}: {count} placeholders, {len(images)} images of {num_tokens} features")
     return holds("") if any(record.example.images for record in records) else not_made("no image in the first records")

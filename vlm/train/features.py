@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm.batch import ImageSpec
 from vlm.data.features import FeatureStore, encoder_key
-from vlm.data.images import load_image, to_pixels
+from vlm.data.images import load_image, to_tiles
 from vlm.data.scan import Scan
 from vlm.errors import RecordError
 from vlm.logs import Progress, log
@@ -67,7 +67,7 @@ def _decode(images: Sequence[str | bytes], max_pixels: int, spec: ImageSpec) -> 
     readable, pixels = [], []
     for image in images:
         try:
-            pixels.append(to_pixels(load_image(image, max_pixels, spec.background), spec))
+            pixels.append(to_tiles(load_image(image, max_pixels, spec.background), spec))
             readable.append(image)
         except RecordError:
             continue

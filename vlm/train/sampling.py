@@ -8,7 +8,7 @@ import torch
 
 from vlm.batch import ImageSpec
 from vlm.data.conversation import IMAGE, Conversation, Turn
-from vlm.data.images import load_image, to_pixels
+from vlm.data.images import load_image, to_tiles
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.generation.generate import GenerationSettings, generate
 from vlm.models.vlm import VisionLanguageModel
@@ -43,7 +43,7 @@ class Sampler:
         if sample.image is None or self.image_spec is None:
             return None
         image = load_image(sample.image, background=self.image_spec.background)
-        return to_pixels(image, self.image_spec).to(self.device)
+        return to_tiles(image, self.image_spec).to(self.device)
 
 
 def sample_conversation(sample: SampleConfig) -> Conversation:

@@ -14,7 +14,7 @@ from vlm.apps.api.fields import GenerationRequest
 from vlm.apps.api.limits import Limits
 from vlm.apps.api.schemas import AssistantMessage, ChatRequest, ImagePart, Message, RefusalPart
 from vlm.apps.api.text_schemas import TextRequest
-from vlm.data.images import FORMATS, load_image, to_pixels
+from vlm.data.images import FORMATS, load_image, to_tiles
 from vlm.data.template import BOS
 from vlm.errors import RecordError
 from vlm.generation.streaming import CONTEXT
@@ -130,7 +130,7 @@ class PromptBuilder:
         pixels = []
         for number, image in enumerate(images, 1):
             try:
-                pixels.append(to_pixels(load_image(image, most, spec.background), spec))
+                pixels.append(to_tiles(load_image(image, most, spec.background), spec))
             except RecordError as error:  # its text may quote the decoder
                 if error.rule == "image_too_large":
                     message = f"has more than {most:,} pixels"

@@ -1,0 +1,27 @@
+"""Modules answer to their earlier names."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+import pytest
+
+from vlm.moved import MOVED
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_an_earlier_name_gives_the_module(old):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        module = importlib.import_module(old)
+    assert module is importlib.import_module(MOVED[old])
+    assert module.__name__ == MOVED[old]
+
+
+def test_whoever_uses_one_is_told_the_new_one():
+    import sys
+
+    sys.modules.pop("vlm.export.weights", None)
+    with pytest.warns(DeprecationWarning, match=r"vlm\.export\.weights is vlm\.export\.run now"):
+        importlib.import_module("vlm.export.weights")
