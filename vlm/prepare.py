@@ -47,13 +47,16 @@ CALIBRATION_STEPS = 8  # optimizer steps whose images set the projector's channe
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has not begun."""
+    """A run that has not begun: all that it is made of."""
 
+    config: RunConfig  # with the precision that was chosen
+    device: torch.device
     built: Assembled
     data: Data
     engine: Engine
     objective: Objective
     max_steps: int
+    start_step: int = 0  # past 0 the weights are a checkpoint's
 
 
 def check_available(config: RunConfig, device: torch.device) -> None:
@@ -147,7 +150,7 @@ def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) 
         accumulation_steps=data.train.microbatches_per_step,
         loss_scale=loss_scale_for(config.train.precision),
     )
-    return Prepared(built, data, engine, objective, max_steps)
+    return Prepared(config, device, built, data, engine, objective, max_steps)
 
 
 def _refuse_different_data(data: Data, max_steps: int) -> None:

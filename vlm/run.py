@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,16 @@ import torch
 
 from vlm.artifacts.pins import Pins, pin_start, places_of, refuse_replaced
 from vlm.config import RunConfig
-from vlm.data.build import Data
 from vlm.data.image_order import count_image_orders
 from vlm.data.skips import SkipLog
 from vlm.distributed import gather_objects, is_main, on_main, process_group, rank, world_size
 from vlm.errors import DataError, VLMError
 from vlm.logs import log, warn
-from vlm.models.build import Assembled
-from vlm.objectives.base import Objective
 from vlm.plan.estimate import estimate
 from vlm.precision import autocast_dtype
-from vlm.prepare import VISION_COMPUTE, assemble_checkpoint, check_available, prepare, settle_precision
+from vlm.prepare import VISION_COMPUTE, Prepared, assemble_checkpoint, check_available, prepare, settle_precision
 from vlm.proof.checks import Proof
-from vlm.proof.prove import Parts, prove, prove_run
+from vlm.proof.prove import prove, prove_run
 from vlm.schema import section_defaults
 from vlm.train.checkpoint import newest_verified, read_info
 from vlm.train.engines.build import choose_device, place_in_launch
@@ -71,36 +69,31 @@ def train(config: RunConfig, config_text: str) -> Path:
         start = on_main(lambda: _pin_start(config, checkpoint))
         torch.manual_seed(config.seed + rank())  # dropout differs between ranks, as it does between rows
         parts = prepare(config, device, calibrate=checkpoint is None)
-        built, data, engine, max_steps = parts.built, parts.data, parts.engine, parts.max_steps
-        if built.model.vision is not None and built.model.vision.compute is not None:
-            identity[VISION_COMPUTE] = built.model.vision.compute.name
-        data_settings = flatten(config.data.model_dump(mode="json", include=_DATA_SETTINGS), "data")
-        orders = count_image_orders(data.train.order.scan.reader, data.train.order.with_images) if is_main() else {}
-        state = RunState(run.path, engine, data.train.fingerprint, identity, data_settings, start, image_orders=orders)
-        start_step = 0
+        skips = SkipLog(
+            run.path / "skipped.jsonl" if is_main() else None,
+            config.data.max_skipped_share,
+            config.data.max_skipped_in_a_row,
+        )
+        state = _run_state(parts, run, identity, start, skips)
         if checkpoint is not None:
-            start_step = state.load(checkpoint)
-            log(f"resuming after step {start_step} from {checkpoint}")
+            parts = replace(parts, start_step=state.load(checkpoint))
+            log(f"resuming after step {parts.start_step} from {checkpoint}")
         run.write_config(config_text)  # not before: a refused resume leaves the run as it was
-        if start_step < max_steps:
+        if parts.start_step < parts.max_steps:
             if config.train.prove:
-                prove_run(Parts(config, built, data, engine, parts.objective, device, max_steps, start_step), run.path)
+                prove_run(parts, run.path)
+            _rewind(run, parts, skips, checkpoint)
             with StopRequest() as stop_request:
-                loop, events = _build_loop(
-                    config, run, state, built, data, parts.objective, device, start_step, max_steps
-                )
-                if checkpoint is not None:
-                    events.skips.restore(read_progress(checkpoint))
-                loop.stop_requested = lambda: _agree_to_stop(stop_request)
+                loop, events = _build_loop(parts, run, state, skips, stop_request)
                 try:
-                    loop.run(start_step)
+                    loop.run(parts.start_step)
                 finally:
                     events.reporter.close()
             if is_main():
                 _plot(run.path)
-        elif start_step > max_steps:
-            log(f"nothing to train: the run is beyond train.max_steps {max_steps} already")
-        log(f"done: {max(start_step, max_steps)} steps in {run.path}; next: vlm export {run.path}")
+        elif parts.start_step > parts.max_steps:
+            log(f"nothing to train: the run is beyond train.max_steps {parts.max_steps} already")
+        log(f"done: {max(parts.start_step, parts.max_steps)} steps in {run.path}; next: vlm export {run.path}")
         return run.path
 
 
@@ -121,8 +114,7 @@ def prove_alone(config: RunConfig) -> Proof:
     with group, _explain_out_of_memory(config):
         config = settle_precision(config, device)
         torch.manual_seed(config.seed + rank())
-        parts = prepare(config, device)
-        return prove(Parts(config, parts.built, parts.data, parts.engine, parts.objective, device, parts.max_steps))
+        return prove(prepare(config, device))
 
 
 def _agree_to_stop(request: StopRequest) -> str | None:
@@ -156,44 +148,54 @@ def defaults_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _build_loop(
-    config: RunConfig, run: RunFolder, state: RunState, built: Assembled, data: Data, objective: Objective,
-    device: torch.device, start_step: int, max_steps: int,
-) -> tuple[TrainLoop, RunEvents]:  # fmt: skip
-    settings = config.train
-    schedule = build_schedule(settings, max_steps)
-    rewind_to = start_step or -1  # -1: drop all of a run that was killed before its first checkpoint
+def _run_state(parts: Prepared, run: RunFolder, identity: dict[str, Any], start: Pins, skips: SkipLog) -> RunState:
+    """What a checkpoint of this run holds beside weights and optimizer."""
+    vision, data = parts.built.model.vision, parts.data.train
+    if vision is not None and vision.compute is not None:
+        identity[VISION_COMPUTE] = vision.compute.name
+    settings = flatten(parts.config.data.model_dump(mode="json", include=_DATA_SETTINGS), "data")
+    orders = count_image_orders(data.order.scan.reader, data.order.with_images) if is_main() else {}
+    return RunState(run.path, parts.engine, data.fingerprint, identity, settings, start, skips.state, orders)
+
+
+def _rewind(run: RunFolder, parts: Prepared, skips: SkipLog, checkpoint: Path | None) -> None:
+    """Drop what a killed run wrote after the checkpoint that this one goes on from."""
     for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
-        run.rewind(name, rewind_to)
-    listed = run.path / "skipped.jsonl" if is_main() else None
-    skips = SkipLog(listed, config.data.max_skipped_share, config.data.max_skipped_in_a_row)
-    if start_step == 0:
-        skips.list_found([skip for scan in data.scans for skip in scan.skips])
-    state.counters = skips.state
+        run.rewind(name, parts.start_step or -1)  # -1: all of a run that was killed before its first checkpoint
+    if parts.start_step == 0:
+        skips.list_found([skip for scan in parts.data.scans for skip in scan.skips])
+    if checkpoint is not None:
+        skips.restore(read_progress(checkpoint))
+
+
+def _build_loop(
+    parts: Prepared, run: RunFolder, state: RunState, skips: SkipLog, stop_request: StopRequest
+) -> tuple[TrainLoop, RunEvents]:
+    config, data, settings = parts.config, parts.data, parts.config.train
+    schedule = build_schedule(settings, parts.max_steps)
+    steps = {"start_step": parts.start_step, "max_steps": parts.max_steps}
+    dtype = autocast_dtype(settings.precision)
     events = RunEvents(
         settings=settings,
         run=run,
         state=state,
-        reporter=Reporter(run, settings, schedule, data.train.epoch_at, start_step=start_step, max_steps=max_steps),
+        reporter=Reporter(run, settings, schedule, data.train.epoch_at, **steps),
         skips=skips,
         sampler=Sampler(
-            data.conversation_tokenizer,
-            built.image_spec,
-            device,
-            autocast_dtype(settings.precision),
-            settings.max_new_tokens,
+            data.conversation_tokenizer, parts.built.image_spec, parts.device, dtype, settings.max_new_tokens
         ),
-        assemble=lambda checkpoint: assemble_checkpoint(config, checkpoint, device),
+        assemble=lambda checkpoint: assemble_checkpoint(config, checkpoint, parts.device),
         held_out=data.held_out,
     )
     loop = TrainLoop(
-        engine=state.engine,
-        objective=objective,
+        engine=parts.engine,
+        objective=parts.objective,
         stream=data.train,
         schedule=schedule,
-        max_steps=max_steps,
+        max_steps=parts.max_steps,
         report=events.report,
         save=events.save,
+        stop_requested=lambda: _agree_to_stop(stop_request),
         events=events.periodic(),
         save_every=settings.save_every,
         max_bad_steps=settings.max_bad_steps,

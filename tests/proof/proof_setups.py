@@ -11,8 +11,7 @@ import torch
 from demo.tiny import write_data, write_encoder, write_llm
 
 from vlm.config import load_config
-from vlm.prepare import prepare
-from vlm.proof.prove import Parts
+from vlm.prepare import Prepared, prepare
 
 LORA = {"trainable": ["projector", "llm.lora"], "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
 # name -> what differs from projector + adapters on conversations; {root} is the folder of the tiny parts
@@ -56,10 +55,10 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def parts_of(root):
-    """Setup name -> `Parts`, built when first asked for."""
-    built: dict[str, Parts] = {}
+    """Setup name -> `Prepared`, built when first asked for."""
+    built: dict[str, Prepared] = {}
 
-    def get(name: str) -> Parts:
+    def get(name: str) -> Prepared:
         if name not in built:
             built[name] = make_parts(root, name)
         return built[name]
@@ -67,12 +66,10 @@ def parts_of(root):
     return get
 
 
-def make_parts(root: Path, name: str, **changes: Any) -> Parts:
+def make_parts(root: Path, name: str, **changes: Any) -> Prepared:
     config = load_config(write_config(root, name, **changes))
     torch.manual_seed(0)
-    device = torch.device("cpu")
-    made = prepare(config, device)
-    return Parts(config, made.built, made.data, made.engine, made.objective, device, made.max_steps)
+    return prepare(config, torch.device("cpu"))
 
 
 def write_config(root: Path, name: str, **changes: Any) -> Path:

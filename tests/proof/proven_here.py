@@ -15,17 +15,13 @@ def prove_here(argument: dict[str, Any]) -> None:
     from launched import make
 
     from vlm.distributed import rank
-    from vlm.proof.prove import Parts, prove
+    from vlm.proof.prove import prove
 
     if argument["leak"]:
         plant_a_leak()
     made = make(argument["config"], [])
-    from vlm.config import load_config
 
-    config = load_config(argument["config"])
-    device = torch.device("cpu")
-    parts = Parts(config, made.built, made.data, made.engine, made.objective, device, made.max_steps)
-    proof = prove(parts, seconds=math.inf)
+    proof = prove(made, seconds=math.inf)
     left = [name for name, finding in proof.findings.items() if finding.passed is None]
     Path(argument["out"], f"{rank()}.json").write_text(json.dumps([proof.failed, left]))
 

@@ -23,7 +23,8 @@ from vlm.models.vision import VisionEncoder
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.base import LossOutput
 from vlm.objectives.lm import LanguageModeling
-from vlm.proof.prove import Parts, prove
+from vlm.prepare import Prepared
+from vlm.proof.prove import prove
 from vlm.train.engines.base import LossModule
 from vlm.train.engines.local import LocalEngine
 
@@ -35,7 +36,7 @@ class Fault:
     name: str
     found_by: str  # the check
     setup: str
-    plant: Callable[[Patch, Parts], Any]
+    plant: Callable[[Patch, Prepared], Any]
 
 
 FAULTS: list[Fault] = []
@@ -464,7 +465,7 @@ def test_dropout_that_a_frozen_language_model_was_trained_with_is_off_and_not_re
         assert failed(parts) == []
 
 
-def failed(parts: Parts) -> list[str]:
+def failed(parts: Prepared) -> list[str]:
     return prove(parts, seconds=math.inf).failed
 
 

@@ -18,14 +18,12 @@ import torch
 import vlm
 from vlm.artifacts.evidence import PROOF
 from vlm.config import RunConfig
-from vlm.data.build import Data
 from vlm.distributed import gather_objects, note, on_main, together, world_size
 from vlm.errors import VLMError
 from vlm.files import write_atomically
 from vlm.logs import log
-from vlm.models.build import Assembled
-from vlm.objectives.base import Objective
 from vlm.precision import autocast
+from vlm.prepare import Prepared
 from vlm.proof.checks import CHECKS, Finding, Proof, at_most, holds, not_made
 from vlm.proof.forward import (
     NO_IMAGE,
@@ -53,7 +51,6 @@ from vlm.proof.probe import LossProbe, StateProbe, relative
 from vlm.proof.records import Subject, choose, read_record
 from vlm.proof.state import unchanged
 from vlm.proof.text import check_batches, check_pixels, check_text, fresh_pixels
-from vlm.train.engines.base import Engine
 
 LEAST_SECONDS = 5.0  # a proof may take this long, or
 SHARE_OF_RUN = 0.01  # this share of what the run is going to take
@@ -71,31 +68,7 @@ FORWARD = "packed_alone causal context own_image image_read"
 Findings = dict[str, Finding]
 
 
-@dataclass
-class Parts:
-    """A run that has not begun."""
-
-    config: RunConfig
-    built: Assembled
-    data: Data
-    engine: Engine
-    objective: Objective
-    device: torch.device
-    max_steps: int
-    start_step: int = 0  # past 0 the weights are a checkpoint's
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the computation; of the encoder's, if that is coarser."""
-        vision = self.built.model.vision
-        own = [] if vision is None or vision.compute is None else [vision.compute.dtype]
-        return max([self.engine.autocast_dtype or torch.float32, *own], key=lambda dtype: torch.finfo(dtype).eps)
-
-    def autocast(self) -> AbstractContextManager[None]:
-        return autocast(self.device.type, self.engine.autocast_dtype)
-
-
-def prove_run(parts: Parts, run: Path) -> None:
+def prove_run(parts: Prepared, run: Path) -> None:
     """Prove a run before its next step and write proof.json. A run that goes on after its proof is not proven again.
 
     Raises:
@@ -110,7 +83,7 @@ def prove_run(parts: Parts, run: Path) -> None:
     log(proof.line())
 
 
-def prove(parts: Parts, seconds: float | None = None) -> Proof:
+def prove(parts: Prepared, seconds: float | None = None) -> Proof:
     """Make every check that this engine and these records allow. Leaves the run as it was, to the bit.
 
     Args:
@@ -141,14 +114,14 @@ class _Clock:
 
 @dataclass
 class _Work:
-    parts: Parts
+    parts: Prepared
     seconds: float | None
     findings: Findings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         parts = self.parts
         self.clock = _Clock(None)
-        self.dtype = on_main(lambda: parts.dtype)  # rank 0 has the encoder under every engine
+        self.dtype = on_main(lambda: _compute_dtype(parts))  # rank 0 has the encoder under every engine
         self.strict = TF32 if (self.dtype, parts.device.type) == (torch.float32, "cuda") else BOUNDS[self.dtype]
         self.bounds = self.strict  # wider once it is known how the model rounds
         data = self.parts.data
@@ -171,7 +144,7 @@ class _Work:
             return
         self._make("pixels", lambda: {"pixels": self._pixels()})
         if engine.holds_whole_model:
-            probe = StateProbe(model, parts.autocast, parts.device)
+            probe = StateProbe(model, partial(_autocast, parts), parts.device)
             self._check_step(probe)
             self._make("frozen_steady", lambda: {"frozen_steady": check_frozen(probe, rows, self.bounds)})
             self._make("feature_order projector_scale", lambda: check_features(probe, rows, self.bounds))
@@ -280,7 +253,7 @@ class _Work:
             return check_pixels(packed, records, spec, mean, std)
         if not self.parts.engine.holds_whole_model:
             return not_made(NOT_HERE)
-        with self.parts.autocast():  # cached features: against those of the encoder
+        with _autocast(self.parts):  # cached features: against those of the encoder
             features = vision(fresh_pixels(records, spec, mean, std).to(self.parts.device))
         cached = packed.image_features.to(self.parts.device)
         return at_most(relative(cached, features), max(0.1, self.bounds.states), "cached features")
@@ -296,7 +269,18 @@ def _agree(findings: Findings) -> Findings:
     return merged
 
 
-def _facts(parts: Parts, work: _Work) -> dict[str, object]:
+def _compute_dtype(parts: Prepared) -> torch.dtype:
+    """Of the computation; of the encoder's, if that is coarser."""
+    vision = parts.built.model.vision
+    own = [] if vision is None or vision.compute is None else [vision.compute.dtype]
+    return max([parts.engine.autocast_dtype or torch.float32, *own], key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _autocast(parts: Prepared) -> AbstractContextManager[None]:
+    return autocast(parts.device.type, parts.engine.autocast_dtype)
+
+
+def _facts(parts: Prepared, work: _Work) -> dict[str, object]:
     import transformers
 
     return {
