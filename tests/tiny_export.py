@@ -18,7 +18,7 @@ from vlm.models.trainable import trained_weights
 from vlm.train.checkpoint import save_checkpoint
 
 TEXT = [
-    "What is this? A red square. A green circle. A blue image of a cat. Is it a dog? Yes. No. It is a bird.",
+    "What is this? A red square. A green circle. A blue picture of a cat. Is it a dog? Yes. No. It is a bird.",
     "这是什么？一个红色的方块。一只蓝色的猫。是的。不是。",
     "system user assistant\n one two three four five six seven eight nine ten",
 ]

@@ -402,8 +402,8 @@ def test_columns_and_roles_map_other_names():
     assert said(conversation) == [("user", IMAGE, "\nWas?"), ("assistant", "Rot.")]
     assert parse({"image": "a.png", "caption": "c"}, columns={"caption": "alt"}).unread == ("no column alt",)
     assert rule_of({"image": "a.png", "caption": "c", "alt": "d"}, columns={"caption": "alt"}) == "mixed_keys"
-    with pytest.raises(ValueError, match="'image' is not read; known: from, value"):
-        parse({}, columns={"image": "x"})
+    with pytest.raises(ValueError, match="'picture' is not read; known: from, value"):
+        parse({}, columns={"picture": "x"})
 
 
 def test_a_format_takes_the_keys_of_its_kind():

@@ -175,8 +175,8 @@ def test_nothing_left_to_train_on_is_an_error(records, bpe, spec):
 def test_a_step_late_in_a_run_plans_no_past_epoch_again(records, bpe, spec, monkeypatch):
     stream = build(records(12), bpe, spec).train
     planned = []
-    plan_rows = RowOrder._plan_rows
-    monkeypatch.setattr(RowOrder, "_plan_rows", lambda self, epoch: planned.append(epoch) or plan_rows(self, epoch))
+    make_rows = RowOrder._make_rows
+    monkeypatch.setattr(RowOrder, "_make_rows", lambda self, epoch: planned.append(epoch) or make_rows(self, epoch))
     start = sum(stream.steps_in_epoch(epoch) for epoch in range(8))
     planned.clear()
     for _ in itertools.islice(stream.iterate(start), 3 * stream.steps_in_epoch(8)):

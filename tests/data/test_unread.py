@@ -17,7 +17,7 @@ MP4 = base64.b64encode(b"\0\0\0\x18ftypmp42" + bytes(range(90))).decode()
     "extra",
     [
         {"image_path": "a.png"}, {"img": "a.png"}, {"image_file": "a"}, {"image_url": "a.png"}, {"Image": "a.png"},
-        {"image": "a.png"}, {"photo": ["a", "b"]}, {"imagePath": "x/a"}, {"pixel_values": [[0.1, 0.2]]},
+        {"picture": "a.png"}, {"photo": ["a", "b"]}, {"imagePath": "x/a"}, {"pixel_values": [[0.1, 0.2]]},
         {"video": "v/5.mp4"}, {"videos": ["1.mp4"]}, {"audios": ["1.mp3"]}, {"frames": ["1.jpg", "2.jpg"]},
         {"x": "some/where.JPEG"}, {"x": "a.webm?start=3"}, {"x": ["note", "b.wav"]}, {"x": {"y": {"z": "c.tiff"}}},
         {"x": "https://example.org/page"}, {"x": "s3://bucket/key"}, {"source_url": "https://example.org/a.jpg"},

@@ -65,7 +65,11 @@ def test_balanced_cuts_leave_no_stage_empty(config):
     [
         ({"kind": "local"}, 2, "engine.kind is local, which is one process, but there are 2"),
         ({"kind": "pipeline", "num_stages": 2}, 3, "engine.num_stages 2 does not divide 3 processes"),
-        ({"kind": "pipeline", "num_stages": 2, "cuts": (9,)}, 2, "the model has 4 layers, the inputs 0, blocks 1 to 2"),
+        (
+            {"kind": "pipeline", "num_stages": 2, "cuts": (9,)},
+            2,
+            "the model has 4 layers, 0 the inputs, 1 to 2 the blocks",
+        ),
     ],
 )
 def test_an_engine_that_does_not_fit_the_launch_says_so(engine, gpus, message, config):

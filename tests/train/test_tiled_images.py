@@ -51,6 +51,6 @@ def served(loaded, path):
     """Placeholders and tiles of the prompt that `vlm serve` makes of the image."""
     url = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
     content = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}]
-    request = ChatRequest.model_validate({"messages": [{"role": "user", "content": content}]})
+    request = ChatRequest.model_validate({"model": "x", "messages": [{"role": "user", "content": content}]})
     (prompt,) = PromptBuilder(loaded, 1000, Limits(), "messages")(request, [path.read_bytes()])
     return prompt.input_ids.count(loaded.image_token_id), len(prompt.pixel_values)

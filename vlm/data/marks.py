@@ -49,7 +49,7 @@ _STEMS: dict[Medium, re.Pattern[str]] = {
     "video": re.compile(r"video|(?<![a-z])(?:vid|vi|frame|clip)(?![a-z])", re.IGNORECASE),
     "audio": re.compile(r"audio|(?<![a-z])(?:sound|speech|voice|wav)(?![a-z])", re.IGNORECASE),
     "image": re.compile(
-        r"image|img|vision|visual|image|photo|(?<![a-z])(?:pic|pixel|im|boi|eoi|media)(?![a-z])", re.IGNORECASE
+        r"image|img|vision|visual|picture|photo|(?<![a-z])(?:pic|pixel|im|boi|eoi|media)(?![a-z])", re.IGNORECASE
     ),
 }
 # words that only a tokenizer's vocabulary puts beside "image"
@@ -149,7 +149,7 @@ def _kind(token: str) -> tuple[Medium, Strength] | None:
         return ("image", "sure") if token in _TILES else None
     if token.startswith(("<|", "<<")) or token in ("[IMG]", "[IMG_BREAK]", "[IMG_END]"):
         return medium, "sure"
-    is_word = re.fullmatch(r"image|img|image|photo|pic", name, re.IGNORECASE) is not None
+    is_word = re.fullmatch(r"image|img|picture|photo|pic", name, re.IGNORECASE) is not None
     if token[0] in "[{":
         fits = is_word or re.fullmatch(r"(?:image|img|image)[ _]?\d+", name, re.IGNORECASE)
         is_jargon = name.isupper() and _JARGON.search(name)

@@ -33,10 +33,10 @@ _MAGIC = {  # how base64 of these files begins
 _MIN_BASE64 = 60  # letters; a shorter word of these letters may be a name
 _MIN_UNKNOWN_BASE64 = 1000  # without a known beginning
 _MEDIUM_KEY = re.compile(
-    r"image|img|image|photo|video|audio|frame|visual|pixel|sound|speech|thumbnail|screenshot"
+    r"image|img|picture|photo|video|audio|frame|visual|pixel|sound|speech|thumbnail|screenshot"
     r"|(?<![a-z])(?:pic|pics|clip|wav|media|figure|vision|jpg|jpeg|png|webp|gif|mp3|mp4)(?![a-z])"
 )
-_MEDIUM_NAME = re.compile(r"(?:image|img|image|photo|video|audio)s?_?(?:id|name|key|idx|index)s?")
+_MEDIUM_NAME = re.compile(r"(?:image|img|picture|photo|video|audio)s?_?(?:id|name|key|idx|index)s?")
 _ABOUT = re.compile(  # words of keys that say something of a medium and are none
     r"(?<![a-z])(?:id|ids|idx|index|name|key|size|width|height|shape|format|type|mode|count|num|number|length|duration|fps"
     r"|hash|md5|sha\d*|phash|source|src|dataset|captions?|descriptions?|desc|summary|labels?|class|title|alt|text|ocr|score"

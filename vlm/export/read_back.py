@@ -6,6 +6,7 @@ memory. All computes in float32: weights of 16 bits are widened block by block, 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -74,7 +75,9 @@ def make_question(built: Assembled, tokens: ConversationTokenizer) -> Question:
     text = Conversation((Turn("user", (_QUESTION,)),))
     if built.image_spec is None:
         return Question(tokens.prompt(text), None)
-    shown = Conversation((Turn("user", (IMAGE, f"\n{_QUESTION}")),), (b"",))
+    encoded = io.BytesIO()
+    _draw().save(encoded, format="PNG")  # read by those whose number of tokens depends on the size
+    shown = Conversation((Turn("user", (IMAGE, f"\n{_QUESTION}")),), (encoded.getvalue(),))
     ids, pixels = tokens.prompt(shown), to_tiles(_draw(), built.image_spec)
     return Question(ids, pixels) if len(ids) < _most_tokens(built) else Question(tokens.prompt(text), None)
 

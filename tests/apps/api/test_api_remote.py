@@ -23,8 +23,8 @@ from vlm.apps.api.remote import Fetcher, is_public, is_web_url, parse_url
 from vlm.errors import ConfigError
 
 PUBLIC = "93.184.216.34"
-IMAGE = b"image"
-GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nimage"
+IMAGE = b"picture"
+GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\npicture"
 Handle = Callable[[socket.socket], None]
 
 
@@ -250,7 +250,7 @@ def test_a_connection_that_ends_is_not_opened_again_by_name(web: Web, monkeypatc
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("target", ["http://127.0.0.1/1.png", "http://images.example/2.png", "file:///etc/passwd"])
 def test_no_redirect_is_followed(web: Web, status: int, target: str):
-    answer = f"HTTP/1.1 {status} Moved\r\nLocation: {target}\r\nContent-Length: 7\r\n\r\nimage"
+    answer = f"HTTP/1.1 {status} Moved\r\nLocation: {target}\r\nContent-Length: 7\r\n\r\npicture"
     web.handle = lambda connection: connection.sendall(answer.encode())
     error = refusal(web, "http://images.example/1.png")
     assert (error.status, error.code) == (502, "image_not_fetched")

@@ -191,7 +191,7 @@ def test_log_probabilities_of_a_response_are_included_when_asked_for(call: Call)
 
 def test_errors_name_the_input(call: Call):
     for value, message in (
-        ([{"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,aGk="}]}], "re 1"),
+        ([{"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,aGk="}]}], "ge 1"),
         ([{"role": "user", "content": [{"type": "input_image", "image_url": "https://a.example/b.png"}]}], "fetches"),
         ("one " * 3000, "tokens"),
         ([{"role": "system", "content": " "}], "no turn says anything"),
