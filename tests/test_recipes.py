@@ -92,7 +92,7 @@ def test_the_14b_recipe_fits_two_24_gb_cards_and_not_one(stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("project", sorted(SHAPES))
 def test_recipe_has_the_shapes_of_its_models(project):
-    from vlm.models.build import build_on_meta
+    from meta_models import build_on_meta
 
     config = with_local_configs(load_config(f"{project}/pretrain"))
     model = build_on_meta(config.model)
@@ -106,7 +106,7 @@ def test_recipe_has_the_shapes_of_its_models(project):
 @pytest.mark.slow
 @pytest.mark.parametrize("project", sorted(SHAPES))
 def test_adapters_of_a_recipe_sit_on_every_linear_of_the_language_model(project):
-    from vlm.models.build import build_on_meta
+    from meta_models import build_on_meta
 
     config = with_local_configs(load_config(f"{project}/finetune_lora"))
     model = build_on_meta(config.model)

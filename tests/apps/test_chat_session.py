@@ -158,12 +158,12 @@ def test_a_image_is_checked_when_it_is_added(session: ChatSession, root: Path):
 
 
 def test_another_image_starts_another_conversation_unless_it_cannot_be_read(session: ChatSession, root: Path):
-    session.set_image(root / "cat.png")
+    session.set_images([root / "cat.png"])
     ask(session, "What is this?")
     with pytest.raises(RecordError):
-        session.set_image(root / "missing.png")
+        session.set_images([root / "missing.png"])
     assert len(session.history) == 1
-    session.set_image(root / "dog.png")
+    session.set_images([root / "dog.png"])
     assert session.history == []
     assert session.images == [str(root / "dog.png")]
 

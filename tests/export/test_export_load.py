@@ -22,7 +22,7 @@ from vlm.generation.generate import GenerationSettings
 from vlm.inference.load import LoadedModel, load
 from vlm.inference.messages import to_conversation
 from vlm.models.build import build_model
-from vlm.models.trainable import has_lora, part_weights
+from vlm.models.trainable import part_weights
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_an_adapter_that_is_not_trained_on_is_merged(root: Path, loaded: LoadedM
     trained_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     report = load_init(model, model_config(root, **changes), root / "run" / "export")
     assert "llm.lora: 28 tensors merged into the language model, as this config trains no adapter" in report
-    assert not has_lora(model)
+    assert not part_weights(model, "llm.lora")
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained_before
     ids = torch.arange(3, 13).unsqueeze(0)
     with torch.no_grad():  # worst difference seen: 0

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from meta_models import build_on_meta
 from tiny_models import changed, write_llm
 
 from vlm.batch import ImageSpec
 from vlm.errors import ConfigError
-from vlm.models.build import build_image_spec, build_model, build_on_meta
+from vlm.models.build import build_image_spec, build_model
 from vlm.models.config import ModelConfig
 from vlm.models.trainable import part_of
 

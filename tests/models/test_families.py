@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from meta_models import build_on_meta
 from tiny_models import scramble, write_tokenizer
 from torch import nn
 from toy_decoders import toy_decoder
@@ -17,7 +18,7 @@ from vlm.errors import ConfigError
 from vlm.generation.batched import BatchedGenerator, Reply
 from vlm.generation.generate import GenerationSettings, generate
 from vlm.generation.sampling import SamplingSettings
-from vlm.models.build import build_model, build_on_meta
+from vlm.models.build import build_model
 from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.decoders import find_blocks, find_linears
 from vlm.models.families import (

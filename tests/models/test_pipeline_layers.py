@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from meta_models import build_on_meta
 from safetensors.torch import load_file, save_file
 from tiny_models import changed, write_llm
 
 from vlm.batch import IGNORE_INDEX, Batch
 from vlm.errors import CheckpointError, ConfigError
-from vlm.models.build import build_model, build_on_meta
+from vlm.models.build import build_model
 from vlm.models.config import ModelConfig
 from vlm.models.families import LLM_PARTS
 from vlm.models.loss import chunked_cross_entropy

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from conftest_plan import changed
+from meta_models import build_on_meta
 
-from vlm.models.build import build_on_meta
 from vlm.plan.estimate import estimate
 from vlm.plan.shapes import read_shapes
 

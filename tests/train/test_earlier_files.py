@@ -1,6 +1,6 @@
 """A run, its checkpoint and its export, as version 0.1 wrote them before the packages were split: they still work.
 
-`tests/fixtures/earlier` has the tiny base models, records, config, the checkpoint after two of four steps, an export, and
+`tests/fixtures/earlier` has tiny base models, records, config, the checkpoint after two of four steps, an export, and
 what that version made of them.
 """
 

@@ -72,16 +72,8 @@ class ChatSession:
         """Show images with the next question: all of them, or on an error none. Raises as `add_image`."""
         self._waiting = self._waiting + self._checked(images)
 
-    def set_image(self, image: str | Path | bytes | None) -> None:
-        """Start a new conversation about another image, or about none.
-
-        Raises:
-            RecordError: as `add_image`; then nothing changes.
-        """
-        self.set_images([] if image is None else [image])
-
     def set_images(self, images: Sequence[str | Path | bytes]) -> None:
-        """Start a new conversation about these images. Raises as `add_image`; then nothing changes."""
+        """Start a new conversation about these images, or about none. Raises as `add_image`; then nothing changes."""
         self._waiting = self._checked(images)
         self.exchanges = []
 

@@ -15,7 +15,6 @@ from vlm.models.llm import (
     IMAGE_TOKEN,
     enable_gradient_checkpointing,
     keep_blocks_still,
-    llm_from_config,
     load_llm,
     load_tokenizer,
     pad_vocabulary,
@@ -73,16 +72,6 @@ def build_model(
 def forked_random_state() -> AbstractContextManager[None]:
     """torch's random state, of this process's GPU too, is afterwards what it was: `manual_seed` sets both."""
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
-
-
-def build_on_meta(config: ModelConfig) -> VisionLanguageModel:
-    """The model's shapes without its weights: config files are read, nothing is loaded or computed."""
-    with torch.device("meta"):
-        llm = llm_from_config(config.llm, trust_remote_code=config.trust_remote_code)
-        if config.llm.pad_vocab_to_multiple_of:
-            pad_vocabulary(llm, llm.config.vocab_size, config.llm.pad_vocab_to_multiple_of)
-        vision = None if config.vision is None else build_vision(config.vision, torch.bfloat16, weights=False)
-        return assemble(config, llm, vision, None)[0]
 
 
 def build_image_spec(config: ModelConfig) -> ImageSpec | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import re
 import tempfile
 from functools import partial
@@ -28,15 +26,10 @@ from vlm.models.spm import differences
 from vlm.models.tokenizer_files import COMPANIONS, VOCABULARY, why_not_converted, write_converted
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<image>"  # its id marks the place of an image; its embedding is never read
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers sets it on every block: forward, arguments -> output
-# keys of config.json that decide which weights fit
-_SHAPE_KEYS = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "rope_theta", "rope_parameters",
-)  # fmt: skip
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
@@ -234,14 +227,6 @@ def pad_vocabulary(llm: Any, num_real: int, multiple: int) -> None:
             for rows in (module.weight, getattr(module, "bias", None)):
                 if rows is not None:
                     rows[old:] = rows[: min(num_real, old)].float().mean(0).to(rows.dtype)
-
-
-def fingerprint_llm(config: PretrainedConfig) -> dict[str, Any]:
-    """What decides which weights fit a language model, from its config: the shape keys and their hash."""
-    settings = config.to_dict()
-    shape = {key: settings[key] for key in _SHAPE_KEYS if settings.get(key) is not None}
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return {**shape, "sha256": digest}
 
 
 def _read_tokenizer(path: str, trust_remote_code: bool) -> Any:

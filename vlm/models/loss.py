@@ -65,23 +65,5 @@ def count_chunks(num_supervised: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
     return max(1, -(-num_supervised // chunk_tokens))
 
 
-def token_losses(
-    hidden_states: Tensor, labels: Tensor, logits_fn: LogitsFn, chunk_tokens: int = CHUNK_TOKENS
-) -> Tensor:
-    """Cross entropy of every position, float32 [B, L]: at [b, i] the loss of labels[b, i]; 0 where not supervised.
-
-    Column 0 is always 0: nothing comes before it that could predict it.
-    """
-    states, targets = select_supervised(hidden_states, labels)
-    losses = [
-        F.cross_entropy(logits_fn(state).float(), target, reduction="none")
-        for state, target in zip(states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-    ]
-    supervised = labels != IGNORE_INDEX
-    supervised[:, 0] = False
-    out = torch.zeros(labels.shape, dtype=torch.float32, device=hidden_states.device)
-    return out.masked_scatter(supervised, torch.cat(losses) if losses else out.new_zeros(0))
-
-
 def _summed_loss(logits_fn: LogitsFn, states: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits_fn(states).float(), targets, reduction="sum")

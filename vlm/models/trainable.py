@@ -104,10 +104,6 @@ def _targets_as_named() -> Iterator[None]:
         conversion.convert_peft_config_for_transformers = convert
 
 
-def has_lora(model: VisionLanguageModel) -> bool:
-    return any(part_of(name) == "llm.lora" for name, _ in model.named_parameters())
-
-
 def merge_lora(model: VisionLanguageModel) -> None:
     """Fold every adapter into the layer beside it, and take the adapters away."""
     for name, module in list(model.llm.named_modules()):
