@@ -1,4 +1,4 @@
-"""Who may import whom. The image in docs/architecture.md is this table."""
+"""Who may import whom. The table in docs/architecture.md is this one."""
 
 from __future__ import annotations
 

@@ -22,10 +22,15 @@ class EvenWords:
     def normalizer(self, batch: Batch) -> int:
         return int(_is_scored(batch.labels[:, 1:]).sum())
 
+    def num_head_calls(self, batch: Batch) -> int:
+        return 1 + self.normalizer(batch) % 3  # the ranks differ
+
     def loss(self, hidden_states: Tensor, batch: Batch, head: Head) -> LossOutput:
         targets = batch.labels[:, 1:]
         at = _is_scored(targets)
-        logits = head(hidden_states[:, :-1][at]).float()
+        states = hidden_states[:, :-1][at]
+        calls = max(head.min_calls, self.num_head_calls(batch))
+        logits = torch.cat([head(part) for part in torch.tensor_split(states, calls)]).float()
         doubt = 1 - logits.softmax(-1).gather(1, targets[at][:, None])[:, 0]
         right = (logits.argmax(-1) == targets[at]).float()
         return LossOutput((doubt**self.power).sum(), {"accuracy": right.sum(), "doubt": doubt.detach().sum()})

@@ -52,7 +52,8 @@ class ImageLayout(NamedTuple):
 class ImageSpec:
     """How images become pixels for one vision encoder, and how many tokens each takes in the text.
 
-    Everything that counts tokens or tiles asks `layout`. This is the kind whose images are all one tile.
+    Data, prompts, chat and server ask `layout`; the memory estimate asks `typical`. This is the kind whose images are
+    all one tile, the only one that a config can choose.
     """
 
     size: int  # S, pixels per side of the square the encoder sees

@@ -11,13 +11,14 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(final: Path) -> Iterator[Path]:
+def replacing(final: Path, *, make_folder: bool = True) -> Iterator[Path]:
     """Give a temporary sibling to write; it takes the place of `final` when the block ends well, else it is removed.
 
-    Its name keeps the suffix, which some writers look at. The folder is made. What is written is not flushed: after a
+    Its name keeps the suffix, which some writers look at. What is written is not flushed: after a
     power failure a cache may be damaged, and whoever reads it looks. Raises OSError.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".tmp-{secrets.token_hex(4)}{final.suffix}")
     try:
         yield temporary
@@ -29,7 +30,7 @@ def replacing(final: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file, flushed, so that a reader sees the old or the new content. Raises OSError."""
-    with replacing(path) as temporary:
+    with replacing(path, make_folder=False) as temporary:
         temporary.write_text(text, encoding="utf-8")
         flush(temporary)
     flush(path.parent)

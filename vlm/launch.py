@@ -10,17 +10,17 @@ import os
 
 
 def launched_rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or 0)
 
 
 def launched_size() -> int:
     """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def local_rank() -> int:
     """Number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK") or 0)
 
 
 def is_on_one_machine() -> bool:

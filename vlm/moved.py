@@ -1,4 +1,4 @@
-"""Modules for loading, exporting and generating under the names that they had in earlier versions.
+"""Modules for loading, exporting, generating and chatting under the names that they had in earlier versions.
 
 What was written against those goes on working, with a DeprecationWarning that says the new one. Nothing here uses them.
 """
@@ -18,12 +18,14 @@ _SAME_NAME = (  # old package, new package, modules
     ("vlm.export", "vlm.generation", "streaming"),
     ("vlm.export", "vlm.artifacts", "adapter assemble card evidence fingerprint folder manifest older parts pins"),
     ("vlm.export", "vlm.inference", "load messages placement quantize"),
+    ("vlm.chat", "vlm.apps", "session record saving address"),
 )
 MOVED = {f"{old}.{name}": f"{new}.{name}" for old, new, names in _SAME_NAME for name in names.split()} | {
     "vlm.models.batched_generate": "vlm.generation.batched",
     "vlm.export.tokenizer": "vlm.artifacts.tokenizer",
     "vlm.export.load_base": "vlm.artifacts.base_models",
     "vlm.export.weights": "vlm.export.run",
+    "vlm.chat": "vlm.apps",
 }
 
 

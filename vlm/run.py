@@ -17,6 +17,7 @@ from vlm.data.skips import SkipLog
 from vlm.distributed import gather_objects, is_main, on_main, process_group, rank, world_size
 from vlm.errors import DataError, VLMError
 from vlm.logs import log, warn
+from vlm.objectives.lm import LanguageModelingConfig
 from vlm.plan.estimate import estimate
 from vlm.precision import autocast_dtype
 from vlm.prepare import VISION_COMPUTE, Prepared, assemble_checkpoint, check_available, prepare, settle_precision
@@ -142,9 +143,9 @@ def defaults_of(config: RunConfig) -> dict[str, Any]:
     """What keys of the identity mean where a checkpoint of an earlier version does not name them."""
     return {
         "train.optimizer": OPTIMIZER_STATE[0],
-        "objective.kind": "lm",
         **flatten(section_defaults(config.model), "model"),
         **flatten(section_defaults(config.objective), "objective"),
+        "objective.kind": LanguageModelingConfig().kind,  # the only one there was
     }
 
 

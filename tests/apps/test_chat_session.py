@@ -64,7 +64,7 @@ def test_the_system_prompt_comes_first(loaded: LoadedModel):
     assert [(turn.role, turn.text) for turn in turns] == [("system", "Be brief."), ("user", "Hello")]
 
 
-def test_a_image_may_come_later_and_a_second_one_too(session: ChatSession, root: Path):
+def test_an_image_may_come_later_and_a_second_one_too(session: ChatSession, root: Path):
     ask(session, "Hello")
     session.add_image(root / "cat.png")
     ask(session, "What is this?")
@@ -148,7 +148,7 @@ def test_an_over_long_conversation_says_so_and_changes_nothing(session: ChatSess
     assert session.history == []
 
 
-def test_a_image_is_checked_when_it_is_added(session: ChatSession, root: Path):
+def test_an_image_is_checked_when_it_is_added(session: ChatSession, root: Path):
     (root / "no.png").write_text("<html>")
     with pytest.raises(RecordError, match=r"no\.png"):
         session.add_image(root / "no.png")
@@ -193,7 +193,7 @@ def test_a_retry_that_fails_keeps_the_old_reply(session: ChatSession, root: Path
     assert session.exchanges == before
 
 
-def test_a_image_added_since_joins_the_question_that_is_asked_again(session: ChatSession, root: Path):
+def test_an_image_added_since_joins_the_question_that_is_asked_again(session: ChatSession, root: Path):
     session.add_image(root / "cat.png")
     ask(session, "What is this?")
     session.add_image(root / "dog.png")

@@ -67,7 +67,7 @@ def names(talk: Talk) -> list[str]:
     return [Path(str(image)).name for image in talk.session.images]
 
 
-def test_it_asks_for_a_image_and_none_is_fine(converse: Converse, root: Path):
+def test_it_asks_for_an_image_and_none_is_fine(converse: Converse, root: Path):
     assert converse("", "Hello")[1].session.images == []
     text, talk = converse(str(root / "missing.png"), str(root / "cat.png"), ":f", "What?")
     assert "missing.png does not exist" in text
@@ -84,13 +84,13 @@ def test_several_images_in_one_line(converse: Converse, root: Path, line: str):
     assert names(converse(line.format(root=root), ":f")[1]) == ["cat.png", "my dog.png"]
 
 
-def test_a_question_typed_where_a_image_is_asked_for_is_a_question(converse: Converse, root: Path):
+def test_a_question_typed_where_an_image_is_asked_for_is_a_question(converse: Converse, root: Path):
     assert questions(converse("Hello", "Second")[1]) == ["Hello", "Second"]
     _, talk = converse(str(root / "cat.png"), "这是什么？")
     assert (names(talk), questions(talk)) == (["cat.png"], ["这是什么？"])
 
 
-def test_commands_work_where_a_image_is_asked_for(converse: Converse):
+def test_commands_work_where_an_image_is_asked_for(converse: Converse):
     text, talk = converse(":help", "/exit", "never asked")
     assert ":exit :quit :q" in text
     assert questions(talk) == []
@@ -134,7 +134,7 @@ def test_img_shows_replaces_adds_and_takes_away(converse: Converse, root: Path):
     assert (names(talk), questions(talk)) == ([], [])
 
 
-def test_a_image_that_cannot_be_read_changes_nothing(converse: Converse, root: Path):
+def test_an_image_that_cannot_be_read_changes_nothing(converse: Converse, root: Path):
     text, talk = converse(str(root / "cat.png"), "", "What?", ":img nothing.png", ":img https://a.example/b.png")
     assert "nothing.png does not exist" in text
     assert "nothing is fetched" in text
@@ -293,7 +293,7 @@ def test_stop_words_end_a_reply(loaded: LoadedModel, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.strip() == printable(whole[: whole.index(stop)]).strip()
 
 
-def test_a_image_is_looked_at_before_the_model_is_loaded(root: Path):
+def test_an_image_is_looked_at_before_the_model_is_loaded(root: Path):
     from vlm.errors import RecordError
 
     with pytest.raises(RecordError, match=r"page\.png"):

@@ -73,7 +73,7 @@ def guard_of(uploads: Uploads, app: Any, local_only: bool = True) -> Guard:
 # Uploads
 
 
-def test_only_the_browser_that_uploaded_a_image_owns_it(uploads: Uploads):
+def test_only_the_browser_that_uploaded_an_image_owns_it(uploads: Uploads):
     path = str(write_image(uploads.folder / "cat.png"))
     uploads.accept(ANNA, [path])
     assert uploads.owns(ANNA, path)
@@ -120,7 +120,7 @@ def test_what_is_no_image_is_refused_and_removed(uploads: Uploads, name: str, co
     assert not re.search(r"0x|/|Error|identify", str(refused.value))  # nothing of the decoder's, no folder
 
 
-def test_a_image_under_the_name_of_a_page_is_refused(uploads: Uploads):
+def test_an_image_under_the_name_of_a_page_is_refused(uploads: Uploads):
     path = uploads.folder / "cat.html"
     write_image(uploads.folder / "cat.png").rename(path)
     with pytest.raises(UploadRefused):

@@ -44,7 +44,7 @@ def test_images_and_turns_come_back_in_order(tmp_path: Path):
     assert conversation.images == (cat.read_bytes(), dog.read_bytes())
 
 
-def test_a_image_without_words_is_a_question(tmp_path: Path):
+def test_an_image_without_words_is_a_question(tmp_path: Path):
     cat = write_image(tmp_path / "cat.png")
     assert read(Said(Exchange("", (str(cat),), "A cat.")), tmp_path).turns[0].parts == (IMAGE,)
 
@@ -67,7 +67,7 @@ def test_it_is_one_line_and_needs_no_other_file(tmp_path: Path):
     assert parse_record(json.loads(line), SourceConfig(path="x")).images[0].startswith(b"\x89PNG")
 
 
-def test_nothing_said_and_a_image_that_is_gone_are_refused(tmp_path: Path):
+def test_nothing_said_and_an_image_that_is_gone_are_refused(tmp_path: Path):
     with pytest.raises(RecordError, match="nothing was said"):
         training_record(Said())
     with pytest.raises(RecordError, match=r"gone\.png"):

@@ -108,7 +108,7 @@ def test_markup_is_never_kept_or_served(running: RunningPage, name: str):
     assert [path for path in running.folder.rglob(name) if path.is_file()] == []
 
 
-def test_a_image_is_served_as_a_image_that_may_run_nothing(running: RunningPage, root: Path):
+def test_an_image_is_served_as_an_image_that_may_run_nothing(running: RunningPage, root: Path):
     answer = upload(running.url, "cat.png", (root / "cat.png").read_bytes())
     owner = answer.cookies[COOKIE]
     served = httpx.get(f"{running.url}gradio_api/file={answer.json()[0]}", cookies={COOKIE: owner})

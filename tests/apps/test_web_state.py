@@ -324,7 +324,7 @@ def test_every_page_starts_with_nothing_of_another(chat: WebChat, cat: str):
     assert other.models is chat.models
 
 
-def test_a_image_of_another_browser_is_refused(chat: WebChat, cat: str, models: ModelStore, uploads: Uploads):
+def test_an_image_of_another_browser_is_refused(chat: WebChat, cat: str, models: ModelStore, uploads: Uploads):
     other = WebChat(models, uploads)
     other.claim(BERT)
     for path in (cat, "/etc/passwd", str(uploads.folder / "missing.png"), ""):
@@ -353,7 +353,7 @@ def test_questions_and_images_have_limits(chat: WebChat, cat: str):
     chat.ask("x" * MAX_QUESTION, [cat] * MAX_IMAGES)
 
 
-def test_a_image_that_became_unreadable_is_told_without_the_decoders_words(chat: WebChat, cat: str):
+def test_an_image_that_became_unreadable_is_told_without_the_decoders_words(chat: WebChat, cat: str):
     Path(cat).write_bytes(b"no image")
     with pytest.raises(PageError) as raised:
         chat.ask("What?", [cat])

@@ -32,7 +32,6 @@ def test_the_layout_of_10_000_random_sizes_is_pure_and_within_the_image(spec: Im
     for _ in range(10_000):
         width, height = (round(10 ** draw.uniform(0, 4)) for _ in range(2))
         layout = spec.layout(width, height)
-        assert layout == spec.layout(width, height)
         assert layout.num_tokens == 4 * len(layout.tiles) > 0
         assert all(0 <= a < c <= width and 0 <= b < d <= height for a, b, c, d in layout.tiles)
 
@@ -43,8 +42,8 @@ def images(folder: Path, count: int = 60) -> list[str]:
     for number in range(count):
         size = tuple(draw.choice((3, 9, 17, 40, 80)) for _ in range(2))
         exif = Image.Exif()
-        exif[ORIENTATION] = draw.choice((1, 3, 6, 8))
-        path = folder / f"{number}.{draw.choice(('png', 'jpg', 'webp'))}"
+        exif[ORIENTATION] = draw.choice((1, 2, 3, 4, 5, 6, 7, 8))
+        path = folder / f"{number}.{draw.choice(('png', 'jpg', 'webp', 'tiff'))}"
         Image.new("RGB", size, "red").save(path, exif=exif)
         paths.append(str(path))
     return paths

@@ -128,7 +128,7 @@ def test_the_cap_is_exact_and_ours():
     assert Image.MAX_IMAGE_PIXELS == 89_478_485  # Pillow's own guard stays up for everybody else
 
 
-def test_a_image_without_pixels_is_unreadable():
+def test_an_image_without_pixels_is_unreadable():
     assert rule_of(png_header(0, 9)) == rule_of(png_header(9, 0)) == "image_unreadable"
 
 

@@ -75,9 +75,14 @@ def test_numbers_in_marks_say_which_image():
     assert rule_of(llava("<image_1> and <image_3>?", "A.", images=["a", "b"])) == "foreign_mark"
 
 
+@pytest.mark.parametrize("mark", ["[picture 1]", "{picture_1}", "{Picture 1}", "[img 1]", "{image_1}"])
+def test_a_numbered_word_in_brackets_is_the_place_of_the_image(mark):
+    assert said(parse(llava(f"{mark} What?", "A.", image="a.png")))[0][1] == IMAGE
+
+
 def test_a_path_between_tags_is_the_image():
-    conversation = parse(llava("Image 1: <img>x/a.png</img>\nAnd <img>b.jpg</img>?", "A."))
-    assert said(conversation)[0] == ("user", "Image 1: ", IMAGE, "\nAnd ", IMAGE, "?")
+    conversation = parse(llava("Picture 1: <img>x/a.png</img>\nAnd <img>b.jpg</img>?", "A."))
+    assert said(conversation)[0] == ("user", "Picture 1: ", IMAGE, "\nAnd ", IMAGE, "?")
     assert conversation.images == ("x/a.png", "b.jpg")
     assert rule_of(llava("<img>https://example.org/a.png</img>What?", "A.")) == "remote_image"
 
@@ -91,7 +96,7 @@ def test_marks_of_videos_and_sounds_skip_the_record(text):
     assert rule_of(llava(f"<image>\n{text}", "A.", image="a.png")) == "unread_medium"
 
 
-def test_a_question_about_html_beside_a_image_is_not_taken_for_its_place():
+def test_a_question_about_html_beside_an_image_is_not_taken_for_its_place():
     """One image, one tag within a sentence: which is meant cannot be known."""
     assert rule_of(llava("What does <img> do here?", "A.", image="a.png")) == "foreign_mark"
     record = llava("<image>\nWhat does <img> do here?", "It shows.", image="a.png")
@@ -107,7 +112,7 @@ def test_a_mark_in_the_prompt_of_a_caption_is_its_place(mark):
 
 
 @pytest.mark.parametrize("shown", ["![a dog](dog.png)", '<img src="dog.png">', "<video controls src='a.mp4'>"])
-def test_a_image_shown_in_markdown_or_html_is_reported(shown):
+def test_an_image_shown_in_markdown_or_html_is_reported(shown):
     assert rule_of(llava(f"{shown}\nWhat?", "A dog.")) == "unread_medium"
     assert parse(llava(f"Mend this: {shown}", "So.")).unread == ("media shown in Markdown or HTML",)
     assert parse(llava("Show a dog.", f"{shown}")).unread == ()

@@ -255,7 +255,7 @@ def test_one_image_without_a_mark_comes_first_if_the_config_allows():
     assert rule_of(record, "exact") == "image_count"
 
 
-def test_a_image_is_not_placed_twice():
+def test_an_image_is_not_placed_twice():
     record = llava("Hi", "Yes?", "<image>\nWhat?", "A.", image="a.png")
     assert [turn.num_images for turn in parse(record).turns] == [0, 0, 1, 0]
 

@@ -123,7 +123,7 @@ def test_preview_shows_sources_in_turn_and_saves_what_the_encoder_sees(records, 
     assert sheet[4 + 2, 4 + 14].tolist() == [255, 255, 255]  # padded to a square with the background
 
 
-def test_preview_goes_on_after_a_image_that_cannot_be_read(records, made, spec, tmp_path, capsys):
+def test_preview_goes_on_after_an_image_that_cannot_be_read(records, made, spec, tmp_path, capsys):
     path = records(6)
     (tmp_path / "1.png").write_bytes(b"no image")
     preview_records(*made(path), spec, number=3, out=tmp_path / "sheet.png")

@@ -41,7 +41,7 @@ RECORD = {"image": "a.png", "caption": "Red."}
         (bytes(99), "is of no format that is read"),
     ],
 )
-def test_a_image_that_is_none_is_called_what_it_is(tmp_path, content, said):
+def test_an_image_that_is_none_is_called_what_it_is(tmp_path, content, said):
     (tmp_path / "a.jpg").write_bytes(content)
     for source in (tmp_path / "a.jpg", content):
         with pytest.raises(RecordError) as caught:

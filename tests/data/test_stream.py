@@ -108,7 +108,7 @@ def test_without_packing_each_row_holds_one_record(records, bpe, spec):
     assert step[0].input_ids.shape[1] < 96
 
 
-def test_a_image_that_breaks_during_training_costs_its_record_alone(records, bpe, spec):
+def test_an_image_that_breaks_during_training_costs_its_record_alone(records, bpe, spec):
     path = records(9)
     data = build(path, bpe, spec)
     (path.parent / "4.png").write_bytes(b"no image")

@@ -142,7 +142,7 @@ def test_a_conversation_without_a_reply_is_skipped_by_rule():
         assert caught.value.rule == "no_supervised_tokens"
 
 
-def test_a_image_without_an_encoder_is_skipped_by_rule():
+def test_an_image_without_an_encoder_is_skipped_by_rule():
     text_only = ConversationTokenizer(BPE, TEMPLATES["chatml"])
     with pytest.raises(RecordError) as caught:
         text_only(talk((IMAGE, "Hi"), "Yes.", images=("a.png",)))
@@ -164,7 +164,7 @@ def test_an_over_long_record_is_dropped_or_cut_at_a_turn_as_the_config_says():
 
 
 @pytest.mark.parametrize("max_length", range(20, 90, 3))
-def test_a_cut_never_splits_a_image(max_length):
+def test_a_cut_never_splits_an_image(max_length):
     try:
         example = tokenizer().fit(LONG, max_length, 9, "cut")
     except RecordError as error:

@@ -62,7 +62,7 @@ def test_the_example_in_the_documentation_works(root: Path, monkeypatch: pytest.
         assert result.attempted == 7
 
 
-def test_all_forms_of_a_question_with_a_image_get_the_same_reply(loaded: LoadedModel, root: Path):
+def test_all_forms_of_a_question_with_an_image_get_the_same_reply(loaded: LoadedModel, root: Path):
     path = root / "cat.png"
     with Image.open(path) as image:
         in_memory = image.convert("RGB")
@@ -179,7 +179,7 @@ def test_an_error_in_the_generation_thread_reaches_the_caller(loaded: LoadedMode
         loaded.chat("Hello")
 
 
-def test_a_image_for_a_plain_language_model_is_refused(root: Path, tmp_path: Path):
+def test_an_image_for_a_plain_language_model_is_refused(root: Path, tmp_path: Path):
     write_run(tmp_path / "run", model_config(root, vision=None, trainable=["llm.lora"]))
     plain = load(export_run(tmp_path / "run"), "cpu", "fp32")
     assert plain.image_spec is None

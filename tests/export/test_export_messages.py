@@ -38,7 +38,7 @@ def test_images_come_first_and_on_a_line_of_their_own_as_in_training_data():
     assert conversation.images == ("a.png", "b.png")
 
 
-def test_a_image_without_words_is_a_turn_of_the_image_alone():
+def test_an_image_without_words_is_a_turn_of_the_image_alone():
     assert to_conversation("", ["a.png"]).turns[0].parts == (IMAGE,)
 
 
@@ -64,7 +64,7 @@ def test_images_that_no_part_asks_for_stand_before_the_placed_ones_of_the_first_
     assert to_conversation(messages, ["a.png"]).images == ("a.png", "b.png")
 
 
-def test_a_image_in_memory_and_a_data_url_keep_every_pixel():
+def test_an_image_in_memory_and_a_data_url_keep_every_pixel():
     url = "data:image/png;base64," + base64.b64encode(png("red")).decode()
     messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
     assert to_conversation(messages).images == (png("red"),)

@@ -288,7 +288,7 @@ def test_the_tower_yields_what_was_trained_on(export: Export):
         assert config["vision_feature_select_strategy"] == "full"
 
 
-def test_all_count_the_same_tokens_a_image(export: Export):
+def test_all_count_the_same_tokens_an_image(export: Export):
     """vLLM counts from the tower's settings, the processor from its own; 16 for 28 x 28 pixels in patches of 7."""
     config, vision, processor = export.config, export.config["vision_config"], export.processor
     is_clip = vision["model_type"] == "clip_vision_model"

@@ -68,7 +68,7 @@ def test_the_batchs_images_are_told_apart(built: Assembled):
     assert (straight[0, -1] - straight[1, -1]).abs().max() > 0.01
 
 
-def test_a_placeholder_without_a_image_is_an_error(built: Assembled):
+def test_a_placeholder_without_an_image_is_an_error(built: Assembled):
     with pytest.raises(ValueError, match="16 image placeholders, 0 image features"):
         built.model(torch.tensor([[2, *[IMAGE] * 16, 3]]), torch.arange(18)[None])
     with pytest.raises(ValueError, match="0 image placeholders, 16 image features"):

@@ -11,9 +11,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import toy_objective
 
 import vlm
 from vlm.config import load_config
+from vlm.errors import CheckpointError
 from vlm.run import train
 
 EARLIER = Path(__file__).parents[1] / "fixtures/earlier"
@@ -34,6 +36,16 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_losses_it_would_have_had(exp
     assert [line["step"] for line in lines] == [3, 4]
     assert [line["loss"] for line in lines] == pytest.approx(expected["losses"][2:], rel=1e-5)  # worst seen 0
     assert [line["grad_norm"] for line in lines] == pytest.approx(expected["grad_norms"][2:], rel=1e-4)
+
+
+def test_another_objective_is_refused(expected):
+    toy_objective.register()
+    try:
+        config = load_config("config.yaml", ["objective={kind: even_words}"])
+        with pytest.raises(CheckpointError, match=r"objective\.kind"):
+            train(config, Path("config.yaml").read_text())
+    finally:
+        toy_objective.unregister()
 
 
 def test_its_export_answers_as_it_did(expected):

@@ -10,9 +10,11 @@ import os
 import struct
 import unicodedata
 import warnings
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -24,6 +26,8 @@ from vlm.batch import ImageLayout, ImageSpec
 from vlm.data.sniff import HEAD, describe, describe_text
 from vlm.errors import RecordError
 from vlm.logs import warn
+
+T = TypeVar("T")
 
 # Raster formats only: Pillow's other readers run interpreters (EPS), read files beside the image, or are rarely
 # tried with hostile input. "JPEG" opens the MPO of phones too, which keeps a second view behind the first.
@@ -168,6 +172,11 @@ def load_image(
     Raises:
         RecordError: rules image_missing, image_unreadable, image_too_large.
     """
+    return _read_image(source, partial(_decode, max_pixels=max_pixels, background=background))
+
+
+def _read_image(source: str | bytes | Path, read: Callable[[str | bytes | Path, str], T]) -> T:
+    """What `read` makes of a source and its name for messages; whatever it raises becomes a RecordError."""
     label = "the image" if isinstance(source, bytes) else Path(source).name
     if not isinstance(source, bytes) and not os.path.isfile(source):  # a folder; a pipe would block
         reason = "is no file" if os.path.exists(source) else "does not exist"
@@ -175,7 +184,7 @@ def load_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # malformed EXIF and the like; what matters raises
-            return _decoded(source, max_pixels, background, label)
+            return _read_or_strip(source, label, read)
     except RecordError:
         raise
     except Image.DecompressionBombError:
@@ -184,19 +193,21 @@ def load_image(
         raise RecordError("image_unreadable", f"{label}{_what_it_is(source, error)}") from None
 
 
-def _decoded(source: str | bytes | Path, max_pixels: int, background: tuple[int, int, int], label: str) -> Image.Image:
+def _read_or_strip(source: str | bytes | Path, label: str, read: Callable[[str | bytes | Path, str], T]) -> T:
     try:
-        return _decode(source, max_pixels, background, label)
+        return read(source, label)
     except ValueError:  # Pillow reads no text or colour profile of a PNG over 1 MB; pixels do not need it
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
         stripped = _without_text(content)
         if len(stripped) == len(content):
             raise
-        return _decode(stripped, max_pixels, background, label)
+        return read(stripped, label)
 
 
-def _decode(source: str | bytes | Path, max_pixels: int, background: tuple[int, int, int], label: str) -> Image.Image:
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+def _decode(
+    source: str | bytes | Path, label: str, *, max_pixels: int, background: tuple[int, int, int]
+) -> Image.Image:
+    with _open(source) as image:
         _check_size(image.size, max_pixels, label)
         image.load()
         rgb = _to_rgb(_upright(image), background)
@@ -266,20 +277,29 @@ def image_layout(source: str | bytes | Path, spec: ImageSpec) -> ImageLayout:
     return spec.layout(*upright_size(source)) if spec.reads_size else spec.typical()
 
 
-def upright_size(source: str | bytes | Path) -> tuple[int, int]:
-    """Width and height in pixels as `load_image` gives them, from the header alone."""
-    label = "the image" if isinstance(source, bytes) else Path(source).name
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-                width, height = image.size
-                turn = _TURN_BACK.get(_orientation(image))
-                return (height, width) if turn in _SWAP_SIDES else (width, height)
-    except FileNotFoundError:
-        raise RecordError("image_missing", f"{label} does not exist") from None
-    except Exception as error:  # as load_image
-        raise RecordError("image_unreadable", f"{label}{_what_it_is(source, error)}") from None
+def upright_size(source: str | bytes | Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+    """Width and height in pixels as `load_image` gives them, from the header alone. Raises as it does."""
+    return _read_image(source, partial(_header_size, max_pixels=max_pixels))
+
+
+def _header_size(source: str | bytes | Path, label: str, *, max_pixels: int) -> tuple[int, int]:
+    with _open(source) as image:
+        _check_size(image.size, max_pixels, label)
+        width, height = image.size
+        if image.format == "TIFF":  # Pillow has turned its size already
+            return width, height
+        if image.format == "PNG":  # `getexif` would decode it
+            exif = Image.Exif()
+            with suppress(Exception):  # malformed EXIF says nothing
+                exif.load(image.info.get("exif") or b"")
+            turn = _TURN_BACK.get(exif.get(_ORIENTATION, 0))
+        else:
+            turn = _TURN_BACK.get(_orientation(image))
+        return (height, width) if turn in _SWAP_SIDES else (width, height)
+
+
+def _open(source: str | bytes | Path) -> Image.Image:
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
 
 
 def from_pixels(pixels: Tensor, spec: ImageSpec) -> Image.Image:

@@ -151,7 +151,7 @@ def _kind(token: str) -> tuple[Medium, Strength] | None:
         return medium, "sure"
     is_word = re.fullmatch(r"image|img|picture|photo|pic", name, re.IGNORECASE) is not None
     if token[0] in "[{":
-        fits = is_word or re.fullmatch(r"(?:image|img|image)[ _]?\d+", name, re.IGNORECASE)
+        fits = is_word or re.fullmatch(r"(?:image|img|picture)[ _]?\d+", name, re.IGNORECASE)
         is_jargon = name.isupper() and _JARGON.search(name)
         return (medium, "sure" if token.startswith("[IMG") else "variant") if fits or is_jargon else None
     if token.startswith("</"):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import secrets
 import time
 import zipfile
 import zlib
@@ -212,6 +213,7 @@ def _do_kept(numbers: np.ndarray) -> Any:
 
 
 def _key(reader: ExampleReader) -> str:
+    """Of the table of lengths. Where these depend on the images, on each of their headers, it is of this run alone."""
     settings = {
         "sources": [
             (source.fingerprint, source.config.model_dump(mode="json"), source.image_placement)
@@ -221,6 +223,8 @@ def _key(reader: ExampleReader) -> str:
         "limits": [reader.max_length, reader.max_images, reader.over_long],
         "version": 3,  # of how conversations become tokens
     }
+    if reader.tokenizer.reads_images:
+        settings["run"] = secrets.token_hex(8)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
 

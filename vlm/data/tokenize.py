@@ -173,6 +173,11 @@ class ConversationTokenizer:
         return 1 if isinstance(count, int) else len(image_layout(image, count).tiles)
 
     @property
+    def reads_images(self) -> bool:
+        """Whether the number of placeholders depends on the image."""
+        return not isinstance(self.tokens_per_image, int) and self.tokens_per_image.reads_size
+
+    @property
     def typical_tokens(self) -> int:
         """Placeholders of an image as large as a tile, for estimates."""
         count = self.tokens_per_image

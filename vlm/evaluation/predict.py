@@ -48,7 +48,7 @@ class FeatureCache:
         self._kept: dict[str | bytes, Tensor] = {}
 
     def get(self, images: Sequence[str | bytes]) -> dict[str | bytes, Tensor]:
-        """[T, D] for every image.
+        """[tokens, D] for every image.
 
         Raises:
             RecordError: an image cannot be read.
@@ -69,7 +69,8 @@ class FeatureCache:
         assert spec is not None
         pixels = [to_tiles(load_image(image, background=spec.background), spec) for image in images]
         with torch.inference_mode(), loaded.autocast():
-            tiles = loaded.model.encode_images(torch.cat(pixels).to(loaded.device))
+            parts = torch.cat(pixels).split(self._batch_size)
+            tiles = torch.cat([loaded.model.encode_images(part.to(loaded.device)) for part in parts])
         return [each.flatten(0, 1) for each in tiles.split([len(each) for each in pixels])]
 
 

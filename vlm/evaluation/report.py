@@ -139,10 +139,12 @@ def _run_task(loaded: LoadedModel, task: TaskConfig, features: FeatureCache, see
         if task.kind == "ranking"
         else None
     )
-    other = derangement(shown, seed, groups) if len(set(shown)) > 1 else {}
+    # an image that takes another number of tokens cannot stand in the place of this one
+    is_fixed = loaded.image_spec is None or not loaded.image_spec.reads_size
+    other = derangement(shown, seed, groups) if len(set(shown)) > 1 and is_fixed else {}
     swapped = [replace(q, images=tuple(other[image] for image in q.images)) for q in questions] if other else []
     blanked: list[Question] = []
-    if shown and task.kind == "loss":  # one more pass over the records, so not for every task
+    if shown and task.kind == "loss" and is_fixed:  # one more pass over the records, so not for every task
         white = _blank_image()
         blanked = [replace(question, images=(white,) * len(question.images)) for question in questions]
     # together: what is asked of an image as its own and as another's is scored once

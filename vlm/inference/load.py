@@ -1,4 +1,4 @@
-"""Export -> a model to talk to, or the start of the next stage.
+"""Export -> a model to talk to.
 
 Nothing but safetensors and JSON is read, and no code of an export is ever run.
 """

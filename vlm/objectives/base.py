@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 class Head:
     """The language model's head, as an objective calls it.
 
-    `min_chunks` is how often every rank must call it for this batch. It is above 1 only where the ranks share the
-    head's weight, and a rank that called it less often would keep the others waiting; the engine sets it.
+    `min_calls` is how often every rank must call it for this batch: the most that any rank's objective has asked for.
+    It is above 1 only where the ranks share the head's weight and would wait for each other; the engine sets it.
     """
 
     logits: Callable[[Tensor], Tensor]  # [S, D] -> [S, V]
-    min_chunks: int = 1
+    min_calls: int = 1
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """[S, D] -> [S, V], in the dtype of the computation."""
@@ -45,6 +45,9 @@ class Objective(Protocol):
 
     def normalizer(self, batch: Batch) -> int:
         """What the summed loss is divided by: supervised tokens, or pairs. Known before any forward."""
+
+    def num_head_calls(self, batch: Batch) -> int:
+        """How often `loss` calls the head, at least 1. With a larger `head.min_calls` it calls it that often."""
 
     def loss(self, hidden_states: Tensor, batch: Batch, head: Head) -> LossOutput:
         """The summed loss of a batch. It has a graph through the head even where nothing is supervised, so that every

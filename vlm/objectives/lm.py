@@ -20,10 +20,15 @@ class LanguageModeling:
     def normalizer(self, batch: Batch) -> int:
         return batch.num_supervised
 
-    def loss(self, hidden_states: Tensor, batch: Batch, head: Head) -> LossOutput:
-        from vlm.models.loss import chunked_cross_entropy  # not above: `vlm --help` reads the section below
+    def num_head_calls(self, batch: Batch) -> int:
+        from vlm.models.loss import count_chunks  # not above: `vlm --help` reads the section below
 
-        return LossOutput(chunked_cross_entropy(hidden_states, batch.labels, head, min_chunks=head.min_chunks))
+        return count_chunks(batch.num_supervised)
+
+    def loss(self, hidden_states: Tensor, batch: Batch, head: Head) -> LossOutput:
+        from vlm.models.loss import chunked_cross_entropy
+
+        return LossOutput(chunked_cross_entropy(hidden_states, batch.labels, head, min_chunks=head.min_calls))
 
 
 class LanguageModelingConfig(ObjectiveConfig):

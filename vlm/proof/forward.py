@@ -77,7 +77,8 @@ class Rows:
 
     @property
     def num_images(self) -> list[int]:
-        return [len(record.example.images) for record in self.records]
+        """Tiles of each record."""
+        return [batch.num_images for batch in self.alone]
 
 
 def measure_rounding(probe: Probe, rows: Rows, embedding: nn.Module, dtype: torch.dtype) -> float:

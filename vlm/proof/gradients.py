@@ -86,7 +86,7 @@ def reference_step(probe: StateProbe, objective: Objective, rows: Rows) -> Refer
             loss = _summed_loss(probe, objective, states, batch, record)
             summed += loss.item()
             if loss.requires_grad:
-                (loss / normalizer).backward()
+                (loss / max(1, normalizer)).backward()
     gradients = Gradients.of(model)
     model.zero_grad(set_to_none=True)
     return Reference(summed, normalizer, gradients)
@@ -97,7 +97,11 @@ def check_loss(engine: Engine, subject: Subject, reference: Reference, bounds: B
     summed, normalizer = engine.evaluate(subject.batch([[record] for record in subject.computed]))
     ranks = engine.num_data_ranks
     if normalizer != reference.normalizer * ranks:
-        return {"loss": holds(f"it counts {normalizer / ranks:g} tokens, the replies have {reference.normalizer}")}
+        return {
+            "loss": holds(
+                f"it counts {normalizer / ranks:g}, the records have {reference.normalizer} supervised tokens"
+            )
+        }
     return {"loss": within(_apart(summed / ranks, reference.summed), bounds.loss)}
 
 
@@ -112,7 +116,7 @@ def check_loss_by_records(
     (summed, normalizer), alone = evaluate(joined), [evaluate(batch) for batch in rows.alone]
     count = expected_normalizer(objective, rows) * engine.num_data_ranks
     if normalizer != count or sum(each[1] for each in alone) != count:
-        return {"loss": holds(f"it counts {normalizer} tokens, the replies have {count} on all ranks")}
+        return {"loss": holds(f"it counts {normalizer}, the records have {count} supervised tokens on all ranks")}
     return {"loss": within(_apart(summed, sum(each[0] for each in alone)), bounds.loss)}
 
 
@@ -130,7 +134,7 @@ def check_step(
         rehearsed = engine.rehearse(rows.alone, max(1, normalizer), lambda: Gradients.of(model))
     assert rehearsed is not None
     loss, _, gradients = rehearsed
-    expected = reference.summed / reference.normalizer
+    expected = reference.summed / max(1, reference.normalizer)
     apart = max(_apart(loss, expected), gradients.distance(reference.gradients))
     note = f"loss {loss:.6g}, of all tokens {expected:.6g}"
     return {
@@ -177,10 +181,10 @@ def is_written_out(objective: Objective) -> bool:
 
 
 def expected_normalizer(objective: Objective, rows: Rows) -> int:
-    """Of both records, at least 1."""
+    """Of both records."""
     if is_written_out(objective):
         return sum(len(_targets(record)) for record in rows.records)
-    return max(1, sum(map(objective.normalizer, rows.alone)))
+    return sum(map(objective.normalizer, rows.alone))
 
 
 def _summed_loss(probe: StateProbe, objective: Objective, states: Tensor, batch: Batch, record: Record) -> Tensor:

@@ -52,15 +52,15 @@ class Subject:
 
 def choose(data: Data) -> tuple[list[int], list[int]]:
     """Numbers of the records to compute, and of others to read. Raises DataError if none can be read."""
-    plan = data.train.order
-    first = np.concatenate([np.asarray(row, dtype=np.int64) for row in plan.rows(0)[:FIRST_ROWS]])
-    lengths, num_images = plan.scan.lengths[first], plan.scan.num_images[first]
-    is_terse = lengths - num_images * plan.scan.reader.tokenizer.typical_tokens < TEXT_TOKENS
+    rows = data.train.order
+    first = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows.rows(0)[:FIRST_ROWS]])
+    lengths, num_images = rows.scan.lengths[first], rows.scan.num_images[first]
+    is_terse = lengths - num_images * rows.scan.reader.tokenizer.typical_tokens < TEXT_TOKENS
     order = np.lexsort((np.arange(len(first)), lengths, is_terse, num_images == 0))  # the last key counts first
     short = _readable(data, first[order], NUM_SHORT, with_images=True)
     if not short:
         raise DataError("none of the first records can be read; `vlm data check CONFIG` says why")
-    image_token_id = plan.scan.reader.tokenizer.image_token_id
+    image_token_id = rows.scan.reader.tokenizer.image_token_id
     number = next(
         (number for number, example in short.items() if reads_image(example, image_token_id)), next(iter(short))
     )

@@ -9,8 +9,8 @@ from vlm.train.engines.base import Engine
 
 
 def held_out_loss(engine: Engine, batches: Iterable[Batch]) -> tuple[float, int, list[Skip]]:
-    """Mean loss per supervised token over all batches, each token counted equally; the number of tokens; the records
-    that could not be read, of all data ranks."""
+    """Mean loss over all batches, each supervised token counted equally; the normalizer; the records of all data ranks
+    that could not be read."""
     total, normalizer = 0.0, 0
     own: list[Skip] = []
     for read in batches:

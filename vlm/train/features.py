@@ -56,7 +56,8 @@ def fill_store(
             images, pixels = _decode(chunk, max_pixels, spec)
             if images:
                 with torch.no_grad(), autocast(device.type, autocast_dtype):
-                    features = encoder(torch.cat(pixels).to(device))
+                    tiles = torch.cat(pixels).split(BATCH)
+                    features = torch.cat([encoder(part.to(device)) for part in tiles])
                 for image, feature in zip(images, features.split([len(each) for each in pixels]), strict=True):
                     store.put(image, feature)
             progress.show(start + len(chunk))

@@ -86,10 +86,10 @@ class Reporter:
             return
         seconds = max(time.monotonic() - window.started, 1e-9)
         line = {
+            **{name: value / max(window.normalizer, 1) for name, value in window.metrics.items()},
             "step": step,
             "epoch": round(self.epoch_at(step), 4),
             "loss": window.loss / window.normalizer if window.normalizer else None,
-            **{name: value / max(window.normalizer, 1) for name, value in window.metrics.items()},
             "grad_norm": output.grad_norm if output.applied else None,
             "learning_rate": self.learning_rate * self.schedule(step - 1),
             "supervised_tokens": int(window.supervised),

@@ -80,15 +80,19 @@ class PromptBuilder:
     def _of_chat(self, request: ChatRequest, images: Sequence[bytes]) -> Prompt:
         messages = _merged(request.messages)
         self._check_letters(sum(len(part.get("text", "")) for message in messages for part in message["content"]))
+        spec = self.loaded.image_spec
+        # before the text where its length depends on them, so that one which cannot be read is named as such
+        pixels = self._pixels(images) if spec is not None and spec.reads_size else None
         try:
             conversation = to_conversation(messages, images, self.loaded.template)
             input_ids = self.loaded.conversation_tokenizer.prompt(conversation)
-        except RecordError as error:  # about turns only: images are not opened yet
+        except RecordError as error:  # about turns only
             raise self._bad(f"{self.where}: {error.message}", error.rule) from None
         new_tokens = self._new_tokens(input_ids, request.new_tokens, len(images))
         begun = conversation.begun_reply
         before = tuple(input_ids[-CONTEXT:]) if begun else ()
-        return Prompt(input_ids, self._pixels(images), new_tokens, before, begun)
+        pixels = self._pixels(images) if pixels is None else pixels
+        return Prompt(input_ids, pixels, new_tokens, before, begun)
 
     def _of_text(self, prompt: str | list[int], wanted: int | None) -> Prompt:
         if isinstance(prompt, str):

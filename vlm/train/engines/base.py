@@ -159,15 +159,15 @@ class LossModule(nn.Module):
         self.objective = objective
         self.autocast_dtype = autocast_dtype
 
-    def forward(self, batch: Batch, min_chunks: int = 1) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, min_head_calls: int = 1) -> tuple[Tensor, Tensor]:
         """Float32 scalar with a graph, and the metrics [M] in the order of their names; see `LossOutput`.
 
         Args:
-            min_chunks: see `Head`.
+            min_head_calls: see `Head`.
         """
         with autocast(batch.input_ids.device.type, self.autocast_dtype):
             hidden_states = self.model(batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_features)
-            output = self.objective.loss(hidden_states, batch, Head(self.model.logits, min_chunks))
+            output = self.objective.loss(hidden_states, batch, Head(self.model.logits, min_head_calls))
         return spoil(output.loss), stack_metrics(output, self.objective.metric_names)
 
 
@@ -193,7 +193,7 @@ class Sums:
 
 
 def poison(loss: Tensor) -> Tensor:
-    """The loss, or NaN for one that is not finite: an infinite loss may have finite gradients, of NaN all are NaN."""
+    """The loss, or NaN for one that is not finite: an infinite loss may have finite gradients, of NaN some are NaN."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
 

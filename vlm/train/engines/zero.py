@@ -23,7 +23,6 @@ from torch import Tensor
 from vlm.batch import Batch
 from vlm.distributed import new_group, rank, world_size
 from vlm.launch import set_local_rank
-from vlm.models.loss import count_chunks
 from vlm.models.trainable import trained_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.train.engines.base import (
@@ -76,8 +75,8 @@ class ZeroEngine(Engine):
         set_learning_rates(self.optimizer, lr_factor)
         scale_deepspeed(self._zero, self.start_step())
         sums = Sums(self.objective, self.device)
-        for batch, min_chunks in zip(microbatches, self._agree_on_chunks(microbatches), strict=True):
-            loss, metrics = self._engine(batch.to(self.device), min_chunks)
+        for batch, min_calls in zip(microbatches, self._agree_on_head_calls(microbatches), strict=True):
+            loss, metrics = self._engine(batch.to(self.device), min_calls)
             sums.add(loss, metrics)
             loss = poison(loss)  # then DeepSpeed leaves the weights as they are, on every rank
             self._engine.backward(loss * (self.num_data_ranks / normalizer), scale_wrt_gas=False)
@@ -90,8 +89,8 @@ class ZeroEngine(Engine):
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         self._engine.eval()
-        (min_chunks,) = self._agree_on_chunks([batch])
-        loss, _ = self._engine(batch.to(self.device), min_chunks)
+        (min_calls,) = self._agree_on_head_calls([batch])
+        loss, _ = self._engine(batch.to(self.device), min_calls)
         summed, normalizer = self.sum_over_data_ranks([loss.item(), float(self.objective.normalizer(batch))])
         return summed, int(normalizer)
 
@@ -118,9 +117,9 @@ class ZeroEngine(Engine):
             for name, tensor in trained_weights(self.model).items():  # one at a time
                 tensor.copy_(reader.whole(name))
 
-    def _agree_on_chunks(self, batches: list[Batch]) -> list[int]:
+    def _agree_on_head_calls(self, batches: list[Batch]) -> list[int]:
         """At stage 3 each call of the head gathers its weight, on all ranks or on none."""
-        own = torch.tensor([count_chunks(batch.num_supervised) for batch in batches])
+        own = torch.tensor([self.objective.num_head_calls(batch) for batch in batches])
         if self.stage == 3 and self.num_data_ranks > 1:
             dist.all_reduce(own, dist.ReduceOp.MAX)
         return own.tolist()
