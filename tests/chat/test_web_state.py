@@ -14,13 +14,19 @@ from tiny_export import write_picture
 
 from vlm.chat.session import Exchange
 from vlm.chat.web_models import Export, ModelStore
-from vlm.chat.web_page import settings_of
 from vlm.chat.web_state import MAX_PICTURES, MAX_QUESTION, PageError, WebChat
 from vlm.chat.web_texts import _TEXTS, tell
 from vlm.chat.web_uploads import Uploads
 from vlm.data.records import parse_record
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.generate import GenerationSettings
+
+
+def settings_of(panel: dict[str, Any]) -> GenerationSettings:
+    from vlm.chat.web_page import settings_of  # gradio takes seconds to import
+
+    return settings_of(panel)
+
 
 ANNA, BERT = "a" * 32, "b" * 32
 LEAK = re.compile(r"0x|/|Traceback|\.py")
