@@ -8,8 +8,7 @@ quickstart-tiny:
 	scripts/quickstart.sh --tiny
 
 test: .venv-test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist worksteal
 
 test-fast: .venv-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2

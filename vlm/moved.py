@@ -46,4 +46,4 @@ class _OldNames(MetaPathFinder, Loader):
 
 def install() -> None:
     """Called once, when `vlm` is imported."""
-    sys.meta_path.append(_OldNames())
+    sys.meta_path.insert(0, _OldNames())  # before what finds files: a package under its old name has the new folder

@@ -14,13 +14,19 @@ from tiny_export import write_image
 
 from vlm.apps.session import Exchange
 from vlm.apps.web.models import Export, ModelStore
-from vlm.apps.web.page import settings_of
 from vlm.apps.web.state import MAX_IMAGES, MAX_QUESTION, PageError, WebChat
 from vlm.apps.web.texts import _TEXTS, tell
 from vlm.apps.web.uploads import Uploads
 from vlm.data.records import parse_record
 from vlm.errors import CheckpointError, ConfigError
 from vlm.generation.generate import GenerationSettings
+
+
+def settings_of(panel: dict[str, Any]) -> GenerationSettings:
+    from vlm.apps.web.page import settings_of  # gradio takes seconds to import
+
+    return settings_of(panel)
+
 
 ANNA, BERT = "a" * 32, "b" * 32
 LEAK = re.compile(r"0x|/|Traceback|\.py")

@@ -137,6 +137,7 @@ def add_begin_token(folder: Path, tokenizer_class: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["vicuna", "llama3", "chatml", "plain"])
 @pytest.mark.parametrize("full", [False, True])
 def test_whoever_tokenizes_a_rendered_prompt_gets_the_ids_of_the_training(template: str, full: bool, tmp_path: Path):

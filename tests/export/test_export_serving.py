@@ -232,6 +232,7 @@ def test_every_tensor_lands_on_a_parameter_of_vllm_and_none_stays_unset(export: 
     assert misplaced(export.shapes, vllm_places(export.config)) == []
 
 
+@pytest.mark.slow
 def test_every_tensor_lands_on_a_parameter_of_sglang_and_none_stays_unset(export: Export):
     """It builds transformers' model without weights, as done here, and refuses a file that lacks a parameter of it."""
     import torch

@@ -1,6 +1,7 @@
 """Optimizers of bitsandbytes: they train as torch's AdamW does, and their state is saved and resumed to the bit."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from vlm.train.engines.base import adam_state, shared_adam_state
 from vlm.train.fragments import FragmentReader, read_weights, state_files
 from vlm.train.optim import build_optimizer
 
-pytest.importorskip("bitsandbytes", reason="the extra [quant]")
+pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="the extra [quant]")  # slow to import
 
 FULL = {"model__lora": None, "model__trainable": ["projector", "llm"]}  # tensors of more than 4,096 elements
 

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from prove_engines import Case, run_cases, worst_differences
+from prove_engines import Case, run_cases, work, worst_differences
 from tokenizers_for_tests import byte_level_bpe
 from toy_decoders import toy_decoder
+from warm import run_warm
 
 from vlm.errors import ConfigError
 from vlm.models.vlm import VisionLanguageModel
@@ -51,11 +52,16 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
+def start_warm(job: Path, processes: int) -> None:
+    code, output = run_warm(work, job, nproc=processes)
+    assert code == 0, output[-6000:]
+
+
 @pytest.mark.slow
 def test_ranks_that_need_unequal_numbers_of_forwards_train_alike(config: Path, tmp_path: Path):
     torch.manual_seed(0)
     cases = [Case(engine) for engine in ("local", *ENGINES)]
-    outcomes = run_cases(str(config), cases, STEPS, tmp_path)
+    outcomes = run_cases(str(config), cases, STEPS, tmp_path, start_warm)
     reference = outcomes[cases[0]]
     for case in cases[1:]:
         loss, norm, weights = worst_differences(reference, outcomes[case])
