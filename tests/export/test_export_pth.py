@@ -5,13 +5,14 @@ from __future__ import annotations
 import resource
 import signal
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 from tiny_export import model_config, write_run
 
 from vlm.cli.main import main
-from vlm.errors import ConfigError
+from vlm.errors import CheckpointError, ConfigError
 from vlm.export.pth import export_pth
 from vlm.models.trainable import merge_lora, part_weights, trained_weights
 
@@ -32,6 +33,22 @@ def test_the_file_is_a_plain_dict_of_what_trained(tmp_path: Path):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert "projector.layers.0.weight" in found
+
+
+@pytest.mark.parametrize("damage", ["one tensor differs", "one tensor is missing", "it is cut off"])
+def test_a_file_that_does_not_read_back_is_no_export(run: Path, monkeypatch: pytest.MonkeyPatch, damage: str):
+    def write(tensors: dict[str, torch.Tensor], file: BinaryIO) -> None:
+        name = "projector.layers.0.weight"
+        changed = {name: 2 * tensors[name]} if damage == "one tensor differs" else {}
+        kept = {each: tensors[each] for each in tensors if each != name} if "missing" in damage else tensors
+        torch.save(kept | changed, file)
+        if damage == "it is cut off":
+            file.truncate(1000)
+
+    monkeypatch.setattr("vlm.export.pth._save", write)
+    with pytest.raises(CheckpointError, match=r"export\.pth was not written: what was read back"):
+        export_pth(run)
+    assert [file.name for file in run.iterdir() if "pth" in file.name] == []
 
 
 def test_the_full_file_holds_every_part_with_the_adapter_merged(tmp_path: Path):

@@ -10,7 +10,6 @@ from warm import run_warm
 
 ENGINES = ALL[1:]  # but local
 LORA = ("model.lora={rank: 4, alpha: 8}", "model.trainable=[projector, llm.lora]")
-PROJECTOR = ("model.lora=null", "model.trainable=[projector]")
 FULL = ("model.lora=null", "model.trainable=[projector, llm]")
 VISION = ("model.lora=null", "model.trainable=[projector, llm, vision]")
 STEPS = 9
@@ -47,7 +46,7 @@ def start(job, processes):
 def test_every_engine_trains_as_one_process_does(config, tmp_path):
     variants = {
         (name, precision): (*options, f"train.precision={precision}")
-        for name, options in (("projector", PROJECTOR), ("lora", LORA), ("full", FULL), ("vision", VISION))
+        for name, options in (("lora", LORA), ("full", FULL), ("vision", VISION))
         for precision in (("fp32", "bf16") if name in ("lora", "full") else ("fp32",))
     }
     cases = [Case(engine, options) for options in variants.values() for engine in ("local", *ENGINES)]

@@ -1,25 +1,31 @@
-"""A run's weights in one file for tools that want a `.pth`. It is a pickle; nothing here ever reads one."""
+"""A run's weights in one file for tools that want a `.pth`.
+
+It is a pickle, and nothing here ever loads one: what was written is compared byte by byte, as the archive that it is.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import secrets
+import zipfile
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import torch
 from torch import Tensor
 
 from vlm.artifacts.parts import read_run
 from vlm.compat import prepare
-from vlm.errors import ConfigError
+from vlm.errors import CheckpointError, ConfigError
 from vlm.export.run import DType, build_merged
 from vlm.faults import fault
 from vlm.logs import log
 from vlm.models.trainable import part_weights
 from vlm.schema import PARTS
+
+_CHUNK = 1 << 24
 
 
 def export_pth(run: str | Path, out: str | Path | None = None, full: bool = False, dtype: DType = "auto") -> Path:
@@ -37,7 +43,7 @@ def export_pth(run: str | Path, out: str | Path | None = None, full: bool = Fals
         the file.
 
     Raises:
-        CheckpointError: no intact checkpoint, or the base models do not fit it.
+        CheckpointError: no intact checkpoint, the base models do not fit it, or the file does not read back.
         ConfigError: `out` is no name of a .pth file, or cannot be written.
     """
     prepare()
@@ -65,6 +71,7 @@ def _save_atomically(tensors: dict[str, Tensor], final: Path) -> None:
             _save(tensors, file)
             file.flush()
             os.fsync(file.fileno())
+        _check_written(tensors, temporary, final)
         fault("export:rename")
         temporary.replace(final)
     except OSError as error:
@@ -75,6 +82,32 @@ def _save_atomically(tensors: dict[str, Tensor], final: Path) -> None:
     finally:
         with suppress(OSError):  # its folder may be what is missing
             temporary.unlink(missing_ok=True)
+
+
+def _check_written(tensors: dict[str, Tensor], written: Path, final: Path) -> None:
+    """Raises CheckpointError unless the archive is whole and holds the bytes of every tensor. Nothing is unpickled."""
+    try:
+        with zipfile.ZipFile(written) as archive:
+            damaged = archive.testzip()
+            places = sorted((n for n in archive.namelist() if "/data/" in n), key=lambda n: int(n.rpartition("/")[2]))
+            if damaged is not None or len(places) != len(tensors):
+                raise zipfile.BadZipFile(damaged or f"{len(places)} tensors of {len(tensors)}")
+            for place, (name, tensor) in zip(places, tensors.items(), strict=True):
+                with archive.open(place) as stored:
+                    if not _holds(stored, tensor):
+                        raise zipfile.BadZipFile(name)
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f"{final} was not written: what was read back is not what was trained ({error}). Usually the disk is "
+            "failing or a network folder lags behind. Export to another disk"
+        ) from None
+
+
+def _holds(stored: IO[bytes], tensor: Tensor) -> bool:
+    """Whether a file has the bytes of a tensor's storage and no more."""
+    content = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+    same = all(stored.read(_CHUNK) == content[i : i + _CHUNK].tobytes() for i in range(0, len(content), _CHUNK))
+    return same and not stored.read(1)
 
 
 def _save(tensors: dict[str, Tensor], file: BinaryIO) -> None:
