@@ -112,11 +112,11 @@ def train_case(config: Any, steps: int, out: Path, device: Any) -> None:
     import torch
 
     from vlm.distributed import barrier, is_main
-    from vlm.run import prepare
+    from vlm.prepare import prepare_run
     from vlm.train.loop import TrainLoop
 
     torch.manual_seed(config.seed)
-    parts = prepare(config, device)
+    parts = prepare_run(config, device)
     losses, grad_norms, metrics = [], [], []
 
     def report(step: int, batches: Any, output: Any, counts: Any, seconds: float) -> None:

@@ -69,10 +69,10 @@ def make(path: str, options: list[str]) -> Any:
     import torch
 
     from vlm.config import load_config
-    from vlm.prepare import prepare
+    from vlm.prepare import prepare_run
 
     torch.manual_seed(0)
-    return prepare(load_config(path, options), torch.device("cpu"))
+    return prepare_run(load_config(path, options), torch.device("cpu"))
 
 
 def advance(run: Any, start: int, stop: int) -> list[Any]:

@@ -1,15 +1,20 @@
 """The examples of docs/extending.md, working."""
 
 import torch
+from PIL import Image
 from tokenizers_for_tests import byte_level_bpe
 from torch import nn
 
-from vlm.batch import IGNORE_INDEX, Batch
+from vlm.batch import IGNORE_INDEX, Batch, ImageSpec
 from vlm.data import parse
-from vlm.data.config import SourceConfig
+from vlm.data.build import build_data
+from vlm.data.config import DataConfig, SourceConfig
 from vlm.data.conversation import IMAGE, Conversation, Turn
+from vlm.data.records import SOURCES
 from vlm.data.template import EOS, ChatTemplate, RoleFormat
 from vlm.data.tokenize import ConversationTokenizer
+from vlm.errors import RecordError
+from vlm.files import sha256
 from vlm.models.families import LLM_PARTS, LLMParts
 from vlm.models.loss import chunked_cross_entropy
 from vlm.models.pipeline import pipeline_layers, run_layers
@@ -127,3 +132,50 @@ def test_a_new_family_for_the_pipeline_is_a_line_in_its_table(monkeypatch):
     hidden_states = run_layers(model, [inputs, *blocks[:1]], batch)  # stage 0
     hidden_states = run_layers(model, [*blocks[1:], output], batch, hidden_states)
     assert chunked_cross_entropy(hidden_states, batch.labels, model.logits).item() == whole.item()
+
+
+class Lines:
+    """A text file of `image<tab>caption` lines without a header."""
+
+    def __init__(self, path, name):
+        self.path, self.name = path, name or path.name
+        self.lines = path.read_text().splitlines()
+
+    def __len__(self):
+        return len(self.lines)
+
+    def __getitem__(self, number):
+        image, _, caption = self.lines[number].partition("\t")
+        if not caption:
+            raise RecordError("caption_missing", "a line without a tab")
+        return {"image": image, "caption": caption}
+
+    def where(self, number):
+        return f"{self.name}: line {number + 1}"
+
+    def fingerprint(self):
+        return str(self.path.stat().st_mtime_ns)
+
+    def content_digest(self):
+        return sha256(self.path)
+
+
+def test_a_new_kind_of_file_is_a_class_and_a_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(SOURCES, ".captions", lambda path, cache, name: Lines(path, name))
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "train.captions").write_text("a.png\tA cat.\nno tab\nb.png\tA dog.\nc.png\tA bird.\n")
+    config = DataConfig.model_validate({
+        "sources": [{"path": str(tmp_path / "train.captions")}], "template": "plain", "max_length": 64,
+        "cache": str(tmp_path / "cache"), "max_skipped_share": 0.5,
+    })  # fmt: skip
+    tokenizer = byte_level_bpe()
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    spec = ImageSpec(8, (0.5,) * 3, (0.5,) * 3, num_tokens=2)
+    data = build_data(config, tokenizer, spec, image_id, seed=0, global_batch_size=2, micro_batch_size=2)
+    assert [(skip.rule, skip.where) for skip in data.skips] == [
+        ("caption_missing", "train.captions: line 2"), ("image_missing", "train.captions: line 4"),
+    ]  # fmt: skip
+    (batch,) = next(data.train.iterate(0))
+    assert sorted(batch.where) == ["train.captions: line 1", "train.captions: line 3"]
+    assert batch.pixel_values.shape == (2, 3, 8, 8)

@@ -106,7 +106,7 @@ def settle_precision(config: RunConfig, device: torch.device, began_with: Mappin
     return config.model_copy(update=changes)
 
 
-def prepare(config: RunConfig, device: torch.device, *, calibrate: bool = True) -> Prepared:
+def prepare_run(config: RunConfig, device: torch.device, *, calibrate: bool = True) -> Prepared:
     """Build model, data and engine. Every rank of the launch calls this, inside its process group.
 
     Args:

@@ -20,7 +20,7 @@ from vlm.logs import log, warn
 from vlm.objectives.lm import LanguageModelingConfig
 from vlm.plan.estimate import estimate
 from vlm.precision import autocast_dtype
-from vlm.prepare import VISION_COMPUTE, Prepared, assemble_checkpoint, check_available, prepare, settle_precision
+from vlm.prepare import VISION_COMPUTE, Prepared, assemble_checkpoint, check_available, prepare_run, settle_precision
 from vlm.proof.checks import Proof
 from vlm.proof.prove import prove, prove_run
 from vlm.schema import section_defaults
@@ -33,7 +33,7 @@ from vlm.train.metrics import Reporter, plot_loss
 from vlm.train.optim import build_schedule
 from vlm.train.resume import OPTIMIZER_STATE, RunState, flatten, read_progress, refuse_other_run
 from vlm.train.runfolder import RunFolder
-from vlm.train.sampling import Sampler
+from vlm.train.sampling import SampleQuestions
 
 # keys of data: that decide on rows and their order
 _DATA_SETTINGS = {
@@ -69,7 +69,7 @@ def train(config: RunConfig, config_text: str) -> Path:
             refuse_other_run(checkpoint, identity, defaults_of(config))
         start = on_main(lambda: _pin_start(config, checkpoint))
         torch.manual_seed(config.seed + rank())  # dropout differs between ranks, as it does between rows
-        parts = prepare(config, device, calibrate=checkpoint is None)
+        parts = prepare_run(config, device, calibrate=checkpoint is None)
         skips = SkipLog(
             run.path / "skipped.jsonl" if is_main() else None,
             config.data.max_skipped_share,
@@ -115,7 +115,7 @@ def prove_alone(config: RunConfig) -> Proof:
     with group, _explain_out_of_memory(config):
         config = settle_precision(config, device)
         torch.manual_seed(config.seed + rank())
-        return prove(prepare(config, device))
+        return prove(prepare_run(config, device))
 
 
 def _agree_to_stop(request: StopRequest) -> str | None:
@@ -182,7 +182,7 @@ def _build_loop(
         state=state,
         reporter=Reporter(run, settings, schedule, data.train.epoch_at, **steps),
         skips=skips,
-        sampler=Sampler(
+        questions=SampleQuestions(
             data.conversation_tokenizer, parts.built.image_spec, parts.device, dtype, settings.max_new_tokens
         ),
         assemble=lambda checkpoint: assemble_checkpoint(config, checkpoint, parts.device),

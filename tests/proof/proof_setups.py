@@ -11,7 +11,7 @@ import torch
 from demo.tiny import write_data, write_encoder, write_llm
 
 from vlm.config import load_config
-from vlm.prepare import Prepared, prepare
+from vlm.prepare import Prepared, prepare_run
 
 LORA = {"trainable": ["projector", "llm.lora"], "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
 # name -> what differs from projector + adapters on conversations; {root} is the folder of the tiny parts
@@ -69,7 +69,7 @@ def parts_of(root):
 def make_parts(root: Path, name: str, **changes: Any) -> Prepared:
     config = load_config(write_config(root, name, **changes))
     torch.manual_seed(0)
-    return prepare(config, torch.device("cpu"))
+    return prepare_run(config, torch.device("cpu"))
 
 
 def write_config(root: Path, name: str, **changes: Any) -> Path:

@@ -13,7 +13,7 @@ from demo.tiny import write_data, write_encoder, write_llm
 
 from vlm.cli.main import app, run
 from vlm.config import load_config, shipped_projects
-from vlm.prepare import prepare
+from vlm.prepare import prepare_run
 from vlm.proof.prove import prove
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -132,7 +132,7 @@ def test_the_recipe_is_not_refused_at_toy_size(name, toys, monkeypatch):
     values["engine"] = {"device": "cpu"}  # the engines have a test of their own
     path = toys / "run.yaml"
     path.write_text(json.dumps(values))
-    proof = prove(prepare(load_config(path), torch.device("cpu")), seconds=math.inf)
+    proof = prove(prepare_run(load_config(path), torch.device("cpu")), seconds=math.inf)
     assert proof.failed == [], proof.table()
     assert [name for name, finding in proof.findings.items() if finding.passed is None] == ["initial_weights"]
 

@@ -21,7 +21,7 @@ import torch, transformers, peft, deepspeed, timm
 import torch.distributed.tensor, torch._dynamo
 from vlm.config import load_config
 from vlm.distributed import process_group, rank
-from vlm.prepare import prepare
+from vlm.prepare import prepare_run
 
 def peak():
     status = pathlib.Path("/proc/self/status").read_text()
@@ -32,7 +32,7 @@ device = torch.device("cpu")
 with process_group(device, 60, always=config.engine.kind != "local"):
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is held now
     before = peak()
-    parts = prepare(config, device, calibrate=False)
+    parts = prepare_run(config, device, calibrate=False)
     pathlib.Path(sys.argv[2], f"{rank()}").write_text(str(peak() - before))
 """
 

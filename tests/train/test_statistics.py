@@ -15,7 +15,7 @@ from torch import nn
 
 from vlm.config import load_config
 from vlm.distributed import rank
-from vlm.prepare import prepare
+from vlm.prepare import prepare_run
 from vlm.train.statistics import average_statistics
 
 
@@ -41,7 +41,7 @@ def test_what_is_measured_before_the_first_step_moves_no_statistics(config_file,
     save_file(cnn.state_dict(), tmp_path / "model.safetensors")
     vision = {"backend": "timm", "path": str(tmp_path), "image_size": 64}
     path = config_file(model__vision=vision, model__lora=None, model__trainable=["projector", "vision"])
-    model = prepare(load_config(path), torch.device("cpu")).built.model
+    model = prepare_run(load_config(path), torch.device("cpu")).built.model
     assert model.projector.feature_mean.any()
     before, after = cnn.state_dict(), model.vision.trunk.model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before if "running" in name)

@@ -70,6 +70,10 @@ class FolderIndex:
                 state.update(f"{name!r} {fingerprint(path) if path.is_file() else 'none'}\n".encode())
         return state.hexdigest()[:16]
 
+    def content_digest(self) -> str:
+        """Of captions and of images' sizes and times: their pixels are not read."""
+        return self.fingerprint()
+
     def _others(self) -> str:
         """The files of records that a folder holds, as the end of a message."""
         found = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in _DATA_SUFFIXES)[:3]

@@ -26,7 +26,7 @@ from vlm.data.sniff import HEAD, describe, describe_json
 from vlm.data.spans import MAX_RECORD_BYTES, Span, find_json_array, find_lines, find_rows
 from vlm.data.tables import has_quoted_header, parse_row, refuse_joined_rows
 from vlm.errors import DataError, RecordError
-from vlm.files import replacing
+from vlm.files import replacing, sha256
 from vlm.logs import Progress, warn
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -84,6 +84,12 @@ class RecordIndex:
 
     def where(self, index: int) -> str:
         return f"{self.name}: {self.unit} {self.spans[index, 2]}"
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def content_digest(self) -> str:
+        return sha256(self.path)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The parsed record.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from vlm.data.conversation import Conversation
 from vlm.data.dataset_info import resolve_dataset_info
 from vlm.data.folder import FolderIndex
 from vlm.data.images import cache_links, near_name, resolve_image
-from vlm.data.index import RecordIndex, fingerprint, open_index
+from vlm.data.index import open_index
 from vlm.data.media import IMAGE_SUFFIXES, decode_data_url
 from vlm.data.parse import ROLES, parse_record
+from vlm.data.source import Source
 from vlm.errors import DataError, RecordError
 
 __all__ = [
@@ -29,11 +29,29 @@ __all__ = [
 ]
 
 
+# kind -> path, cache folder and name for messages -> the source. Whatever is not here is refused by `open_index`.
+SOURCES: dict[str, Callable[[Path, Path, str | None], Source]] = {
+    "folder": lambda path, cache, name: FolderIndex(path, name),
+    **dict.fromkeys((".json", ".jsonl", ".csv", ".tsv"), open_index),
+}
+
+
+def source_kind(path: Path) -> str:
+    """
+    >>> source_kind(Path("a/train.JSONL.gz")), source_kind(Path("."))
+    ('.jsonl', 'folder')
+    """
+    if path.is_dir():
+        return "folder"
+    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return name.suffix.lower()
+
+
 @dataclass(frozen=True)
 class RecordSource:
     """The conversations of one entry of `data.sources`."""
 
-    index: RecordIndex | FolderIndex
+    index: Source
     config: SourceConfig
     images_root: Path
     image_placement: str
@@ -52,11 +70,7 @@ class RecordSource:
         return self.index.where(number)
 
     def content_digest(self) -> str:
-        """Changes with any byte of the file (of a folder: with any caption, and with an image's size or time)."""
-        if isinstance(self.index, FolderIndex):
-            return self.index.fingerprint()
-        with self.index.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return self.index.content_digest()
 
     def conversation(self, number: int) -> Conversation:
         """Record `number`, counted from 0, with its images as absolute paths that exist below the images folder.
@@ -104,19 +118,13 @@ def open_source(
     config = resolve_dataset_info(config)
     path = Path(config.path)
     root = Path(config.images) if config.images is not None else path if path.is_dir() else path.parent
-    if path.is_dir():
-        folder = FolderIndex(path, name)
-        index: RecordIndex | FolderIndex = folder
-        mark = folder.fingerprint()
-    else:
-        index = open_index(path, cache, name)
-        mark = fingerprint(path)
+    index = SOURCES.get(source_kind(path), open_index)(path, cache, name)
     if not root.is_dir():
         raise DataError(f"images folder {root} of {path} does not exist; see data.sources[].images")
     if len(index) == 0:
         raise DataError(f"data file {path} holds no records")
     links = (*(Path(folder).resolve() for folder in config.links), *cache_links(root.absolute()))
-    return RecordSource(index, config, root.resolve(), image_placement, mark, links)
+    return RecordSource(index, config, root.resolve(), image_placement, index.fingerprint(), links)
 
 
 def source_names(paths: Sequence[str]) -> list[str]:

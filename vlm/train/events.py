@@ -22,7 +22,7 @@ from vlm.train.loop import Every, StepCounts
 from vlm.train.metrics import Reporter
 from vlm.train.resume import RunState
 from vlm.train.runfolder import RunFolder
-from vlm.train.sampling import Sampler
+from vlm.train.sampling import SampleQuestions
 
 Pixels = torch.Tensor | None
 
@@ -36,7 +36,7 @@ class RunEvents:
     state: RunState
     reporter: Reporter
     skips: SkipLog
-    sampler: Sampler
+    questions: SampleQuestions
     assemble: Callable[[Path], VisionLanguageModel | None]  # checkpoint -> whole model; None if there is no room
     held_out: Iterable[Batch] | None
     _samples_wait: bool = False  # for the next checkpoint
@@ -76,8 +76,8 @@ class RunEvents:
         """`agree` runs what may fail: on all ranks that generate, so that they leave a question out together."""
         for question in self.settings.samples:
             try:
-                pixel_values = agree(partial(self.sampler.pixels, question))
-                answer = self.sampler.answer(model, question, pixel_values)
+                pixel_values = agree(partial(self.questions.pixels, question))
+                answer = self.questions.answer(model, question, pixel_values)
             except RecordError as error:
                 warn(f"train.samples: {error}")
                 continue

@@ -17,7 +17,7 @@ from vlm.train.config import SampleConfig
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SampleQuestions:
     """Asks a model; leaves its mode and the random state of training as they were."""
 
     tokenizer: ConversationTokenizer
