@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm.artifacts.manifest import Manifest
 from vlm.models.hub import is_local
+from vlm.models.projector import PROJECTORS
 
 _DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".gz", ".zip", ".txt")
 
@@ -126,11 +127,7 @@ def _order_line(counts: dict[str, int]) -> str:
 
 def _projector_line(manifest: Manifest) -> str:
     projector = manifest.model.projector
-    if manifest.image_spec is None:
-        return ""
-    kind = "linear" if projector.kind == "linear" else f"mlp, {projector.depth} layers"
-    side = projector.pool * projector.unshuffle
-    return kind + (f", {side} x {side} patches a token" if side > 1 else "")
+    return "" if manifest.image_spec is None else PROJECTORS[projector.kind].describe(projector)
 
 
 def _contents(manifest: Manifest) -> str:

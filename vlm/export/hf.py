@@ -33,7 +33,7 @@ from vlm.export.read_back import Answers, compare, in_float32, llava_logits, mak
 from vlm.models.build import Assembled
 from vlm.models.config import ModelConfig
 from vlm.models.llm import IMAGE_TOKEN, pad_vocabulary
-from vlm.models.projector import Projector
+from vlm.models.projector import PROJECTORS, Projector
 from vlm.models.trainable import cast_weights
 from vlm.models.vision import VisionEncoder
 
@@ -58,11 +58,9 @@ def why_not_llava(config: ModelConfig, built: Assembled) -> str | None:
         return f"its encoder ({config.vision.backend}: {name}) is no CLIP or SigLIP of transformers"
     if built.image_spec is not None and built.image_spec.reads_size:
         return "its images take tokens by their size"
-    if config.projector.patches_per_token > 1:
-        side = config.projector.pool * config.projector.unshuffle
-        return f"its projector merges {side} x {side} patches"
-    if len(_linears(model.projector)) > 2:
-        return f"its projector has {len(_linears(model.projector))} layers; one or two can be expressed"
+    reason = PROJECTORS[config.projector.kind].why_not_llava(config.projector)
+    if reason is not None:
+        return reason
     if getattr(model.llm.get_output_embeddings(), "bias", None) is not None:
         return "its language model's head has a bias, which transformers' LLaVA class leaves out"
     scaled = [name for name in _HEAD_SCALES if getattr(model.llm.config, name, None)]

@@ -20,7 +20,7 @@ from vlm.models.llm import (
     pad_vocabulary,
     refuse_beyond_embedding,
 )
-from vlm.models.projector import build_projector
+from vlm.models.projector import PROJECTORS, build_projector
 from vlm.models.recompute import checkpoint_blocks
 from vlm.models.trainable import set_trainable
 from vlm.models.vision import VisionEncoder, build_vision
@@ -80,7 +80,8 @@ def build_image_spec(config: ModelConfig) -> ImageSpec | None:
         return None
     with torch.device("meta"):
         vision = build_vision(config.vision, weights=False)
-    return _image_spec(config.vision, vision, vision.num_patches // config.projector.patches_per_token)
+    num_tokens = PROJECTORS[config.projector.kind].count_tokens(config.projector, vision.num_patches)
+    return _image_spec(config.vision, vision, num_tokens)
 
 
 def assemble(

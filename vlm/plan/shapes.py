@@ -88,12 +88,12 @@ def read_shapes(config: ModelConfig) -> ModelShape:
     if config.vision is None:
         return ModelShape(llm, None, (), 0)
     vision = _read_vision(config.vision)
-    widths = [
-        vision.width * config.projector.unshuffle**2,
-        *[llm.width] * (1 if config.projector.kind == "linear" else config.projector.depth),
-    ]
+    from vlm.models.projector import PROJECTORS
+
+    kind = PROJECTORS[config.projector.kind]
+    widths = kind.widths(config.projector, vision.width, llm.width)
     linears = tuple(Linear(str(i), *pair) for i, pair in enumerate(pairwise(widths)))
-    return ModelShape(llm, vision, linears, vision.num_patches // config.projector.patches_per_token)
+    return ModelShape(llm, vision, linears, kind.count_tokens(config.projector, vision.num_patches))
 
 
 def _read_llm(config: ModelConfig) -> LLMShape:
