@@ -77,8 +77,8 @@ class Rows:
 
     @property
     def num_images(self) -> list[int]:
-        """Tiles of each record."""
-        return [batch.num_images for batch in self.alone]
+        """Of each record. Not of the batches: only the first stage of a pipeline reads pixels, and all must agree."""
+        return [len(record.example.images) for record in self.records]
 
 
 def measure_rounding(probe: Probe, rows: Rows, embedding: nn.Module, dtype: torch.dtype) -> float:

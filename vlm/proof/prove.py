@@ -168,7 +168,10 @@ class _Work:
         # two forward passes of one record; forward and backward of both take three times as long
         self._set_limit(3 * (time.monotonic() - began))
         self._check_forward(losses)
-        self._make("feature_order", lambda: check_order_by_loss(losses, self.rows, self.bounds))
+        if self.parts.data.conversation_tokenizer.reads_images:  # known on every rank
+            self.findings["feature_order"] = not_made("images of unequal numbers of tiles cannot be exchanged")
+        else:
+            self._make("feature_order", lambda: check_order_by_loss(losses, self.rows, self.bounds))
 
     def _check_inputs(self) -> None:
         tokens, projector = self.parts.data.conversation_tokenizer, self.parts.built.model.projector
