@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -29,12 +27,10 @@ class TiledSpec(ImageSpec):
         return [self.kind, self.num_tokens, self.most]
 
 
-@contextmanager
-def tiled(monkeypatch: Any) -> Iterator[None]:
+def register(monkeypatch: Any) -> None:
     """Every model that is built takes images of this kind."""
     from vlm.models import build
 
     original = build._image_spec
     monkeypatch.setitem(IMAGE_SPECS, TiledSpec.kind, TiledSpec)
     monkeypatch.setattr(build, "_image_spec", lambda *given: TiledSpec(**asdict(original(*given))))
-    yield

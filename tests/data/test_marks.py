@@ -77,7 +77,7 @@ def test_numbers_in_marks_say_which_image():
 
 @pytest.mark.parametrize("mark", ["[picture 1]", "{picture_1}", "{Picture 1}", "[img 1]", "{image_1}"])
 def test_a_numbered_word_in_brackets_is_the_place_of_the_image(mark):
-    assert said(parse(llava(f"{mark} What?", "A.", image="a.png")))[0][1] == IMAGE
+    assert said(parse(llava(f"{mark} What?", "A.", image="a.png")))[0] == ("user", IMAGE, " What?")
 
 
 def test_a_path_between_tags_is_the_image():

@@ -1,6 +1,7 @@
 """What one optimizer step must not depend on: how its examples are spread over rows and micro-batches."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from vlm.models.build import build_model
 from vlm.models.llm import enable_gradient_checkpointing
 from vlm.models.trainable import trained_weights
 from vlm.objectives.lm import LanguageModeling
-from vlm.train.engines.base import LossModule
+from vlm.train.engines.base import LossModule, poison
 from vlm.train.engines.local import LocalEngine
+from vlm.train.fragments import Fragment, FragmentReader, write_fragments
 from vlm.train.optim import build_optimizer
 
 
@@ -106,3 +108,22 @@ def test_text_alone_reaches_every_trained_weight_with_a_zero_gradient(parts):
     model(ids, batch.position_ids).sum().backward()
     gradients = [p.grad for p in model.projector.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def test_a_loss_that_is_not_finite_becomes_nan_and_any_other_stays_to_the_bit():
+    """DeepSpeed looks at gradients alone, and those of an infinite loss may be finite."""
+    for value in (float("inf"), -float("inf"), float("nan")):
+        weight = torch.ones((), requires_grad=True)
+        poison(weight + value).backward()
+        assert torch.isnan(weight.grad)
+    weight = torch.tensor(0.1, requires_grad=True)
+    loss = poison(weight * 3)
+    loss.backward()
+    assert (loss.item(), weight.grad.item()) == ((weight * 3).item(), 3.0)
+
+
+def test_a_copy_is_read_and_not_written(tmp_path):
+    own, copy_ = torch.arange(3.0), torch.full((3,), 9.0)
+    fragments = [Fragment.whole("embed", own), replace(Fragment.whole("head", copy_), is_copy=True)]
+    write_fragments(fragments, tmp_path, 0)
+    assert set(FragmentReader(sorted(tmp_path.iterdir())).shapes) == {"embed"}

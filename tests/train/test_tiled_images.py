@@ -6,16 +6,21 @@ import base64
 import json
 
 import pytest
+import torch
 from PIL import Image
-from tiled_images import TiledSpec, tiled
+from tiled_images import TiledSpec, register
 
 import vlm
 from vlm.apps.api.limits import Limits
 from vlm.apps.api.prompt import PromptBuilder
 from vlm.apps.api.schemas import ChatRequest
 from vlm.config import load_config
+from vlm.evaluation.config import EvaluationConfig, TaskConfig
+from vlm.evaluation.report import run_tasks
 from vlm.export.run import export_run
 from vlm.inference.messages import to_conversation
+from vlm.prepare import prepare_run
+from vlm.proof.prove import prove
 from vlm.run import train
 
 
@@ -33,18 +38,68 @@ def test_a_run_its_export_and_a_chat_count_alike(config_file, tiny, tmp_path, mo
         data__held_out=0.0, data__cache_features=cached, train__max_steps=2, train__save_every=2,
         train__global_batch_size=2, train__micro_batch_size=1,
     )  # fmt: skip
-    with tiled(monkeypatch):
-        run = train(load_config(path), path.read_text())
-        proof = json.loads((run / "proof.json").read_text())
-        assert proof["passed"]
-        loaded = vlm.load(export_run(run), device="cpu", precision="fp32")
-        assert isinstance(loaded.image_spec, TiledSpec)
-        for path, tiles in ((tmp_path / "0.png", 4), (tmp_path / "2.png", 1), (tmp_path / "4.png", 3)):
-            shown = to_conversation("What?", [str(path)], loaded.template)
-            placeholders = tiles * loaded.image_spec.num_tokens
-            assert loaded.conversation_tokenizer.prompt(shown).count(loaded.image_token_id) == placeholders
-            assert served(loaded, path) == (placeholders, tiles)
-            assert isinstance(loaded.chat("What?", [str(path)], max_new_tokens=4), str)
+    register(monkeypatch)
+    run = train(load_config(path), path.read_text())
+    proof = json.loads((run / "proof.json").read_text())
+    assert proof["passed"]
+    loaded = vlm.load(export_run(run), device="cpu", precision="fp32")
+    assert isinstance(loaded.image_spec, TiledSpec)
+    for path, tiles in ((tmp_path / "0.png", 4), (tmp_path / "2.png", 1), (tmp_path / "4.png", 3)):
+        shown = to_conversation("What?", [str(path)], loaded.template)
+        placeholders = tiles * loaded.image_spec.num_tokens
+        assert loaded.conversation_tokenizer.prompt(shown).count(loaded.image_token_id) == placeholders
+        assert served(loaded, path) == (placeholders, tiles)
+        assert isinstance(loaded.chat("What?", [str(path)], max_new_tokens=4), str)
+
+
+@pytest.fixture
+def unequal(config_file, tmp_path, monkeypatch):
+    """A config whose records have images of 1 and of 4 tiles."""
+    register(monkeypatch)
+    records = []
+    for number, size in enumerate([(30, 30), (20, 60)] * 4):
+        Image.new("RGB", size, "red").save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat is in this?"}, {"from": "gpt", "value": "Red, as ever."}]
+        records.append({"image": f"{number}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    source = {"path": str(tmp_path / "data.json"), "images": str(tmp_path)}
+    return config_file(data__sources=[source], data__max_length=200, data__held_out=0.0)
+
+
+def test_a_replaced_image_is_measured_again(unequal, tmp_path):
+    def longest():
+        return max(prepare_run(load_config(unequal), torch.device("cpu")).data.train.order.scan.lengths)
+
+    before = longest()
+    Image.new("RGB", (20, 60), "red").save(tmp_path / "0.png")  # four tiles in place of one
+    scan = prepare_run(load_config(unequal), torch.device("cpu")).data.train.order.scan
+    assert before == longest() == scan.lengths[0]
+
+
+def test_images_of_unequal_tiles_are_not_exchanged_where_losses_alone_are_seen(unequal, monkeypatch):
+    parts = prepare_run(load_config(unequal), torch.device("cpu"))
+    monkeypatch.setattr(type(parts.engine), "holds_whole_model", False)  # as where weights are spread
+    findings = prove(parts, seconds=60).findings
+    assert findings["feature_order"].passed is None
+    assert "unequal numbers of tiles" in findings["feature_order"].note
+    assert [name for name, finding in findings.items() if finding.passed is False] == []
+
+
+def test_another_images_tokens_do_not_fit_so_nothing_is_shuffled(unequal, tmp_path):
+    train(load_config(unequal, ["train.max_steps=1"]), unequal.read_text())
+    loaded = vlm.load(export_run(tmp_path / "run"), device="cpu", precision="fp32")
+    records = [
+        {
+            "image": f"{n}.png",
+            "conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A."}],
+        }
+        for n in range(4)
+    ]
+    (tmp_path / "eval.json").write_text(json.dumps(records))
+    task = TaskConfig(name="x", kind="loss", path=str(tmp_path / "eval.json"), images=str(tmp_path))
+    (row,) = run_tasks(loaded, EvaluationConfig(tasks=(task,)), tmp_path / "cache")
+    assert row.own.num_records == 4
+    assert (row.shuffled, row.blank) == (None, None)
 
 
 def served(loaded, path):

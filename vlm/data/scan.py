@@ -9,7 +9,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import secrets
 import time
 import zipfile
 import zlib
@@ -110,11 +109,12 @@ def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) ->
     """Measure every record, from the cache where its file, the tokenizer and the settings are unchanged.
 
     Records that were skipped are looked at again each time: the missing image may be there now. A scan that was
-    interrupted goes on where it last wrote its table.
+    interrupted goes on where it last wrote its table. Nothing is kept where lengths depend on the images' own sizes.
 
     Raises:
         DataError: no record has a supervised token; shows one record as it was tokenized.
     """
+    cache = None if reader.tokenizer.reads_images else cache
     stored = cache / "lengths" / f"{_key(reader)}.npz" if cache is not None else None
     loaded = None if stored is None else _load(stored, len(reader))
     if loaded is None:
@@ -213,7 +213,6 @@ def _do_kept(numbers: np.ndarray) -> Any:
 
 
 def _key(reader: ExampleReader) -> str:
-    """Of the table of lengths. Where these depend on the images, on each of their headers, it is of this run alone."""
     settings = {
         "sources": [
             (source.fingerprint, source.config.model_dump(mode="json"), source.image_placement)
@@ -223,8 +222,6 @@ def _key(reader: ExampleReader) -> str:
         "limits": [reader.max_length, reader.max_images, reader.over_long],
         "version": 3,  # of how conversations become tokens
     }
-    if reader.tokenizer.reads_images:
-        settings["run"] = secrets.token_hex(8)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
 

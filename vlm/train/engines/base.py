@@ -44,14 +44,26 @@ class Engine(ABC):
     Subclasses are final. What they yield as fragments are live views: writing into `values` changes their state.
     """
 
-    objective: Objective
     data_rank: int  # which share of the stream this process takes; equal for all stages of one pipeline
     num_data_ranks: int
     holds_whole_model = False  # whether each process holds every weight whole, and `optimizer` the trained ones
     optimizer: torch.optim.Optimizer
-    autocast_dtype: torch.dtype | None  # of the computation; None computes in the weights' own dtype
-    loss_scale: LossScale | None = None
-    _used_factor: float | None = None
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        objective: Objective,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None,
+        loss_scale: LossScale | None,
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.device = device
+        self.autocast_dtype = autocast_dtype  # of the computation; None computes in the weights' own dtype
+        self.loss_scale = loss_scale
+        self.parameters = list(trained_names(model))
+        self._used_factor: float | None = None
 
     @abstractmethod
     def train_step(self, microbatches: list[Batch], normalizer: float, lr_factor: float) -> StepOutput:

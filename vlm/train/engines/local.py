@@ -26,11 +26,6 @@ class LocalEngine(TorchEngine):
 
     holds_whole_model = True
 
-    @property
-    def keeps_gradients(self) -> bool:  # type: ignore[override]
-        """DistributedDataParallel's are views of its buckets; dropping them would cost a second copy."""
-        return self.num_data_ranks > 1
-
     def wrap(self, module: LossModule) -> Any:
         if self.num_data_ranks == 1:
             return module

@@ -25,7 +25,7 @@ from vlm.models.pipeline_build import Stage, load_stage_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.base import Objective
 from vlm.train.config import TrainConfig
-from vlm.train.engines.base import Engine, StepOutput, T, trained_names
+from vlm.train.engines.base import Engine, StepOutput, T
 from vlm.train.engines.pipeline_module import StageRun, pipeline_module, stage_groups
 from vlm.train.engines.zero import initialize_deepspeed, scale_deepspeed, start_deepspeed, zero_fragments
 from vlm.train.fragments import Fragment, FragmentReader, state_files
@@ -67,14 +67,9 @@ class PipelineEngine(Engine):
                 f"layer is its embedding ({stage.tied_name}), and the copies on the first and the last stage would be "
                 "rounded differently and drift apart. Set train.optimizer to adamw, or engine.kind to zero"
             )
+        super().__init__(stage.built.model, objective, device, autocast_dtype, loss_scale)
         self.stage = stage
-        self.model = stage.built.model
-        self.objective = objective
-        self.device = device
         self.num_data_ranks = num_data_ranks
-        self.loss_scale = loss_scale
-        self.parameters = list(trained_names(self.model))
-        self.autocast_dtype = autocast_dtype
         self._run = StageRun(stage, objective, device, autocast_dtype)
         groups = stage_groups(stage, train)
         start_deepspeed(device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlm.batch import Batch
 from vlm.distributed import rank, world_size
-from vlm.train.engines.base import Engine, LossModule, StepOutput, Sums, T, trained_names
+from vlm.train.engines.base import Engine, LossModule, StepOutput, Sums, T
 from vlm.train.optim import set_learning_rates
 from vlm.train.scaling import LossScale
 from vlm.train.statistics import average_statistics
@@ -21,8 +21,6 @@ from vlm.train.statistics import average_statistics
 
 class TorchEngine(Engine):
     """What these engines share; they differ in what wraps the module and in who holds which elements."""
-
-    keeps_gradients = False  # after a step, as zeros
 
     def __init__(
         self,
@@ -33,18 +31,13 @@ class TorchEngine(Engine):
         max_grad_norm: float | None = 1.0,
         loss_scale: LossScale | None = None,
     ) -> None:
+        super().__init__(module.model, module.objective, device, module.autocast_dtype, loss_scale)
         self.loss_module = module
-        self.model = module.model
-        self.objective = module.objective
-        self.autocast_dtype = module.autocast_dtype
         self.optimizer = optimizer
-        self.device = device
         self.max_grad_norm = max_grad_norm
-        self.loss_scale = loss_scale
         self.data_rank = rank()
         self.num_data_ranks = world_size()
         self.wrapped = self.wrap(module)
-        self.parameters = list(trained_names(self.model))
 
     @abstractmethod
     def wrap(self, module: LossModule) -> Any:
@@ -69,7 +62,8 @@ class TorchEngine(Engine):
             self._scale_gradients(clip / factor)
             set_learning_rates(self.optimizer, lr_factor)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
+        # DistributedDataParallel's gradients are views of its buckets; dropping them would cost a second copy
+        self.optimizer.zero_grad(set_to_none=self.wrapped is self.loss_module)
         average_statistics(self.model)
         return self.step_output(sums, normalizer, grad_norm, finite)
 

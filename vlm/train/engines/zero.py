@@ -33,7 +33,6 @@ from vlm.train.engines.base import (
     adam_state,
     poison,
     shared_adam_state,
-    trained_names,
 )
 from vlm.train.fragments import Fragment, FragmentReader, state_files
 from vlm.train.optim import set_learning_rates
@@ -54,17 +53,11 @@ class ZeroEngine(Engine):
         device: torch.device,
         loss_scale: LossScale | None = None,
     ) -> None:
-        self.loss_module = module
-        self.model = module.model
-        self.objective = module.objective
-        self.autocast_dtype = module.autocast_dtype
+        super().__init__(module.model, module.objective, device, module.autocast_dtype, loss_scale)
         self.optimizer = optimizer
-        self.device = device
-        self.loss_scale = loss_scale
         self.stage = settings["zero_optimization"]["stage"]
         self.data_rank = rank()
         self.num_data_ranks = world_size()
-        self.parameters = list(trained_names(self.model))
         if self.stage == 3:  # a rank that calls other modules than the rest waits for them forever
             self.model.always_encode = True
         self._engine = initialize_deepspeed(module, optimizer, settings, device)
