@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import socket
 import threading
@@ -29,6 +30,18 @@ pytestmark = MARKS
 def upload(url: str, name: str, content: bytes) -> httpx.Response:
     """As a program sends it, past the page."""
     return httpx.post(f"{url}gradio_api/upload", files={"files": (name, io.BytesIO(content))}, timeout=60)
+
+
+def files_of(running: RunningPage) -> set[Path]:
+    """All files below its folder; one that the server removes meanwhile is no error, as it would be for `rglob`."""
+    return {Path(folder, name) for folder, _, names in os.walk(running.folder) for name in names}
+
+
+def size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # the other upload's, removed since it was listed
+        return 0
 
 
 def test_two_browsers_at_once_see_nothing_of_each_other(visit: Callable[..., Page], root: Path):
@@ -94,8 +107,7 @@ def test_a_file_that_is_no_image_is_refused_in_words(visit: Callable[..., Page],
     assert not LEAK.search(told)
     assert user.page.locator("#box img").count() == 0
     user.ask("Hello")  # the page goes on
-    left = [path for path in running.folder.rglob("*") if path.name == "notes.png"]
-    assert left == []
+    assert [path for path in files_of(running) if path.name == "notes.png"] == []
 
 
 @pytest.mark.parametrize("name", ["x.svg", "x.html", "x.png", "x.xhtml"])
@@ -105,7 +117,7 @@ def test_markup_is_never_kept_or_served(running: RunningPage, name: str):
     assert answer.headers["content-type"].startswith("text/plain")
     assert f"{name} is no image" in answer.text
     assert not LEAK.search(answer.text)
-    assert [path for path in running.folder.rglob(name) if path.is_file()] == []
+    assert [path for path in files_of(running) if path.name == name] == []
 
 
 def test_an_image_is_served_as_an_image_that_may_run_nothing(running: RunningPage, root: Path):
@@ -132,20 +144,16 @@ def test_a_file_of_60_mb_is_refused_in_words(visit: Callable[..., Page], running
 
 
 def test_60_mb_and_1_gb_past_the_page_are_refused_too(running: RunningPage):
-    before = {path for path in running.folder.rglob("*") if path.is_file()}
+    before = files_of(running)
     answer = upload(running.url, "large.png", bytes(60 * 2**20))
     assert answer.status_code == 413
     assert answer.text.startswith("The file is larger than 20 MB.")
-    assert {path for path in running.folder.rglob("*") if path.is_file()} == before
+    assert files_of(running) == before
     host, port = running.url.removeprefix("http://").rstrip("/").split(":")
     with socket.create_connection((host, int(port))) as connection:  # it is refused by its length, before it is sent
         head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}\r\nContent-Length: {2**30}\r\n\r\n"
         connection.sendall(head.encode())
         assert connection.recv(20).startswith(b"HTTP/1.1 413")
-
-
-def files_of(running: RunningPage) -> set[Path]:
-    return {path for path in running.folder.rglob("*") if path.is_file()}
 
 
 def emptied(running: RunningPage, before: set[Path]) -> bool:
@@ -181,7 +189,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(running: RunningPage, field: s
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + part + bytes(5 * 2**20))
         end = time.monotonic() + 20
-        while sum(path.stat().st_size for path in files_of(running) - before) < 2**20:
+        while sum(size_of(path) for path in files_of(running) - before) < 2**20:
             assert time.monotonic() < end  # it is being written
             time.sleep(0.05)
         # another upload that begins and ends meanwhile removes none of it
