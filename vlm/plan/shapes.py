@@ -38,6 +38,7 @@ class LLMShape:
     final_norm: int  # and what else lies outside of embedding, blocks and head: learned positions, say
     blocks: tuple[int, ...]  # parameters of each block
     linears: tuple[Linear, ...]  # of one block
+    takes_varlen: bool = True  # attention record by record, which `attention: auto` then is
 
     def lora_numel(self, lora: LoRAConfig) -> int:
         """Parameters of the adapters of one block."""
@@ -100,7 +101,7 @@ def _read_llm(config: ModelConfig) -> LLMShape:
     import torch
 
     from vlm.models.decoders import find_blocks, find_decoder
-    from vlm.models.llm import llm_from_config, pad_vocabulary
+    from vlm.models.llm import llm_from_config, pad_vocabulary, takes_varlen
 
     with torch.device("meta"):
         model: Any = llm_from_config(config.llm, trust_remote_code=config.trust_remote_code)
@@ -130,6 +131,7 @@ def _read_llm(config: ModelConfig) -> LLMShape:
         final_norm=sum(p.numel() for p in find_decoder(model).parameters()) - embedding.numel() - sum(shared.values()),
         blocks=numels,
         linears=linears,
+        takes_varlen=takes_varlen(model),
     )
 
 
