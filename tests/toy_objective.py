@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlm.batch import IGNORE_INDEX, Batch
 from vlm.config import RunConfig
+from vlm.models.loss import select_supervised
 from vlm.objectives import OBJECTIVES
 from vlm.objectives.base import Head, LossOutput, ObjectiveConfig
 
@@ -26,13 +27,13 @@ class EvenWords:
         return 1 + self.normalizer(batch) % 3  # the ranks differ
 
     def loss(self, hidden_states: Tensor, batch: Batch, head: Head) -> LossOutput:
-        targets = batch.labels[:, 1:]
+        states, targets = select_supervised(hidden_states, batch.labels, batch.position_ids)
         at = _is_scored(targets)
-        states = hidden_states[:, :-1][at]
+        states, targets = states[at], targets[at]
         calls = max(head.min_calls, self.num_head_calls(batch))
         logits = torch.cat([head(part) for part in torch.tensor_split(states, calls)]).float()
-        doubt = 1 - logits.softmax(-1).gather(1, targets[at][:, None])[:, 0]
-        right = (logits.argmax(-1) == targets[at]).float()
+        doubt = 1 - logits.softmax(-1).gather(1, targets[:, None])[:, 0]
+        right = (logits.argmax(-1) == targets).float()
         return LossOutput((doubt**self.power).sum(), {"accuracy": right.sum(), "doubt": doubt.detach().sum()})
 
 

@@ -40,6 +40,7 @@ from vlm.train.initialize import CANDIDATES, fit_least_squares
 from vlm.train.optim import describe_sizes
 from vlm.train.scaling import loss_scale_for
 
+FIRST_WITH_SHARING = "data.share_images"  # in the identity of runs whose records may share an image
 FIRST_WITH_CHOICE = "model.projector.pool"  # in the identity of runs whose encoder chooses how it computes
 VISION_COMPUTE = "model.vision.compute"  # key of a run's identity: what its encoder computed in
 CALIBRATION_STEPS = 8  # optimizer steps whose images set the projector's channel statistics
@@ -103,6 +104,13 @@ def settle_precision(config: RunConfig, device: torch.device, began_with: Mappin
         changes["model"] = config.model.model_copy(update={"vision": vision})
     if is_older:
         changes["data"] = config.data.model_copy(update={"cache_dtype": dtype})
+    if began and FIRST_WITH_SHARING not in began:  # nor did attention go record by record
+        data = changes.get("data", config.data)
+        changes["data"] = data.model_copy(update={"share_images": False})
+        if config.model.llm.attention == "auto":
+            model = changes.get("model", config.model)
+            llm = model.llm.model_copy(update={"attention": "sdpa"})
+            changes["model"] = model.model_copy(update={"llm": llm})
     return config.model_copy(update=changes)
 
 
@@ -284,6 +292,7 @@ def _build_data(config: RunConfig, built: Assembled, device: torch.device, place
             num_data_ranks=place.num_data_ranks,
             features=store,
             reads_images=place.stage == 0,
+            may_share=built.model.lets_records_share,
         )
         if store is not None and vision is not None and spec is not None:
             fill_store(
@@ -406,6 +415,9 @@ def _describe_data(config: RunConfig, data: Data, max_steps: int) -> None:
         f"data: {data.num_records:,} records, {len(data.skips)} skipped, rows of {config.data.max_length} tokens "
         f"{data.train.fill:.0%} full"
     )
+    records, tokens = data.train.order.num_shared(0)
+    if records:
+        log(f"data: {records:,} records share the image of another one: {tokens:,} tokens fewer an epoch")
     rows, at_once = data.train.order.num_rows(0), config.train.global_batch_size
     if rows < at_once:
         warn(

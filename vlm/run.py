@@ -20,7 +20,15 @@ from vlm.logs import log, warn
 from vlm.objectives.lm import LanguageModelingConfig
 from vlm.plan.estimate import estimate
 from vlm.precision import autocast_dtype
-from vlm.prepare import VISION_COMPUTE, Prepared, assemble_checkpoint, check_available, prepare_run, settle_precision
+from vlm.prepare import (
+    FIRST_WITH_SHARING,
+    VISION_COMPUTE,
+    Prepared,
+    assemble_checkpoint,
+    check_available,
+    prepare_run,
+    settle_precision,
+)
 from vlm.proof.checks import Proof
 from vlm.proof.prove import prove, prove_run
 from vlm.schema import section_defaults
@@ -131,6 +139,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     return {
         **model,
         **flatten(config.objective.model_dump(mode="json"), "objective"),
+        FIRST_WITH_SHARING: config.data.share_images,
         "seed": config.seed,
         "init_from": config.init_from,
         "train.global_batch_size": config.train.global_batch_size,
@@ -145,6 +154,7 @@ def defaults_of(config: RunConfig) -> dict[str, Any]:
         "train.optimizer": OPTIMIZER_STATE[0],
         **flatten(section_defaults(config.model), "model"),
         **flatten(section_defaults(config.objective), "objective"),
+        FIRST_WITH_SHARING: False,
         "objective.kind": LanguageModelingConfig().kind,  # the only one there was
     }
 

@@ -17,6 +17,7 @@ from vlm.data.scan import ExampleReader
 from vlm.data.template import RoleFormat
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.models import loss as losses
+from vlm.models import varlen
 from vlm.models import vlm as whole
 from vlm.models.projector import Projector
 from vlm.models.vision import VisionEncoder
@@ -91,6 +92,14 @@ def decoder_called_with(**changes: Any) -> Callable[..., Any]:
         return self.llm.get_decoder()(inputs_embeds=embeddings, **given).last_hidden_state
 
     return decode
+
+
+@fault("a record does not see the image that it shares", "shared_image")
+def _(patch, parts):
+    def blind(original, position_ids):
+        return [segment._replace(shared=0) for segment in original(position_ids)]
+
+    wrap(patch, varlen, "find_segments", blind)
 
 
 @fault("a mask of ones hides where records begin", "packed_alone")
@@ -216,7 +225,7 @@ def _(patch, parts):
 def _(patch, parts):
     def row(original, self, examples, length):
         ids, labels, positions = original(self, examples, length)
-        used = sum(len(example.input_ids) for example in examples)
+        used = sum(placed.length for placed in examples)
         return ids, torch.cat([labels[:used], ids[used:]]), positions
 
     wrap(patch, Collator, "_row", row)
@@ -225,7 +234,12 @@ def _(patch, parts):
 @fault("rows lose their labels' last token", "padding", "full")
 def _(patch, parts):
     def row(original, self, examples, length):
-        return original(self, [replace(e, labels=[*e.labels[:-2], -100, -100]) for e in examples], length)
+        cut = [
+            placed._replace(example=replace(e, labels=[*e.labels[:-2], -100, -100]))
+            for placed in examples
+            for e in placed[:1]
+        ]
+        return original(self, cut, length)
 
     wrap(patch, Collator, "_row", row)
 
@@ -312,7 +326,7 @@ def _(patch, parts):
 
 @fault("labels are not shifted in the loss", "loss")
 def _(patch, parts):
-    def select(hidden_states, labels):
+    def select(hidden_states, labels, position_ids):
         supervised = labels != IGNORE_INDEX
         return hidden_states[supervised], labels[supervised]
 
@@ -321,7 +335,7 @@ def _(patch, parts):
 
 @fault("labels are shifted twice", "loss", "text")
 def _(patch, parts):
-    wrap(patch, losses, "select_supervised", lambda original, states, labels: original(states, labels.roll(-1, 1)))
+    wrap(patch, losses, "select_supervised", lambda original, states, labels, _: original(states, labels.roll(-1, 1)))
 
 
 @fault("the loss is counted twice", "loss")
@@ -485,7 +499,7 @@ def test_without_a_fault_every_check_that_can_be_made_passes(setup, parts_of):
     assert reasons.keys() <= NOT_MADE.get(setup, set()) | {"initial_weights"}, reasons
 
 
-IMAGE_CHECKS = {"placeholders", "pixels", "own_image", "image_read", "feature_order", "projector_scale"}
+IMAGE_CHECKS = {"placeholders", "pixels", "shared_image", "own_image", "image_read", "feature_order", "projector_scale"}
 NOT_MADE = {"text": IMAGE_CHECKS | {"frozen_steady"}}  # all of it trains
 
 

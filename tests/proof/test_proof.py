@@ -59,7 +59,7 @@ def test_a_proven_run_ends_equal_to_the_bit_to_one_that_is_not(config_file, tmp_
     assert all(torch.equal(a[name], b[name]) for name in b)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("proof: ")]
     assert len(lines) == 1
-    assert lines[0].startswith("proof: 19 checks passed in ")
+    assert lines[0].startswith("proof: 20 checks passed in ")
 
 
 def test_a_proof_leaves_modes_gradients_statistics_and_random_numbers_as_they_were(parts_of):

@@ -108,11 +108,13 @@ def build_data(
     num_data_ranks: int = 1,
     features: FeatureStore | None = None,
     reads_images: bool = True,
+    may_share: bool = False,
 ) -> Data:
     """Scan all sources, hold out what the config says, and put the training rows in order.
 
     Args:
         reads_images: false where another process has the encoder; batches are then without pixels and features.
+        may_share: whether the model lets records share their beginning, for `data.share_images`.
 
     Raises:
         DataError: a source cannot be read, nothing is supervised, or more records are skipped than allowed.
@@ -124,10 +126,16 @@ def build_data(
     refuse_too_many(scan, config.max_skipped_share)
     members, held_out = split_held_out(scan, config.held_out, seed)
     pad_to = config.max_length if config.packing else None
+    shares = may_share and config.packing and config.share_images
     collator = Collator(
-        image_spec if reads_images else None, conversation_tokenizer.pad_token_id, config.max_pixels, pad_to, features
+        image_spec if reads_images else None,
+        conversation_tokenizer.pad_token_id,
+        config.max_pixels,
+        pad_to,
+        features,
+        conversation_tokenizer.image_token_id if shares else None,
     )
-    order = build_order(config, scan, members, seed)
+    order = build_order(config, scan, members, seed, shares)
     stream = BatchStream(
         order,
         collator,
@@ -152,7 +160,9 @@ def build_data(
     return Data(stream, evaluation, conversation_tokenizer, tuple(scans), scan.skips, len(scan))
 
 
-def build_order(config: DataConfig, scan: Scan, members: tuple[np.ndarray, ...], seed: int) -> RowOrder:
+def build_order(
+    config: DataConfig, scan: Scan, members: tuple[np.ndarray, ...], seed: int, shares_images: bool = False
+) -> RowOrder:
     """Raises DataError when no record is left to train on."""
     order = RowOrder(
         scan=scan,
@@ -163,6 +173,7 @@ def build_order(config: DataConfig, scan: Scan, members: tuple[np.ndarray, ...],
         max_images=config.max_images,
         packing=config.packing,
         window=config.pack_window,
+        shares_images=shares_images,
     )
     if not order.rows(0):
         raise DataError("data: no record is left to train on; data.held_out or the sources' weights leave none")
@@ -181,6 +192,7 @@ def build_eval_batches(scan: Scan, numbers: np.ndarray, config: DataConfig, stre
         max_images=config.max_images,
         window=config.pack_window if config.packing else 1,
         seed=[0],
+        shares=scan.shares if stream.order.shares_images else None,
     )
     return EvalBatches(scan, rows, stream.collator, stream.micro_batch_size, stream.data_rank, stream.num_data_ranks)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,19 @@ from torch import Tensor
 from vlm.batch import IGNORE_INDEX, Batch, Example, ImageSpec, Skip
 from vlm.data.features import FeatureStore
 from vlm.data.images import load_image, to_tiles
+from vlm.data.sharing import find_stem, may_join
 from vlm.errors import RecordError
+
+
+class _Placed(NamedTuple):
+    """An example in its row."""
+
+    example: Example
+    shared: int  # of its first tokens, which stand there already
+
+    @property
+    def length(self) -> int:
+        return len(self.example.input_ids) - self.shared
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,7 @@ class Collator:
         pad_to: tokens of every row; None pads to the longest of the batch, rounded up to a multiple of 8.
         max_pixels: images with more are left out, with their example.
         features: where the encoder's features of every image are; then images are not decoded at all.
+        image_token_id: given, a record that begins as the one before it does, with an image, shares its tokens.
     """
 
     image_spec: ImageSpec | None
@@ -30,6 +44,7 @@ class Collator:
     max_pixels: int
     pad_to: int | None = None
     features: FeatureStore | None = None
+    image_token_id: int | None = None
 
     def __call__(self, rows: Sequence[Sequence[Example]], skips: Sequence[Skip] = ()) -> Batch:
         """A batch of `len(rows)` rows. An example whose image cannot be read is left out and listed in `skipped`.
@@ -38,34 +53,43 @@ class Collator:
             skips: examples that were lost before, while reading their records.
         """
         skipped = list(skips)
-        kept_rows: list[list[Example]] = []
+        kept_rows: list[list[_Placed]] = []
         pixels: list[Tensor] = []
         for row in rows:
-            kept: list[Example] = []
+            kept: list[_Placed] = []
             for example in row:
+                shared = self._num_shared(kept, example)
                 try:
-                    pixels += self._pixels(example)
+                    pixels += [] if shared else self._pixels(example)
                 except RecordError as error:
                     skipped.append(Skip(error.rule, example.where, error.message))
                     continue
-                kept.append(example)
+                kept.append(_Placed(example, shared))
             kept_rows.append(kept)
-        longest = max((sum(len(example.input_ids) for example in row) for row in kept_rows), default=0)
+        longest = max((sum(placed.length for placed in row) for row in kept_rows), default=0)
         length = self.pad_to or max(8, -(-longest // 8) * 8)
         ids, labels, positions = (
             torch.stack([row[part] for row in (self._row(row, length) for row in kept_rows)]) for part in range(3)
         )
-        num_tokens = sum(len(example.input_ids) for row in kept_rows for example in row)
+        num_tokens = sum(placed.length for row in kept_rows for placed in row)
         return Batch(
             input_ids=ids,
             labels=labels,
             position_ids=positions,
             pixel_values=torch.cat(pixels) if pixels and self.features is None else None,
             image_features=torch.cat(pixels) if pixels and self.features is not None else None,
-            where=[example.where for row in kept_rows for example in row],
+            where=[placed.example.where for row in kept_rows for placed in row],
             skipped=skipped,
             num_padding=ids.numel() - num_tokens,
         )
+
+    def _num_shared(self, before: list[_Placed], example: Example) -> int:
+        """Tokens that the example need not bring, since the row's last record without any such begins with them."""
+        root = next((placed.example for placed in reversed(before) if not placed.shared), None)
+        if self.image_token_id is None or root is None:
+            return 0
+        stem = find_stem(root, self.image_token_id)
+        return stem if stem and stem == find_stem(example, self.image_token_id) and may_join(root, example, stem) else 0
 
     def _pixels(self, example: Example) -> list[Tensor]:
         if self.image_spec is None:
@@ -81,16 +105,16 @@ class Collator:
             raise RecordError("image_unreadable", f"no features of {_name(image)} in data.cache")
         return features
 
-    def _row(self, examples: list[Example], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _row(self, row: list[_Placed], length: int) -> tuple[Tensor, Tensor, Tensor]:
         ids = torch.full((length,), self.pad_token_id, dtype=torch.int64)
         labels = torch.full((length,), IGNORE_INDEX, dtype=torch.int64)
         positions = torch.zeros(length, dtype=torch.int64)  # every padding token is a sequence of its own
         start = 0
-        for example in examples:
-            end = start + len(example.input_ids)
-            ids[start:end] = torch.tensor(example.input_ids)
-            labels[start:end] = torch.tensor(example.labels)
-            positions[start:end] = torch.arange(end - start)
+        for example, shared in row:
+            end = start + len(example.input_ids) - shared
+            ids[start:end] = torch.tensor(example.input_ids[shared:])
+            labels[start:end] = torch.tensor(example.labels[shared:])
+            positions[start:end] = torch.arange(shared, len(example.input_ids))
             start = end
         return ids, labels, positions
 

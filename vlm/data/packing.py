@@ -6,6 +6,8 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
+from vlm.data.sharing import Shares, bring_together
+
 
 def pack(lengths: np.ndarray, num_images: np.ndarray, max_length: int, max_images: int) -> list[list[int]]:
     """Best fit, longest first: each example goes into the fullest row that still takes it.
@@ -43,7 +45,7 @@ def pack(lengths: np.ndarray, num_images: np.ndarray, max_length: int, max_image
 
 def pack_in_windows(
     order: np.ndarray, lengths: np.ndarray, num_images: np.ndarray, *, max_length: int, max_images: int, window: int,
-    seed: list[int],
+    seed: list[int], shares: Shares | None = None,
 ) -> list[np.ndarray]:  # fmt: skip
     """Pack `window` records at a time, in the order given, and shuffle the rows within each window.
 
@@ -54,14 +56,21 @@ def pack_in_windows(
         order: record numbers, int [n].
         lengths, num_images: of all records, indexed by record number.
         seed: seeds the shuffle, together with the window's number.
+        shares: which records may share their beginning; those of one image then stand together.
 
     Returns:
         rows of record numbers.
     """
     rows: list[np.ndarray] = []
+    order = order if shares is None else bring_together(order, shares.keys)
     for number, start in enumerate(range(0, len(order), window)):
         part = order[start : start + window]
-        packed = pack(lengths[part], num_images[part], max_length, max_images)
-        shuffle = np.random.default_rng([*seed, number]).permutation(len(packed))
-        rows += [part[packed[i]] for i in shuffle]
+        if shares is None:
+            packed = pack(lengths[part], num_images[part], max_length, max_images)
+            found = [part[row] for row in packed]
+        else:
+            groups, tokens, images = shares.groups(part, lengths, num_images, max_length)
+            found = [np.concatenate([groups[i] for i in row]) for row in pack(tokens, images, max_length, max_images)]
+        shuffle = np.random.default_rng([*seed, number]).permutation(len(found))
+        rows += [found[i] for i in shuffle]
     return rows

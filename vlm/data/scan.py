@@ -26,11 +26,13 @@ from vlm.batch import IGNORE_INDEX, Example, Skip
 from vlm.data import skips as skip_rules
 from vlm.data.notes import UnreadLog
 from vlm.data.records import RecordSource
+from vlm.data.sharing import Shares, find_stem, stem_key
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError, RecordError
 from vlm.files import replacing
 from vlm.logs import Progress, log, warn
 
+COLUMNS = 5  # of the table: tokens, images, supervised tokens, tokens of the stem, its key
 CHUNK = 2000  # records per task of a scanning process
 STORE_SECONDS = 30.0  # between writes of a table that is not finished; an interrupted scan goes on from there
 
@@ -82,6 +84,7 @@ class Scan:
     lengths: np.ndarray  # int32 [n], tokens
     num_images: np.ndarray  # int16 [n]
     num_supervised: np.ndarray  # int32 [n], tokens that the loss counts
+    shares: Shares  # which records begin alike
     skips: list[Skip] = field(default_factory=list)
     unread: UnreadLog = field(default_factory=UnreadLog)
 
@@ -119,7 +122,7 @@ def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) ->
     loaded = None if stored is None else _load(stored, len(reader))
     if loaded is None:
         log(f"data: measuring {len(reader):,} records")
-    table, unread = loaded or (np.zeros((len(reader), 3), dtype=np.int32), UnreadLog())
+    table, unread = loaded or (np.zeros((len(reader), COLUMNS), dtype=np.int64), UnreadLog())
     again = np.flatnonzero(table[:, 0] == 0)
     skips: list[Skip] = []
     written = time.monotonic()
@@ -132,7 +135,9 @@ def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) ->
             written = time.monotonic()
     if stored is not None and len(again):
         _store(stored, table, unread)
-    scan = Scan(reader, table[:, 0], table[:, 1].astype(np.int16), table[:, 2], skips, unread)
+    lengths, num_supervised, stems = (table[:, column].astype(np.int32) for column in (0, 2, 3))
+    shares = Shares(keys=table[:, 4].copy(), stems=stems)
+    scan = Scan(reader, lengths, table[:, 1].astype(np.int16), num_supervised, shares, skips, unread)
     _refuse_unsupervised(scan)
     return scan
 
@@ -144,9 +149,9 @@ def refuse_too_many(scan: Scan, max_share: float) -> None:
 
 
 def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, list[Skip], UnreadLog]:
-    """int32 [len(numbers), 3]: tokens, images, supervised tokens of each; the skipped ones; what was not read."""
+    """The table of some records, int64 [len(numbers), COLUMNS]; the skipped ones, of zeros; what was not read."""
     unread = UnreadLog()
-    table = np.zeros((len(numbers), 3), dtype=np.int32)
+    table = np.zeros((len(numbers), COLUMNS), dtype=np.int64)
     skips: list[Skip] = []
     for row, number in enumerate(numbers.tolist()):
         try:
@@ -154,7 +159,9 @@ def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, lis
         except RecordError as error:
             skips.append(Skip(error.rule, error.where, error.message))
             continue
-        table[row] = len(example.input_ids), len(example.images), example.num_supervised
+        stem = find_stem(example, reader.tokenizer.image_token_id)
+        key = stem_key(example, stem)
+        table[row] = len(example.input_ids), len(example.images), example.num_supervised, stem, key
         if example.unread:
             unread.add(reader.locate(number)[0].name, example.where, example.unread)
     return table, skips, unread
@@ -220,7 +227,7 @@ def _key(reader: ExampleReader) -> str:
         ],
         "tokenizer": reader.tokenizer.fingerprint(),
         "limits": [reader.max_length, reader.max_images, reader.over_long],
-        "version": 3,  # of how conversations become tokens
+        "version": 4,  # of the table, and of how conversations become tokens
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -235,7 +242,7 @@ def _load(path: Path, num_records: int) -> tuple[np.ndarray, UnreadLog] | None:
     except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         warn(f"data.cache: {path.name} is damaged ({error}); the records are measured again")
         return None
-    return (table, unread) if table.shape == (num_records, 3) and table.dtype == np.int32 else None
+    return (table, unread) if table.shape == (num_records, COLUMNS) and table.dtype == np.int64 else None
 
 
 def _store(path: Path, table: np.ndarray, unread: UnreadLog) -> None:

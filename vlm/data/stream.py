@@ -35,6 +35,7 @@ class RowOrder:
     max_images: int
     packing: bool
     window: int
+    shares_images: bool = False  # records that begin with one image share its tokens
     _rows: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False)  # of the epochs asked for last
     _num_rows: dict[int, int] = field(default_factory=dict, repr=False)
 
@@ -83,7 +84,20 @@ class RowOrder:
             max_images=self.max_images,
             window=self.window,
             seed=[self.seed, _ORDER, epoch],
+            shares=self.scan.shares if self.shares_images else None,
         )
+
+    def num_shared(self, epoch: int) -> tuple[int, int]:
+        """Of an epoch: records that stand without the tokens they begin with, and how many tokens these are."""
+        if not (self.packing and self.shares_images):
+            return 0, 0
+        shares = self.scan.shares
+        records = tokens = 0
+        for row in self.rows(epoch):
+            is_branch = (shares.keys[row[1:]] == shares.keys[row[:-1]]) & (shares.keys[row[1:]] != 0)
+            records += int(is_branch.sum())
+            tokens += int(shares.stems[row[1:]][is_branch].sum())
+        return records, tokens
 
 
 class BatchStream:
@@ -128,13 +142,15 @@ class BatchStream:
             order.max_length, order.max_images, order.packing, order.window,
             [hashlib.sha256(members.tobytes()).hexdigest() for members in order.members], self.global_batch_size,
         ]  # fmt: skip
+        if order.shares_images:
+            state.append(hashlib.sha256(order.scan.shares.keys.tobytes()).hexdigest())
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
 
     @property
     def fill(self) -> float:
         """Share of real tokens in the packed rows of the first epoch."""
         rows = self.order.rows(0)
-        tokens = sum(int(self.order.scan.lengths[row].sum()) for row in rows)
+        tokens = sum(int(self.order.scan.lengths[row].sum()) for row in rows) - self.order.num_shared(0)[1]
         return tokens / max(1, len(rows) * self.order.max_length)
 
     def for_rank(self, data_rank: int, num_data_ranks: int) -> BatchStream:

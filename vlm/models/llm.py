@@ -153,12 +153,12 @@ def choose_attention(name: str, device: str) -> str | None:
     """What transformers is to load a decoder with; `settle_attention` then looks at the decoder itself.
 
     Returns:
-        of auto, FlashAttention 2 on a GPU where it is installed; else, as for varlen, None: transformers takes SDPA,
-        but eager for the few families that have no SDPA (Gemma 2).
+        of auto, FlashAttention 2 on a GPU where it is installed; else, as for varlen and sdpa, None: transformers takes
+        SDPA, but eager for the few families that have no SDPA (Gemma 2).
     """
     has_flash = importlib.util.find_spec("flash_attn") is not None
     on_gpu = device.startswith("cuda")
-    if name in ("auto", VARLEN):
+    if name in ("auto", VARLEN, "sdpa"):
         return "flash_attention_2" if name == "auto" and on_gpu and has_flash else None
     if name == "flash_attention_2" and not (on_gpu and has_flash):
         missing = "a GPU" if has_flash else "the package flash-attn: pip install flash-attn --no-build-isolation"

@@ -18,23 +18,40 @@ CHUNK_TOKENS = 1024  # supervised positions whose logits exist at a time
 LogitsFn = Callable[[Tensor], Tensor]  # [S, D] -> [S, V]
 
 
-def select_supervised(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pair each supervised label with the hidden state that predicts it, the one before.
+def select_supervised(
+    hidden_states: Tensor, labels: Tensor, position_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pair each supervised label with the hidden state that predicts it.
+
+    That is the one before; of the first token of a record without its beginning, the last one of the beginning that it
+    shares, which so predicts several tokens.
 
     Args:
         hidden_states: [B, L, D], after the final norm.
         labels: int64 [B, L], not shifted.
+        position_ids: int64 [B, L], as in `Batch`; None where no record shares its beginning.
 
     Returns:
         hidden states [S, D] and targets int64 [S], row by row.
     """
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE_INDEX
-    return hidden_states[:, :-1][supervised], targets[supervised]
+    row, at = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    if position_ids is None:
+        return hidden_states[row, at], labels[row, at + 1]
+    at = at + 1
+    starts = torch.where(position_ids == 0, torch.arange(labels.shape[1], device=labels.device), 0).cummax(1).values
+    position = position_ids[row, at]
+    follows = position_ids[row, at - 1] + 1 == position
+    before = torch.where(follows | (position == 0), at - 1, starts[row, at] + position - 1)
+    return hidden_states[row, before], labels[row, at]
 
 
 def chunked_cross_entropy(
-    hidden_states: Tensor, labels: Tensor, logits_fn: LogitsFn, chunk_tokens: int = CHUNK_TOKENS, min_chunks: int = 1
+    hidden_states: Tensor,
+    labels: Tensor,
+    logits_fn: LogitsFn,
+    chunk_tokens: int = CHUNK_TOKENS,
+    min_chunks: int = 1,
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """Summed cross entropy of the supervised tokens, float32 scalar, in nats.
 
@@ -48,8 +65,9 @@ def chunked_cross_entropy(
         logits_fn: the language model's head.
         chunk_tokens: supervised positions per chunk.
         min_chunks: use at least so many; the rest are empty. Ranks that share the head's weight must agree.
+        position_ids: int64 [B, L], as in `Batch`; None where no record shares its beginning.
     """
-    states, targets = select_supervised(hidden_states, labels)
+    states, targets = select_supervised(hidden_states, labels, position_ids)
     num_chunks = max(min_chunks, count_chunks(len(targets), chunk_tokens))
     parts = [slice(i * chunk_tokens, (i + 1) * chunk_tokens) for i in range(num_chunks)]
     if num_chunks == 1 or not torch.is_grad_enabled():

@@ -62,6 +62,11 @@ class VisionLanguageModel(nn.Module):
         """Whether nothing of the language model trains but adapters."""
         return not any(p.requires_grad and ".lora_" not in name for name, p in self.llm.named_parameters())
 
+    @property
+    def lets_records_share(self) -> bool:
+        """Whether records that begin alike may stand once (`vlm.models.segments`), and gain by it."""
+        return self.packing.by_positions and self.llm.config._attn_implementation == VARLEN
+
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, S, S] -> [N, T, D]."""
         assert self.vision is not None

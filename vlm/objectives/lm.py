@@ -28,7 +28,10 @@ class LanguageModeling:
     def loss(self, hidden_states: Tensor, batch: Batch, head: Head) -> LossOutput:
         from vlm.models.loss import chunked_cross_entropy
 
-        return LossOutput(chunked_cross_entropy(hidden_states, batch.labels, head, min_chunks=head.min_calls))
+        loss = chunked_cross_entropy(
+            hidden_states, batch.labels, head, min_chunks=head.min_calls, position_ids=batch.position_ids
+        )
+        return LossOutput(loss)
 
 
 class LanguageModelingConfig(ObjectiveConfig):

@@ -57,6 +57,11 @@ CHECKS = {
         "a decoder that carries state or positions across records",
         _MODEL,
     ),
+    "shared_image": Check(
+        "a record that shares the image of another one computes what it computes alone",
+        "attention that does not follow where records begin",
+        "set data.share_images to false, and report it as a bug",
+    ),
     "causal": Check("no token sees a later one", "attention without a causal mask", _MODEL),
     "context": Check("a token sees the earlier ones of its record", "attention that sees single tokens only", _MODEL),
     "own_image": Check(

@@ -16,6 +16,7 @@ from vlm.proof.records import Record, Subject, images_moved, other_images, reads
 NO_SECOND = "there is only one record that can be read"
 NO_IMAGE = "no image in the first records"
 NOT_READ = "no image stands before a reply in the first records"
+NOT_SHARED = "records share no image in this run, or the first one does not begin with its image"
 FEW_TOKENS = "the record has too few words"
 # What reads its input must differ by this when the input does. What does not read it computes the same numbers again:
 # 0 in every dtype. Smallest seen: 0.02 of states, 0.003 nats (untrained toy models).
@@ -52,12 +53,14 @@ class Rows:
     records: list[Record]
     packed: Batch
     alone: list[Batch]
+    shared: Batch | None  # the first record twice, see `Subject.shared`
     image_token_id: int | None
 
     @classmethod
     def of(cls, subject: Subject, image_token_id: int | None) -> Rows:
         records = subject.computed
-        return cls(records, subject.batch([records]), [subject.batch([[r]]) for r in records], image_token_id)
+        alone = [subject.batch([[record]]) for record in records]
+        return cls(records, subject.batch([records]), alone, subject.shared(records[0]), image_token_id)
 
     def words(self, number: int, packed: bool) -> Tensor:
         """bool [1, L]: the tokens of a record that are text, its first one left out."""
@@ -121,6 +124,20 @@ def check_packing(probe: Probe, rows: Rows, bounds: Bounds) -> dict[str, Finding
         if rows.words(n, False).any()
     ]
     return {"packed_alone": within(max(differences), bounds.states) if differences else not_made(FEW_TOKENS)}
+
+
+def check_sharing(probe: Probe, rows: Rows, bounds: Bounds) -> dict[str, Finding]:
+    """Of the record that begins with another one's tokens, what comes after its first own token."""
+    if rows.shared is None:
+        return {"shared_image": not_made(NOT_SHARED)}
+    whole = len(rows.records[0].example.input_ids)
+    own = rows.shared.input_ids.numel() - rows.shared.num_padding - whole
+    if own < 2:
+        return {"shared_image": not_made(FEW_TOKENS)}
+    here, there = torch.zeros_like(rows.shared.labels, dtype=torch.bool), rows.words(0, False)
+    here[0, whole + 1 : whole + own] = True
+    there = there & (torch.arange(there.shape[1]) > whole - own)
+    return {"shared_image": within(probe.difference(rows.shared, here, rows.alone[0], there), bounds.states)}
 
 
 def check_causality(probe: Probe, rows: Rows, bounds: Bounds) -> dict[str, Finding]:

@@ -35,6 +35,7 @@ from vlm.proof.forward import (
     check_images,
     check_order_by_loss,
     check_packing,
+    check_sharing,
     has_experts,
     measure_rounding,
 )
@@ -64,7 +65,7 @@ BOUNDS = {
     torch.float16: Bounds(states=0.01, gradients=0.05, loss=0.005),
 }
 TF32 = Bounds(states=5e-3, gradients=1e-2, loss=1e-3)  # of a GPU's float32, whose convolutions may round to 10 bits
-FORWARD = "packed_alone causal context own_image image_read"
+FORWARD = "packed_alone shared_image causal context own_image image_read"
 Findings = dict[str, Finding]
 
 
@@ -209,6 +210,7 @@ class _Work:
     def _check_forward(self, probe: StateProbe | LossProbe) -> None:
         rows = self.rows
         self._make("packed_alone", lambda: check_packing(probe, rows, self.bounds))
+        self._make("shared_image", lambda: check_sharing(probe, rows, self.bounds))
         self._make("causal context", lambda: check_causality(probe, rows, self.strict))
         self._make("own_image image_read", lambda: check_images(probe, rows, self.strict))
 

@@ -43,7 +43,15 @@ class Subject:
         Raises:
             DataError: an image of them cannot be read.
         """
-        collate = replace(self.collator, pad_to=None)
+        return self._collate(rows, replace(self.collator, pad_to=None, image_token_id=None))
+
+    def shared(self, record: Record) -> Batch | None:
+        """A row of one record twice, the second time without the tokens that it begins with; None where none may be
+        left out."""
+        batch = self._collate([[record, record]], replace(self.collator, pad_to=None))
+        return batch if int((batch.position_ids == 0).sum()) - batch.num_padding == 1 else None
+
+    def _collate(self, rows: list[list[Record]], collate: Collator) -> Batch:
         batch = collate([[record.example for record in row] for row in rows])
         if batch.skipped:
             raise DataError(f"{batch.skipped[0].where}: {batch.skipped[0].message}")

@@ -128,7 +128,8 @@ def fit_least_squares(
 
 
 def _targets(batch: Batch, embedding: Tensor, image_token_id: int, tokens_per_image: int) -> tuple[Tensor, Tensor]:
-    """Mean embedding of the supervised tokens of each image's record, [N, D]; and whether it has any, [N]."""
+    """Mean embedding of the supervised tokens of each image's record, [N, D]; and whether it has any, [N]. Records that
+    share an image count as one."""
     record = (batch.position_ids == 0).flatten().cumsum(0) - 1  # every record starts at position 0, and so every row
     labels = batch.labels.flatten()
     counted = labels != IGNORE_INDEX

@@ -1,0 +1,134 @@
+"""Records about one image stand beside each other, and the tokens they begin with alike stand once.
+
+What precedes the first reply in every one of them, up to the end of the image, is their stem: system prompt, the user's
+header and the placeholders. The first record of a group is whole; each other one follows without its stem, at the
+positions where the stem ended, and the model lets it see the stem and itself (`vlm.models.segments`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import numpy as np
+
+from vlm.batch import IGNORE_INDEX, Example
+
+
+def find_stem(example: Example, image_token_id: int | None) -> int:
+    """Tokens up to the end of the example's images, where these stand together and before all that is supervised; or 0.
+
+    >>> find_stem(Example([5, 9, 9, 6, 7], [-100, -100, -100, -100, 7], ("a.png",)), image_token_id=9)
+    3
+    """
+    ids = example.input_ids
+    if not example.images or image_token_id is None:
+        return 0
+    first, count = ids.index(image_token_id), ids.count(image_token_id)
+    stem = first + count
+    is_alone = ids[stem - 1] == image_token_id and set(ids[first:stem]) == {image_token_id}
+    if not is_alone or stem == len(ids) or any(label != IGNORE_INDEX for label in example.labels[:stem]):
+        return 0
+    return stem
+
+
+def stem_key(example: Example, stem: int) -> int:
+    """Equal for examples with the same stem and the same images; 0 only where the stem is."""
+    if not stem:
+        return 0
+    state = hashlib.sha256(array("q", example.input_ids[:stem]).tobytes())
+    for image in example.images:
+        state.update(hashlib.sha256(image if isinstance(image, bytes) else image.encode()).digest())
+    return int.from_bytes(state.digest()[:8], signed=True) or 1
+
+
+def may_join(first: Example, other: Example, stem: int) -> bool:
+    """Whether `other` begins as `first` does, with `stem` tokens, and shows the same images."""
+    return first.images == other.images and first.input_ids[:stem] == other.input_ids[:stem]
+
+
+def bring_together(order: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """The same records, each after the first of its key; what comes first, and records without one, keep their order.
+
+    A record that stands in the order several times, since its source has a weight, does so in as many groups.
+
+    Args:
+        order: record numbers, int [n].
+        keys: `stem_key` of all records, indexed by record number.
+
+    >>> bring_together(np.array([0, 1, 2, 3, 0]), np.array([7, 0, 7, 7])).tolist()
+    [0, 2, 3, 1, 0]
+    """
+    key = keys[order]
+    places = np.arange(len(order))
+    groups = np.stack([np.where(key == 0, places, _earlier(order)), key], axis=1)
+    _, first, group = np.unique(groups, axis=0, return_index=True, return_inverse=True)
+    return order[np.argsort(first[group.reshape(-1)], kind="stable")]
+
+
+def _earlier(values: np.ndarray) -> np.ndarray:
+    """How many equal values stand before each.
+
+    >>> _earlier(np.array([4, 5, 4, 4])).tolist()
+    [0, 0, 1, 2]
+    """
+    by_value = np.argsort(values, kind="stable")
+    ordered = values[by_value]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    ranks = np.arange(len(values)) - np.repeat(starts, np.diff(np.r_[starts, len(values)]))
+    earlier = np.empty_like(ranks)
+    earlier[by_value] = ranks
+    return earlier
+
+
+class Shares:
+    """What `pack_in_windows` needs to know of stems.
+
+    Args:
+        keys: `stem_key` of all records, int64 [n].
+        stems: `find_stem` of all records, int32 [n].
+    """
+
+    def __init__(self, keys: np.ndarray, stems: np.ndarray) -> None:
+        self.keys = keys
+        self.stems = stems
+
+    def groups(
+        self, part: np.ndarray, lengths: np.ndarray, num_images: np.ndarray, max_length: int
+    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Neighbours of one key that fit a row together.
+
+        Args:
+            part: record numbers, int [n], those of a key beside each other.
+            lengths, num_images: of all records.
+
+        Returns:
+            the groups, in order; tokens of each; images of each.
+        """
+        groups: list[list[int]] = []
+        tokens: list[int] = []
+        images: list[int] = []
+        for members in self._neighbours(part):
+            stem = int(self.stems[members[0]])
+            left = 0
+            for number in members:
+                tail = int(lengths[number]) - stem
+                if groups and left >= tail and stem:
+                    groups[-1].append(number)
+                    tokens[-1] += tail
+                    left -= tail
+                else:
+                    groups.append([number])
+                    tokens.append(int(lengths[number]))
+                    images.append(int(num_images[number]))
+                    left = max_length - tokens[-1]
+        return [np.array(group) for group in groups], np.array(tokens), np.array(images)
+
+    def _neighbours(self, part: np.ndarray) -> Iterator[Sequence[int]]:
+        for key, members in groupby(part.tolist(), key=lambda number: int(self.keys[number])):
+            if key:
+                yield list(members)
+            else:
+                yield from ([number] for number in members)
