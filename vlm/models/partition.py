@@ -12,26 +12,29 @@ from torch import Tensor
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of all pieces together."""
+    """The shape of all pieces [...] together."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 @torch.no_grad()
 def write(parameter: Tensor, values: Tensor) -> None:
-    """Copy a whole tensor into a parameter, of which this rank may hold a piece. Communicates nothing."""
+    """Copy a whole tensor [...] into a parameter, of which this rank may hold a piece. Communicates nothing."""
     for own, new in _pieces(parameter, values):
         own.copy_(new)
 
 
 @torch.no_grad()
 def add(parameter: Tensor, values: Tensor) -> None:
-    """Add a whole tensor to a parameter, of which this rank may hold a piece. Communicates nothing."""
+    """Add a whole tensor [...] to a parameter, of which this rank may hold a piece. Communicates nothing."""
     for own, new in _pieces(parameter, values):
         own.add_(new.to(own.device, own.dtype))
 
 
 def _pieces(parameter: Any, values: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(view of what this rank holds, what belongs there): one pair, two where DeepSpeed holds a gathered copy too."""
+    """Whole values [...] -> (view of what this rank holds, what belongs there).
+
+    One pair; two where DeepSpeed holds a gathered copy too.
+    """
     from torch.distributed.tensor import DTensor
 
     if hasattr(parameter, "ds_tensor"):

@@ -127,6 +127,7 @@ def run_layers(
 def _run_blocks(
     model: VisionLanguageModel, blocks: Sequence[BlockLayer], position_ids: Tensor, hidden_states: Tensor
 ) -> Tensor:
+    """Some blocks in order: [B, L, D] -> [B, L, D]. position_ids: int64 [B, L]."""
     shape = hidden_states.shape
     if "flash" in model.llm.config._attn_implementation:  # one row end to end, as in VisionLanguageModel
         hidden_states, position_ids = hidden_states.flatten(0, 1)[None], position_ids.flatten()[None]

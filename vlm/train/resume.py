@@ -152,6 +152,7 @@ def _random_file(checkpoint: Path, number: int) -> Path:
 
 
 def _random_state() -> dict[str, Tensor]:
+    """State of each generator of this process, uint8 [n]."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -159,6 +160,7 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def _restore_random_state(state: dict[str, Tensor]) -> None:
+    """state: what `_random_state` gave, uint8 [n] each."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
