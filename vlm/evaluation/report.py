@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-import vlm
 from vlm.artifacts.evidence import FIGURES, figures_table, with_error, write_figures
 from vlm.artifacts.manifest import read_manifest
 from vlm.batch import IGNORE_INDEX
@@ -30,6 +29,7 @@ from vlm.evaluation.tasks import Question, read_task
 from vlm.files import write_atomically
 from vlm.inference.load import LoadedModel, load
 from vlm.logs import Progress, log
+from vlm.version import __version__
 
 if TYPE_CHECKING:
     from vlm.config import RunConfig
@@ -96,7 +96,7 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
     record = {
         "export": str(folder),
         "steps": read_manifest(folder).origin.get("steps"),
-        "vlm_version": vlm.__version__,
+        "vlm_version": __version__,
         "seed": config.evaluation.seed,
         "dtype": str(loaded.compute_dtype).removeprefix("torch."),
         "seconds": round(time.monotonic() - started, 1),

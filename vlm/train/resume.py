@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import vlm
 from vlm.distributed import is_main, rank, world_size
 from vlm.errors import CheckpointError
 from vlm.faults import fault
@@ -21,6 +20,7 @@ from vlm.logs import log
 from vlm.train.checkpoint import read_info, save_checkpoint
 from vlm.train.engines.base import Engine
 from vlm.train.fragments import save_tensors
+from vlm.version import __version__
 
 _BESIDE_CONFIG = {"model.vision.compute"}  # found by measuring; the checkpoint's own rules
 OPTIMIZER_STATE = ("any with float32 state", "any with 8-bit state")  # optimizers of one kind read each other's
@@ -59,7 +59,7 @@ class RunState:
         fault("save")
         info = {
             "identity": self.identity, "data": self.data_settings, "start": self.start, "world_size": world_size(),
-            "vlm_version": vlm.__version__, "image_orders": self.image_orders,
+            "vlm_version": __version__, "image_orders": self.image_orders,
         }  # fmt: skip
         return save_checkpoint(self.run, step, write, info, keep_last)
 
