@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "vlm"
 # A file imports its own package and those of a lower number. Equal numbers are neighbours that do not know each other.
 LAYERS = {
     "errors": 0, "batch": 0, "schema": 0, "layered_yaml": 0, "distributed": 0, "logs": 0, "compat": 0, "faults": 0,
-    "precision": 0, "launch": 0, "files": 0, "config": 0, "moved": 0, "version": 0,
+    "precision": 0, "launch": 0, "files": 0, "config": 0, "config_paths": 0, "moved": 0, "version": 0,
     "data": 1, "models": 1,
-    "generation": 2, "objectives": 2,
+    "generation": 2, "objectives": 2, "config_checks": 2,
     "train": 3,
     "artifacts": 4, "plan": 4,
     "inference": 5, "prepare": 5,
@@ -29,7 +29,10 @@ BOTTOM = {name for name, layer in LAYERS.items() if layer == 0}  # single files 
 FACADE = "__init__"  # vlm/__init__.py for users: the version, and vlm.load, imported when it is asked for
 # a package's config.py knows vlm.schema only, so vlm.config takes all; an objective has its section beside it
 SECTIONS = {f"vlm.{name}.config" for name in LAYERS} | {"vlm.objectives", "vlm.objectives.base", "vlm.objectives.lm"}
-LIGHT = ("vlm.config", "vlm.cli.main", "vlm.errors", "vlm.batch", "vlm.schema", "vlm.layered_yaml", "vlm.logs")
+LIGHT = (
+    "vlm.config", "vlm.config_checks", "vlm.cli.main", "vlm.errors", "vlm.batch", "vlm.schema", "vlm.layered_yaml",
+    "vlm.logs",
+)  # fmt: skip
 
 
 def package_of(module: str) -> str:

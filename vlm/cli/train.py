@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from vlm.cli.configs import Config, Options, load_checked
+from vlm.cli.configs import Config, Options
 from vlm.config import resolve_for_log
+from vlm.config_checks import load_checked
 from vlm.errors import ConfigError, RunLocked, VLMError
 from vlm.launch import is_of_torchrun, is_restarted, launched_rank
 
