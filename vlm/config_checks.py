@@ -90,7 +90,7 @@ def model_notes(config: RunConfig) -> list[str]:
     notes = []
     folder = Path(config.model.llm.path)
     if folder.is_dir() and (vocabulary := _read_vocabulary(folder)) is not None:
-        from vlm.data.template import TEMPLATES, control_words, warn_of_split
+        from vlm.data.template import TEMPLATES, control_words, warn_of_split  # late: jinja2 takes 40 ms
 
         template = TEMPLATES.get(config.data.template)
         if template is not None:

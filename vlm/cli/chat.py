@@ -10,6 +10,7 @@ import typer
 
 from vlm.cli.options import ImageOrderOption, image_order_of
 from vlm.errors import CheckpointError, ConfigError
+from vlm.logs import warn
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -89,7 +90,6 @@ def chat(
     from vlm.apps.terminal.app import run_terminal
     from vlm.apps.terminal.settings import without_effect
     from vlm.inference.load import load, make_settings
-    from vlm.logs import warn
 
     settings = make_settings(
         {

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 
 from vlm.artifacts.evidence import FIGURES, figures_table, with_error, write_figures
 from vlm.artifacts.manifest import read_manifest
@@ -117,9 +119,6 @@ def run_tasks(loaded: LoadedModel, config: EvaluationConfig, cache: Path) -> lis
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """A table for the eye when standard output is a terminal; Markdown to paste in any case."""
-    from rich.console import Console
-    from rich.table import Table
-
     console, markdown = Console(), figures_table(rows)
     if console.is_terminal:
         head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines())

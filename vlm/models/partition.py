@@ -35,13 +35,11 @@ def _pieces(parameter: Any, values: Tensor) -> list[tuple[Tensor, Tensor]]:
 
     One pair; two where DeepSpeed holds a gathered copy too.
     """
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor  # late: 0.8 s
 
     if hasattr(parameter, "ds_tensor"):
-        from torch.distributed import get_rank
-
         piece = parameter.ds_tensor.numel()
-        new = values.reshape(-1)[get_rank() * piece :][:piece]
+        new = values.reshape(-1)[torch.distributed.get_rank() * piece :][:piece]
         gathered = [(parameter.data.view(-1), values.reshape(-1))] if parameter.data.numel() == values.numel() else []
         return [(parameter.ds_tensor[: new.numel()], new), *gathered]
     if isinstance(parameter, DTensor):

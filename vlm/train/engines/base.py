@@ -16,6 +16,7 @@ from vlm.batch import Batch
 from vlm.distributed import gather_objects, rank, sum_over_ranks
 from vlm.errors import CheckpointError
 from vlm.faults import fault
+from vlm.models.trainable import canonical_name
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.base import Head, LossOutput, Objective
 from vlm.precision import autocast
@@ -254,8 +255,6 @@ def shared_adam_state(optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:
 
 def trained_names(model: VisionLanguageModel) -> Iterator[tuple[str, nn.Parameter]]:
     """Canonical name and parameter of everything that trains."""
-    from vlm.models.trainable import canonical_name
-
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield canonical_name(name), parameter
