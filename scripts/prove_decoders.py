@@ -36,9 +36,10 @@ from vlm.generation.sampling import SamplingSettings
 from vlm.models.config import LLMConfig, LoRAConfig, ModelConfig
 from vlm.models.families import LLM_PARTS, REFUSED, refuse_decoder
 from vlm.models.head import find_logits_rule
-from vlm.models.llm import enable_gradient_checkpointing
+from vlm.models.llm import enable_gradient_checkpointing, settle_attention
 from vlm.models.row_decoders import PlainDecoder, RowByRowDecoder
 from vlm.models.trainable import set_trainable
+from vlm.models.varlen import VARLEN
 from vlm.models.vlm import VisionLanguageModel
 
 prepare()
@@ -56,7 +57,7 @@ class Measured:
     state: str  # right, wrong, refused, not built
     reason: str = ""  # why it is not right
     model: str = ""  # transformers' class
-    packing: str = ""  # positions, or one by one
+    packing: str = ""  # varlen, positions, or one by one
     logits: float = 0.0  # packed through vlm, against the class's own forward of each record alone
     gradient: float = 0.0  # of the same, in all weights
     checkpointing: str = ""
@@ -83,7 +84,9 @@ def measure(model_type: str) -> Measured:
         return Measured(model_type, "refused", str(error).partition(" here: ")[2].partition(". docs")[0], row.model)
     for step in (_measure_packing, _measure_generation, _measure_plan, _measure_lora, _measure_bits):
         try:
-            step(row, toy_decoder(model_type))
+            decoder = toy_decoder(model_type)
+            settle_attention(decoder, "auto")
+            step(row, decoder)
         except Exception as error:
             row.state, row.reason = "wrong", f"{step.__name__.removeprefix('_measure_')}: {_one_line(error)}"
             break
@@ -93,7 +96,8 @@ def measure(model_type: str) -> Measured:
 def _measure_packing(row: Measured, llm: Any) -> None:
     find_logits_rule(llm, "toy")
     model = VisionLanguageModel(llm)
-    row.packing = "positions" if model.packing.by_positions else "one by one"
+    is_varlen = llm.config._attn_implementation == VARLEN
+    row.packing = "varlen" if is_varlen else "positions" if model.packing.by_positions else "one by one"
     torch.manual_seed(1)
     ids = torch.randint(3, 60, (2, sum(LENGTHS[0])))
     positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in LENGTHS])
@@ -282,10 +286,11 @@ kernels. {versions}; {seconds:.0f} s.
 refused by name; {left} could not be built at toy size.** A type that is not listed (newer, or with code of its own) is
 decoded one by one. Of every type, head and embeddings are compared with its own forward when it is loaded.
 
-- packed rows: `positions`: records of a packed row are kept apart by restarting positions. `one by one`: the class
-  would let them see each other, so each is a row of its own inside the forward: slower, and one line of the log says
-  so. No class's segment arguments (`seq_idx`, `cu_seq_lens_q`) are honoured on a CPU, so they are not used. ZeRO 3 and
-  fsdp on several ranks refuse these types by name.
+- packed rows: `varlen`: attention is told where records end and computes each by itself, without a mask. `positions`:
+  transformers' mask keeps them apart, made of restarting positions. `one by one`: the
+  class would let them see each other, so each is a row of its own inside the forward: slower, and one line of the log
+  says so. No class's segment arguments (`seq_idx`, `cu_seq_lens_q`) are honoured on a CPU, so they are not used. ZeRO 3
+  and fsdp on several ranks refuse these types by name.
 - logits: of records in packed rows, as `vlm` computes them, against transformers' own forward of each record alone,
   scale and soft cap of the head included: the largest difference, relative to the largest logit.
 - gradient: the same for the gradient of every weight.

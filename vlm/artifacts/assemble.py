@@ -19,7 +19,7 @@ from vlm.errors import CheckpointError
 from vlm.logs import warn
 from vlm.models.build import Assembled, assemble
 from vlm.models.config import ModelConfig
-from vlm.models.llm import choose_attention, load_llm, load_tokenizer, pad_vocabulary
+from vlm.models.llm import choose_attention, load_llm, load_tokenizer, pad_vocabulary, settle_attention
 from vlm.models.trainable import cast_weights, load_weights, part_of, part_weights
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.weight_files import WeightFiles
@@ -121,14 +121,16 @@ def _from_llava(folder: Path, manifest: Manifest, dtype: torch.dtype, device: to
     assert config.vision is not None
     vision = build_vision(config.vision, dtype, weights=False)
     vision.trunk.model = whole.model.vision_tower
-    return wrap_llava(whole, config, _language_model(whole), vision, tokenizer)
+    llm = _language_model(whole)
+    settle_attention(llm, config.llm.attention)
+    return wrap_llava(whole, config, llm, vision, tokenizer)
 
 
-def read_llava(folder: Path, dtype: torch.dtype, attention: str) -> LlavaForConditionalGeneration:
+def read_llava(folder: Path, dtype: torch.dtype, attention: str | None) -> LlavaForConditionalGeneration:
     """transformers' own class around the weights of a folder, every one of which has its place.
 
     Args:
-        attention: of the language model; sdpa leaves the choice to the few families that have none (RWKV, Gemma 2).
+        attention: of the language model; None leaves the choice to transformers.
 
     Raises:
         CheckpointError: it does not load; or a weight is missing, or is one that the class does not have.
@@ -138,7 +140,7 @@ def read_llava(folder: Path, dtype: torch.dtype, attention: str) -> LlavaForCond
     try:
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True,
-            attn_implementation=None if attention == "sdpa" else {"text_config": attention},
+            attn_implementation=attention and {"text_config": attention},
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot load its weights ({str(error)[:300]}). Export the run again") from None

@@ -24,6 +24,7 @@ from vlm.evaluation.tasks import Question
 from vlm.inference.load import LoadedModel
 from vlm.logs import log
 from vlm.models.decoders import find_decoder
+from vlm.models.varlen import VARLEN
 
 MAX_TOKENS = {"cpu": 1024, "cuda": 16384}  # padded tokens per forward; a CPU is as fast at 512 and at 4096
 # supervised positions whose logits exist at once; 128 stay in a CPU's caches: 2.5 times as fast there as 2048
@@ -314,4 +315,4 @@ def _sum_by_reply(loaded: LoadedModel, rows: list[_Row], hidden_states: Tensor) 
 
 def _takes_masks(loaded: LoadedModel) -> bool:
     """Flash and flex attention take no mask of our own."""
-    return loaded.model.llm.config._attn_implementation in ("sdpa", "eager")
+    return loaded.model.llm.config._attn_implementation in (VARLEN, "sdpa", "eager")

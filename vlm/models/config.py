@@ -55,8 +55,9 @@ class ProjectorConfig(Section):
 class LLMConfig(Section):
     path: PathText
     """A local folder, or a name that transformers resolves."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
-    """auto: FlashAttention 2 on a GPU where it is installed, else SDPA."""
+    attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    """auto: FlashAttention 2 on a GPU where it is installed, else varlen where the type of model can, else sdpa. varlen:
+    record by record inside a packed row, so that its cost follows the records; sdpa: with a mask of the whole row."""
     pad_vocab_to_multiple_of: PositiveInt | None = None
     """Grow the embedding to a multiple, for faster matrix products; null leaves it."""
 

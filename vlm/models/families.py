@@ -34,6 +34,9 @@ PACKS_BY_POSITIONS = frozenset(
     """.split()  # noqa: SIM905 - a list of names is read in columns
 )
 
+# Of those, types whose blocks need a mask of numbers or attend in a way that the arguments of attention do not say.
+NEEDS_MASK = frozenset({"axk2", "deepseek_v32", "doge", "dory", "falcon", "glm_moe_dsa", "llama4", "llama4_text"})
+
 # Types in which a record of a packed row would see another one, by a state that runs on, by distances or by positions
 # read from the mask, and which are right record by record.
 ONE_BY_ONE = frozenset(
@@ -98,6 +101,7 @@ class Packing:
     """How records of one row are kept apart."""
 
     by_positions: bool  # else record by record
+    by_varlen: bool = False  # also by attention that is told where records end (vlm.models.varlen)
     longest: int | None = None  # by_positions only in rows without a longer record: its length changes all rotations
     is_known: bool = True
 
@@ -112,7 +116,7 @@ def packing_of(config: Any) -> Packing:
     kind = config.model_type
     if kind not in PACKS_BY_POSITIONS or getattr(config, "alibi", False):
         return Packing(False, is_known=kind in ONE_BY_ONE | PACKS_BY_POSITIONS)
-    return Packing(True, longest=_length_that_changes_rope(config))
+    return Packing(True, by_varlen=kind not in NEEDS_MASK, longest=_length_that_changes_rope(config))
 
 
 def _length_that_changes_rope(config: Any) -> int | None:
@@ -229,7 +233,9 @@ class BlockInputs:
     window_mask: Any
 
 
-def block_inputs(llm: Any, windowed: Collection[bool], hidden_states: Tensor, position_ids: Tensor) -> BlockInputs:
+def block_inputs(
+    llm: Any, windowed: Collection[bool], hidden_states: Tensor, position_ids: Tensor, layout: Tensor | None = None
+) -> BlockInputs:
     """Masks and rotary embeddings as the model's own forward makes them of packed rows.
 
     Packing is read from restarting positions, which transformers does only without an attention mask and a cache.
@@ -238,13 +244,14 @@ def block_inputs(llm: Any, windowed: Collection[bool], hidden_states: Tensor, po
         windowed: `has_window` of the stage's blocks; only masks that one of them uses are made.
         hidden_states: [B, L, D], entering the stage; dtype and device are taken from it.
         position_ids: int64 [B, L].
+        layout: int64 [1, 1, S, 3], where records end, of varlen attention, which needs no masks.
     """
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
     arguments: dict[str, Any] = {
         "config": llm.config,
         "inputs_embeds": hidden_states,
-        "attention_mask": None,
+        "attention_mask": layout,
         cache_argument(create_causal_mask): None,
         "position_ids": position_ids,
     }

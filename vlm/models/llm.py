@@ -17,13 +17,15 @@ from vlm.compat import prepare, quiet_progress
 from vlm.errors import CheckpointError, ConfigError
 from vlm.logs import warn
 from vlm.models.config import LLMConfig
-from vlm.models.families import refuse_decoder
+from vlm.models.decoders import find_decoder
+from vlm.models.families import packing_of, refuse_decoder
 from vlm.models.folder import why_beyond_embedding, why_no_tokenizer, why_no_weights
 from vlm.models.head import find_logits_rule
 from vlm.models.hub import check_hub
 from vlm.models.native import why_not_a_decoder, why_not_native
 from vlm.models.spm import differences
 from vlm.models.tokenizer_files import COMPANIONS, VOCABULARY, why_not_converted, write_converted
+from vlm.models.varlen import VARLEN, register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -78,8 +80,7 @@ def load_llm(
     attention = choose_attention(config.attention, device)
     arguments: dict[str, Any] = {
         "dtype": dtype,
-        # None is SDPA as well, but eager for the few families that have no SDPA (Gemma 2)
-        "attn_implementation": None if config.attention == "auto" and attention == "sdpa" else attention,
+        "attn_implementation": attention,
         "use_safetensors": True,
         "trust_remote_code": trust_remote_code,
     }
@@ -94,6 +95,7 @@ def load_llm(
             f"{type(llm).__name__}, e.g. {min(report['missing_keys'])}. Usually a shard was not downloaded"
         )
     find_logits_rule(llm, config.path)
+    settle_attention(llm, config.attention)
     return llm.eval()
 
 
@@ -147,18 +149,51 @@ def refuse_foreign_code(path: str, trust_remote_code: bool) -> None:
         warn(f"RUNNING THE PYTHON CODE of {path}, because model.trust_remote_code is true")
 
 
-def choose_attention(name: str, device: str) -> str:
-    """auto: FlashAttention 2 on a GPU where it is installed, else SDPA."""
+def choose_attention(name: str, device: str) -> str | None:
+    """What transformers is to load a decoder with; `settle_attention` then looks at the decoder itself.
+
+    Returns:
+        of auto, FlashAttention 2 on a GPU where it is installed; else, as for varlen, None: transformers takes SDPA,
+        but eager for the few families that have no SDPA (Gemma 2).
+    """
     has_flash = importlib.util.find_spec("flash_attn") is not None
     on_gpu = device.startswith("cuda")
-    if name == "auto":
-        return "flash_attention_2" if on_gpu and has_flash else "sdpa"
+    if name in ("auto", VARLEN):
+        return "flash_attention_2" if name == "auto" and on_gpu and has_flash else None
     if name == "flash_attention_2" and not (on_gpu and has_flash):
         missing = "a GPU" if has_flash else "the package flash-attn: pip install flash-attn --no-build-isolation"
-        raise ConfigError(f"model.llm.attention flash_attention_2 needs {missing}. auto takes sdpa here")
+        raise ConfigError(f"model.llm.attention flash_attention_2 needs {missing}. auto takes what there is here")
     if name == "flex_attention" and not on_gpu:
-        raise ConfigError("model.llm.attention flex_attention has no backward pass on the CPU. auto takes sdpa here")
+        raise ConfigError(
+            "model.llm.attention flex_attention has no backward pass on the CPU. auto takes what there is here"
+        )
     return name
+
+
+def takes_varlen(llm: Any) -> bool:
+    """Whether a decoder that transformers made can attend record by record: it has SDPA, and its type was measured."""
+    return llm.config._attn_implementation == "sdpa" and packing_of(llm.config).by_varlen
+
+
+def settle_attention(llm: Any, asked: str) -> None:
+    """Let a decoder attend record by record (`vlm.models.varlen`), where its type can.
+
+    Args:
+        asked: `model.llm.attention`. auto takes varlen for what transformers runs with SDPA.
+
+    Raises:
+        ConfigError: varlen was asked for, and this type cannot.
+    """
+    can = takes_varlen(llm)
+    if asked == VARLEN and not can:
+        raise ConfigError(
+            f"model.llm.attention varlen: model type {llm.config.model_type} is not known to attend rightly with it. "
+            "auto takes what it can (docs/models.md)"
+        )
+    if can and asked in ("auto", VARLEN):
+        register()
+        for part in (llm, find_decoder(llm)):  # which may have configs of their own
+            part.set_attn_implementation(VARLEN)
 
 
 def refuse_beyond_embedding(tokenizer: PreTrainedTokenizerFast, num_rows: int, path: str) -> None:

@@ -127,11 +127,13 @@ def run_layers(
 def _run_blocks(
     model: VisionLanguageModel, blocks: Sequence[BlockLayer], position_ids: Tensor, hidden_states: Tensor
 ) -> Tensor:
-    """Some blocks in order: [B, L, D] -> [B, L, D]. position_ids: int64 [B, L]."""
-    shape = hidden_states.shape
-    if "flash" in model.llm.config._attn_implementation:  # one row end to end, as in VisionLanguageModel
-        hidden_states, position_ids = hidden_states.flatten(0, 1)[None], position_ids.flatten()[None]
-    inputs = block_inputs(model.llm, {layer.has_window for layer in blocks}, hidden_states, position_ids)
-    for layer in blocks:
-        hidden_states = layer(hidden_states, inputs)
-    return hidden_states.view(shape)
+    """[B, L, D] -> [B, L, D]."""
+
+    def run(hidden_states: Tensor, position_ids: Tensor, layout: Tensor | None = None) -> Tensor:
+        windowed = {layer.has_window for layer in blocks}
+        inputs = block_inputs(model.llm, windowed, hidden_states, position_ids, layout)
+        for layer in blocks:
+            hidden_states = layer(hidden_states, inputs)
+        return hidden_states
+
+    return model.end_to_end(run, hidden_states, position_ids)

@@ -26,6 +26,7 @@ from vlm.models.llm import (
     load_tokenizer,
     pad_vocabulary,
     refuse_beyond_embedding,
+    settle_attention,
 )
 from vlm.models.pipeline import PipelineLayer, num_layers, pipeline_layers
 from vlm.models.trainable import canonical_name, load_weights, part_of, part_weights, trained_weights
@@ -205,7 +206,9 @@ def _llm_on_meta(config: ModelConfig, dtype: torch.dtype, device: str) -> Any:
     with torch.device("meta"):
         llm: Any = llm_from_config(config.llm, dtype, trust_remote_code=config.trust_remote_code)
     llm_parts(llm.config)
-    llm.set_attn_implementation(choose_attention(config.llm.attention, device))
+    if attention := choose_attention(config.llm.attention, device):
+        llm.set_attn_implementation(attention)
+    settle_attention(llm, config.llm.attention)
     return llm.eval()
 
 

@@ -17,6 +17,7 @@ from vlm.models.llm import recomputing_blocks
 from vlm.models.projector import Projector
 from vlm.models.recompute import RECOMPUTES
 from vlm.models.segments import decode_one_by_one
+from vlm.models.varlen import VARLEN, Decoder, decode_end_to_end
 from vlm.models.vision import VisionEncoder
 
 if TYPE_CHECKING:
@@ -137,20 +138,28 @@ class VisionLanguageModel(nn.Module):
         # a longer record's rotations would be those of all records of its row
         if longest is not None and int(position_ids.max()) >= longest:
             return decode_one_by_one(self._decoder, embeddings, position_ids, most_tokens=1)
-        shape = embeddings.shape
-        if "flash" in self.llm.config._attn_implementation:
+        return self.end_to_end(self._decoder, embeddings, position_ids)
+
+    def end_to_end(self, forward: Decoder, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D] of packed rows, through a forward of the decoder or of some of its blocks, as its
+        attention needs them; positions as for `forward`."""
+        attention = self.llm.config._attn_implementation
+        if attention == VARLEN:
+            return decode_end_to_end(forward, hidden_states, position_ids)
+        shape = hidden_states.shape
+        if "flash" in attention:
             # FlashAttention sees restarts only in a batch of one row, else it lets examples look at each other without
             # a word (transformers' _is_packed_sequence). Rows start at position 0, so they may lie end to end.
-            embeddings, position_ids = embeddings.flatten(0, 1)[None], position_ids.flatten()[None]
-        return self._decoder(embeddings, position_ids).view(shape)
+            hidden_states, position_ids = hidden_states.flatten(0, 1)[None], position_ids.flatten()[None]
+        return forward(hidden_states, position_ids, None).view(shape)
 
-    def _decoder(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
-        """[B, L, D] at positions int64 [B, L] -> hidden states [B, L, D] after the final norm."""
-        # Packing is honoured only without an attention mask and without a cache; with the default cache, examples of
+    def _decoder(self, embeddings: Tensor, position_ids: Tensor, layout: Tensor | None = None) -> Tensor:
+        """[B, L, D] -> hidden states [B, L, D] after the final norm. layout: int64 [1, 1, S, 3], of varlen."""
+        # Packing is honoured only without a mask of numbers and without a cache; with the default cache, examples of
         # a row see each other.
         decoder = find_decoder(self.llm)
         arguments: dict[str, Any] = {"position_ids": position_ids} if accepts(decoder, "position_ids") else {}
-        output = decoder(inputs_embeds=embeddings, attention_mask=None, use_cache=False, **arguments)
+        output = decoder(inputs_embeds=embeddings, attention_mask=layout, use_cache=False, **arguments)
         return output.last_hidden_state
 
     def _zero_from_a_dummy_image(self) -> Tensor | None:

@@ -132,9 +132,10 @@ def _inputs(linears: tuple[Linear, ...], shape: LLMShape, numerics: Numerics, ha
     """Bytes per token of the inputs that linear layers keep.
 
     Under autocast each layer has a bf16 copy of its own. In float32 query, key and value share one, gate and up too.
-    The output projection reads attention's own output, unless an adapter casts it.
+    The output projection reads attention's own output, unless an adapter casts it, or that of each record is kept.
     """
-    own = [linear for linear in linears if linear.name != "o_proj" or (has_adapters and numerics.is_autocast)]
+    is_apart = numerics.attention == "varlen" or (has_adapters and numerics.is_autocast)
+    own = [linear for linear in linears if linear.name != "o_proj" or is_apart]
     if numerics.is_autocast:
         return sum(numerics.compute * linear.inputs for linear in own)
     groups = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}

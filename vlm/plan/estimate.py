@@ -98,7 +98,7 @@ def estimate(
     shape = shape or read_shapes(config.model)
     if has_flash_attention is None:
         has_flash_attention = importlib.util.find_spec("flash_attn") is not None
-    numerics = read_numerics(config, has_flash_attention)
+    numerics = read_numerics(config, has_flash_attention, shape.llm.takes_varlen)
     work = workload or full_rows(config, shape.tokens_per_image)
     layers = model_layers(config, shape, work, numerics)
     parts = [part for layer in layers for part in layer]

@@ -44,7 +44,7 @@ class Numerics:
     frozen: int  # of a weight that does not train; one that does is float32
     compute: int  # of what linear layers read and write
     residual: int  # of the hidden states between decoder blocks: the embedding's own format
-    attention: str  # "sdpa", "flash_attention_2" or "eager"
+    attention: str  # "varlen", "sdpa", "flash_attention_2" or "eager"
     on_gpu: bool
 
     @property
@@ -62,19 +62,21 @@ def adam_bytes(train: TrainConfig) -> float:
     return ADAM_8BIT if train.has_8bit_state else ADAM
 
 
-def read_numerics(config: RunConfig, has_flash_attention: bool) -> Numerics:
+def read_numerics(config: RunConfig, has_flash_attention: bool, takes_varlen: bool) -> Numerics:
     """
     Args:
         has_flash_attention: what `attention: auto` takes on the GPU.
+        takes_varlen: what it takes else, in place of SDPA with masks.
     """
     precision: str = config.train.precision
-    attention = config.model.llm.attention
+    attention: str = config.model.llm.attention
     on_gpu = config.engine.device != "cpu"
     if precision == "auto":
         precision = "bf16" if on_gpu else fast_precision(torch.device("cpu"))
     frozen = 2 if precision in ("bf16", "fp16") else FLOAT32
     if attention == "auto":
-        attention = "flash_attention_2" if on_gpu and has_flash_attention else "sdpa"
+        plain = "varlen" if takes_varlen else "sdpa"
+        attention = "flash_attention_2" if on_gpu and has_flash_attention else plain
     return Numerics(
         frozen=frozen,
         compute=FLOAT32 if precision == "fp32" else 2,

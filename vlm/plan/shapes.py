@@ -14,7 +14,7 @@ from torch import nn
 
 from vlm.models.config import LoRAConfig, ModelConfig, VisionConfig
 from vlm.models.decoders import find_blocks, find_decoder, find_linears, linear_shape
-from vlm.models.llm import llm_from_config, pad_vocabulary
+from vlm.models.llm import llm_from_config, pad_vocabulary, takes_varlen
 from vlm.models.projector import PROJECTORS
 from vlm.models.vision import build_vision
 
@@ -45,6 +45,7 @@ class LLMShape:
     final_norm: int  # and what else lies outside of embedding, blocks and head: learned positions, say
     blocks: tuple[int, ...]  # parameters of each block
     linears: tuple[Linear, ...]  # of one block
+    takes_varlen: bool = True  # attention record by record, which `attention: auto` then is
 
     def lora_numel(self, lora: LoRAConfig) -> int:
         """Parameters of the adapters of one block."""
@@ -130,6 +131,7 @@ def _read_llm(config: ModelConfig) -> LLMShape:
         final_norm=sum(p.numel() for p in find_decoder(model).parameters()) - embedding.numel() - sum(shared.values()),
         blocks=numels,
         linears=linears,
+        takes_varlen=takes_varlen(model),
     )
 
 
