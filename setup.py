@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-version = re.search(r'__version__ = "(.+)"', (here / "vlm/__init__.py").read_text()).group(1)
+version = re.search(r'__version__ = "(.+)"', (here / "vlm/version.py").read_text()).group(1)
 
 # Upper bounds on torch and torchvision: the range must admit only builds that fit each other, and timm and open_clip
 # ask for torchvision without a bound, which would replace torch.

@@ -1,6 +1,6 @@
-"""Train; see vlm/cli/train.py."""
+"""Train; see vlm/cli/root_scripts.py."""
 
-from vlm.cli.train import main_train
+from vlm.cli.root_scripts import main_train
 
 if __name__ == "__main__":
     main_train()

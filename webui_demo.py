@@ -1,6 +1,6 @@
-"""Chat in the browser; see vlm/cli/webui.py."""
+"""Chat in the browser; see vlm/cli/root_scripts.py."""
 
-from vlm.cli.webui import main_webui_demo
+from vlm.cli.root_scripts import main_webui_demo
 
 if __name__ == "__main__":
     main_webui_demo()

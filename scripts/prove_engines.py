@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job is not None:
-        from vlm.cli.main import end
+        from vlm.cli.process import end
 
         work(arguments.job)
         end(0)

@@ -26,7 +26,7 @@ def launch(function: Callable[[Any], None], argument: Any, nproc: int = 2) -> No
 def _in_group(function: Callable[[Any], None], argument: Any) -> None:
     import torch
 
-    from vlm.cli.main import end
+    from vlm.cli.process import end
     from vlm.distributed import process_group
 
     with process_group(torch.device("cpu"), 120.0, always=True):

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import typer
 
-from vlm.cli.main import app, repeat_options, with_hyphens
-from vlm.cli.train import deepspeed_options, train_parser, train_pipeline_parser
+from vlm.cli.main import app
+from vlm.cli.process import repeat_options, with_hyphens
+from vlm.cli.root_scripts import train_parser, train_pipeline_parser
+from vlm.cli.train import deepspeed_options
 from vlm.config import json_schema
 
 ROOT = Path(__file__).parents[1]

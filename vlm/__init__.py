@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vlm import moved
+from vlm.version import __version__
 
 if TYPE_CHECKING:
     from vlm.inference.load import load
 
 moved.install()
-__version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 

@@ -70,7 +70,7 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, options: Sequence[str] = ()) -> RunConfig:
-    """Read, merge, resolve and validate.
+    """Read, merge, resolve and validate. Paths are not looked for: see `vlm.config_checks.load_checked`.
 
     Args:
         path: a YAML file, or the name of a shipped project such as "quickstart/pretrain".

@@ -328,6 +328,7 @@ def _calibrate_projector(config: RunConfig, built: Assembled, data: Data, device
     projector = built.model.projector  # None on later stages of a pipeline
 
     def measure() -> dict[str, Tensor]:
+        """Name -> statistics [...] of the projector, on the CPU."""
         assert projector is not None
         if not projector.feature_mean.any():
             features = _first_features(config, built, data, device)
@@ -349,6 +350,7 @@ def _initialize_projector(config: RunConfig, built: Assembled, data: Data, devic
     projector = built.model.projector  # None on later stages of a pipeline
 
     def fit() -> dict[str, Tensor]:
+        """Name -> weights [...] of the projector, on the CPU."""
         assert projector is not None
         assert built.image_token_id is not None
         llm = built.model.llm

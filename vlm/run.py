@@ -12,7 +12,7 @@ import torch
 
 from vlm.artifacts.pins import Pins, pin_start, places_of, refuse_replaced
 from vlm.config import RunConfig
-from vlm.data.image_order import count_image_orders
+from vlm.data.image_order_counts import count_image_orders
 from vlm.data.skips import SkipLog
 from vlm.distributed import gather_objects, is_main, on_main, process_group, rank, world_size
 from vlm.errors import DataError, VLMError

@@ -18,6 +18,17 @@ def _at_home(path: str) -> str:
 PathText = Annotated[str, AfterValidator(_at_home)]
 """A file, folder, or name that a library resolves. `~` is the home directory, as in a shell."""
 
+
+def is_local(path: str) -> bool:
+    """Whether a model is meant to lie on this disk, whether or not it does; other names a hub may know.
+
+    >>> is_local("cache/ckpt/x"), is_local("./x"), is_local("models/qwen/7b"), is_local("Qwen/Qwen2.5-7B-Instruct")
+    (True, True, True, False)
+    """
+    has_many_parts = path.count("/") > 1 and ":" not in path  # hf-hub:owner/name is for timm and open_clip
+    return has_many_parts or path.startswith((".", "/", "~", "cache/"))
+
+
 TrainablePart = Literal["projector", "llm", "llm.lora", "vision"]
 PARTS: tuple[TrainablePart, ...] = get_args(TrainablePart)  # in the order in which lines about them stand
 

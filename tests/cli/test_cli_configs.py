@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from model_folders import write_llm_folder
 
-from vlm.cli.configs import path_problems
 from vlm.config import load_config, shipped_projects
-from vlm.models.hub import is_local
+from vlm.config_checks import config_problems
+from vlm.schema import is_local
 
 CONFIG = """\
 output_dir: runs/a
@@ -152,14 +152,14 @@ def test_validate_lists_every_path_that_is_missing_with_its_line(tmp_path, vlm):
 def test_validate_wants_an_output_folder_that_can_be_written(complete):
     Path("file").touch()
     config = load_config(complete, ["output_dir=file/run"])
-    assert path_problems(config) == [(("output_dir",), "file is a file")]
+    assert config_problems(config) == [(("output_dir",), "file is a file")]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_validate_reports_a_read_only_output_folder(complete):
     Path("locked").mkdir(mode=0o500)
     config = load_config(complete, ["output_dir=locked/run"])
-    assert path_problems(config) == [(("output_dir",), "locked cannot be written to")]
+    assert config_problems(config) == [(("output_dir",), "locked cannot be written to")]
 
 
 @pytest.mark.parametrize("path", ["./x", "../x", "/x", "~/x", "cache/x"])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vlm.cli.main import repeat_options, run, with_hyphens
+from vlm.cli.process import repeat_options, run, with_hyphens
 from vlm.errors import CheckpointError, ConfigError, DataError, Preempted, TrainingDiverged
 
 REPOSITORY = Path(__file__).parents[2]
@@ -133,7 +133,7 @@ def test_an_engine_that_does_not_fit_the_launch_is_refused(monkeypatch, tmp_path
 def test_ranks_that_find_the_same_error_let_rank_0_say_it_before_the_launcher_ends_all(monkeypatch, vlm):
     """A launcher ends every process when one has ended: the message was lost if rank 0 was the slower one."""
     waited = []
-    monkeypatch.setattr("vlm.cli.main.time", SimpleNamespace(sleep=waited.append))  # not every thread's sleep
+    monkeypatch.setattr("vlm.cli.process.time", SimpleNamespace(sleep=waited.append))  # not every thread's sleep
     for rank, seconds in (("0", []), ("1", [3.0])):
         monkeypatch.setenv("RANK", rank)
         code, _, err = vlm("train", "tiny/pretrain", "--options", "train.max_stepz=3")

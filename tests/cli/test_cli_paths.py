@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from model_folders import write_encoder_folder, write_llm_folder
 
-from vlm.cli.configs import load_checked, path_problems
 from vlm.config import load_config
+from vlm.config_checks import config_problems, load_checked
 from vlm.errors import ConfigError
 
 CONFIG = """\
@@ -35,7 +35,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def model_problems(config: str, *options: str) -> list[str]:
-    found = path_problems(load_config(config, options))
+    found = config_problems(load_config(config, options))
     return [f"{'.'.join(map(str, key))}: {text}" for key, text in found if key[0] == "model"]
 
 
@@ -54,7 +54,7 @@ def test_swapped_models_are_told_by_their_config_json(config):
 
 
 def test_every_encoder_that_can_be_loaded_is_known_as_one():
-    from vlm.cli.model_checks import is_encoder_type
+    from vlm.config_checks import is_encoder_type
     from vlm.models.folder import ENCODER_TYPES
     from vlm.models.vision import _HF_TOWERS
 

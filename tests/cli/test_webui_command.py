@@ -16,7 +16,8 @@ import pytest
 import typer
 
 import vlm.artifacts.parts  # noqa: F401 - before `read_manifest` is replaced, of which it keeps the one it finds
-from vlm.cli.main import app, run
+from vlm.cli.main import app
+from vlm.cli.process import run
 
 
 def webui(*arguments: str) -> int:

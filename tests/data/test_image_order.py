@@ -16,7 +16,8 @@ from tokenizers_for_tests import byte_level_bpe
 from vlm.data.build import build_reader
 from vlm.data.config import DataConfig
 from vlm.data.conversation import IMAGE, Conversation, Part, Turn
-from vlm.data.image_order import arrange_images, count_image_orders, learned_order, order_of
+from vlm.data.image_order import arrange_images, learned_order, order_of
+from vlm.data.image_order_counts import count_image_orders
 from vlm.data.template import BOS, EOS, TEMPLATES, Piece
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.inference.messages import to_conversation
@@ -112,7 +113,7 @@ def test_orders_are_counted_in_the_data(tmp_path: Path):
 
 
 def test_large_data_is_counted_in_evenly_spaced_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vlm.data.image_order.MOST_COUNTED", 4)
+    monkeypatch.setattr("vlm.data.image_order_counts.MOST_COUNTED", 4)
     questions = ["<image>\nWhat?"] * 6 + ["What? <image>"] * 2
     assert count_image_orders(reader(tmp_path, questions), np.arange(8)) == {"first": 3, "last": 1}
 

@@ -8,7 +8,8 @@ import torch
 from proof_setups import make_parts, write_config
 
 from vlm.artifacts.evidence import PROOF
-from vlm.cli.main import app, run
+from vlm.cli.main import app
+from vlm.cli.process import run
 from vlm.config import load_config
 from vlm.errors import ConfigError
 from vlm.models.vlm import VisionLanguageModel

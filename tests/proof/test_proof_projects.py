@@ -11,7 +11,8 @@ import pytest
 import torch
 from demo.tiny import write_data, write_encoder, write_llm
 
-from vlm.cli.main import app, run
+from vlm.cli.main import app
+from vlm.cli.process import run
 from vlm.config import load_config, shipped_projects
 from vlm.prepare import prepare_run
 from vlm.proof.prove import prove

@@ -13,7 +13,7 @@ from typing import Any
 from vlm.artifacts.adapter import Adapter
 from vlm.artifacts.manifest import Manifest, read_manifest
 from vlm.errors import CheckpointError
-from vlm.models.hub import is_local
+from vlm.schema import is_local
 
 
 def with_bases_found(manifest: Manifest, folder: Path) -> Manifest:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm.artifacts.manifest import Manifest
-from vlm.models.hub import is_local
 from vlm.models.projector import PROJECTORS
+from vlm.schema import is_local
 
 _DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".gz", ".zip", ".txt")
 

@@ -42,7 +42,7 @@ def fingerprint_files(path: str) -> dict[str, str]:
 
 
 def differences(expected: dict[str, str], tensors: dict[str, Tensor]) -> list[str]:
-    """A line for every tensor that is not what it was; tensors whose names are not known here say nothing."""
+    """A line for every tensor [...] that is not what it was; tensors whose names are not known here say nothing."""
     found = {name: _hash(_ends(tensors[name])) for name in expected if name in tensors}
     return [f"  {name}: {expected[name]} -> {value}" for name, value in found.items() if value != expected[name]]
 
@@ -87,7 +87,7 @@ def weight_files(path: str) -> list[Path]:
 
 
 def _ends(tensor: Tensor) -> Tensor:
-    """First and last row of a tensor, or of a slice of a file."""
+    """[R, ...], or a slice of a file -> its first and last row, [2 * numel of a row]; a scalar -> [1]."""
     shape = tuple(tensor.get_shape()) if hasattr(tensor, "get_shape") else tuple(tensor.shape)
     if not shape:
         return tensor[...].reshape(1)
@@ -96,5 +96,6 @@ def _ends(tensor: Tensor) -> Tensor:
 
 
 def _hash(rows: Tensor) -> str:
+    """Hash of values of any shape [...], rounded to bfloat16."""
     values = rows.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]

@@ -57,6 +57,7 @@ def load_init(target: VisionLanguageModel | Stage, config: ModelConfig, path: st
         shapes |= {f"llm.{name}": shape for name, shape in files.shapes.items()}
 
     def read(name: str) -> Tensor:
+        """One tensor of the export, by canonical name, of the shape [...] that `shapes` has."""
         if name in small:
             return small[name]
         assert files is not None

@@ -10,11 +10,11 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-import vlm
 from vlm.batch import IMAGE_SPECS, ImageSpec
 from vlm.data.image_order import ImageOrder
 from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig
+from vlm.version import __version__
 
 NAME = "vlm.json"
 PROJECTOR = "projector.safetensors"
@@ -60,7 +60,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     values = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "vlm_version": vlm.__version__,
+        "vlm_version": __version__,
         "layout": manifest.layout,
         "full": manifest.full,
         "included": list(manifest.included),
@@ -157,13 +157,13 @@ def _migrated(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has format version {version}, this program reads up to {FORMAT_VERSION}. It was written by vlm "
-            f"{values.get('vlm_version', '?')}: install that version or a newer one (here is {vlm.__version__})"
+            f"{values.get('vlm_version', '?')}: install that version or a newer one (here is {__version__})"
         )
     while version < FORMAT_VERSION:
         if version not in _MIGRATIONS:
             raise CheckpointError(
                 f"{folder} has format version {version}, and no way from it to {FORMAT_VERSION} is known. Export the "
-                f"run again with this program (vlm {vlm.__version__})"
+                f"run again with this program (vlm {__version__})"
             )
         values = _MIGRATIONS[version](values)
         version += 1

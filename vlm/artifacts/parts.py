@@ -46,6 +46,7 @@ class Trained:
     image_order: ImageOrder = "keep"  # of the training data
 
     def part(self, part: str) -> dict[str, Tensor]:
+        """Canonical name -> tensor [...] of one part."""
         return {name: tensor for name, tensor in self.tensors.items() if part_of(name) == part}
 
 
@@ -90,7 +91,7 @@ def read_run(run: Path) -> Trained:
 
 
 def read_parts(export: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """The tensors of an export of layout "vlm", by canonical name.
+    """Canonical name -> tensor [...] of an export of layout "vlm", on the CPU.
 
     Raises:
         CheckpointError: the layout is another, or a file is missing or damaged.
@@ -133,7 +134,7 @@ def write_parts(folder: Path, trained: Trained, max_shard_size: str) -> tuple[st
 
 
 def save_sharded(tensors: dict[str, Tensor], folder: Path, max_shard_size: str) -> None:
-    """model.safetensors, or numbered shards and their index as transformers reads them."""
+    """Write tensors [...] as model.safetensors, or as numbered shards and their index as transformers reads them."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +159,7 @@ def check_shard_size(text: str) -> None:
 
 
 def _complete(tensors: dict[str, Tensor], trained: Iterable[str], before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What was trained now, with what came trained in the parts that stayed as they were."""
+    """Canonical name -> tensor [...]: what was trained now, and what came trained in the parts that stayed."""
     replaced = set(trained)
     if "llm" in replaced:
         replaced.add("llm.lora")  # was merged before this training, which wrote down the sum
@@ -166,7 +167,7 @@ def _complete(tensors: dict[str, Tensor], trained: Iterable[str], before: dict[s
 
 
 def _write_adapter(folder: Path, tensors: dict[str, Tensor], model: ModelConfig) -> None:
-    """peft's own layout, so that `PeftModel.from_pretrained(base, "adapter")` reads it."""
+    """[rank, in] and [out, rank], in peft's own layout: `PeftModel.from_pretrained(base, "adapter")` reads it."""
     lora = model.lora
     assert lora is not None
     (folder / "adapter").mkdir()
@@ -188,6 +189,7 @@ def _write_adapter(folder: Path, tensors: dict[str, Tensor], model: ModelConfig)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    """Name -> tensor [...] on the CPU, in the dtype of the file. Raises CheckpointError: missing or damaged."""
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -197,6 +199,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Tensors of any shape [...] and device; on a disk that refuses, safetensors' own error."""
     # contiguous, on the CPU and sharing memory with no other, as safetensors demands
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     save_file(plain, path, metadata={"format": "pt"})

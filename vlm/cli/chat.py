@@ -1,9 +1,7 @@
-"""`vlm chat`, and the main of cli_demo.py."""
+"""`vlm chat`."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +10,7 @@ import typer
 
 from vlm.cli.options import ImageOrderOption, image_order_of
 from vlm.errors import CheckpointError, ConfigError
+from vlm.logs import warn
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -91,7 +90,6 @@ def chat(
     from vlm.apps.terminal.app import run_terminal
     from vlm.apps.terminal.settings import without_effect
     from vlm.inference.load import load, make_settings
-    from vlm.logs import warn
 
     settings = make_settings(
         {
@@ -129,27 +127,3 @@ def chat(
         streams=not no_stream,
         bot_name=bot_name,
     )
-
-
-def main_cli_demo() -> None:
-    """`python cli_demo.py -c EXPORT [flags of vlm chat]`: asks for an image, then chats."""
-    from vlm.cli.main import app, run, with_hyphens
-
-    def command() -> object:
-        parser = argparse.ArgumentParser(
-            prog="cli_demo.py",
-            description="Chat in the terminal. 在终端里对话。",
-            add_help=False,
-            allow_abbrev=False,
-        )
-        parser.add_argument(
-            "-c", "--checkpoint-path", required=True, metavar="EXPORT", help="an export folder 导出的模型文件夹"
-        )
-        given = with_hyphens(sys.argv[1:])
-        if {"-h", "--help"} & set(given):
-            print(parser.format_help() + "\nAnd all options of vlm chat. 以及 vlm chat 的所有选项：\n")
-            return app(["chat", "--help"], prog_name="vlm", standalone_mode=False)
-        known, rest = parser.parse_known_args(given)
-        return app(["chat", known.checkpoint_path, *rest], prog_name="cli_demo.py", standalone_mode=False)
-
-    sys.exit(run(command))

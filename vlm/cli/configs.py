@@ -5,31 +5,26 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vlm.cli.model_checks import READS, model_notes, model_problems
 from vlm.config import (
-    RunConfig,
     find_config,
     json_schema,
     load_config,
     project_folders,
-    raise_problems,
     read_source,
     resolve_for_log,
     shipped_projects,
 )
+from vlm.config_checks import load_checked, model_notes
+from vlm.config_paths import model_paths
 from vlm.errors import ConfigError
-from vlm.launch import launched_rank, local_rank
-from vlm.layered_yaml import Key, dotted, spans_of
-from vlm.models.hub import is_local
+from vlm.layered_yaml import dotted, spans_of
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or a shipped project such as quickstart/pretrain.")]
-_NO_HUB_NAME = "A name for a model hub has no leading . / ~ or cache/, and at most one /"
 Options = Annotated[
     list[str] | None,
     typer.Option("--options", "--cfg-options", "-o", help="Override keys: train.learning_rate=1e-4 seed=1"),
@@ -101,81 +96,6 @@ def validate(config: Config, options: Options = None) -> None:
 def config_schema() -> None:
     """Print the JSON schema of a config, for editors."""
     print(json.dumps(json_schema(), indent=2))
-
-
-def load_checked(
-    config: str, options: Sequence[str] = (), sections: Collection[str] = (), reads: Collection[str] = READS
-) -> RunConfig:
-    """Read a config and see whether its paths exist, as `vlm validate` does, before anything heavy is imported.
-
-    Args:
-        sections: check only paths below these keys, e.g. ("model", "data"), where a command reads no others.
-        reads: of models' folders besides config.json, "weights" and "tokenizer".
-
-    Raises:
-        ConfigError: names every problem with its file and line.
-    """
-    try:
-        checked = load_config(config, options)
-    except ConfigError as error:
-        raise error.on_every_rank() from None
-    source = read_source(config, options)
-    found = [(key, text) for key, text in path_problems(checked, reads) if not sections or key[0] in sections]
-    problems = [f"{source.place(key)}: {dotted(key)}: {text}" for key, text in found]
-    if problems:
-        try:
-            raise_problems(config, problems, f"Relative paths are looked for in {Path.cwd()}")
-        except ConfigError as error:
-            if launched_rank() == local_rank() or local_rank() > 0:  # each machine has its own disk: one there speaks
-                error.on_every_rank()
-            raise
-    return checked
-
-
-def path_problems(config: RunConfig, reads: Collection[str] = READS) -> list[tuple[Key, str]]:
-    """Paths that do not exist or hold no model, as (key, message). Of models, text files are opened, weights not.
-
-    Args:
-        reads: what the command will read of models' folders besides config.json.
-    """
-    problems: list[tuple[Key, str]] = []
-    for key, path, what in _paths(config):
-        if path is not None and not Path(path).exists():
-            problems.append((key, f"{what} {path} does not exist"))
-    for key, path in model_paths(config):
-        if is_local(path) and not Path(path).exists():
-            problems.append((key, f"{path} does not exist. {_NO_HUB_NAME}"))
-    problems += model_problems(config, reads)
-    if config.init_from is not None and not Path(config.init_from).exists():
-        problems.append((("init_from",), f"{config.init_from} does not exist; train and export the stage before first"))
-    output = Path(config.output_dir)
-    nearest = next((folder for folder in (output, *output.parents) if folder.exists()), Path("."))
-    if not nearest.is_dir():
-        problems.append((("output_dir",), f"{nearest} is a file"))
-    elif not os.access(nearest, os.W_OK):
-        problems.append((("output_dir",), f"{nearest} cannot be written to"))
-    return problems
-
-
-def model_paths(config: RunConfig) -> Iterator[tuple[Key, str]]:
-    """Names or folders of models."""
-    yield ("model", "llm", "path"), config.model.llm.path
-    if config.model.vision is not None:
-        yield ("model", "vision", "path"), config.model.vision.path
-        if config.model.vision.pretrained is not None:
-            yield ("model", "vision", "pretrained"), config.model.vision.pretrained
-
-
-def _paths(config: RunConfig) -> Iterator[tuple[Key, str | None, str]]:
-    for name in ("sources", "eval_sources"):
-        for number, entry in enumerate(getattr(config.data, name)):
-            yield ("data", name, number, "path"), entry.path, "data file"
-            yield ("data", name, number, "images"), entry.images, "images folder"
-    for number, task in enumerate(config.evaluation.tasks):
-        yield ("evaluation", "tasks", number, "path"), task.path, "data file"
-        yield ("evaluation", "tasks", number, "images"), task.images, "images folder"
-    for number, sample in enumerate(config.train.samples):
-        yield ("train", "samples", number, "image"), sample.image, "image"
 
 
 def _files_of(name: str) -> list[Path]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlm.cli.configs import Config, Options, load_checked
+from vlm.cli.configs import Config, Options
 from vlm.config import RunConfig
+from vlm.config_checks import load_checked
 
 if TYPE_CHECKING:
     from vlm.batch import ImageSpec

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import typer
 
-from vlm import __version__
 from vlm.errors import ConfigError
+from vlm.version import __version__
 
 CORE = (
     "torch", "torchvision", "transformers", "open_clip_torch", "timm", "peft", "safetensors", "pillow", "omegaconf",

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from vlm.cli.configs import Config, Options, load_checked
+from vlm.cli.configs import Config, Options
+from vlm.config_checks import load_checked
 from vlm.errors import ConfigError
 from vlm.launch import launched_size
 

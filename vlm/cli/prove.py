@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from vlm.cli.configs import Config, Options, load_checked
+from vlm.cli.configs import Config, Options
 from vlm.cli.train import DeepSpeed, Endpoint, Nnodes, Nproc, deepspeed_options, launched
+from vlm.config_checks import load_checked
 from vlm.logs import is_logging_rank, log
 
 

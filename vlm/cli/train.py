@@ -1,11 +1,9 @@
-"""`vlm train | eval | plot`, and the mains of train.py and train_pipeline.py."""
+"""`vlm train | eval | plot`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from vlm.cli.configs import Config, Options, load_checked
+from vlm.cli.configs import Config, Options
 from vlm.config import resolve_for_log
+from vlm.config_checks import load_checked
 from vlm.errors import ConfigError, RunLocked, VLMError
 from vlm.launch import is_of_torchrun, is_restarted, launched_rank
 
@@ -147,47 +146,6 @@ def deepspeed_options(name: str | None) -> list[str]:
     return [*chosen, f"engine.offload=[{','.join(offload)}]"]
 
 
-def main_train() -> None:
-    """`python train.py --cfg-path x.yaml [--options a=b c=d]`, also under torchrun, deepspeed and accelerate."""
-    from vlm.cli.main import end, run
-
-    def command() -> None:
-        arguments = train_parser().parse_args(_arguments())
-        options = [*arguments.options, *(["engine.kind=zero"] if arguments.use_deepspeed else [])]
-        start_training(arguments.cfg_path, [*options, *deepspeed_options(arguments.deepspeed)])
-
-    end(run(command))
-
-
-def main_train_pipeline() -> None:
-    """`torchrun --nproc_per_node=4 train_pipeline.py --cfg-path x.yaml --num-stages 2`."""
-    from vlm.cli.main import end, run
-
-    def command() -> None:
-        arguments = train_pipeline_parser().parse_args(_arguments())
-        options = [*arguments.options, "engine.kind=pipeline"]
-        if arguments.num_stages is not None:
-            options.append(f"engine.num_stages={arguments.num_stages}")
-        start_training(arguments.cfg_path, options)
-
-    end(run(command))
-
-
-def train_parser() -> argparse.ArgumentParser:
-    """The flags of train.py."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train a model from a YAML config.")
-    parser.add_argument("--use-deepspeed", action="store_true", help="engine.kind zero, as engine.stage says")
-    parser.add_argument("--deepspeed", metavar="NAME", help="zero0, zero1, zero2, zero3, or a DeepSpeed JSON")
-    return _with_config(parser)
-
-
-def train_pipeline_parser() -> argparse.ArgumentParser:
-    """The flags of train_pipeline.py."""
-    parser = argparse.ArgumentParser(prog="train_pipeline.py", description="Train a model cut into stages.")
-    parser.add_argument("--num-stages", type=int, help="parts of the model; default: engine.num_stages")
-    return _with_config(parser)
-
-
 def _config_and_export(name: str) -> tuple[str, Path | None]:
     """A config as it is; a run folder -> its config.yaml; an export -> the config of the run around it, and itself."""
     folder = Path(name)
@@ -200,20 +158,3 @@ def _config_and_export(name: str) -> tuple[str, Path | None]:
             f"{name} is an export without its run, so the tasks are not known: vlm eval CONFIG --export {name}"
         )
     return (str(folder / "config.yaml") if (folder / "config.yaml").is_file() else name), None
-
-
-def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument(
-        "--cfg-path", required=True, help="a YAML file, or a shipped project such as quickstart/pretrain"
-    )
-    parser.add_argument(
-        "--options", "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys"
-    )
-    parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # old launchers pass it
-    return parser
-
-
-def _arguments() -> list[str]:
-    from vlm.cli.main import with_hyphens
-
-    return with_hyphens(sys.argv[1:])

@@ -1,9 +1,7 @@
-"""`vlm webui`, and the main of webui_demo.py."""
+"""`vlm webui`."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -95,24 +93,6 @@ def webui(
         examples=tuple(find_examples(examples)) if examples is not None else (),
     )
     run_web(ModelStore(found, device, max_loaded, image_order=image_order_of(image_order)), options)
-
-
-def main_webui_demo() -> None:
-    """`python webui_demo.py -c EXPORT [flags of vlm webui]`."""
-    from vlm.cli.main import app, run, with_hyphens
-
-    def command() -> object:
-        parser = argparse.ArgumentParser(
-            prog="webui_demo.py", description="Chat in the browser; `vlm webui -h` lists the other flags."
-        )
-        parser.add_argument("-c", "--checkpoint-path", help="an export folder; without it, all below cache/runs")
-        parser.add_argument("--cpu-only", action="store_true", help="do not use a GPU")
-        known, rest = parser.parse_known_args(with_hyphens(sys.argv[1:]))
-        device = ["--device", "cpu"] if known.cpu_only else []
-        export = [known.checkpoint_path] if known.checkpoint_path else []
-        return app(["webui", *export, *device, *rest], standalone_mode=False)
-
-    sys.exit(run(command))
 
 
 def _login(host: str, auth: str | None, allow_anyone: bool, share: bool) -> tuple[str, str] | None:

@@ -92,6 +92,7 @@ class Collator:
         return stem if stem and stem == find_stem(example, self.image_token_id) and may_join(root, example, stem) else 0
 
     def _pixels(self, example: Example) -> list[Tensor]:
+        """Of each image, float32 [tiles, 3, S, S], or features [tiles, P, C]; none for a model without images."""
         if self.image_spec is None:
             return []
         if self.features is not None:
@@ -100,12 +101,14 @@ class Collator:
         return [to_tiles(load_image(image, self.max_pixels, background), self.image_spec) for image in example.images]
 
     def _features(self, store: FeatureStore, image: str | bytes) -> Tensor:
+        """[tiles, P, C]. Raises RecordError: rule image_unreadable, or image_missing."""
         features = store.get(image)
         if features is None:  # it could not be encoded when the cache was filled, or has changed since
             raise RecordError("image_unreadable", f"no features of {_name(image)} in data.cache")
         return features
 
     def _row(self, row: list[_Placed], length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`input_ids`, `labels` and `position_ids` of one row, int64 [length] each."""
         ids = torch.full((length,), self.pad_token_id, dtype=torch.int64)
         labels = torch.full((length,), IGNORE_INDEX, dtype=torch.int64)
         positions = torch.zeros(length, dtype=torch.int64)  # every padding token is a sequence of its own

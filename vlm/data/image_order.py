@@ -7,21 +7,13 @@ brought into it.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from vlm.data.conversation import IMAGE, Conversation, Part
-from vlm.errors import RecordError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from vlm.data.scan import ExampleReader
+from vlm.data.conversation import IMAGE, Part
 
 ImageOrder = Literal["first", "last", "keep"]
 LEARNED = 0.99  # share of the counted turns above which an order is the one that was learned
-MOST_COUNTED = 2_000  # records, evenly spaced; reading each takes 0.1 ms, or 5 ms where images are inside it
 
 
 def arrange_images(parts: tuple[Part, ...], order: ImageOrder) -> tuple[Part, ...]:
@@ -56,19 +48,6 @@ def order_of(parts: Sequence[Part]) -> Literal["first", "last", "mixed"] | None:
     return "last" if is_image == sorted(is_image) else "mixed"
 
 
-def count_image_orders(reader: ExampleReader, numbers: np.ndarray) -> dict[str, int]:
-    """Turns of the records `numbers` by where their images stand: "first", "last", "mixed".
-
-    Of more than `MOST_COUNTED` records, evenly spaced ones are counted. Turns whose words the template leaves out do
-    not count; neither do records that cannot be read now.
-    """
-    if reader.tokenizer.template.only_images_of_user:
-        return {}
-    if len(numbers) > MOST_COUNTED:
-        numbers = numbers[[place * len(numbers) // MOST_COUNTED for place in range(MOST_COUNTED)]]
-    return dict(Counter(order for one in _conversations(reader, numbers) for order in _orders(one)))
-
-
 def learned_order(counts: Mapping[str, int]) -> ImageOrder:
     """
     >>> learned_order({"first": 990, "mixed": 5}), learned_order({"first": 6, "last": 4}), learned_order({})
@@ -90,17 +69,3 @@ def _words(parts: Sequence[Part], begins_line: bool) -> list[str]:
             words.append(gap + part)
             begins_line = False
     return words
-
-
-def _conversations(reader: ExampleReader, numbers: np.ndarray) -> Iterable[Conversation]:
-    for number in numbers.tolist():
-        source, local = reader.locate(number)
-        try:
-            yield source.conversation(local)
-        except RecordError:  # was readable when it was measured; training skips and lists it
-            continue
-
-
-def _orders(conversation: Conversation) -> Iterable[str]:
-    orders = (order_of(turn.parts) for turn in conversation.turns if turn.role == "user")
-    return [order for order in orders if order is not None]

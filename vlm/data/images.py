@@ -303,7 +303,7 @@ def _open(source: str | bytes | Path) -> Image.Image:
 
 
 def from_pixels(pixels: Tensor, spec: ImageSpec) -> Image.Image:
-    """What `to_pixels` made, as an image again: what the encoder sees."""
+    """[3, S, S], as `to_pixels` made it, as an image again: what the encoder sees."""
     values = pixels.permute(1, 2, 0).float() * torch.tensor(spec.std) + torch.tensor(spec.mean)
     return Image.fromarray((values * 255).round().clamp(0, 255).to(torch.uint8).numpy())
 

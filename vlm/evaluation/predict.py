@@ -66,6 +66,7 @@ class FeatureCache:
         return found
 
     def _encode(self, images: list[str | bytes]) -> list[Tensor]:
+        """Of each image, [tiles * T, D]."""
         loaded, spec = self._loaded, self._loaded.image_spec
         assert spec is not None
         pixels = [to_tiles(load_image(image, background=spec.background), spec) for image in images]
@@ -257,6 +258,7 @@ class _Scorer:
 
 
 def _forward(loaded: LoadedModel, rows: list[_Row], features: Tensor | None) -> list[list[float]]:
+    """Log-likelihoods of each row's replies. features: [tokens, D] of all their images, in order."""
     length = max(len(row.input_ids) for row in rows)
     shared = any(len(row.replies) > 1 for row in rows)
     input_ids = torch.tensor([row.input_ids + [0] * (length - len(row.input_ids)) for row in rows])
@@ -293,7 +295,10 @@ def _tree_mask(rows: list[_Row], length: int, dtype: torch.dtype) -> Tensor:
 
 
 def _sum_by_reply(loaded: LoadedModel, rows: list[_Row], hidden_states: Tensor) -> list[list[float]]:
-    """Logits once per place that predicts something, however many tokens are asked of it."""
+    """[B, L, D] -> log-likelihoods of each row's replies.
+
+    Logits are made once per place that predicts something, however many tokens are asked of it.
+    """
     asked = [(number, *target) for number, row in enumerate(rows) for target in row.targets]
     row_of, place_of, tokens, reply_of = torch.tensor(asked, device=hidden_states.device).unbind(1)
     places, index = torch.unique(row_of * hidden_states.shape[1] + place_of, return_inverse=True)

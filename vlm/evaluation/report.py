@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 
-import vlm
 from vlm.artifacts.evidence import FIGURES, figures_table, with_error, write_figures
 from vlm.artifacts.manifest import read_manifest
 from vlm.batch import IGNORE_INDEX
@@ -30,6 +31,7 @@ from vlm.evaluation.tasks import Question, read_task
 from vlm.files import write_atomically
 from vlm.inference.load import LoadedModel, load
 from vlm.logs import Progress, log
+from vlm.version import __version__
 
 if TYPE_CHECKING:
     from vlm.config import RunConfig
@@ -96,7 +98,7 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
     record = {
         "export": str(folder),
         "steps": read_manifest(folder).origin.get("steps"),
-        "vlm_version": vlm.__version__,
+        "vlm_version": __version__,
         "seed": config.evaluation.seed,
         "dtype": str(loaded.compute_dtype).removeprefix("torch."),
         "seconds": round(time.monotonic() - started, 1),
@@ -117,9 +119,6 @@ def run_tasks(loaded: LoadedModel, config: EvaluationConfig, cache: Path) -> lis
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """A table for the eye when standard output is a terminal; Markdown to paste in any case."""
-    from rich.console import Console
-    from rich.table import Table
-
     console, markdown = Console(), figures_table(rows)
     if console.is_terminal:
         head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines())

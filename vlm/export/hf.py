@@ -185,7 +185,7 @@ def _drop_pooling_head(tower: Any) -> None:
 
 
 def _checkpoint_names(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
-    """The weights by names with the level `vision_model` that CLIP and SigLIP had in transformers until 5.5.
+    """The weights [...] by names with the level `vision_model` that CLIP and SigLIP had in transformers until 5.5.
 
     transformers reads names with and without it; vLLM reads those with it only, and so do older versions of SGLang.
     """
@@ -251,6 +251,7 @@ def _fold_background(vision: VisionEncoder, spec: ImageSpec) -> ImageSpec:
 
 
 def _add(target: Tensor, values: Tensor) -> None:
+    """Add float64 [...] to a parameter of the same shape, in place, rounded once."""
     target.copy_(target.double() + values)
 
 

@@ -62,6 +62,7 @@ def export_pth(run: str | Path, out: str | Path | None = None, full: bool = Fals
 
 
 def _save_atomically(tensors: dict[str, Tensor], final: Path) -> None:
+    """Write name -> CPU tensor [...], compare, and rename. Raises ConfigError, CheckpointError."""
     temporary = final.with_name(f".tmp-{final.name}-{secrets.token_hex(4)}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ def _save_atomically(tensors: dict[str, Tensor], final: Path) -> None:
 
 
 def _check_written(tensors: dict[str, Tensor], written: Path, final: Path) -> None:
-    """Raises CheckpointError unless the archive is whole and holds the bytes of every tensor. Nothing is unpickled."""
+    """Raises CheckpointError unless the archive is whole and holds the bytes of every [...]. Nothing is unpickled."""
     try:
         with zipfile.ZipFile(written) as archive:
             places = sorted((n for n in archive.namelist() if "/data/" in n), key=lambda n: int(n.rpartition("/")[2]))
@@ -105,13 +106,14 @@ def _check_written(tensors: dict[str, Tensor], written: Path, final: Path) -> No
 
 
 def _holds(stored: IO[bytes], tensor: Tensor) -> bool:
-    """Whether a file has the bytes of a tensor's storage and no more."""
+    """Whether a file has the bytes of a tensor's [...] storage and no more."""
     content = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
     same = all(stored.read(_CHUNK) == content[i : i + _CHUNK].tobytes() for i in range(0, len(content), _CHUNK))
     return same and not stored.read(1)
 
 
 def _save(tensors: dict[str, Tensor], file: BinaryIO) -> None:
+    """torch.save of tensors [...]. Raises OSError when the disk refuses."""
     try:
         torch.save(tensors, file)
     except RuntimeError as error:  # torch's writer hides the operating system's error in one of its own

@@ -105,7 +105,7 @@ def ask(built: Assembled, tokens: ConversationTokenizer, like: Answers | None = 
 
 @torch.no_grad()
 def llava_logits(model: LlavaForConditionalGeneration, question: Question, reply: list[int]) -> Tensor:
-    """What transformers' own class answers, as `Answers.logits`."""
+    """What transformers' own class answers, as `Answers.logits`: float32 [NUM_POSITIONS or fewer, V]."""
     ids = torch.tensor([question.ids + reply])
     output = model(input_ids=ids, pixel_values=question.pixels, attention_mask=torch.ones_like(ids), use_cache=False)
     return output.logits[0, -NUM_POSITIONS:].float()
@@ -180,7 +180,7 @@ def differences(expected: Answers, found: Answers) -> list[str]:
 
 
 def compare(expected: Tensor, found: Tensor | None, what: str) -> list[str]:
-    """A line about two tensors that differ by more than TOLERANCE, or none."""
+    """A line about two float32 tensors [...] that differ by more than TOLERANCE, or none."""
     found = _narrowed(expected, found)
     if found is None or expected.shape != found.shape:
         shape = "absent" if found is None else f"of shape {list(found.shape)}"
@@ -192,7 +192,7 @@ def compare(expected: Tensor, found: Tensor | None, what: str) -> list[str]:
 
 
 def relative(expected: Tensor, found: Tensor | None) -> float:
-    """The largest difference, relative to the largest value; infinite between tensors of two shapes."""
+    """The largest difference of two [...], relative to the largest value; infinite between tensors of two shapes."""
     found = _narrowed(expected, found)
     if found is None or expected.shape != found.shape:
         return math.inf
@@ -200,7 +200,7 @@ def relative(expected: Tensor, found: Tensor | None) -> float:
 
 
 def _narrowed(expected: Tensor, found: Tensor | None) -> Tensor | None:
-    """Logits without those of rows that only fill the vocabulary up, as for the image placeholder in LLaVA's layout."""
+    """Logits [l, V] without rows that only fill the vocabulary up, as for the image placeholder in LLaVA's layout."""
     wider = found is not None and found.ndim == 2 and found.shape[-1] > expected.shape[-1]
     return found[:, : expected.shape[-1]] if found is not None and wider else found
 
@@ -226,6 +226,7 @@ def in_float32(llm: Any, *others: nn.Module | None) -> Iterator[None]:
 
 
 def _widen_while_it_computes(block: nn.Module, tensors: list[Tensor], stack: ExitStack) -> None:
+    """Hooks, removed by `stack`, that make 16-bit `tensors` [...] of a block float32 during its forward."""
     narrow = _narrower(tensors)
     hooks = (
         block.register_forward_pre_hook(lambda *_: _widen(tensors)),
@@ -236,18 +237,19 @@ def _widen_while_it_computes(block: nn.Module, tensors: list[Tensor], stack: Exi
 
 
 def _narrow(module: nn.Module) -> list[Tensor]:
-    """Its tensors of 16-bit floats."""
+    """Its tensors [...] of 16-bit floats."""
     tensors = (*module.parameters(), *module.buffers())
     return [tensor for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
 
 
 def _widen(tensors: list[Tensor]) -> None:
+    """Tensors of any shape [...] become float32, in place."""
     for tensor in tensors:
         tensor.data = tensor.data.float()
 
 
 def _narrower(tensors: list[Tensor]) -> Any:
-    """What brings tensors back to the number formats that they have now."""
+    """What brings tensors [...] back to the number formats that they have now."""
     before = [tensor.dtype for tensor in tensors]
 
     def narrow() -> None:

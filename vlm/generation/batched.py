@@ -252,12 +252,14 @@ class BatchedGenerator:
         return self.model.logits(self.decoder.decode(embeddings, lengths, first_slot)).float()
 
     def _try_to_choose(self, reply: Reply, logits: Tensor) -> None:
+        """`_choose` from logits float32 [V]; an error ends this reply alone."""
         try:
             self._choose(reply, logits)
         except Exception as error:
             self._end(reply, error)
 
     def _choose(self, reply: Reply, logits: Tensor) -> None:
+        """Choose the next token of a reply from logits float32 [V], hand it on, and end the reply if it is the last."""
         if not torch.isfinite(logits).all():
             raise NotFinite("logits are not finite")
         token = reply.sampler.choose(logits, reply.new_ids)
@@ -290,6 +292,7 @@ class BatchedGenerator:
         return source
 
     def _embed(self, input_ids: list[int], pixel_values: Tensor | None) -> Tensor:
+        """A prompt of l tokens and pixels [N, 3, S, S] of its images -> [1, l, D]."""
         ids = torch.tensor([input_ids], device=self.model.llm.device)
         features = None if pixel_values is None else self.model.encode_images(pixel_values.to(ids.device))
         return self.model.embed(ids, features)

@@ -99,7 +99,7 @@ def _can_generate(llm: Any) -> bool:
 def _write_one_by_one(
     model: VisionLanguageModel, embeddings: Tensor, follower: _Follower, settings: GenerationSettings
 ) -> list[int]:
-    """A reply as `vlm serve` writes it, with a cache that was compared with none."""
+    """A reply as `vlm serve` writes it, with a cache that was compared with none. embeddings: [1, l, D]."""
     if settings.num_beams > 1:
         raise ConfigError(
             f"num_beams {settings.num_beams}: model type {model.llm.config.model_type} is decoded here without beams, "
@@ -154,6 +154,7 @@ class _Follower:
         self.should_stop = should_stop
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """`input_ids` int64 [B, l] so far -> bool [B], true where the reply ends."""
         token = int(input_ids[0, -1])
         stops = self.on_token is not None and token not in self.stop_ids and not self.on_token(token)
         stops = stops or self.should_stop()

@@ -86,7 +86,10 @@ class Sampler:
         return report(logits, token, self.settings.num_logprobs)
 
     def _draw(self, logits: Tensor) -> int:
-        """One uniform number for each token, so that rounding differences of the batch next to never change it."""
+        """A token from logits [V], already divided by the temperature.
+
+        One uniform number for each token, so that rounding differences of the batch next to never change it.
+        """
         point = torch.rand((), generator=self._random, dtype=torch.float64)
         probabilities, ids = nucleus(logits, self.settings.top_k, self.settings.top_p)
         if self.settings.min_p:  # the likeliest is always left
@@ -119,10 +122,11 @@ def adjust(logits: Tensor, reply: Sequence[int], settings: SamplingSettings) -> 
 
 
 def nucleus(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor | None]:
-    """The tokens to draw from.
+    """The tokens to draw from, of logits [V].
 
     Returns:
-        probabilities, not yet adding up to 1, and the ids they belong to; None for all, in their order. At least one.
+        probabilities [k], not yet adding up to 1, and the ids int64 [k] they belong to; None for all, in their order.
+        At least one.
 
     >>> probabilities, ids = nucleus(torch.tensor([0.1, 0.6, 0.3]).log(), top_k=0, top_p=0.7)
     >>> ids.tolist()
@@ -143,7 +147,7 @@ def nucleus(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor | 
 
 
 def report(logits: Tensor, token: int, num_likeliest: int | None) -> NewToken:
-    """A chosen token with what was asked for about it."""
+    """A chosen token with what was asked for about it. logits: float32 [V], before any setting."""
     if num_likeliest is None:
         return NewToken(token)
     logprobs = logits.log_softmax(-1)

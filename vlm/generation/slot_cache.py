@@ -164,11 +164,13 @@ class BatchedDecoder:
         self.cache.reserve(num_slots, num_cells, max_tokens)
 
     def prefill(self, embeddings: Tensor, slot: int, start: int) -> Tensor:
+        """[1, Q, D] -> [1, D]; see `Decoder`."""
         end = start + embeddings.shape[1]
         positions = torch.arange(start, end, device=embeddings.device)[None]
         return self._forward(embeddings, positions, slice(slot, slot + 1), end)
 
     def decode(self, embeddings: Tensor, lengths: list[int], first_slot: int = 0) -> Tensor:
+        """[B, 1, D] -> [B, D]; see `Decoder`."""
         positions = torch.tensor(lengths, device=embeddings.device)[:, None]
         return self._forward(embeddings, positions, slice(first_slot, first_slot + len(lengths)), max(lengths) + 1)
 
@@ -186,6 +188,7 @@ class BatchedDecoder:
         self.cache.release()
 
     def _forward(self, embeddings: Tensor, positions: Tensor, rows: slice, end: int) -> Tensor:
+        """[B, Q, D] at positions int64 [B, Q] -> hidden state of the last token of each row, [B, D]."""
         self.cache.aim(rows, positions, end)
         output = self._decoder(
             inputs_embeds=embeddings,
@@ -197,7 +200,10 @@ class BatchedDecoder:
         return output.last_hidden_state[:, -1]
 
     def _masks(self, positions: Tensor, end: int, dtype: torch.dtype) -> Any:
-        """Which cells each new token sees, as this family's forward takes masks ready-made."""
+        """[B, 1, Q, end]: the cells that tokens at positions int64 [B, Q] see, as this family's forward takes masks.
+
+        bool, or in `dtype` for adding to the scores; a dict by kind of layer where the forward takes that.
+        """
         cells = torch.arange(end, device=positions.device)
         full = cells <= positions[..., None]  # [B, Q, end]
         window = full if self._window is None else full & (cells > positions[..., None] - self._window)
@@ -240,4 +246,5 @@ def bytes_per_token(model: VisionLanguageModel) -> int:
 
 
 def _cells(like: Tensor, num_slots: int, num_cells: int) -> Tensor:
+    """Zeros [R, K, C, E] for a layer whose new keys or values are [B, K, Q, E]."""
     return like.new_zeros(num_slots, like.shape[1], num_cells, like.shape[3])

@@ -139,6 +139,7 @@ class LoadedModel:
         return self._stream(input_ids, self._pixels(conversation), settings, text, should_stop)
 
     def _pixels(self, conversation: Conversation) -> Tensor | None:
+        """float32 [N, 3, S, S] of the tiles of all images, on the model's device; None without images."""
         if not conversation.images:
             return None
         if self.image_spec is None:
@@ -155,7 +156,11 @@ class LoadedModel:
         text: TextStream,
         should_stop: Callable[[], bool],
     ) -> Generator[str, None, None]:
-        """transformers generates with callbacks; a thread and a queue turn them into an iterator."""
+        """transformers generates with callbacks; a thread and a queue turn them into an iterator.
+
+        Args:
+            pixel_values: [N, 3, S, S] of the prompt's images; None without images.
+        """
         pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
         closed = threading.Event()
         seen = 0

@@ -94,6 +94,7 @@ def _linear_8bit() -> type:
         """bitsandbytes flattens inputs of three dimensions only; multi-head latent attention has four."""
 
         def forward(self, inputs: Tensor) -> Tensor:
+            """[..., in] -> [..., out]."""
             outputs: Tensor = super().forward(inputs.flatten(0, -2) if inputs.dim() > 3 else inputs)
             return outputs.view(*inputs.shape[:-1], -1)
 

@@ -70,7 +70,7 @@ def embedding_std(llm: Any) -> float:
 
 
 def _candidates(llm: Any, words: Tensor, looked_up: Tensor) -> Iterator[float]:
-    """The config's own number first: it is exact where a measured one is rounded."""
+    """words, looked_up: [1, l, D]. The config's own number first: it is exact where a measured one is rounded."""
     config = llm.config.get_text_config(decoder=True)
     yield from (float(value) for name in _NAMES if (value := getattr(config, name, None)))
     yield math.sqrt(words.shape[-1])
@@ -79,6 +79,7 @@ def _candidates(llm: Any, words: Tensor, looked_up: Tensor) -> Iterator[float]:
 
 
 def _reads(llm: Any, words: Tensor, expected: Tensor) -> bool:
+    """Whether the first block reads `expected`, float32 [1, l, D], when it is given `words` [1, l, D]."""
     found = _first_block_reads(llm, inputs_embeds=words)
     close = _CLOSE.get(words.dtype, 0.02)
     return (
@@ -90,12 +91,16 @@ def _reads(llm: Any, words: Tensor, expected: Tensor) -> bool:
 
 class _Reached(Exception):
     def __init__(self, hidden_states: Tensor) -> None:
+        """hidden_states: float32 [1, l, D], entering the first block."""
         super().__init__()
         self.hidden_states = hidden_states
 
 
 def _first_block_reads(llm: Any, **words: Tensor) -> Tensor | None:
-    """None if the first block is not found, not reached, or gets no tensor."""
+    """`input_ids` int64 [1, l] or `inputs_embeds` [1, l, D] -> float32 [1, l, D].
+
+    None if the first block is not found, not reached, or gets no tensor.
+    """
 
     def stop(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         read = positional[0] if positional else named.get("hidden_states")

@@ -244,7 +244,7 @@ def block_inputs(
         windowed: `has_window` of the stage's blocks; only masks that one of them uses are made.
         hidden_states: [B, L, D], entering the stage; dtype and device are taken from it.
         position_ids: int64 [B, L].
-        layout: where records end, of varlen attention, which needs no masks.
+        layout: int64 [1, 1, S, 3], where records end, of varlen attention, which needs no masks.
     """
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 

@@ -67,7 +67,7 @@ def find_logits_rule(llm: Any, where: str = "") -> LogitsRule:
 
 
 def _candidates(llm: Any, states: Tensor, theirs: Tensor) -> list[LogitsRule]:
-    """The config's rule first: it is exact where a rule that is measured is rounded."""
+    """For states [1, 2, D] and theirs [1, 2, V]. The config's rule is first: exact where a measured one is rounded."""
     plain = head_logits(llm, states, LogitsRule())
     rules = [logits_rule(llm.config), LogitsRule()]
     if plain.shape == theirs.shape:
@@ -77,10 +77,12 @@ def _candidates(llm: Any, states: Tensor, theirs: Tensor) -> list[LogitsRule]:
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of two tensors [..., V]; infinite between tensors of two shapes."""
     return float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("inf")
 
 
 def _own_logits(llm: Any, hidden_states: Tensor) -> Tensor:
+    """[B, L, D] -> [B, L, V] by the model's own forward, with its decoder left out."""
     decoder = find_decoder(llm)
     before = vars(decoder).get("forward")  # accelerate's, where layers are spread over devices
     decoder.forward = lambda *_, **__: _Output(last_hidden_state=hidden_states)

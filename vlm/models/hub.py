@@ -20,16 +20,6 @@ _RETRY_LINES = ("thrown while requesting", "Retrying in ")
 _reached: set[str] = set()  # hubs that have answered this process
 
 
-def is_local(path: str) -> bool:
-    """Whether a model is meant to lie on this disk, whether or not it does; other names a hub may know.
-
-    >>> is_local("cache/ckpt/x"), is_local("./x"), is_local("models/qwen/7b"), is_local("Qwen/Qwen2.5-7B-Instruct")
-    (True, True, True, False)
-    """
-    has_many_parts = path.count("/") > 1 and ":" not in path  # hf-hub:owner/name is for timm and open_clip
-    return has_many_parts or path.startswith((".", "/", "~", "cache/"))
-
-
 def check_hub(path: str, key: str) -> None:
     """Return if `path` is on this disk, or if the hub that it is a name of answers.
 

@@ -84,4 +84,5 @@ def count_chunks(num_supervised: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
 
 
 def _summed_loss(logits_fn: LogitsFn, states: Tensor, targets: Tensor) -> Tensor:
+    """States [s, D] and targets int64 [s] of one chunk -> float32 scalar, in nats."""
     return F.cross_entropy(logits_fn(states).float(), targets, reduction="sum")

@@ -12,33 +12,34 @@ from torch import Tensor
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of all pieces together."""
+    """The shape of all pieces [...] together."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 @torch.no_grad()
 def write(parameter: Tensor, values: Tensor) -> None:
-    """Copy a whole tensor into a parameter, of which this rank may hold a piece. Communicates nothing."""
+    """Copy a whole tensor [...] into a parameter, of which this rank may hold a piece. Communicates nothing."""
     for own, new in _pieces(parameter, values):
         own.copy_(new)
 
 
 @torch.no_grad()
 def add(parameter: Tensor, values: Tensor) -> None:
-    """Add a whole tensor to a parameter, of which this rank may hold a piece. Communicates nothing."""
+    """Add a whole tensor [...] to a parameter, of which this rank may hold a piece. Communicates nothing."""
     for own, new in _pieces(parameter, values):
         own.add_(new.to(own.device, own.dtype))
 
 
 def _pieces(parameter: Any, values: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(view of what this rank holds, what belongs there): one pair, two where DeepSpeed holds a gathered copy too."""
-    from torch.distributed.tensor import DTensor
+    """Whole values [...] -> (view of what this rank holds, what belongs there).
+
+    One pair; two where DeepSpeed holds a gathered copy too.
+    """
+    from torch.distributed.tensor import DTensor  # late: 0.8 s
 
     if hasattr(parameter, "ds_tensor"):
-        from torch.distributed import get_rank
-
         piece = parameter.ds_tensor.numel()
-        new = values.reshape(-1)[get_rank() * piece :][:piece]
+        new = values.reshape(-1)[torch.distributed.get_rank() * piece :][:piece]
         gathered = [(parameter.data.view(-1), values.reshape(-1))] if parameter.data.numel() == values.numel() else []
         return [(parameter.ds_tensor[: new.numel()], new), *gathered]
     if isinstance(parameter, DTensor):

@@ -80,7 +80,7 @@ class Stage:
         return f"llm.{llm_parts(self.built.model.llm.config).head}.weight"
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """Canonical name -> tensor of what trains on this stage, a tied embedding with the first stage only."""
+        """Canonical name -> tensor [...] of what trains on this stage, a tied embedding with the first stage only."""
         copy = self.tied_head if self.tied_name is not None and self.is_last else None
         return {name: tensor for name, tensor in trained_weights(self.built.model).items() if name != copy}
 
@@ -176,7 +176,7 @@ def load_stage_weights(stage: Stage, shapes: Shapes, read: Callable[[str], Tenso
 
     Args:
         shapes: canonical name -> shape of all tensors on offer.
-        read: yields one of them.
+        read: yields one of them, [...]; called only for those that this stage holds.
         where: what they come from, for the message.
 
     Returns:
@@ -311,7 +311,7 @@ def _read_own_weights(llm: Any, own: Collection[str], files: WeightFiles, dtype:
 
 
 def _grow(tensor: Tensor, rows: int, num_real: int) -> Tensor:
-    """Add rows as `pad_vocabulary` does; only embedding and head can be shorter than the model."""
+    """[R, ...] -> [rows, ...], as `pad_vocabulary` does; only embedding and head can be shorter than the model."""
     if tensor.shape[0] >= rows:
         return tensor
     grown = tensor.new_empty(rows, *tensor.shape[1:])

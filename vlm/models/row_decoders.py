@@ -92,6 +92,7 @@ class RowByRowDecoder:
         """Caches of transformers grow by themselves."""
 
     def prefill(self, embeddings: Tensor, slot: int, start: int) -> Tensor:
+        """[1, Q, D] -> [1, D]; see `Decoder`."""
         from transformers import DynamicCache
 
         if start == 0:
@@ -105,6 +106,7 @@ class RowByRowDecoder:
         return hidden_state
 
     def _forward(self, embeddings: Tensor, slot: int, start: int) -> Tensor:
+        """[1, Q, D] at positions from `start` -> hidden state of the last token, [1, D]."""
         arguments: dict[str, Any] = {self._use.name: self._caches[slot]}
         if self._takes_positions:
             end = start + embeddings.shape[1]
@@ -116,6 +118,7 @@ class RowByRowDecoder:
         return last
 
     def decode(self, embeddings: Tensor, lengths: list[int], first_slot: int = 0) -> Tensor:
+        """[1, 1, D] -> [1, D]; see `Decoder`."""
         assert len(lengths) == 1
         return self.prefill(embeddings, first_slot, lengths[0])
 
@@ -151,12 +154,14 @@ class PlainDecoder:
         """Rows grow by themselves."""
 
     def prefill(self, embeddings: Tensor, slot: int, start: int) -> Tensor:
+        """[1, Q, D] -> [1, D]; see `Decoder`."""
         row = embeddings if start == 0 else torch.cat([self._rows[slot][:, :start], embeddings], dim=1)
         self._rows[slot] = row
         positions = torch.arange(row.shape[1], device=row.device)[None]
         return self._model.decode(row, positions)[:, -1]
 
     def decode(self, embeddings: Tensor, lengths: list[int], first_slot: int = 0) -> Tensor:
+        """[1, 1, D] -> [1, D]; see `Decoder`."""
         assert len(lengths) == 1
         return self.prefill(embeddings, first_slot, lengths[0])
 

@@ -30,7 +30,9 @@ class Segment(NamedTuple):
 
 
 def find_segments(position_ids: Tensor) -> list[Segment]:
-    """Runs of rising positions. Of the padding that ends a row, where every token has position 0, only the first.
+    """Runs of rising positions, int64 [B, L].
+
+    Of the padding that ends a row, where every token has position 0, only the first.
 
     >>> find_segments(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]))[1:3]
     [Segment(start=3, length=2, root=0, shared=0), Segment(start=5, length=2, root=0, shared=0)]

@@ -119,7 +119,8 @@ def merge_adapter(model: VisionLanguageModel, tensors: Mapping[str, Tensor], con
     """Add an adapter that the model does not have to the layers it belongs to; they may be spread over ranks.
 
     Args:
-        tensors: canonical name -> tensor; layers that the model does not hold are left out.
+        tensors: canonical name -> `lora_A` [rank, in] or `lora_B` [out, rank]; layers that the model does
+            not hold are left out.
     """
     own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     for name, down in tensors.items():
@@ -135,7 +136,7 @@ def merge_adapter(model: VisionLanguageModel, tensors: Mapping[str, Tensor], con
 
 
 def trained_weights(model: VisionLanguageModel) -> dict[str, Tensor]:
-    """Canonical name -> tensor of all that trains, with the statistics (buffers) of each part that trains."""
+    """Canonical name -> tensor [...] of all that trains, with the statistics (buffers) of each part that trains."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     parts = {part_of(name) for name in trained}
     return {
@@ -146,13 +147,13 @@ def trained_weights(model: VisionLanguageModel) -> dict[str, Tensor]:
 
 
 def part_weights(model: VisionLanguageModel, part: str) -> dict[str, Tensor]:
-    """Canonical name -> tensor of one part, trained or not, statistics (buffers) included."""
+    """Canonical name -> tensor [...] of one part, trained or not, statistics (buffers) included."""
     return {canonical_name(name): tensor for name, tensor in _stored_tensors(model).items() if part_of(name) == part}
 
 
 @torch.no_grad()
 def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], where: str, partial: bool = False) -> None:
-    """Copy tensors into the model by canonical name.
+    """Copy whole tensors [...] into the model by canonical name.
 
     Args:
         where: what the tensors come from, for the message.
@@ -198,7 +199,7 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, tied ones once, and those buffers that are more than a precomputed table."""
+    """Name -> [...]: parameters, tied ones once, and those buffers that are more than a precomputed table."""
     stored = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
     return dict(model.named_parameters()) | buffers

@@ -75,7 +75,7 @@ def encode_layout(segments: Sequence[Segment]) -> Tensor:
 
 
 def is_layout(attention_mask: Tensor | None) -> bool:
-    """Masks are boolean or floating."""
+    """Whether it is from `encode_layout`, int64 [1, 1, S, 3]; masks are boolean or floating."""
     return attention_mask is not None and attention_mask.dtype == torch.int64 and attention_mask.ndim == 4
 
 
@@ -188,6 +188,7 @@ def _lay(segments: Segments, device: torch.device) -> _Lay:
 
 
 def _kernel_serves(query: Tensor) -> bool:
+    """Of queries [..., head width]."""
     is_16bit = query.dtype in (torch.bfloat16, torch.float16)
     return is_16bit and _kernel_is_right(query.device, query.dtype, query.shape[-1])
 

@@ -110,6 +110,7 @@ class VisionEncoder(nn.Module):
         return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
 
     def _blank_image(self) -> Tensor:
+        """Zeros [1, 3, S, S] in the trunk's dtype."""
         like = next(self.trunk.parameters())
         return torch.zeros(1, 3, self.image_size, self.image_size, dtype=like.dtype, device=like.device)
 
@@ -178,6 +179,7 @@ class HFTower(nn.Module):
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, S, S] -> [N, P, C], before the final norm."""
         outputs: list[Tensor] = []
         hook = self.blocks[-1].register_forward_hook(
             lambda _module, _inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
@@ -201,6 +203,7 @@ class IntermediateTower(nn.Module):
         model.prune_intermediate_layers([self.index], prune_norm=True, prune_head=True)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, S, S] -> [N, P, C]."""
         arguments: dict[str, Any] = {"indices": [self.index], "intermediates_only": True, "output_fmt": "NLC"}
         if self.is_open_clip:
             found = self.model.forward_intermediates(pixel_values, output_extra_tokens=self.keep_class, **arguments)
@@ -222,6 +225,7 @@ class FeatureMapTower(nn.Module):
         self.channels_last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")  # Swin
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, S, S] -> [N, P, C], a map's cells row by row."""
         features = self.model.forward_features(pixel_values)
         if not isinstance(features, Tensor):  # CrossViT
             kind = type(self.model).__name__

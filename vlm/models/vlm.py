@@ -78,7 +78,8 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             input_ids: int64 [B, L].
-            image_features: [N, T, D] of all images, in the order of their placeholders; None for text alone.
+            image_features: [N, T, D] of all images, or [tokens, D] of images of several sizes, in the order of their
+                placeholders; None for text alone.
 
         Returns:
             [B, L, D] in the embedding's dtype.
@@ -93,6 +94,7 @@ class VisionLanguageModel(nn.Module):
         return splice_image_features(embeddings, features.flatten(0, -2), is_image)
 
     def _words(self, input_ids: Tensor) -> Tensor:
+        """int64 [B, L] -> what the decoder is given for these tokens, [B, L, D]."""
         embeddings = self.llm.get_input_embeddings()(input_ids)
         return embeddings if self.embedding_factor == 1 else embeddings * self.embedding_factor
 
@@ -157,7 +159,7 @@ class VisionLanguageModel(nn.Module):
         return forward(hidden_states, position_ids, None).view(shape)
 
     def _decoder(self, embeddings: Tensor, position_ids: Tensor, layout: Tensor | None = None) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
+        """[B, L, D] -> hidden states [B, L, D] after the final norm. layout: int64 [1, 1, S, 3], of varlen."""
         # Packing is honoured only without a mask of numbers and without a cache; with the default cache, examples of
         # a row see each other.
         decoder = find_decoder(self.llm)
@@ -166,7 +168,7 @@ class VisionLanguageModel(nn.Module):
         return output.last_hidden_state
 
     def _zero_from_a_dummy_image(self) -> Tensor | None:
-        """0, with a graph to every weight that would train if the batch had an image; None if none would.
+        """Scalar 0, with a graph to every weight that would train if the batch had an image; None if none would.
 
         Ranks whose batch has none must still take part in the reduction of these gradients. The encoder computes it in
         evaluation mode: an image of zeros is none of the data, so batch norms must not keep its statistics.

@@ -41,7 +41,7 @@ class WeightFiles:
                 raise CheckpointError(f"{file} is damaged ({error}). Copy or download it again") from None
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in the dtype of the file; nothing else of the file is read."""
+        """One tensor [...], in the dtype of the file; nothing else of the file is read."""
         with safe_open(self._files[name], framework="pt") as opened:
             return opened.get_tensor(name)
 

@@ -26,6 +26,7 @@ class LanguageModeling:
         return count_chunks(batch.num_supervised)
 
     def loss(self, hidden_states: Tensor, batch: Batch, head: Head) -> LossOutput:
+        """hidden_states: [B, L, D]. The loss is a float32 scalar; see `Objective`."""
         from vlm.models.loss import chunked_cross_entropy
 
         loss = chunked_cross_entropy(

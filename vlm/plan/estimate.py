@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from vlm.batch import microbatches_per_step
 from vlm.config import RunConfig
+from vlm.models.loss import CHUNK_TOKENS
 from vlm.models.pipeline_build import check_cuts
 from vlm.plan import blocks
 from vlm.plan.blocks import Part
@@ -130,8 +131,6 @@ def estimate(
 
 def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics: Numerics) -> list[list[Part]]:
     """The parts of each layer, as vlm.models.pipeline counts layers: inputs, blocks, output."""
-    from vlm.models.loss import CHUNK_TOKENS
-
     trainable, model = config.model.trainable, config.model
     is_trained = "llm" in trainable
     inputs: list[Part] = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+import torch
+
 from vlm.errors import ConfigError
 
 _UNITS = {"": 2**30, "GIB": 2**30, "G": 2**30, "GB": 10**9, "MIB": 2**20, "M": 2**20, "MB": 10**6, "TIB": 2**40}
@@ -31,8 +33,6 @@ def device_memory(device: str, world_size: int) -> tuple[int, str]:
         device: engine.device; "cpu" asks for the host's memory even where a GPU is.
         world_size: processes that share the host's memory.
     """
-    import torch
-
     if device != "cpu" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return properties.total_memory, properties.name

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
+from torch import nn
+
 from vlm.models.config import LoRAConfig, ModelConfig, VisionConfig
+from vlm.models.decoders import find_blocks, find_decoder, find_linears, linear_shape
+from vlm.models.llm import llm_from_config, pad_vocabulary, takes_varlen
+from vlm.models.projector import PROJECTORS
+from vlm.models.vision import build_vision
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,6 @@ def read_shapes(config: ModelConfig) -> ModelShape:
     if config.vision is None:
         return ModelShape(llm, None, (), 0)
     vision = _read_vision(config.vision)
-    from vlm.models.projector import PROJECTORS
-
     kind = PROJECTORS[config.projector.kind]
     widths = kind.widths(config.projector, vision.width, llm.width)
     linears = tuple(Linear(str(i), *pair) for i, pair in enumerate(pairwise(widths)))
@@ -98,11 +103,6 @@ def read_shapes(config: ModelConfig) -> ModelShape:
 
 
 def _read_llm(config: ModelConfig) -> LLMShape:
-    import torch
-
-    from vlm.models.decoders import find_blocks, find_decoder
-    from vlm.models.llm import llm_from_config, pad_vocabulary, takes_varlen
-
     with torch.device("meta"):
         model: Any = llm_from_config(config.llm, trust_remote_code=config.trust_remote_code)
         if config.llm.pad_vocab_to_multiple_of:
@@ -137,8 +137,6 @@ def _read_llm(config: ModelConfig) -> LLMShape:
 
 def _linears_of_blocks(model: Any) -> dict[str, tuple[Linear, ...]]:
     """The linear layers of each block, by the block's name."""
-    from vlm.models.decoders import find_blocks, find_linears, linear_shape
-
     found: dict[str, list[Linear]] = {name: [] for name in find_blocks(model)}
     for name, module in find_linears(model).items():
         block = next(block for block in found if name.startswith(f"{block}."))
@@ -147,10 +145,6 @@ def _linears_of_blocks(model: Any) -> dict[str, tuple[Linear, ...]]:
 
 
 def _read_vision(config: VisionConfig) -> VisionShape:
-    import torch
-
-    from vlm.models.vision import build_vision
-
     with torch.device("meta"):
         encoder = build_vision(config, torch.bfloat16, weights=False)
     block_width, intermediate, num_blocks = _vision_blocks(encoder, encoder.width)
@@ -171,8 +165,6 @@ def _read_vision(config: VisionConfig) -> VisionShape:
 
 def _vision_blocks(encoder: Any, width: int) -> tuple[int, int, int]:
     """(width, MLP width, number) of a ViT's blocks. A CNN is taken for one block of four times its last width."""
-    from torch import nn
-
     groups = [module for module in encoder.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     rows = [group for group in groups if len(group) > 1 and len({type(block) for block in group}) == 1]
     rows = [group for group in rows if any(isinstance(module, nn.Linear) for module in group[0].modules())]

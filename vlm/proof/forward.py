@@ -89,6 +89,7 @@ def measure_rounding(probe: Probe, rows: Rows, embedding: nn.Module, dtype: torc
     generator = torch.Generator().manual_seed(0)
 
     def nudge(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        """[B, L, D] -> the same, each number half a last bit larger or smaller."""
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2 - 1
         factor = 1 + signs.double() * torch.finfo(dtype).eps / 2
         return (output.double() * factor).to(output.dtype)

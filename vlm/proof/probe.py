@@ -47,10 +47,11 @@ class StateProbe:
         self._known: list[tuple[Batch, Tensor]] = []
 
     def difference(self, batch: Batch, at: Tensor, other: Batch, other_at: Tensor) -> float:
+        """See `Probe`; at, other_at: bool [B, L]."""
         return relative(self._before(batch, at), self._before(other, other_at))
 
     def keep(self, batch: Batch, states: Tensor) -> None:
-        """Hidden states of a batch that were computed elsewhere."""
+        """Hidden states [B, L, D] of a batch that were computed elsewhere."""
         self._known.append((batch, states.detach().float()))
 
     def states(self, batch: Batch) -> Tensor:
@@ -69,6 +70,7 @@ class StateProbe:
             return self.model(moved.input_ids, moved.position_ids, moved.pixel_values, moved.image_features)
 
     def _before(self, batch: Batch, at: Tensor) -> Tensor:
+        """Hidden states, float32 [S, D], that predict the tokens `at`, bool [B, L]."""
         return self.states(batch)[:, :-1][at[:, 1:].to(self.device)]
 
 
@@ -80,11 +82,12 @@ class LossProbe:
         self._known: list[tuple[Batch, Tensor, float]] = []
 
     def difference(self, batch: Batch, at: Tensor, other: Batch, other_at: Tensor) -> float:
+        """See `Probe`; at, other_at: bool [B, L]."""
         targets = other.input_ids[other_at]
         return abs(self._loss(batch, at, targets) - self._loss(other, other_at, targets))
 
     def _loss(self, batch: Batch, at: Tensor, targets: Tensor) -> float:
-        """Nats per token, of predicting `targets` at the places `at`."""
+        """Nats per token, of predicting `targets` int64 [S] at the places `at`, bool [B, L]."""
         labels = torch.full_like(batch.input_ids, IGNORE_INDEX).masked_scatter(at, targets)
         for known, its_labels, loss in self._known:
             if known is batch and torch.equal(its_labels, labels):
@@ -96,7 +99,7 @@ class LossProbe:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what was expected; infinite for shapes that differ and for NaN."""
+    """Norm of the difference of two tensors [...] over the norm of `expected`; infinite for two shapes and for NaN."""
     if found.shape != expected.shape or not found.numel():
         return float("inf")
     difference = (found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import vlm
 from vlm.artifacts.evidence import PROOF
 from vlm.config import RunConfig
 from vlm.distributed import gather_objects, note, on_main, together, world_size
@@ -52,6 +51,7 @@ from vlm.proof.probe import LossProbe, StateProbe, relative
 from vlm.proof.records import Subject, choose, read_record
 from vlm.proof.state import unchanged
 from vlm.proof.text import check_batches, check_pixels, check_text, fresh_pixels
+from vlm.version import __version__
 
 LEAST_SECONDS = 5.0  # a proof may take this long, or
 SHARE_OF_RUN = 0.01  # this share of what the run is going to take
@@ -297,7 +297,7 @@ def _facts(parts: Prepared, work: _Work) -> dict[str, object]:
         "device": parts.device.type,
         "computed_in": str(work.dtype).removeprefix("torch."),
         "versions": {
-            "vlm": vlm.__version__,
+            "vlm": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
@@ -308,7 +308,7 @@ def _facts(parts: Prepared, work: _Work) -> dict[str, object]:
 def digest(config: RunConfig) -> str:
     """Changes with the program's version and any key of the config that training reads."""
     values: dict[str, Any] = config.model_dump(mode="json", exclude={"output_dir", "evaluation"})
-    return hashlib.sha256(json.dumps([vlm.__version__, values], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([__version__, values], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _was_proven(path: Path, config: RunConfig) -> bool:

@@ -143,10 +143,12 @@ def images_moved(batch: Batch, count: int) -> Batch:
     """The first `count` images after all others."""
 
     def moved(values: Tensor | None) -> Tensor | None:
+        """[N, ...] -> [N, ...], the first `count` after all others; None stays None."""
         return None if values is None else values.roll(-count, 0)
 
     return replace(batch, pixel_values=moved(batch.pixel_values), image_features=moved(batch.image_features))
 
 
 def _noise(shape: torch.Size) -> Tensor:
+    """Normal noise of any shape [...], float32 on the CPU, always the same."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))

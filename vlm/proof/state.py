@@ -55,13 +55,14 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of what a forward pass may change besides its output: statistics. Tables are left out."""
+    """Name -> [...], copies of what a forward pass may change besides its output: statistics. Tables are left out."""
     stored = model.state_dict(keep_vars=True).keys()
     return {name: buffer.clone() for name, buffer in model.named_buffers() if name in stored}
 
 
 @torch.no_grad()
 def restore(model: nn.Module, buffers: dict[str, Tensor]) -> None:
+    """Write back what `buffers_of` gave, name -> [...]; those that did not change are not touched."""
     for name, values in buffers.items():
         buffer = model.get_buffer(name)
         if not torch.equal(buffer, values):

@@ -52,7 +52,7 @@ def check_pixels(batch: Batch, records: list[Record], spec: ImageSpec, mean: Ten
     """Compare the batch of `records` with the images made anew from their files.
 
     Args:
-        mean, std: what the encoder was trained with, per RGB channel, which `spec` should say too.
+        mean, std: [3], what the encoder was trained with, per RGB channel, which `spec` should say too.
     """
     assert batch.pixel_values is not None
     expected = fresh_pixels(records, spec, mean, std)
@@ -62,7 +62,7 @@ def check_pixels(batch: Batch, records: list[Record], spec: ImageSpec, mean: Ten
 
 
 def fresh_pixels(records: list[Record], spec: ImageSpec, mean: Tensor, std: Tensor) -> Tensor:
-    """[N, 3, S, S] of all tiles of the records' images, in order."""
+    """[N, 3, S, S] float32 of all tiles of the records' images, in order. mean, std: [3]."""
     pixels = []
     for record in records:
         for image in record.conversation.images:

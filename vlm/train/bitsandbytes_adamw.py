@@ -43,10 +43,12 @@ def bitsandbytes_adamw(groups: list[dict[str, Any]], train: TrainConfig) -> torc
         param_groups: Any
 
         def init_state(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None:
+            """State of a parameter [...], as bitsandbytes makes it, with `step` as a float32 scalar."""
             super().init_state(group, p, gindex, pindex)
             self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
 
         def update_step(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None:
+            """One step of a parameter [...]; bitsandbytes reads `step` as an int."""
             state = self.state[p]
             num_steps = state["step"]
             state["step"] = int(num_steps)
@@ -54,7 +56,7 @@ def bitsandbytes_adamw(groups: list[dict[str, Any]], train: TrainConfig) -> torc
             state["step"] = num_steps.add_(1)
 
         def saved_state(self, parameter: Tensor) -> dict[str, Tensor]:
-            """Live tensors by the names that they have in a checkpoint, made with zeros if there are none yet."""
+            """Live tensors of a parameter [...] by their checkpoint names, made with zeros if there are none yet."""
             if not self.state[parameter]:
                 groups, self.param_groups = self.param_groups, [{**self.defaults, "params": [parameter]}]
                 self.init_state(self.param_groups[0], parameter, 0, 0)  # ZeRO-3 empties the groups between steps
@@ -64,7 +66,7 @@ def bitsandbytes_adamw(groups: list[dict[str, Any]], train: TrainConfig) -> torc
             return state if is_quantized else {_FLOAT32_NAMES.get(key, key): value for key, value in state.items()}
 
         def shared_state(self) -> dict[str, Tensor]:
-            """The tables, once there is 8-bit state."""
+            """The tables, float32 [256], once there is 8-bit state."""
             for state in self.state.values():
                 if "qmap1" in state:
                     return {key: state[key] for key in _TABLES}

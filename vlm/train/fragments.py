@@ -35,6 +35,7 @@ class Fragment:
 
     @classmethod
     def whole(cls, name: str, tensor: Tensor) -> Fragment:
+        """All of a tensor [...], as a view."""
         return cls(name, tuple(tensor.shape), 0, tensor.detach().view(-1))  # a copy would not take what is loaded
 
 
@@ -63,7 +64,10 @@ def write_fragments(fragments: Iterable[Fragment], folder: Path, rank: int) -> N
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors. Raises OSError when the disk refuses, which safetensors reports by an error of its own."""
+    """Write tensors [...] as safetensors.
+
+    Raises OSError when the disk refuses, which safetensors reports by an error of its own.
+    """
     path.parent.mkdir(exist_ok=True)
     try:
         save_file(tensors, path, metadata)
@@ -82,7 +86,7 @@ class FragmentReader:
             self._index(file)
 
     def read(self, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened tensor, 1-D.
+        """Elements [start, start + numel) of the flattened tensor: [numel].
 
         Raises:
             CheckpointError: no rank wrote some of them.
@@ -102,6 +106,7 @@ class FragmentReader:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def whole(self, name: str) -> Tensor:
+        """One tensor in its own shape, [...]. Raises CheckpointError: no rank wrote some of it."""
         shape = self.shapes[name]
         return self.read(name, 0, math.prod(shape)).reshape(shape)
 
@@ -144,12 +149,13 @@ def state_files(checkpoint: Path, part: str) -> list[Path]:
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Canonical name -> tensor of all that trained."""
+    """Canonical name -> tensor [...] of all that trained."""
     reader = FragmentReader(state_files(checkpoint, "weights"))
     return {name: reader.whole(name) for name in reader.shapes}
 
 
 def _elements(piece: _Piece, start: int, stop: int) -> Tensor:
+    """Elements from `start` to before `stop` of what a file holds, flattened: [stop - start]."""
     with safe_open(piece.file, framework="pt") as opened:
         if "@" in piece.key:  # flat: only these elements are read
             return opened.get_slice(piece.key)[start:stop]

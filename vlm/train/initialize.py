@@ -142,20 +142,28 @@ def _targets(batch: Batch, embedding: Tensor, image_token_id: int, tokens_per_im
 
 
 def _is_held_out(features: Tensor) -> bool:
-    """By the content, so that an image of several records is on one side."""
+    """Of an image's features [P, C]; by the content, so that an image of several records is on one side."""
     values = features.detach().contiguous().cpu().view(torch.uint8).numpy()
     return zlib.crc32(values.tobytes()) % HELD_OUT == 0
 
 
 def _explained(inputs: Tensor, targets: Tensor, weight: Tensor, mean: Tensor, target: Tensor) -> float:
-    """Share of the targets' variance that the mean over an image's tokens predicts."""
+    """Share of the targets' variance that the mean over an image's tokens predicts.
+
+    Args:
+        inputs, targets: [N, K], [N, D].
+        weight, mean, target: [K, D], [K], [D], as `Moments.solve` gives them.
+    """
     wanted = targets - target
     missed = wanted - (inputs - mean) @ weight
     return 1 - (missed.square().sum() / wanted.square().sum()).item()
 
 
 def _found(inputs: Tensor, targets: Tensor, weight: Tensor, mean: Tensor, target: Tensor) -> float:
-    """How often an image's own target is the nearest (cosine) among its own and those of the images after it."""
+    """How often an image's own target is the nearest (cosine) among its own and those of the images after it.
+
+    Arguments as `_explained`: [N, K], [N, D], [K, D], [K], [D].
+    """
     predicted = nn.functional.normalize((inputs - mean) @ weight, dim=-1)
     nearness = predicted @ nn.functional.normalize(targets - target, dim=-1).T  # [N, N]
     number = torch.arange(len(inputs))

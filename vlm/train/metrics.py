@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from vlm.distributed import is_main
 from vlm.errors import DataError
@@ -193,8 +194,6 @@ def _running_mean(values: tuple[float, ...]) -> list[float]:
 
 def _memory_gib() -> float:
     """Memory of this process, or the GPU's allocator peak where there is a GPU; GiB."""
-    import torch
-
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return psutil.Process().memory_info().rss / 2**30

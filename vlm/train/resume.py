@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import vlm
 from vlm.distributed import is_main, rank, world_size
 from vlm.errors import CheckpointError
 from vlm.faults import fault
@@ -21,6 +20,7 @@ from vlm.logs import log
 from vlm.train.checkpoint import read_info, save_checkpoint
 from vlm.train.engines.base import Engine
 from vlm.train.fragments import save_tensors
+from vlm.version import __version__
 
 _BESIDE_CONFIG = {"model.vision.compute"}  # found by measuring; the checkpoint's own rules
 OPTIMIZER_STATE = ("any with float32 state", "any with 8-bit state")  # optimizers of one kind read each other's
@@ -59,7 +59,7 @@ class RunState:
         fault("save")
         info = {
             "identity": self.identity, "data": self.data_settings, "start": self.start, "world_size": world_size(),
-            "vlm_version": vlm.__version__, "image_orders": self.image_orders,
+            "vlm_version": __version__, "image_orders": self.image_orders,
         }  # fmt: skip
         return save_checkpoint(self.run, step, write, info, keep_last)
 
@@ -152,6 +152,7 @@ def _random_file(checkpoint: Path, number: int) -> Path:
 
 
 def _random_state() -> dict[str, Tensor]:
+    """State of each generator of this process, uint8 [n]."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -159,6 +160,7 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def _restore_random_state(state: dict[str, Tensor]) -> None:
+    """state: what `_random_state` gave, uint8 [n] each."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -30,7 +30,7 @@ class SampleQuestions:
         """Greedy answer to one question. Every rank that holds a piece of the model makes the same call.
 
         Args:
-            pixel_values: what `pixels` gave.
+            pixel_values: [tiles, 3, S, S], what `pixels` gave.
         """
         input_ids = self.tokenizer.prompt(sample_conversation(sample))
         settings = GenerationSettings(max_new_tokens=self.max_new_tokens)

@@ -13,7 +13,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
-from vlm import __version__
 from vlm.apps.api.docs_page import CONTENT_SECURITY_POLICY, render_docs
 from vlm.apps.api.errors import ApiError, internal_error
 from vlm.apps.api.guard import Guard
@@ -23,6 +22,7 @@ from vlm.apps.api.openapi import add_schemas
 from vlm.apps.api.routes import add_generation
 from vlm.apps.api.schemas import ErrorBody, Health, ModelCard, ModelList
 from vlm.apps.api.service import Service, unknown_model
+from vlm.version import __version__
 
 _ERRORS = {
     400: "The request cannot be used",

@@ -30,6 +30,7 @@ class JsonConstraint:
         self._num_tokens = num_tokens
 
     def allowed(self) -> Tensor:
+        """bool [V] on the CPU: the tokens that the schema allows next."""
         mask = (
             torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)[: self._num_tokens] > 0
         )

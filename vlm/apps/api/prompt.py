@@ -128,6 +128,7 @@ class PromptBuilder:
             raise self._too_long(f"has {num_letters:,} characters")
 
     def _pixels(self, images: Sequence[bytes]) -> Tensor | None:
+        """float32 [tiles, 3, S, S] of the tiles of all images, in order; None without images."""
         spec, most = self.loaded.image_spec, self.limits.max_pixels
         if not images or spec is None:
             return None

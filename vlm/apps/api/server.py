@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+import psutil
+import torch
 import uvicorn
 
 from vlm.apps.address import bind
@@ -116,11 +118,7 @@ def fitting_tokens(loaded: LoadedModel, max_running: int) -> int:
 
 def _free_memory(loaded: LoadedModel) -> int:
     if loaded.device.type == "cuda":
-        import torch
-
         return int(torch.cuda.mem_get_info(loaded.device)[0])
-    import psutil
-
     return int(psutil.virtual_memory().available)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vlm.apps.saving import save_record
 from vlm.apps.terminal import settings as terminal_settings
 from vlm.apps.terminal.images import image_paths, is_file
+from vlm.apps.terminal.input import image_completer
 from vlm.apps.terminal.talk import Talk
 from vlm.errors import VLMError
 
@@ -213,8 +214,6 @@ def completer() -> Completer:
     """Completes commands, and behind them images, files and settings."""
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
-
-    from vlm.apps.terminal.input import image_completer
 
     paths = {"image": image_completer(), "file": PathCompleter(expanduser=True)}
 

@@ -17,9 +17,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from vlm.apps.address import choose_port, in_use, is_loopback
+from vlm.apps.web.look import HEAD, theme
 from vlm.apps.web.models import ModelStore
+from vlm.apps.web.state import MAX_IMAGES
 from vlm.apps.web.texts import Language
 from vlm.apps.web.uploads import MEGABYTE, Uploads
+from vlm.data.records import IMAGE_SUFFIXES
 from vlm.errors import ConfigError, MissingPackageError
 from vlm.generation.generate import GenerationSettings
 
@@ -114,8 +117,6 @@ def find_examples(folder: Path) -> list[Example]:
     Raises:
         ConfigError: the folder is missing or holds no images.
     """
-    from vlm.data.records import IMAGE_SUFFIXES
-
     images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
     if not images:
         raise ConfigError(f"--examples {folder}: no folder with images ({' '.join(IMAGE_SUFFIXES)})")
@@ -140,9 +141,7 @@ def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) ->
         raise MissingPackageError("gradio", "the browser chat", "serve") from None
     server: Any = gradio.http_server.Server  # its own wait ends after 5 seconds, too early on a busy machine
     server.run_in_thread = _run_in_thread
-    from vlm.apps.web.look import theme
     from vlm.apps.web.page import build_page
-    from vlm.apps.web.state import MAX_IMAGES
 
     uploads = Uploads(folder)
     examples = _copied(options.examples, folder / "examples", uploads)
@@ -205,7 +204,6 @@ def _app_options(uploads: Uploads, local_only: bool, max_file_size: int, max_bod
     from starlette.middleware import Middleware
 
     from vlm.apps.web.guard import Guard
-    from vlm.apps.web.look import HEAD
 
     guard: Any = Guard
     limits = {"max_file_size": max_file_size, "max_body": max_body}

@@ -16,6 +16,7 @@ from vlm.batch import Batch
 from vlm.distributed import gather_objects, rank, sum_over_ranks
 from vlm.errors import CheckpointError
 from vlm.faults import fault
+from vlm.models.trainable import canonical_name
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.base import Head, LossOutput, Objective
 from vlm.precision import autocast
@@ -197,6 +198,7 @@ class Sums:
         self.values = torch.zeros(1 + len(objective.metric_names), dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, metrics: Tensor) -> None:
+        """loss: scalar; metrics: [M], as `stack_metrics` orders them."""
         self.values += torch.cat([loss.detach().view(1), metrics])
 
     def read(self) -> list[float]:
@@ -205,12 +207,12 @@ class Sums:
 
 
 def poison(loss: Tensor) -> Tensor:
-    """The loss, or NaN for one that is not finite: an infinite loss may have finite gradients, of NaN some are NaN."""
+    """The scalar loss, or NaN if it is not finite: an infinite loss may have finite gradients, of NaN some are NaN."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
 
 def spoil(loss: Tensor) -> Tensor:
-    """What VLM_FAULT asks for: a loss that is not finite, or one that is with gradients that are not."""
+    """A scalar loss as VLM_FAULT asks for: one that is not finite, or one that is with gradients that are not."""
     if fault("loss") == "nan":
         return loss * float("nan")
     if loss.requires_grad and fault("gradient") == "nan":
@@ -231,7 +233,7 @@ _OTHER_BLOCKS = (
 def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
     """The optimizer's state of one parameter, made with zeros as AdamW's first step would if there is none yet.
 
-    Tensors of the parameter's shape and scalars; 8-bit state has scales of blocks too, `absmax1` and `absmax2`.
+    Tensors of the parameter's shape [...] and scalars; 8-bit state has scales of blocks too, `absmax1` and `absmax2`.
     """
     if hasattr(optimizer, "saved_state"):  # vlm.train.bitsandbytes_adamw
         return optimizer.saved_state(parameter)
@@ -253,8 +255,6 @@ def shared_adam_state(optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:
 
 def trained_names(model: VisionLanguageModel) -> Iterator[tuple[str, nn.Parameter]]:
     """Canonical name and parameter of everything that trains."""
-    from vlm.models.trainable import canonical_name
-
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield canonical_name(name), parameter

@@ -23,7 +23,9 @@ from vlm.train.engines.base import LossModule
 from vlm.train.engines.deepspeed_settings import deepspeed_settings
 from vlm.train.engines.kinds import kind_of_launch
 from vlm.train.engines.local import LocalEngine
+from vlm.train.engines.pipeline import PipelineEngine
 from vlm.train.engines.torch_engine import TorchEngine
+from vlm.train.engines.zero import Partitioner, ZeroEngine
 from vlm.train.optim import build_optimizer
 from vlm.train.scaling import LossScale
 
@@ -90,12 +92,10 @@ def block_spreader(
 ) -> Callable[[nn.Module], object] | None:
     """What spreads a decoder block over the ranks while the model is loaded. None: every rank holds whole blocks."""
     if place.kind == "fsdp":
-        from vlm.train.engines.fsdp import shard_block
+        from vlm.train.engines.fsdp import shard_block  # late: torch's part of it takes 1 s
 
         return partial(shard_block, device=device)
     if place.kind == "zero" and config.stage == 3:
-        from vlm.train.engines.zero import Partitioner
-
         steps = microbatches_per_step(train.global_batch_size, train.micro_batch_size, place.num_data_ranks)
         settings = deepspeed_settings(config, train, accumulation_steps=steps, num_data_ranks=place.num_data_ranks)
         return Partitioner(settings, device)
@@ -122,8 +122,6 @@ def build_engine(
         loss_scale: for float16; None scales nothing.
     """
     if isinstance(model, Stage):
-        from vlm.train.engines.pipeline import PipelineEngine
-
         settings = deepspeed_settings(
             config, train, accumulation_steps=accumulation_steps, num_data_ranks=place.num_data_ranks, stage=1,
             num_trained=sum(math.prod(model.shapes[name]) for name in model.trained),
@@ -136,8 +134,6 @@ def build_engine(
     if place.kind == "zero" and config.stage == 0:  # for what a user's JSON contradicts; DeepSpeed itself has no part
         deepspeed_settings(config, train, accumulation_steps=accumulation_steps, num_data_ranks=place.num_data_ranks)
     if place.kind == "zero" and config.stage > 0:
-        from vlm.train.engines.zero import ZeroEngine
-
         settings = deepspeed_settings(
             config, train, accumulation_steps=accumulation_steps, num_data_ranks=place.num_data_ranks,
             num_trained=sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),

@@ -67,6 +67,7 @@ class FullyShardedEngine(TorchEngine):
         return nullcontext()
 
     def grad_norm(self) -> Tensor:
+        """Of the whole gradients; scalar, the same on every rank."""
         norm = torch.nn.utils.get_total_norm(self.gradients())
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -77,7 +78,7 @@ def _mesh(device: torch.device) -> DeviceMesh:
 
 
 def _own_part(name: str, tensor: Tensor) -> Iterator[Fragment]:
-    """This rank's elements of a tensor that is cut along its first dimension; all of one that every rank holds."""
+    """This rank's elements of a tensor [R, ...] that is cut along R; all of one that every rank holds."""
     if not isinstance(tensor, DTensor):
         yield Fragment.whole(name, tensor)
         return

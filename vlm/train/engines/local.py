@@ -38,6 +38,7 @@ class LocalEngine(TorchEngine):
         return nullcontext() if is_last or self.num_data_ranks == 1 else self.wrapped.no_sync()
 
     def grad_norm(self) -> Tensor:
+        """Of all gradients; scalar."""
         return torch.nn.utils.get_total_norm(self.gradients())
 
     def whole_model(self) -> AbstractContextManager[VisionLanguageModel | None]:

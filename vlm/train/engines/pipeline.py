@@ -147,5 +147,5 @@ class PipelineEngine(Engine):
 
 
 def _nothing() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What DeepSpeed takes for data; `StageRun` has the micro-batches."""
+    """Pairs of [1], what DeepSpeed takes for data; `StageRun` has the micro-batches."""
     return itertools.repeat((torch.zeros(1), torch.zeros(1)))

@@ -47,7 +47,7 @@ class StageRun:
         self._scale = scale
 
     def forward(self, received: Tensor) -> Tensor:
-        """Hidden states from the stage before, or anything on the first -> hidden states, or the loss on the last."""
+        """[B, L, D] from the stage before, or anything on the first -> [B, L, D], or the scalar loss on the last."""
         batch = next(self._batches)
         if not self.stage.is_first:  # nobody looks at images here
             batch = dataclasses.replace(batch, pixel_values=None, image_features=None)
@@ -62,6 +62,7 @@ class StageRun:
         return output
 
     def _loss(self, hidden_states: Tensor, batch: Batch) -> Tensor:
+        """[B, L, D] -> scalar, scaled for the backward; NaN if it is not finite."""
         output = self.objective.loss(hidden_states, batch, Head(self.stage.built.model.logits))
         loss = spoil(output.loss)
         self.sums.add(loss, stack_metrics(output, self.objective.metric_names))
@@ -121,6 +122,7 @@ def pipeline_module(stage: Stage, run: StageRun, groups: list[dict[str, Any]], n
             self._set_bounds(self.parts[stage.number], self.parts[stage.number + 1])
 
         def forward(self, forward_input: Tensor) -> Tensor:
+            """[B, L, D] -> [B, L, D], or a scalar; see `StageRun.forward`."""
             return run.forward(forward_input)
 
     specs: list[Any] = [Own(None)] * total

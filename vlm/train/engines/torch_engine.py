@@ -83,12 +83,17 @@ class TorchEngine(Engine):
         return summed, int(normalizer)
 
     def gradients(self) -> list[Tensor]:
+        """Of each trained weight that has one, of the weight's shape [...]."""
         return [p.grad for _, p in self.parameters if p.grad is not None]
 
     def _backward(
         self, forward: Callable[[Batch], tuple[Tensor, Tensor]], microbatches: list[Batch], scale: float
     ) -> list[float]:
-        """Add up the gradients of `scale` times the loss. Returns loss and metrics, summed over all ranks."""
+        """Add up the gradients of `scale` times the loss. Returns loss and metrics, summed over all ranks.
+
+        Args:
+            forward: yields a scalar loss and metrics [M].
+        """
         sums = Sums(self.objective, self.device)
         for number, batch in enumerate(microbatches):
             with self.reduction(number == len(microbatches) - 1):

@@ -218,7 +218,7 @@ def zero_fragments(
 
 
 def _place(parameter: Any, zero: Any) -> tuple[Tensor, int, int, int, tuple[int, ...]] | None:
-    """(flat float32 partition, offset in it, first element of the parameter, number, shape) at stages 1 and 2."""
+    """(flat float32 partition [n], offset in it, first element of the parameter, number, shape) at stages 1 and 2."""
     mapping = parameter._hp_mapping
     if mapping is None:  # another rank's
         return None
@@ -228,7 +228,7 @@ def _place(parameter: Any, zero: Any) -> tuple[Tensor, int, int, int, tuple[int,
 
 
 def _place_at_stage_3(parameter: Any, zero: Any) -> tuple[Tensor, int, int, int, tuple[int, ...]] | None:
-    """Each parameter is cut into as many equal pieces as there are ranks, the last one padded."""
+    """As `_place`, [n] too. Each parameter is cut into as many equal pieces as there are ranks, the last one padded."""
     group, offset, piece = zero.grad_position[zero.get_param_id(parameter)]
     start = rank() * piece
     numel = min(piece, parameter.ds_numel - start)

@@ -11,8 +11,8 @@ import pytest
 from model_folders import write_encoder_folder, write_llm_folder
 from tokenizers_for_tests import sentencepiece_model
 
-from vlm.cli.model_checks import model_notes, model_problems
 from vlm.config import RunConfig, load_config
+from vlm.config_checks import load_checked, model_notes, model_problems
 from vlm.errors import VLMError
 
 CONFIG = """\
@@ -188,8 +188,6 @@ def test_a_sentencepiece_vocabulary_is_read_and_a_damaged_one_named(tmp_path: Pa
 
 
 def test_plan_reads_config_json_alone(vlm):
-    from vlm.cli.configs import load_checked
-
     Path("llm/tokenizer.json").unlink()
     Path("llm/model.safetensors").unlink()
     assert model_problems(config(), ()) == []

@@ -1,16 +1,21 @@
-"""What training will say of the models that a config names, from their folders' files, without torch."""
+"""A config with all it names: whether the paths are there, and what training will say of the models' folders.
+
+Every command asks this before anything heavy is imported; neither torch nor transformers is needed.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vlm.config import RunConfig
-from vlm.errors import CheckpointError
-from vlm.layered_yaml import Key
+from vlm.config import RunConfig, load_config, raise_problems, read_source
+from vlm.config_paths import Problem, missing_inputs, run_problems
+from vlm.errors import CheckpointError, ConfigError
+from vlm.launch import launched_rank, local_rank
+from vlm.layered_yaml import dotted
 from vlm.models.folder import (
     NO_PREPROCESSOR,
     Vocabulary,
@@ -24,11 +29,48 @@ from vlm.models.folder import (
 )
 from vlm.models.native import is_native_decoder, why_not_a_decoder, why_not_native
 
-Problem = tuple[Key, str]
 READS = ("weights", "tokenizer")  # of models' folders, besides config.json
 
 _LLM, _VISION, _TEMPLATE = ("model", "llm", "path"), ("model", "vision", "path"), ("data", "template")
 _SWAPPED = "Usually model.llm.path and model.vision.path are swapped"
+
+
+def load_checked(
+    config: str, options: Sequence[str] = (), sections: Collection[str] = (), reads: Collection[str] = READS
+) -> RunConfig:
+    """Read a config and see whether its paths exist, as `vlm validate` does, before anything heavy is imported.
+
+    Args:
+        sections: check only paths below these keys, e.g. ("model", "data"), where a command reads no others.
+        reads: of models' folders besides config.json, "weights" and "tokenizer".
+
+    Raises:
+        ConfigError: names every problem with its file and line.
+    """
+    try:
+        checked = load_config(config, options)
+    except ConfigError as error:
+        raise error.on_every_rank() from None
+    source = read_source(config, options)
+    found = [(key, text) for key, text in config_problems(checked, reads) if not sections or key[0] in sections]
+    problems = [f"{source.place(key)}: {dotted(key)}: {text}" for key, text in found]
+    if problems:
+        try:
+            raise_problems(config, problems, f"Relative paths are looked for in {Path.cwd()}")
+        except ConfigError as error:
+            if launched_rank() == local_rank() or local_rank() > 0:  # each machine has its own disk: one there speaks
+                error.on_every_rank()
+            raise
+    return checked
+
+
+def config_problems(config: RunConfig, reads: Collection[str] = READS) -> list[Problem]:
+    """Paths that do not exist or hold no model. Of models, text files are opened, weights not.
+
+    Args:
+        reads: what the command will read of models' folders besides config.json.
+    """
+    return [*missing_inputs(config), *model_problems(config, reads), *run_problems(config)]
 
 
 def model_problems(config: RunConfig, reads: Collection[str] = READS) -> list[Problem]:
@@ -48,7 +90,7 @@ def model_notes(config: RunConfig) -> list[str]:
     notes = []
     folder = Path(config.model.llm.path)
     if folder.is_dir() and (vocabulary := _read_vocabulary(folder)) is not None:
-        from vlm.data.template import TEMPLATES, control_words, warn_of_split
+        from vlm.data.template import TEMPLATES, control_words, warn_of_split  # late: jinja2 takes 40 ms
 
         template = TEMPLATES.get(config.data.template)
         if template is not None:
