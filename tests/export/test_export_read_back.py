@@ -163,7 +163,7 @@ def test_a_timm_network_of_two_sets_of_tokens_is_refused_by_name():
     import timm
 
     from vlm.errors import ConfigError
-    from vlm.models.vision import FeatureMapTower
+    from vlm.models.encoders.towers import FeatureMapTower
 
     tower = FeatureMapTower(timm.create_model("crossvit_tiny_240", num_classes=0))
     with pytest.raises(ConfigError, match="CrossVit ends in 2 sets of tokens"):

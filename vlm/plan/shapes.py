@@ -5,11 +5,12 @@ Letters: D LLM width, V vocabulary, C vision width, P patches, T tokens per imag
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 from vlm.models.config import LoRAConfig, ModelConfig, VisionConfig
+from vlm.models.encoders.base import EncoderCost
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,12 @@ class LLMShape:
 
 
 @dataclass(frozen=True)
-class VisionShape:
-    """An encoder."""
+class VisionShape(EncoderCost):
+    """An encoder, with what its kind says of its blocks."""
 
     numel: int
     width: int  # C of a patch's feature
     num_patches: int  # P, what it yields per image
-    num_tokens: int  # what its blocks compute with: patches, class token, registers
-    num_blocks: int
-    block_width: int
-    intermediate: int
-    activation_copies: int  # tensors of the MLP's width that autograd keeps: 1 behind gelu, 2 behind quick_gelu
     image_size: int  # pixels per side
 
 
@@ -147,36 +143,15 @@ def _linears_of_blocks(model: Any) -> dict[str, tuple[Linear, ...]]:
 def _read_vision(config: VisionConfig) -> VisionShape:
     import torch
 
+    from vlm.models.encoders.kinds import VISION_BACKENDS
     from vlm.models.vision import build_vision
 
     with torch.device("meta"):
         encoder = build_vision(config, torch.bfloat16, weights=False)
-    block_width, intermediate, num_blocks = _vision_blocks(encoder, encoder.width)
-    is_quick = any("QuickGELU" in type(module).__name__ for module in encoder.modules())
-    prefix = getattr(encoder.trunk, "num_prefix", getattr(encoder.trunk.model, "num_prefix_tokens", 1))
     return VisionShape(
         numel=sum(p.numel() for p in encoder.parameters()),
         width=encoder.width,
         num_patches=encoder.num_patches,
-        num_tokens=encoder.num_patches + (0 if config.keep_class_token else prefix),
-        num_blocks=num_blocks,
-        block_width=block_width,
-        intermediate=intermediate,
-        activation_copies=2 if is_quick else 1,
         image_size=encoder.image_size,
+        **asdict(VISION_BACKENDS[config.backend].cost(encoder)),
     )
-
-
-def _vision_blocks(encoder: Any, width: int) -> tuple[int, int, int]:
-    """(width, MLP width, number) of a ViT's blocks. A CNN is taken for one block of four times its last width."""
-    from torch import nn
-
-    groups = [module for module in encoder.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    rows = [group for group in groups if len(group) > 1 and len({type(block) for block in group}) == 1]
-    rows = [group for group in rows if any(isinstance(module, nn.Linear) for module in group[0].modules())]
-    if not rows:
-        return width, 4 * width, 1
-    blocks = max(rows, key=lambda group: sum(p.numel() for p in group.parameters()))
-    linears = [module for module in blocks[0].modules() if isinstance(module, nn.Linear)]
-    block_width = min(module.in_features for module in linears)
-    return block_width, max(module.in_features for module in linears), len(blocks)
