@@ -33,6 +33,7 @@ from vlm.export.read_back import Answers, compare, in_float32, llava_logits, mak
 from vlm.models.build import Assembled
 from vlm.models.config import ModelConfig
 from vlm.models.encoders.kinds import VISION_BACKENDS
+from vlm.models.families import head_settings
 from vlm.models.llm import IMAGE_TOKEN, pad_vocabulary
 from vlm.models.projector import PROJECTORS, Projector
 from vlm.models.trainable import cast_weights
@@ -40,12 +41,6 @@ from vlm.models.vision import VisionEncoder
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
-
-# settings that Llava's head ignores
-_HEAD_SCALES = (
-    "logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "logits_soft_cap",
-    "output_logit_soft_cap", "logits_mup_width_multiplier", "unpadded_vocab_size",
-)  # fmt: skip
 
 
 def why_not_llava(config: ModelConfig, built: Assembled) -> str | None:
@@ -63,7 +58,7 @@ def why_not_llava(config: ModelConfig, built: Assembled) -> str | None:
         return reason
     if getattr(model.llm.get_output_embeddings(), "bias", None) is not None:
         return "its language model's head has a bias, which transformers' LLaVA class leaves out"
-    scaled = [name for name in _HEAD_SCALES if getattr(model.llm.config, name, None)]
+    scaled = head_settings(model.llm.config)  # which that class leaves out
     return f"its language model's head is scaled ({scaled[0]})" if scaled else None
 
 

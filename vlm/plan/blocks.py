@@ -134,11 +134,11 @@ def _inputs(linears: tuple[Linear, ...], shape: LLMShape, numerics: Numerics, ha
     Under autocast each layer has a bf16 copy of its own. In float32 query, key and value share one, gate and up too.
     The output projection reads attention's own output, unless an adapter casts it.
     """
-    own = [linear for linear in linears if linear.name != "o_proj" or (has_adapters and numerics.is_autocast)]
+    own = [linear for linear in linears if linear.role != "output" or (has_adapters and numerics.is_autocast)]
     if numerics.is_autocast:
         return sum(numerics.compute * linear.inputs for linear in own)
-    groups = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
-    shared = {groups.get(linear.name, linear.name): linear.inputs for linear in own}
+    groups = {"query": "qkv", "key": "qkv", "value": "qkv", "gate": "mlp", "up": "mlp"}
+    shared = {groups.get(linear.role, linear.name): linear.inputs for linear in own}
     return sum(FLOAT32 * width for width in shared.values())
 
 

@@ -20,6 +20,7 @@ class Linear:
     name: str
     inputs: int
     outputs: int
+    role: str = ""  # the field of `BlockNames` that has its name
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class LLMShape:
     head_dim: int
     intermediate: int
     vocab: int  # V, rows of the embedding
-    is_gated: bool  # gate_proj and up_proj, as Llama has
+    is_gated: bool  # gate and up, as Llama has
     has_head_norms: bool  # a norm of each head's query and key, as Qwen3 has
     embedding: int  # parameters
     head: int  # parameters; 0 when it is the embedding
@@ -96,6 +97,7 @@ def _read_llm(config: ModelConfig) -> LLMShape:
     import torch
 
     from vlm.models.decoders import find_blocks, find_decoder
+    from vlm.models.families import family_of
     from vlm.models.llm import llm_from_config, pad_vocabulary
 
     with torch.device("meta"):
@@ -106,10 +108,11 @@ def _read_llm(config: ModelConfig) -> LLMShape:
     blocks, in_blocks = find_blocks(model), _linears_of_blocks(model)
     widest = max(blocks, key=lambda name: sum(linear.inputs * linear.outputs for linear in in_blocks[name]))
     linears = in_blocks[widest]
-    names = {linear.name: linear for linear in linears}
+    roles = {linear.role: linear for linear in linears}
+    head_norms = family_of(model.config).block.head_norms
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     num_heads = getattr(settings, "num_attention_heads", None) or 1  # a state-space block is taken for one head
-    down = names.get("down_proj") or max(linears, key=lambda linear: linear.inputs, default=None)
+    down = roles.get("down") or max(linears, key=lambda linear: linear.inputs, default=None)
     numels = tuple(sum(p.numel() for p in block.parameters()) for block in blocks.values())
     shared = {id(p): p.numel() for block in blocks.values() for p in block.parameters()}
     return LLMShape(
@@ -119,8 +122,8 @@ def _read_llm(config: ModelConfig) -> LLMShape:
         head_dim=settings.to_dict().get("head_dim") or embedding.shape[1] // num_heads,
         intermediate=down.inputs if down else embedding.shape[1],
         vocab=embedding.shape[0],
-        is_gated="gate_proj" in names,
-        has_head_norms=any(name.endswith(("q_norm", "k_norm")) for name, _ in blocks[widest].named_modules()),
+        is_gated="gate" in roles,
+        has_head_norms=any(name.endswith(head_norms) for name, _ in blocks[widest].named_modules()),
         embedding=embedding.numel(),
         head=0 if head is embedding else head.numel(),
         final_norm=sum(p.numel() for p in find_decoder(model).parameters()) - embedding.numel() - sum(shared.values()),
@@ -132,11 +135,14 @@ def _read_llm(config: ModelConfig) -> LLMShape:
 def _linears_of_blocks(model: Any) -> dict[str, tuple[Linear, ...]]:
     """The linear layers of each block, by the block's name."""
     from vlm.models.decoders import find_blocks, find_linears, linear_shape
+    from vlm.models.families import family_of
 
+    roles = family_of(model.config).block.roles()
     found: dict[str, list[Linear]] = {name: [] for name in find_blocks(model)}
     for name, module in find_linears(model).items():
         block = next(block for block in found if name.startswith(f"{block}."))
-        found[block].append(Linear(name.rpartition(".")[2], *linear_shape(module)))
+        last = name.rpartition(".")[2]
+        found[block].append(Linear(last, *linear_shape(module), role=roles.get(last, "")))
     return {name: tuple(linears) for name, linears in found.items()}
 
 
