@@ -34,7 +34,7 @@ from vlm.generation.batched import BatchedGenerator, Reply
 from vlm.generation.generate import GenerationSettings, generate
 from vlm.generation.sampling import SamplingSettings
 from vlm.models.config import LLMConfig, LoRAConfig, ModelConfig
-from vlm.models.families import LLM_PARTS, REFUSED, refuse_decoder
+from vlm.models.families import FAMILIES, family_of, refuse_decoder
 from vlm.models.head import find_logits_rule
 from vlm.models.llm import enable_gradient_checkpointing, settle_attention
 from vlm.models.row_decoders import PlainDecoder, RowByRowDecoder
@@ -71,8 +71,9 @@ class Measured:
 
 def measure(model_type: str) -> Measured:
     """Everything about one type. Raises nothing: what goes wrong is in `state` and `reason`."""
-    if model_type in REFUSED:
-        return Measured(model_type, "refused", REFUSED[model_type])
+    family = FAMILIES.get(model_type)
+    if family is not None and family.refused is not None:
+        return Measured(model_type, "refused", family.refused)
     try:
         llm = toy_decoder(model_type)
     except Exception as error:
@@ -182,7 +183,7 @@ def _measure_lora(row: Measured, llm: Any) -> None:
 def _measure_plan(row: Measured, llm: Any) -> None:
     from vlm.plan.shapes import read_shapes
 
-    row.pipeline = "yes" if row.type in LLM_PARTS else "refused"
+    row.pipeline = "yes" if family_of(llm.config).parts else "refused"
     with tempfile.TemporaryDirectory() as folder:
         toy_config(row.type).save_pretrained(folder)
         shape = read_shapes(ModelConfig(llm=LLMConfig(path=folder), trainable=("llm",))).llm

@@ -15,7 +15,7 @@ from vlm.data.template import EOS, ChatTemplate, RoleFormat
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import RecordError
 from vlm.files import sha256
-from vlm.models.families import LLM_PARTS, LLMParts
+from vlm.models.families import FAMILIES, LLMFamily, LLMParts
 from vlm.models.loss import chunked_cross_entropy
 from vlm.models.pipeline import pipeline_layers, run_layers
 from vlm.models.projector import Projector
@@ -116,11 +116,11 @@ def test_a_new_data_format_is_one_function(monkeypatch):
     assert conversation.unread == ("hint",)
 
 
-def test_a_new_family_for_the_pipeline_is_a_line_in_its_table(monkeypatch):
+def test_a_family_for_the_pipeline_is_a_line_in_its_record(monkeypatch):
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
-    assert "olmo2" not in LLM_PARTS
-    monkeypatch.setitem(LLM_PARTS, "olmo2", LLMParts())
+    assert FAMILIES["olmo2"].parts is None
+    monkeypatch.setitem(FAMILIES, "olmo2", LLMFamily(packs_by_positions=True, parts=LLMParts()))
     shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
     llm = Olmo2ForCausalLM(Olmo2Config(**shape, num_attention_heads=2, pad_token_id=None))
     model = VisionLanguageModel(llm, None, None, image_token_id=None)

@@ -5,7 +5,6 @@ Every command asks this before anything heavy is imported; neither torch nor tra
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,14 +15,13 @@ from vlm.config_paths import Problem, missing_inputs, run_problems
 from vlm.errors import CheckpointError, ConfigError
 from vlm.launch import launched_rank, local_rank
 from vlm.layered_yaml import dotted
+from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.folder import (
-    NO_PREPROCESSOR,
     Vocabulary,
-    encoder_type,
-    lacks_preprocessor,
+    config_json,
+    misfit,
     read_vocabulary,
     why_beyond_embedding,
-    why_no_encoder,
     why_no_tokenizer,
     why_no_weights,
 )
@@ -32,7 +30,6 @@ from vlm.models.native import is_native_decoder, why_not_a_decoder, why_not_nati
 READS = ("weights", "tokenizer")  # of models' folders, besides config.json
 
 _LLM, _VISION, _TEMPLATE = ("model", "llm", "path"), ("model", "vision", "path"), ("data", "template")
-_SWAPPED = "Usually model.llm.path and model.vision.path are swapped"
 
 
 def load_checked(
@@ -97,8 +94,8 @@ def model_notes(config: RunConfig) -> list[str]:
             words = [word for word in control_words(template) if word not in vocabulary.ids]
             notes += [text for text in (warn_of_split(template, words),) if text]
     vision = config.model.vision
-    if vision is not None and vision.backend == "hf" and lacks_preprocessor(vision.path):
-        notes.append(f"model.vision.path {vision.path}: {NO_PREPROCESSOR}")
+    if vision is not None:
+        notes += [f"model.vision.path {vision.path}: {note}" for note in VISION_BACKENDS[vision.backend].notes(vision)]
     return notes
 
 
@@ -109,7 +106,7 @@ def _language_model(config: RunConfig, reads: Collection[str]) -> Iterator[Probl
     if (problem := misfit(folder, is_encoder=False)) is not None:
         yield _LLM, problem
         return
-    settings = _settings(folder)
+    settings = config_json(folder)
     trusts = config.model.trust_remote_code
     if reason := why_not_native(settings, trusts):
         yield _LLM, f"{folder}: {reason}"
@@ -123,16 +120,9 @@ def _language_model(config: RunConfig, reads: Collection[str]) -> Iterator[Probl
 
 def _encoder(config: RunConfig, reads: Collection[str]) -> Iterator[Problem]:
     vision = config.model.vision
-    if vision is None or vision.backend != "hf" or not Path(vision.path).exists():
-        return
-    folder = Path(vision.path)
-    if (problem := misfit(folder, is_encoder=True)) is not None:
-        yield _VISION, problem
-        return
-    if reason := why_no_encoder(encoder_type(_settings(folder))):
-        yield _VISION, f"{folder}: {reason}"
-    if "weights" in reads and (reason := why_no_weights(folder)):
-        yield _VISION, f"{folder}: cannot load its weights: {reason}"
+    if vision is not None:
+        for problem in VISION_BACKENDS[vision.backend].problems(vision, reads):
+            yield _VISION, problem
 
 
 def _vocabulary(config: RunConfig) -> Iterator[Problem]:
@@ -148,7 +138,7 @@ def _vocabulary(config: RunConfig) -> Iterator[Problem]:
     if reason := _why_template_does_not_fit(config.data.template, vocabulary):
         yield _TEMPLATE, reason
         return
-    rows = _num_rows(_settings(folder), config.model.llm.pad_vocab_to_multiple_of)
+    rows = _num_rows(config_json(folder), config.model.llm.pad_vocab_to_multiple_of)
     used = {*vocabulary.named.values(), *_control_words(config.data.template)}
     if rows is not None:
         ids = [(token, vocabulary.ids.get(token)) for token in used]
@@ -186,46 +176,3 @@ def _num_rows(settings: dict[str, Any], multiple: int | None) -> int | None:
     text = settings.get("text_config")
     rows = (text if isinstance(text, dict) else settings).get("vocab_size")
     return rows if multiple is None or not isinstance(rows, int) else -(-rows // multiple) * multiple
-
-
-def misfit(folder: Path, is_encoder: bool) -> str | None:
-    """Why a folder cannot be the encoder, or the language model, by its config.json alone."""
-    wanted = "a vision encoder" if is_encoder else "a language model"
-    file = folder / "config.json"
-    if not file.is_file():
-        below = [found.parent for found in sorted(folder.glob("*/config.json"))]
-        inside = next((str(child) for child in below if misfit(child, is_encoder) is None), None)
-        hint = (
-            f"Did you mean {inside}?" if inside else "Usually another folder was meant, or the download is incomplete"
-        )
-        return f"{folder} holds no config.json, so it is not the folder of {wanted}. {hint}"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        return f"{file} is not readable ({str(error)[:100]}). Usually the download is incomplete"
-    kind = settings.get("model_type") if isinstance(settings, dict) else None
-    if not isinstance(kind, str):
-        return f"{file} names no model_type, so transformers does not know how to read it"
-    names = settings.get("architectures")
-    decodes = isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
-    sees = is_encoder_type(kind) and not decodes
-    if is_encoder and decodes and "vision_config" not in settings:
-        return f"{folder} holds a language model ({kind}), expected {wanted}. {_SWAPPED}"
-    if sees and not is_encoder:
-        return f"{folder} holds a vision encoder ({kind}), expected {wanted}. {_SWAPPED}"
-    return None
-
-
-def is_encoder_type(model_type: str) -> bool:
-    """Whether it is one of transformers' names for models that see.
-
-    >>> is_encoder_type("siglip_vision_model"), is_encoder_type("dinov2"), is_encoder_type("qwen2")
-    (True, True, False)
-    """
-    return model_type.endswith("_vision_model") or model_type.startswith(("clip", "siglip", "dinov2", "vit"))
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """config.json of a folder that `misfit` found nothing wrong with."""
-    settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return settings

@@ -163,7 +163,7 @@ def test_a_timm_network_of_two_sets_of_tokens_is_refused_by_name():
     import timm
 
     from vlm.errors import ConfigError
-    from vlm.models.vision import FeatureMapTower
+    from vlm.models.encoders.towers import FeatureMapTower
 
     tower = FeatureMapTower(timm.create_model("crossvit_tiny_240", num_classes=0))
     with pytest.raises(ConfigError, match="CrossVit ends in 2 sets of tokens"):
@@ -202,7 +202,7 @@ def test_a_head_with_a_bias_is_not_written_for_a_class_that_has_none(family: str
 def test_a_head_that_llava_does_not_compute_is_found_by_asking_its_class(tmp_path: Path, monkeypatch: Any, capsys: Any):
     write_decoder(tmp_path / "llm", "cohere", logit_scale=0.5)
     built = write_run(tmp_path / "run", model_config(tmp_path, lora=None, trainable=["projector"]))
-    monkeypatch.setattr(hf, "_HEAD_SCALES", ())  # as for a family whose settings nobody knows
+    monkeypatch.setattr(hf, "head_settings", lambda config: [])  # as for a family whose settings nobody knows
     export = export_run(tmp_path / "run", full=True)
     assert "LLaVA class does not compute the same with its parts (the logits differ by" in capsys.readouterr().err
     assert_equal(built, export)

@@ -22,9 +22,10 @@ from vlm.models.build import build_model
 from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.decoders import find_blocks, find_linears
 from vlm.models.families import (
-    ONE_BY_ONE,
-    PACKS_BY_POSITIONS,
-    REFUSED,
+    _ALIKE,
+    _REASONS,
+    _SINGLE,
+    FAMILIES,
     LogitsRule,
     describe_packing,
     logits_rule,
@@ -44,9 +45,9 @@ def positions(*lengths: int) -> torch.Tensor:
 # the table
 
 
-def test_a_type_stands_in_one_list_only():
-    assert not PACKS_BY_POSITIONS & ONE_BY_ONE
-    assert not (PACKS_BY_POSITIONS | ONE_BY_ONE) & REFUSED.keys()
+def test_a_type_has_one_record_only():
+    names = [name for _, listed in _ALIKE for name in listed.split()] + [*_REASONS, *_SINGLE]
+    assert len(names) == len(set(names)) == len(FAMILIES)
 
 
 def test_positions_keep_records_apart_in_some_types_only_and_a_type_that_is_not_known_is_safe():

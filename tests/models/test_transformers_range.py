@@ -26,7 +26,7 @@ from vlm.models.pipeline import pipeline_layers, run_layers
 from vlm.models.vlm import VisionLanguageModel
 
 ROOT = Path(__file__).parents[2]
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]  # the last is no part of LLM_PARTS
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]  # the last cannot be cut for a pipeline
 
 
 def packed_batch() -> Batch:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.config import VisionConfig
-from vlm.models.vision import FeatureMapTower, VisionEncoder, build_vision
+from vlm.models.encoders.towers import FeatureMapTower
+from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.vision_compute import read_compute
 
 IMAGES = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.artifacts.manifest import Manifest
+from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.projector import PROJECTORS
 from vlm.schema import is_local
 
@@ -115,7 +116,7 @@ def _vision_line(manifest: Manifest) -> str:
     vision, spec = manifest.model.vision, manifest.image_spec
     if vision is None or spec is None:
         return "none: a plain language model"
-    where = f"{public_name(manifest.origin.get('vision'))} ({vision.backend})"
+    where = f"{public_name(manifest.origin.get('vision'))} ({VISION_BACKENDS[vision.backend].describe(vision)})"
     return f"{where}, {spec.size} x {spec.size} pixels ({spec.resize}), {spec.num_tokens} tokens an image"
 
 

@@ -12,12 +12,8 @@ from typing import Any
 
 from vlm.artifacts.tokenizer import make_readable
 from vlm.compat import follow_umask
+from vlm.models.families import FAMILIES
 
-# per model type: older names of what rope_parameters holds
-_NAMES = {
-    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
-    "gpt_neox_japanese": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
-}
 _LOCAL = "rope_local_base_freq"  # Gemma 3, whose windowed layers have a base of their own
 
 
@@ -69,7 +65,8 @@ def older_rope(settings: dict[str, Any]) -> dict[str, Any]:
         return {}
     local = rope.get("sliding_attention")
     rope = rope.get("full_attention", rope)
-    names = _NAMES.get(settings.get("model_type", ""), {})
+    family = FAMILIES.get(settings.get("model_type", ""))
+    names = dict(family.older_rope) if family is not None else {}
     older: dict[str, Any] = {}
     for key in ("rope_theta", "partial_rotary_factor"):
         if rope.get(key) is not None:

@@ -21,6 +21,8 @@ from vlm.errors import CheckpointError
 from vlm.files import sha256
 from vlm.logs import Progress, log
 from vlm.models.config import ModelConfig, VisionConfig
+from vlm.models.encoders.base import VisionBackend
+from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.tokenizer_files import read_json
 from vlm.precision import remember
 
@@ -28,7 +30,7 @@ Pins = dict[str, dict[str, str]]  # what of the config -> file -> sha256
 
 _LARGE = 16 << 20  # bytes; the sums of smaller files are not worth keeping
 _VOLATILE = ("transformers_version", "_name_or_path")  # written anew whenever a folder is saved, and never read
-_SETTINGS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+_SETTINGS = VisionBackend.settings  # a language model may have images of its own
 _CHECKED = ("layout", "included", "lora", "projector")  # of vlm.json: how the parts of an export are used
 _FILES = {"projector": PROJECTOR, "vision": VISION, "llm.lora": ADAPTER}
 _THREADS = 4
@@ -41,11 +43,11 @@ def pin_start(model: ModelConfig, init_from: str | None) -> Pins:
     """
     start = None if init_from is None else _read_start(Path(init_from))
     brought = () if start is None else start.included
-    files: dict[str, list[Path]] = {"model.llm.path": _settings_in(model.llm.path)}
+    files: dict[str, list[Path]] = {"model.llm.path": _settings_in(model.llm.path, _SETTINGS)}
     if not {"llm"} & {*model.trainable, *brought}:
         files["model.llm.path"] += _found(model.llm.path)
     if model.vision is not None:
-        files["model.vision.path"] = _settings_in(model.vision.path)
+        files["model.vision.path"] = _settings_in(model.vision.path, VISION_BACKENDS[model.vision.backend].settings)
         if not {"vision"} & {*model.trainable, *brought}:
             files["model.vision.path"] += _encoder_weights(model.vision)
     if start is not None:
@@ -107,14 +109,13 @@ def _start_files(folder: Path, start: Manifest, trainable: Iterable[str]) -> lis
     return [file for file in (*files, folder / NAME) if file.is_file()]
 
 
-def _settings_in(path: str) -> list[Path]:
-    return [file for name in _SETTINGS if (file := Path(path) / name).is_file()]
+def _settings_in(path: str, names: Iterable[str]) -> list[Path]:
+    return [file for name in names if (file := Path(path) / name).is_file()]
 
 
 def _encoder_weights(vision: VisionConfig) -> list[Path]:
-    if vision.pretrained is not None and Path(vision.pretrained).is_file():
-        return [Path(vision.pretrained)]
-    return _found(vision.path) if Path(vision.path).exists() or vision.backend == "hf" else []
+    kind = VISION_BACKENDS[vision.backend]
+    return _found(kind.weights_at(vision)) if kind.is_here(vision) else []
 
 
 def _found(path: str) -> list[Path]:

@@ -32,6 +32,8 @@ from vlm.data.tokenize import ConversationTokenizer
 from vlm.export.read_back import Answers, compare, in_float32, llava_logits, make_question
 from vlm.models.build import Assembled
 from vlm.models.config import ModelConfig
+from vlm.models.encoders.kinds import VISION_BACKENDS
+from vlm.models.families import head_settings
 from vlm.models.llm import IMAGE_TOKEN, pad_vocabulary
 from vlm.models.projector import PROJECTORS, Projector
 from vlm.models.trainable import cast_weights
@@ -40,22 +42,15 @@ from vlm.models.vision import VisionEncoder
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-_TOWERS = ("clip_vision_model", "siglip_vision_model")
-# settings that Llava's head ignores
-_HEAD_SCALES = (
-    "logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "logits_soft_cap",
-    "output_logit_soft_cap", "logits_mup_width_multiplier", "unpadded_vocab_size",
-)  # fmt: skip
-
 
 def why_not_llava(config: ModelConfig, built: Assembled) -> str | None:
     """The reason why a model cannot be written in the LLaVA layout; None when it can."""
     model, vision = built.model, built.model.vision
     if vision is None or config.vision is None:
         return "it has no vision encoder"
-    if config.vision.backend != "hf" or vision.trunk.model.config.model_type not in _TOWERS:
-        name = Path(config.vision.path).name
-        return f"its encoder ({config.vision.backend}: {name}) is no CLIP or SigLIP of transformers"
+    reason = VISION_BACKENDS[config.vision.backend].why_not_llava(config.vision, vision)
+    if reason is not None:
+        return reason
     if built.image_spec is not None and built.image_spec.reads_size:
         return "its images take tokens by their size"
     reason = PROJECTORS[config.projector.kind].why_not_llava(config.projector)
@@ -63,7 +58,7 @@ def why_not_llava(config: ModelConfig, built: Assembled) -> str | None:
         return reason
     if getattr(model.llm.get_output_embeddings(), "bias", None) is not None:
         return "its language model's head has a bias, which transformers' LLaVA class leaves out"
-    scaled = [name for name in _HEAD_SCALES if getattr(model.llm.config, name, None)]
+    scaled = head_settings(model.llm.config)  # which that class leaves out
     return f"its language model's head is scaled ({scaled[0]})" if scaled else None
 
 

@@ -29,8 +29,8 @@ from vlm.faults import fault
 from vlm.logs import log
 from vlm.models.build import Assembled, build_model
 from vlm.models.config import VisionConfig
+from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.trainable import cast_weights, load_weights, merge_lora, part_weights
-from vlm.models.vision import save_architecture
 from vlm.models.weight_files import WeightFiles
 from vlm.precision import DTYPES
 
@@ -120,8 +120,7 @@ def _write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: D
     if model.vision is not None and "vision" in included:
         model = model.model_copy(update={"vision": _write_encoder_config(folder, model.vision, built)})
     elif model.vision is not None:
-        file = model.vision.pretrained
-        base["vision"] = fingerprint_files(file if file and Path(file).is_file() else model.vision.path)
+        base["vision"] = fingerprint_files(VISION_BACKENDS[model.vision.backend].weights_at(model.vision))
     _write_tokenizer(folder, built, tokens)
     return _Written(replace(manifest, base=base, model=model), answers, DTYPES[precision])
 
@@ -244,8 +243,8 @@ def _write_encoder_config(folder: Path, config: VisionConfig, built: Assembled) 
     vision, spec = built.model.vision, built.image_spec
     assert vision is not None
     assert spec is not None
-    named = save_architecture(vision, config, folder / "vision")
     (folder / "vision").mkdir(exist_ok=True)
+    named = VISION_BACKENDS[config.backend].save_architecture(vision, config, folder / "vision")
     write_preprocessor(folder / "vision", spec)
     return named
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlm.errors import ConfigError
 from vlm.generation.sampling import LEAST_TEMPERATURE, Sampler, SamplingSettings
-from vlm.models.families import GENERATES_WRONGLY, ONE_BY_ONE, PACKS_BY_POSITIONS
+from vlm.models.families import family_of
 from vlm.models.row_decoders import build_row_decoder
 from vlm.models.vlm import VisionLanguageModel
 
@@ -92,8 +92,7 @@ def _can_generate(llm: Any) -> bool:
     """Whether transformers' own generation takes embeddings and is right, for this class."""
     prepare = getattr(llm, "prepare_inputs_for_generation", None)  # code of a folder's own may have none
     takes_embeddings = prepare is not None and "inputs_embeds" in inspect.signature(prepare).parameters
-    kind = llm.config.model_type
-    return takes_embeddings and kind in PACKS_BY_POSITIONS | ONE_BY_ONE and kind not in GENERATES_WRONGLY
+    return takes_embeddings and family_of(llm.config).generates
 
 
 def _write_one_by_one(

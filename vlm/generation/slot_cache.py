@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlm.compat import cache_argument
 from vlm.models.decoders import find_decoder
-from vlm.models.families import LENGTH_DEPENDENT_ROPE, LLM_PARTS
+from vlm.models.families import LENGTH_DEPENDENT_ROPE, family_of, llm_parts
 from vlm.models.row_decoders import build_row_decoder
 from vlm.models.vlm import VisionLanguageModel
 
@@ -60,7 +60,7 @@ def build_decoder(model: VisionLanguageModel) -> Decoder:
     config = model.llm.config
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
-    if config.model_type in LLM_PARTS and not kinds & LENGTH_DEPENDENT_ROPE:
+    if family_of(config).parts is not None and not kinds & LENGTH_DEPENDENT_ROPE:
         return BatchedDecoder(model)
     return build_row_decoder(model)
 
@@ -152,7 +152,7 @@ class BatchedDecoder:
         self._decoder = find_decoder(model.llm)
         self._is_eager = config._attn_implementation == "eager"
         self._window = getattr(config, "sliding_window", None)
-        self._rule = LLM_PARTS[config.model_type].window
+        self._rule = llm_parts(config).window
         self._cache_argument = cache_argument(self._decoder.forward)
         self.cache = SlotCache()
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from vlm.models.families import family_of
+
 
 def find_decoder(llm: Any) -> Any:
     """The module from embeddings to hidden states after the final norm, without the head.
@@ -70,7 +72,7 @@ def find_linears(llm: Any) -> dict[str, nn.Module]:
 
     The head is none of them, nor are layers beside which an adapter would do nothing: see `_NO_ADAPTER`.
     """
-    without = _NO_ADAPTER | ({"out_proj"} if llm.config.model_type in _FUSED_MAMBA else set())
+    without = _NO_ADAPTER | set(family_of(llm.config).uncalled)
     return {
         f"{name}.{inner}": module
         for name, block in find_blocks(llm).items()
@@ -82,8 +84,6 @@ def find_linears(llm: Any) -> dict[str, nn.Module]:
 # dt_proj: the scan of a state-space block reads its weight without calling it. indexer: chooses which tokens attention
 # sees, so no gradient reaches it; a classifier in a block chooses experts in the same way.
 _NO_ADAPTER = {"dt_proj", "indexer", "classifier"}
-# Their fused kernel reads the weight of out_proj without calling it, and peft refuses an adapter there.
-_FUSED_MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 
 def is_linear(module: nn.Module) -> bool:

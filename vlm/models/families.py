@@ -1,13 +1,14 @@
 """What is known of decoder families, by transformers' model type, and cannot be seen by looking at a model.
 
-Which keep packed records apart by positions alone, which are not taken, what the head does to logits, and what a
-pipeline cuts. Where blocks, linear layers and cache are is looked up in the model: `vlm.models.decoders`.
+One record a family: whether packed records are kept apart by positions alone, what a pipeline cuts, what the head does
+to logits, or why it is not taken. Where blocks, linear layers and cache are is looked up in the model:
+`vlm.models.decoders`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,52 +17,112 @@ from torch import Tensor
 from vlm.compat import cache_argument
 from vlm.errors import ConfigError
 
-# Types whose attention keeps the records of a packed row apart by restarting position_ids, given no mask and no cache.
-# Measured with transformers 5.24 by scripts/prove_decoders.py; docs/models.md has the numbers.
-PACKS_BY_POSITIONS = frozenset(
-    """
-    apertus apertus1p5_text arcee aria_text axk1 axk2 beam bitnet codegen cohere cohere2 cohere2_moe
-    cohere_compass_text cwm dbrx deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dory dots1 emu3 ernie4_5
-    ernie4_5_moe exaone exaone4 exaone_moe falcon flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text
-    gemma3n_text gemma4 gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite
-    glm_moe_dsa got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite granite_swa
-    granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4
-    hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama llama4 llama4_text longcat_flash mellum
-    mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral
+
+@dataclass(frozen=True)
+class LLMParts:
+    """Module names inside a `...ForCausalLM`, and which blocks attend within a sliding window only."""
+
+    embed: str = "model.embed_tokens"
+    blocks: str = "model.layers"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    rotary: str = "model.rotary_emb"
+    window: Literal["none", "every block", "layer_types"] = "none"
+    """every block: where config.sliding_window is set. layer_types: in blocks that config.layer_types names so."""
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """Last parts of the names of a block's linear layers and norms; the memory estimate counts what they keep."""
+
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"  # of attention
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    head_norms: tuple[str, ...] = ("q_norm", "k_norm")  # of each head's query and key
+
+    def roles(self) -> dict[str, str]:
+        """Name of a linear layer -> which of these it is."""
+        return {name: role for role, name in vars(self).items() if isinstance(name, str)}
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """Names in the config of what the model does to the output of its last matrix."""
+
+    multiply: tuple[str, ...] = ("lm_head_multiplier", "logit_scale")  # Falcon-H1; Cohere
+    divide: tuple[str, ...] = ("logits_scaling", "logits_mup_width_multiplier")  # Granite; Inkling
+    # Gemma, RecurrentGemma, xLSTM
+    cap: tuple[str, ...] = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    num_real: str = "unpadded_vocab_size"  # only the first so many are logits
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.multiply, *self.divide, *self.cap, self.num_real)
+
+
+@dataclass(frozen=True)
+class LLMFamily:
+    """What is known of one of transformers' model types."""
+
+    packs_by_positions: bool = False
+    """Its attention keeps the records of a packed row apart by restarting position_ids, given no mask and no cache.
+    Where it does not (a state that runs on, distances, positions read from the mask) each record is decoded alone."""
+    needs_mask: bool = False
+    """Its blocks compute with a mask of numbers, or attend in a way that the arguments of attention do not say, so that
+    attention record by record (`vlm.models.varlen`) would be wrong."""
+    parts: LLMParts | None = None
+    """Of a decoder that is: embedding, rotary positions, blocks in a row, norm, head. Compare its model's `forward`
+    with `block_inputs` below, and add it to tests/models/test_pipeline_layers.py."""
+    block: BlockNames = BlockNames()
+    head: HeadSettings = HeadSettings()
+    generates: bool = True
+    """transformers' generate() does as the same model without a cache."""
+    uncalled: tuple[str, ...] = ()
+    """Linear layers whose weight is read without calling them, so that an adapter would do nothing."""
+    older_rope: tuple[tuple[str, str], ...] = ()
+    """(name in rope_parameters, what transformers 4 calls it), where that is another name."""
+    refused: str | None = None
+    """Why it cannot be trained here."""
+
+
+_FUSED = ("out_proj",)  # of Mamba's fused kernel; peft refuses an adapter there
+_NEOX_ROPE = (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct"))
+# Types of which nothing else is to be said. Measured with transformers 5.24 by scripts/prove_decoders.py; see
+# docs/models.md for the numbers.
+_ALIKE = (
+    (LLMFamily(packs_by_positions=True), """
+    apertus apertus1p5_text arcee aria_text axk1 beam bitnet codegen cohere cohere2 cohere2_moe cohere_compass_text
+    cwm dbrx deepseek_v2 deepseek_v3 diffllama dots1 emu3 ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe flex_olmo
+    flint fuyu gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified_text glm glm4 glm4_moe
+    glm4_moe_lite got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo gptj granite granite_swa granitemoe granitemoe_swa
+    granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 iquestcoder jais2 jetmoe kolibri1
+    laguna longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mixtral
     moss_transcribe_diarize nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 phi4_multimodal phimoe
-    qwen2 qwen2_moe qwen3 qwen3_moe sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2
-    vaultgemma youtu
-    """.split()  # noqa: SIM905 - a list of names is read in columns
-)
-
-# Of those, types whose blocks need a mask of numbers or attend in a way that the arguments of attention do not say.
-NEEDS_MASK = frozenset({"axk2", "deepseek_v32", "doge", "dory", "falcon", "glm_moe_dsa", "llama4", "llama4_text"})
-
-# Types in which a record of a packed row would see another one, by a state that runs on, by distances or by positions
-# read from the mask, and which are right record by record.
-ONE_BY_ONE = frozenset(
-    """
-    afmoe bailing_hybrid bamba biogpt bloom ctrl falcon_h1 falcon_mamba gpt_oss granitemoehybrid
-    inkling2_loop_text inkling2_text inkling_text jamba kimi_linear lara_mini lfm2 lfm2_moe lfm3 mamba mamba2
-    minimax mpt nemotron_h olmo_hybrid openai-gpt opt qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
-    qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma rwkv xglm xlstm zamba zamba2 zaya
-    """.split()  # noqa: SIM905 - a list of names is read in columns
-)
-
-# transformers' generate() fails or differs from the same model without a cache.
-GENERATES_WRONGLY = frozenset({"xlstm"})
-
-_ENCODERS = """
+    qwen2_moe qwen3_moe sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu
+    """),
+    (LLMFamily(packs_by_positions=True, needs_mask=True), """
+    axk2 deepseek_v32 doge dory falcon glm_moe_dsa llama4 llama4_text
+    """),
+    (LLMFamily(), """
+    afmoe bailing_hybrid bamba biogpt bloom ctrl gpt_oss granitemoehybrid inkling2_loop_text inkling2_text
+    inkling_text jamba kimi_linear lara_mini lfm2 lfm2_moe lfm3 minimax olmo_hybrid openai-gpt opt qwen3_5
+    qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma rwkv xglm zamba
+    zamba2 zaya
+    """),
+    (LLMFamily(refused="it is an encoder, whose tokens see later ones"), """
     bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
     roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod
-"""
-_DECODER_HALVES = """
+    """),
+    (LLMFamily(refused="it is half of an encoder-decoder, and nothing would feed its other half"), """
     bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_melody mvp pegasus plbart
     prophetnet trocr whisper
-"""
-REFUSED = {
-    **dict.fromkeys(_ENCODERS.split(), "it is an encoder, whose tokens see later ones"),
-    **dict.fromkeys(_DECODER_HALVES.split(), "it is half of an encoder-decoder, and nothing would feed its other half"),
+    """),
+)  # fmt: skip
+_REASONS = {
     "blt": "it reads bytes in patches, not tokens",
     "cpmant": "it takes token ids only, so images cannot be put in",
     "deepseek_v4": "its experts are chosen by token id, which images do not have",
@@ -73,6 +134,39 @@ REFUSED = {
     "moshi": "it speaks: text is only one of its streams",
     "reformer": "it runs on rows of fixed lengths only",
 }
+_SINGLE = {
+    "falcon_h1": LLMFamily(uncalled=_FUSED),
+    "falcon_mamba": LLMFamily(uncalled=_FUSED),
+    "gpt_neox": LLMFamily(packs_by_positions=True, older_rope=_NEOX_ROPE),
+    "gpt_neox_japanese": LLMFamily(packs_by_positions=True, older_rope=_NEOX_ROPE),
+    "hyperclovax": LLMFamily(
+        packs_by_positions=True,
+        head=HeadSettings(multiply=(*HeadSettings.multiply, "logits_scaling"), divide=HeadSettings.divide[1:]),
+    ),
+    "internlm3": LLMFamily(packs_by_positions=True, parts=LLMParts()),
+    "llama": LLMFamily(packs_by_positions=True, parts=LLMParts()),  # SmolLM2 too
+    "mamba": LLMFamily(uncalled=_FUSED),
+    "mamba2": LLMFamily(uncalled=_FUSED),
+    "mistral": LLMFamily(packs_by_positions=True, parts=LLMParts(window="every block")),
+    "mpt": LLMFamily(head=HeadSettings(multiply=("lm_head_multiplier",))),  # its logit_scale scales attention
+    "nemotron_h": LLMFamily(uncalled=_FUSED),
+    "qwen2": LLMFamily(packs_by_positions=True, parts=LLMParts(window="layer_types")),  # Qwen2.5 too
+    "qwen3": LLMFamily(packs_by_positions=True, parts=LLMParts(window="layer_types")),
+    "xlstm": LLMFamily(generates=False),
+}
+
+# by transformers' model type
+FAMILIES: dict[str, LLMFamily] = (
+    {name: family for family, names in _ALIKE for name in names.split()}
+    | {name: LLMFamily(refused=reason) for name, reason in _REASONS.items()}
+    | _SINGLE
+)
+_UNKNOWN = LLMFamily(generates=False)  # safe for every causal decoder
+
+
+def family_of(config: Any) -> LLMFamily:
+    """By a transformers config; of a type that nothing is known of, what is safe."""
+    return FAMILIES.get(config.model_type, _UNKNOWN)
 
 
 def refuse_decoder(settings: Mapping[str, Any], where: str) -> None:
@@ -85,7 +179,7 @@ def refuse_decoder(settings: Mapping[str, Any], where: str) -> None:
         ConfigError: a model of this type would be trained wrongly.
     """
     kind = settings.get("model_type")
-    reason = REFUSED.get(str(kind))
+    reason = FAMILIES.get(str(kind), _UNKNOWN).refused
     text = settings.get("text_config") or settings
     if reason is None and isinstance(text, Mapping) and text.get("hidden_size_per_layer_input"):
         reason = "it looks embeddings up by token id in every block, and images have none"
@@ -113,10 +207,10 @@ def packing_of(config: Any) -> Packing:
     >>> packing_of(SimpleNamespace(model_type="falcon", alibi=True)).by_positions
     False
     """
-    kind = config.model_type
-    if kind not in PACKS_BY_POSITIONS or getattr(config, "alibi", False):
-        return Packing(False, is_known=kind in ONE_BY_ONE | PACKS_BY_POSITIONS)
-    return Packing(True, by_varlen=kind not in NEEDS_MASK, longest=_length_that_changes_rope(config))
+    family = family_of(config)
+    if not family.packs_by_positions or getattr(config, "alibi", False):
+        return Packing(False, is_known=config.model_type in FAMILIES)
+    return Packing(True, by_varlen=not family.needs_mask, longest=_length_that_changes_rope(config))
 
 
 def _length_that_changes_rope(config: Any) -> int | None:
@@ -152,49 +246,24 @@ class LogitsRule:
 
 
 def logits_rule(config: Any) -> LogitsRule:
-    """From settings of the config, and by type where one setting means several things. `find_logits_rule` compares."""
+    """From the settings of the config that its family names. `find_logits_rule` compares."""
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    kind = text.model_type
-    scaling = getattr(text, "logits_scaling", None) or 1.0  # Granite divides
-    factors = [getattr(text, "lm_head_multiplier", None)]  # Falcon-H1
-    if kind != "mpt":  # there it scales attention
-        factors.append(getattr(text, "logit_scale", None))  # Cohere
-    divisors = [scaling if kind != "hyperclovax" else 1.0, getattr(text, "logits_mup_width_multiplier", None)]
-    factor = math.prod(value for value in factors if value) * (scaling if kind == "hyperclovax" else 1.0)
-    caps = (getattr(text, name, None) for name in _CAPS)
+    head = family_of(text).head
+
+    def values(names: Iterable[str]) -> list[Any]:
+        return [value for name in names if (value := getattr(text, name, None))]
+
     return LogitsRule(
-        factor=factor,
-        divisor=math.prod(value for value in divisors if value),
-        cap=next((cap for cap in caps if cap), None),
-        num_real=getattr(text, "unpadded_vocab_size", None),
+        factor=math.prod(values(head.multiply), start=1.0),
+        divisor=math.prod(values(head.divide), start=1.0),
+        cap=next(iter(values(head.cap)), None),
+        num_real=getattr(text, head.num_real, None),
     )
 
 
-_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
-
-
-@dataclass(frozen=True)
-class LLMParts:
-    """Module names inside a `...ForCausalLM`, and which blocks attend within a sliding window only."""
-
-    embed: str = "model.embed_tokens"
-    blocks: str = "model.layers"
-    norm: str = "model.norm"
-    head: str = "lm_head"
-    rotary: str = "model.rotary_emb"
-    window: Literal["none", "every block", "layer_types"] = "none"
-    """every block: where config.sliding_window is set. layer_types: in blocks that config.layer_types names so."""
-
-
-# transformers' model types whose decoder is: embedding, rotary positions, blocks in a row, norm, head. To add one,
-# compare its model's `forward` with `block_inputs` below, and add it to tests/models/test_pipeline_layers.py.
-LLM_PARTS = {
-    "internlm3": LLMParts(),
-    "llama": LLMParts(),  # SmolLM2 too
-    "mistral": LLMParts(window="every block"),
-    "qwen2": LLMParts(window="layer_types"),  # Qwen2.5 too
-    "qwen3": LLMParts(window="layer_types"),
-}
+def head_settings(config: Any) -> list[str]:
+    """Names of the settings by which its head does more than one matrix."""
+    return [name for name in family_of(config).head.names if getattr(config, name, None)]
 
 
 def llm_parts(config: Any) -> LLMParts:
@@ -203,12 +272,13 @@ def llm_parts(config: Any) -> LLMParts:
     Raises:
         ConfigError: the family is not known here.
     """
-    parts = LLM_PARTS.get(config.model_type)
+    parts = family_of(config).parts
     if parts is None:
+        known = sorted(name for name, family in FAMILIES.items() if family.parts is not None)
         raise ConfigError(
             f"pipeline: model type {config.model_type} cannot be cut into stages; known: "
-            f"{', '.join(sorted(LLM_PARTS))}. Set engine.kind to zero or fsdp, or, if its decoder is built like "
-            "Llama's, add it to LLM_PARTS in vlm/models/families.py"
+            f"{', '.join(known)}. Set engine.kind to zero or fsdp, or, if its decoder is built like Llama's, give it "
+            "`parts` in FAMILIES of vlm/models/families.py"
         )
     return parts
 
@@ -218,7 +288,8 @@ def has_llm_parts(path: str) -> bool:
     from transformers import PretrainedConfig
 
     try:
-        return PretrainedConfig.get_config_dict(path)[0].get("model_type") in LLM_PARTS
+        kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
+        return FAMILIES.get(str(kind), _UNKNOWN).parts is not None
     except (OSError, ValueError):  # building it will say what is wrong
         return False
 

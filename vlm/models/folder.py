@@ -5,6 +5,7 @@ Files are read with json alone; neither torch nor transformers is imported.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,7 @@ from vlm.models.tokenizer_files import (
     why_not_converted,
 )
 
-# transformers' model types that vlm.models.vision has a tower for
-ENCODER_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers")
-NO_PREPROCESSOR = (
-    "the folder holds no preprocessor_config.json, so images are normalised as models of this type usually want. "
-    "Usually the download is incomplete"
-)
+_SWAPPED = "Usually model.llm.path and model.vision.path are swapped"
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
     "tokenizer.json", VOCABULARY, "vocab.json", "vocab.txt", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
@@ -84,25 +80,55 @@ def why_no_tokenizer(folder: Path, trust_remote_code: bool = False) -> str | Non
     return why_not_converted(folder / VOCABULARY)
 
 
-def why_no_encoder(model_type: object) -> str | None:
-    """Why a model type of transformers is of no vision encoder that can be loaded here."""
-    if model_type in ENCODER_TYPES:
-        return None
-    known = ", ".join(ENCODER_TYPES)
-    return f"model type {model_type!r} is no encoder known here; known: {known}. See docs/extending.md to add one"
-
-
-def lacks_preprocessor(path: str) -> bool:
-    """Whether a folder here does not say how images are normalised (`NO_PREPROCESSOR`)."""
-    return Path(path).is_dir() and not (Path(path) / "preprocessor_config.json").is_file()
-
-
 def encoder_type(settings: Mapping[str, Any]) -> object:
     """The model type of a vision tower, also inside the config.json of a model of two towers."""
     tower = settings.get("vision_config")
     if not isinstance(tower, dict):
         return settings.get("model_type")
     return tower.get("model_type", f"{settings.get('model_type')}_vision_model")
+
+
+def misfit(folder: Path, is_encoder: bool) -> str | None:
+    """Why a folder cannot be the encoder, or the language model, by its config.json alone."""
+    wanted = "a vision encoder" if is_encoder else "a language model"
+    file = folder / "config.json"
+    if not file.is_file():
+        below = [found.parent for found in sorted(folder.glob("*/config.json"))]
+        inside = next((str(child) for child in below if misfit(child, is_encoder) is None), None)
+        hint = (
+            f"Did you mean {inside}?" if inside else "Usually another folder was meant, or the download is incomplete"
+        )
+        return f"{folder} holds no config.json, so it is not the folder of {wanted}. {hint}"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{file} is not readable ({str(error)[:100]}). Usually the download is incomplete"
+    kind = settings.get("model_type") if isinstance(settings, dict) else None
+    if not isinstance(kind, str):
+        return f"{file} names no model_type, so transformers does not know how to read it"
+    names = settings.get("architectures")
+    decodes = isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
+    sees = is_encoder_type(kind) and not decodes
+    if is_encoder and decodes and "vision_config" not in settings:
+        return f"{folder} holds a language model ({kind}), expected {wanted}. {_SWAPPED}"
+    if sees and not is_encoder:
+        return f"{folder} holds a vision encoder ({kind}), expected {wanted}. {_SWAPPED}"
+    return None
+
+
+def is_encoder_type(model_type: str) -> bool:
+    """Whether it is one of transformers' names for models that see.
+
+    >>> is_encoder_type("siglip_vision_model"), is_encoder_type("dinov2"), is_encoder_type("qwen2")
+    (True, True, False)
+    """
+    return model_type.endswith("_vision_model") or model_type.startswith(("clip", "siglip", "dinov2", "vit"))
+
+
+def config_json(folder: Path) -> dict[str, Any]:
+    """config.json of a folder that `misfit` found nothing wrong with."""
+    settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return settings
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:

@@ -60,7 +60,7 @@ def find_logits_rule(llm: Any, where: str = "") -> LogitsRule:
         raise ConfigError(
             f"model.llm.path {where}: model type {llm.config.model_type} changes its logits after the last matrix in a "
             f"way that is not known here (they differ by {distances[found]:.3g} of {float(theirs.abs().max()):.3g}), "
-            "so its loss would be wrong. Add what its forward does to logits_rule in vlm/models/families.py"
+            "so its loss would be wrong. Say what its forward does in FAMILIES of vlm/models/families.py (`head`)"
         )
     setattr(llm, _FOUND, found)
     return found

@@ -135,15 +135,14 @@ def refuse_foreign_code(path: str, trust_remote_code: bool) -> None:
     Raises:
         CheckpointError: unless the config says `model.trust_remote_code: true`.
     """
-    from transformers import CONFIG_MAPPING, PretrainedConfig
+    from transformers import PretrainedConfig
 
     check_hub(path, "model.llm.path")
     try:
         settings = PretrainedConfig.get_config_dict(path)[0]
     except (OSError, ValueError) as error:
         raise _cannot_load(path, error, "its config.json") from error
-    is_known = settings.get("model_type") in CONFIG_MAPPING  # registered by another package, perhaps
-    if not is_known and (reason := why_not_native(settings, trust_remote_code)):
+    if reason := why_not_native(settings, trust_remote_code):
         raise CheckpointError(f"model.llm.path {path}: {reason}")
     if trust_remote_code and "auto_map" in settings:
         warn(f"RUNNING THE PYTHON CODE of {path}, because model.trust_remote_code is true")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
@@ -46,13 +47,27 @@ _ANY = ("qwen2", "qwen3", "llama", "mistral", "internlm3")  # SmolLM2 is a llama
 
 
 def is_native(model_type: object) -> bool:
-    """Whether transformers has a configuration class for the type."""
-    return model_type in _names("auto_mappings", _CONFIGS) | _names("configuration_auto", _CONFIGS)
+    """Whether transformers has a configuration class for the type, or was given one by another package."""
+    known = _names("auto_mappings", _CONFIGS) | _names("configuration_auto", _CONFIGS)
+    return model_type in known or model_type in _registered()
 
 
 def is_native_decoder(model_type: object) -> bool:
-    """Whether transformers loads the type as a language model."""
-    return model_type in _names("modeling_auto", _DECODERS)
+    """Whether transformers loads the type as a language model, with a class of its own or of another package."""
+    if model_type in _names("modeling_auto", _DECODERS):
+        return True
+    config = _registered().get(model_type)
+    if config is None:
+        return False
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return config in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _registered() -> dict[object, Any]:
+    """What other packages gave transformers, model type -> configuration class. Nothing where it is not loaded."""
+    auto = sys.modules.get("transformers.models.auto.configuration_auto")
+    return {} if auto is None else auto.CONFIG_MAPPING._extra_content
 
 
 def why_not_native(settings: dict[str, Any], trust_remote_code: bool) -> str | None:

@@ -135,11 +135,11 @@ def _inputs(linears: tuple[Linear, ...], shape: LLMShape, numerics: Numerics, ha
     The output projection reads attention's own output, unless an adapter casts it, or that of each record is kept.
     """
     is_apart = numerics.attention == "varlen" or (has_adapters and numerics.is_autocast)
-    own = [linear for linear in linears if linear.name != "o_proj" or is_apart]
+    own = [linear for linear in linears if linear.role != "output" or is_apart]
     if numerics.is_autocast:
         return sum(numerics.compute * linear.inputs for linear in own)
-    groups = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
-    shared = {groups.get(linear.name, linear.name): linear.inputs for linear in own}
+    groups = {"query": "qkv", "key": "qkv", "value": "qkv", "gate": "mlp", "up": "mlp"}
+    shared = {groups.get(linear.role, linear.name): linear.inputs for linear in own}
     return sum(FLOAT32 * width for width in shared.values())
 
 

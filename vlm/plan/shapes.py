@@ -5,15 +5,17 @@ Letters: D LLM width, V vocabulary, C vision width, P patches, T tokens per imag
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 
 from vlm.models.config import LoRAConfig, ModelConfig, VisionConfig
 from vlm.models.decoders import find_blocks, find_decoder, find_linears, linear_shape
+from vlm.models.encoders.base import EncoderCost
+from vlm.models.encoders.kinds import VISION_BACKENDS
+from vlm.models.families import family_of
 from vlm.models.llm import llm_from_config, pad_vocabulary, takes_varlen
 from vlm.models.projector import PROJECTORS
 from vlm.models.vision import build_vision
@@ -26,6 +28,7 @@ class Linear:
     name: str
     inputs: int
     outputs: int
+    role: str = ""  # the field of `BlockNames` that has its name
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class LLMShape:
     head_dim: int
     intermediate: int
     vocab: int  # V, rows of the embedding
-    is_gated: bool  # gate_proj and up_proj, as Llama has
+    is_gated: bool  # gate and up, as Llama has
     has_head_norms: bool  # a norm of each head's query and key, as Qwen3 has
     embedding: int  # parameters
     head: int  # parameters; 0 when it is the embedding
@@ -59,17 +62,12 @@ class LLMShape:
 
 
 @dataclass(frozen=True)
-class VisionShape:
-    """An encoder."""
+class VisionShape(EncoderCost):
+    """An encoder, with what its kind says of its blocks."""
 
     numel: int
     width: int  # C of a patch's feature
     num_patches: int  # P, what it yields per image
-    num_tokens: int  # what its blocks compute with: patches, class token, registers
-    num_blocks: int
-    block_width: int
-    intermediate: int
-    activation_copies: int  # tensors of the MLP's width that autograd keeps: 1 behind gelu, 2 behind quick_gelu
     image_size: int  # pixels per side
 
 
@@ -111,10 +109,11 @@ def _read_llm(config: ModelConfig) -> LLMShape:
     blocks, in_blocks = find_blocks(model), _linears_of_blocks(model)
     widest = max(blocks, key=lambda name: sum(linear.inputs * linear.outputs for linear in in_blocks[name]))
     linears = in_blocks[widest]
-    names = {linear.name: linear for linear in linears}
+    roles = {linear.role: linear for linear in linears}
+    head_norms = family_of(model.config).block.head_norms
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     num_heads = getattr(settings, "num_attention_heads", None) or 1  # a state-space block is taken for one head
-    down = names.get("down_proj") or max(linears, key=lambda linear: linear.inputs, default=None)
+    down = roles.get("down") or max(linears, key=lambda linear: linear.inputs, default=None)
     numels = tuple(sum(p.numel() for p in block.parameters()) for block in blocks.values())
     shared = {id(p): p.numel() for block in blocks.values() for p in block.parameters()}
     return LLMShape(
@@ -124,8 +123,8 @@ def _read_llm(config: ModelConfig) -> LLMShape:
         head_dim=settings.to_dict().get("head_dim") or embedding.shape[1] // num_heads,
         intermediate=down.inputs if down else embedding.shape[1],
         vocab=embedding.shape[0],
-        is_gated="gate_proj" in names,
-        has_head_norms=any(name.endswith(("q_norm", "k_norm")) for name, _ in blocks[widest].named_modules()),
+        is_gated="gate" in roles,
+        has_head_norms=any(name.endswith(head_norms) for name, _ in blocks[widest].named_modules()),
         embedding=embedding.numel(),
         head=0 if head is embedding else head.numel(),
         final_norm=sum(p.numel() for p in find_decoder(model).parameters()) - embedding.numel() - sum(shared.values()),
@@ -137,40 +136,22 @@ def _read_llm(config: ModelConfig) -> LLMShape:
 
 def _linears_of_blocks(model: Any) -> dict[str, tuple[Linear, ...]]:
     """The linear layers of each block, by the block's name."""
+    roles = family_of(model.config).block.roles()
     found: dict[str, list[Linear]] = {name: [] for name in find_blocks(model)}
     for name, module in find_linears(model).items():
         block = next(block for block in found if name.startswith(f"{block}."))
-        found[block].append(Linear(name.rpartition(".")[2], *linear_shape(module)))
+        last = name.rpartition(".")[2]
+        found[block].append(Linear(last, *linear_shape(module), role=roles.get(last, "")))
     return {name: tuple(linears) for name, linears in found.items()}
 
 
 def _read_vision(config: VisionConfig) -> VisionShape:
     with torch.device("meta"):
         encoder = build_vision(config, torch.bfloat16, weights=False)
-    block_width, intermediate, num_blocks = _vision_blocks(encoder, encoder.width)
-    is_quick = any("QuickGELU" in type(module).__name__ for module in encoder.modules())
-    prefix = getattr(encoder.trunk, "num_prefix", getattr(encoder.trunk.model, "num_prefix_tokens", 1))
     return VisionShape(
         numel=sum(p.numel() for p in encoder.parameters()),
         width=encoder.width,
         num_patches=encoder.num_patches,
-        num_tokens=encoder.num_patches + (0 if config.keep_class_token else prefix),
-        num_blocks=num_blocks,
-        block_width=block_width,
-        intermediate=intermediate,
-        activation_copies=2 if is_quick else 1,
         image_size=encoder.image_size,
+        **asdict(VISION_BACKENDS[config.backend].cost(encoder)),
     )
-
-
-def _vision_blocks(encoder: Any, width: int) -> tuple[int, int, int]:
-    """(width, MLP width, number) of a ViT's blocks. A CNN is taken for one block of four times its last width."""
-    groups = [module for module in encoder.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    rows = [group for group in groups if len(group) > 1 and len({type(block) for block in group}) == 1]
-    rows = [group for group in rows if any(isinstance(module, nn.Linear) for module in group[0].modules())]
-    if not rows:
-        return width, 4 * width, 1
-    blocks = max(rows, key=lambda group: sum(p.numel() for p in group.parameters()))
-    linears = [module for module in blocks[0].modules() if isinstance(module, nn.Linear)]
-    block_width = min(module.in_features for module in linears)
-    return block_width, max(module.in_features for module in linears), len(blocks)
