@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlm import precision
 from vlm.artifacts.initial import load_init
-from vlm.artifacts.manifest import read_manifest
+from vlm.artifacts.llava import read_start
 from vlm.batch import Batch
 from vlm.config import RunConfig
 from vlm.data.build import Data, build_data
@@ -375,7 +375,7 @@ def _initialize_projector(config: RunConfig, built: Assembled, data: Data, devic
 
 
 def _brings_projector(config: RunConfig) -> bool:
-    return config.init_from is not None and "projector" in read_manifest(Path(config.init_from)).included
+    return config.init_from is not None and "projector" in read_start(Path(config.init_from)).included
 
 
 def _first_features(config: RunConfig, built: Assembled, data: Data, device: torch.device) -> Tensor:

@@ -58,14 +58,14 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: fl
 
 @pytest.mark.slow
 def test_an_adapter_is_folded_in_to_the_bit_as_peft_merges_it(root: Path):
+    from vlm.artifacts.layouts import open_parts
     from vlm.artifacts.manifest import read_manifest
-    from vlm.artifacts.parts import read_parts
 
     model = loaded(root, "plain").model
     manifest = read_manifest(root / "style" / "export")
     assert manifest.model.lora is not None
     add_lora(model, manifest.model.lora)
-    load_weights(model, read_parts(root / "style" / "export", manifest), "", partial=True)
+    load_weights(model, open_parts(root / "style" / "export", manifest, manifest.model), "", partial=True)
     merge_lora(model)
     folded = loaded(root, "plain", adapter=root / "style" / "export")
     assert_equal(llm(folded), part_weights(model, "llm"))

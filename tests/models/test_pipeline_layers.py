@@ -21,7 +21,7 @@ from vlm.models.loss import chunked_cross_entropy
 from vlm.models.pipeline import pipeline_layers, run_layers
 from vlm.models.pipeline_build import build_stage, check_cuts, load_stage_weights
 from vlm.models.trainable import load_weights, trained_weights
-from vlm.models.weight_files import WeightFiles
+from vlm.models.weight_files import LazyTensors, WeightFiles
 
 TOKENS = 16  # per image
 IMAGE = 28  # id of its placeholder
@@ -267,12 +267,14 @@ def test_a_stage_takes_its_own_share_of_other_weights(config: ModelConfig, tmp_p
     shapes = {name: tuple(tensor.shape) for name, tensor in other.items()}
     for number in range(2):
         stage = build_stage(settings, (2,), number, seed=0)
-        load_stage_weights(stage, shapes, other.__getitem__, "other")
+        load_stage_weights(stage, LazyTensors(shapes, other.__getitem__), "other")
         for name, tensor in stage.built.model.named_parameters():
             reference = dict(whole.named_parameters(remove_duplicate=False))[name]
             assert torch.equal(tensor, reference), name
         with pytest.raises(CheckpointError, match=r"projector\.layers\.0\.bias: \[5\] -> \[32\]"):
-            load_stage_weights(stage, shapes | {"projector.layers.0.bias": (5,)}, other.__getitem__, "other")
+            load_stage_weights(
+                stage, LazyTensors(shapes | {"projector.layers.0.bias": (5,)}, other.__getitem__), "other"
+            )
 
 
 def test_cuts_that_leave_a_stage_empty_are_refused():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from vlm.artifacts.fingerprint import differences
+from vlm.artifacts.layouts import open_parts
 from vlm.artifacts.manifest import NAME, Manifest, read_manifest
-from vlm.artifacts.parts import read_parts
 from vlm.errors import CheckpointError
 from vlm.models.config import LoRAConfig
 from vlm.models.decoders import is_transposed, linear_shape
-from vlm.models.trainable import adapted_linears, misfit, part_of, part_weights
+from vlm.models.trainable import adapted_linears, misfit, part_weights
 from vlm.models.vlm import VisionLanguageModel
 
 
@@ -55,7 +55,7 @@ def read_adapter(folder: str | Path, export: Path, manifest: Manifest) -> Adapte
         lines = [f"  {n}: {base[n]} -> {ours[n]}" for n in base if n in ours and ours[n] != base[n]]
         _refuse_other_base(lines, place, export)
     start = theirs.origin.get("init_from") or place
-    tensors = {name: tensor for name, tensor in read_parts(place, theirs).items() if part_of(name) == "llm.lora"}
+    tensors = dict(open_parts(place, replace(theirs, included=("llm.lora",)), theirs.model))
     continued = export.resolve() in (Path(start).resolve(), place.resolve())
     return Adapter(place, theirs.model.lora, tensors, base, continued and "llm.lora" in manifest.included)
 

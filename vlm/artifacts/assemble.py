@@ -13,8 +13,10 @@ from torch import nn
 
 from vlm.artifacts.adapter import Adapter, check_loaded_base, fold_adapter
 from vlm.artifacts.fingerprint import fingerprint_files, refuse_other_base
+from vlm.artifacts.layouts import open_parts
+from vlm.artifacts.llava import LLAVA, llava_projector, llm_shape
 from vlm.artifacts.manifest import Manifest, inside
-from vlm.artifacts.parts import ADAPTER_CONFIG, read_parts
+from vlm.artifacts.parts import ADAPTER_CONFIG
 from vlm.errors import CheckpointError
 from vlm.logs import warn
 from vlm.models.build import Assembled, assemble
@@ -51,13 +53,11 @@ def assemble_export(
     Raises:
         CheckpointError: see `vlm.inference.load.load`.
     """
-    if manifest.layout == "llava":
+    if manifest.layout == LLAVA:
         built = _from_llava(folder, manifest, dtype, device)
-    elif manifest.layout == "vlm":
+    else:
         has_own = "llm.lora" in manifest.included and not (adapter is not None and adapter.replaces_own)
         built = _from_parts(folder, manifest, dtype, device, has_own, on_progress)
-    else:
-        raise CheckpointError(f"{folder}: layout {manifest.layout!r} is not known here. Install a newer vlm")
     model = built.model
     if adapter is not None:
         if "llm" in manifest.included:
@@ -83,11 +83,11 @@ def _from_parts(
 ) -> Assembled:
     config = inside(folder, manifest.model, manifest.included)
     _check_base_models(folder, manifest, config)
-    tensors = read_parts(folder, manifest)
+    tensors = open_parts(folder, manifest, config)
     if has_adapter:
         _check_adapter(folder, config)
-    lora = {name: tensor for name, tensor in tensors.items() if part_of(name) == "llm.lora"}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in lora}
+    lora = dict(tensors.only(name for name in tensors if part_of(name) == "llm.lora"))
+    tensors = tensors.only(name for name in tensors if part_of(name) not in ("llm", "llm.lora"))  # llm: by load_llm
     tokenizer = load_tokenizer(str(folder))
     on_progress(0.1)
     llm = load_llm(config.llm, dtype, device=str(device), trust_remote_code=config.trust_remote_code)
@@ -100,8 +100,6 @@ def _from_parts(
     on_progress(0.75)
     config = config.model_copy(update={"trainable": ()})
     model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
-    if "llm" in manifest.included:  # these came with load_llm
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("llm.")}
     load_weights(model, tensors, where=str(folder))
     missing = sorted(part_weights(model, "projector").keys() - tensors.keys())
     if missing:
@@ -180,19 +178,14 @@ def wrap_llava(
         llm, vision: ours, with the language model and the tower of `whole` in them.
     """
     model, spec, image_token_id = assemble(config.model_copy(update={"trainable": ()}), llm, vision, tokenizer)
-    assert model.projector is not None
-    given, own = whole.model.multi_modal_projector, [m for m in model.projector.layers if isinstance(m, nn.Linear)]
-    for source, target in zip((given.linear_1, given.linear_2), own, strict=False):  # linear_2 may be the identity
-        target.load_state_dict(source.state_dict())
+    theirs = {name: tensor for name, tensor in whole.state_dict().items() if "multi_modal_projector" in name}
+    load_weights(model, llava_projector(whole.config).to_ours(theirs), where="LLaVA's projector", partial=True)
     return Assembled(model, tokenizer, spec, image_token_id)
 
 
 def _language_model(whole: LlavaForConditionalGeneration) -> PreTrainedModel:
     """The causal language model inside LLaVA: its own class around the same modules."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(whole.config.text_config)
+    llm = llm_shape(whole.config.text_config)
     setattr(llm, llm.base_model_prefix, whole.model.language_model)
     llm.set_output_embeddings(whole.lm_head)
     llm.generation_config = whole.generation_config

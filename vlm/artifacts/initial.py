@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from vlm.artifacts.fingerprint import differences, fingerprint_files
-from vlm.artifacts.manifest import Manifest, read_manifest
-from vlm.artifacts.parts import LLM, read_parts
+from vlm.artifacts.layouts import open_parts
+from vlm.artifacts.llava import LLAVA, POOLING_HEAD, read_start, refuse_other_llava
+from vlm.artifacts.manifest import LLM, Manifest
 from vlm.errors import CheckpointError
 from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.partition import full_shape
-from vlm.models.pipeline_build import Shapes, Stage, load_stage_weights
-from vlm.models.trainable import load_weights, merge_adapter, part_of, part_weights
+from vlm.models.pipeline_build import Stage, load_stage_weights
+from vlm.models.trainable import load_weights, merge_adapter, misfit, part_of, part_weights
 from vlm.models.vlm import VisionLanguageModel
-from vlm.models.weight_files import WeightFiles
+from vlm.models.weight_files import Shapes
 from vlm.schema import PARTS
 
 
 def load_init(target: VisionLanguageModel | Stage, config: ModelConfig, path: str | Path) -> list[str]:
-    """Start a model from an export: load every part that the export brings.
+    """Start a model from an export, or from a folder in LLaVA's layout: load every part that it brings.
 
     Args:
         target: freshly built, frozen and with adapters as the new config says; or this rank's stage of it, which keeps
@@ -34,14 +32,13 @@ def load_init(target: VisionLanguageModel | Stage, config: ModelConfig, path: st
 
     Raises:
         CheckpointError: a tensor does not fit (each is listed), an adapter was trained beside another language model,
-            or the export is a merged one in transformers' layout. The same on every stage.
+            or a LLaVA's encoder sees images in another way. The same on every stage.
     """
     folder = Path(path)
     where = f"init_from {folder}"
-    manifest = read_manifest(folder)
-    small = read_parts(folder, replace(manifest, included=tuple(part for part in manifest.included if part != LLM)))
-    files = WeightFiles(str(folder / LLM), where) if LLM in manifest.included else None
-    lora = {name: tensor for name, tensor in small.items() if part_of(name) == "llm.lora"}
+    manifest = read_start(folder)
+    tensors = open_parts(folder, manifest, config)
+    lora = dict(tensors.only(name for name in tensors if part_of(name) == "llm.lora"))
     model = target.built.model if isinstance(target, Stage) else target
     report = _check_base(target, manifest, config, bool(lora), where)
     own = _shapes_of(target)
@@ -49,25 +46,16 @@ def load_init(target: VisionLanguageModel | Stage, config: ModelConfig, path: st
         assert manifest.model.lora is not None
         merge_adapter(model, lora, manifest.model.lora)
         report.append(f"llm.lora: {len(lora)} tensors merged into the language model, as this config trains no adapter")
-        small = {name: tensor for name, tensor in small.items() if name not in lora}
+        tensors = tensors.only(name for name in tensors if name not in lora)
     elif lora:
         _refuse_other_alpha(manifest.model.lora, config.lora, where)
-    shapes = {name: tuple(tensor.shape) for name, tensor in small.items()}
-    if files is not None:
-        shapes |= {f"llm.{name}": shape for name, shape in files.shapes.items()}
-
-    def read(name: str) -> Tensor:
-        """One tensor of the export, by canonical name, of the shape [...] that `shapes` has."""
-        if name in small:
-            return small[name]
-        assert files is not None
-        return files.read(name.removeprefix("llm."))
-
+    if manifest.layout == LLAVA:
+        _refuse_other_llava(target, manifest, config, own, tensors.shapes, where)
     if isinstance(target, Stage):
-        load_stage_weights(target, shapes, read, where)
+        load_stage_weights(target, tensors, where)
     else:
-        load_weights(model, {name: read(name) for name in shapes}, where, partial=True)
-    return report + _describe(own, shapes)
+        load_weights(model, tensors, where, partial=True)
+    return report + _describe(own, tensors.shapes)
 
 
 def _shapes_of(target: VisionLanguageModel | Stage) -> Shapes:
@@ -75,6 +63,19 @@ def _shapes_of(target: VisionLanguageModel | Stage) -> Shapes:
     if isinstance(target, Stage):
         return target.shapes
     return {name: full_shape(tensor) for part in PARTS for name, tensor in part_weights(target, part).items()}
+
+
+def _refuse_other_llava(
+    target: VisionLanguageModel | Stage, manifest: Manifest, config: ModelConfig, own: Shapes, given: Shapes, where: str
+) -> None:
+    """A LLaVA is whole, so what this model has and it has not is of another shape of encoder or projector."""
+    images = target.built.image_spec if isinstance(target, Stage) else target.vision
+    if images is not None:
+        refuse_other_llava(where, manifest, config, images.mean, images.std)
+    needed = [name for name in own if part_of(name) in manifest.included and not name.startswith(POOLING_HEAD)]
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise CheckpointError(misfit(where, [f"  {name}: missing" for name in missing]))
 
 
 def _check_base(

@@ -1,24 +1,19 @@
-"""What a run trained, as tensors with canonical names, and where they lie in an export.
-
-projector.safetensors                              projector.*
-adapter/adapter_model.safetensors + _config.json   llm.lora.*, as peft writes it
-llm/*.safetensors + config.json                    llm.*, as transformers writes it
-vision.safetensors + vision/config.json            vision.*
-"""
+"""What a run trained, as tensors with canonical names, and writing them into an export (`vlm.artifacts.layouts`)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm.artifacts.manifest import ADAPTER, LLM, PROJECTOR, VISION, Manifest, read_manifest
+from vlm.artifacts.layouts import ADAPTERS, open_parts
+from vlm.artifacts.llava import read_start
+from vlm.artifacts.manifest import ADAPTER, LLM, PROJECTOR, VISION
 from vlm.artifacts.pins import pin_start, places_of, refuse_replaced
 from vlm.config import read_kept_config
 from vlm.data.config import DataConfig
@@ -31,7 +26,6 @@ from vlm.train.checkpoint import newest_verified, read_info
 from vlm.train.fragments import read_weights
 
 ADAPTER_CONFIG = "adapter/adapter_config.json"
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -71,10 +65,10 @@ def read_run(run: Path) -> Trained:
     order = learned_order(image_orders)
     if config.init_from is not None:
         start = Path(config.init_from)
-        manifest = read_manifest(start)
+        manifest = read_start(start)
         if "llm" not in trained and "llm.lora" not in trained and "llm.lora" in manifest.included:
             model = model.model_copy(update={"lora": manifest.model.lora})  # its adapter is carried over
-        tensors = _complete(tensors, trained, read_parts(start, manifest))
+        tensors = _complete(tensors, trained, open_parts(start, manifest, model))
         order = order if image_orders else manifest.image_order
         trained += [part for part in manifest.trained if any(part_of(name) == part for name in tensors)]
     if model.vision is not None and not any(name.startswith("projector.") for name in tensors):
@@ -90,32 +84,6 @@ def read_run(run: Path) -> Trained:
     return Trained(model, config.data, tensors, tuple(part for part in PARTS if part in trained), origin, order)
 
 
-def read_parts(export: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """Canonical name -> tensor [...] of an export of layout "vlm", on the CPU.
-
-    Raises:
-        CheckpointError: the layout is another, or a file is missing or damaged.
-    """
-    if manifest.layout != "vlm":
-        raise CheckpointError(
-            f"{export} is one merged model in transformers' LLaVA layout; its parts cannot be told apart again. "
-            "Use the export that `vlm export RUN` writes without --full"
-        )
-    tensors: dict[str, Tensor] = {}
-    if "projector" in manifest.included:
-        tensors |= _read(export / PROJECTOR)
-    if "vision" in manifest.included:
-        tensors |= _read(export / VISION)
-    if "llm.lora" in manifest.included:
-        tensors |= {f"llm.lora.{n.removeprefix(_PEFT_PREFIX)}": t for n, t in _read(export / ADAPTER).items()}
-    if "llm" in manifest.included:
-        files = sorted((export / LLM).glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{export / LLM} holds no .safetensors. The export is incomplete: export again")
-        tensors |= {f"llm.{name}": tensor for file in files for name, tensor in _read(file).items()}
-    return tensors
-
-
 def write_parts(folder: Path, trained: Trained, max_shard_size: str) -> tuple[str, ...]:
     """Write each part into its file. Returns the names of the parts that there are.
 
@@ -128,17 +96,16 @@ def write_parts(folder: Path, trained: Trained, max_shard_size: str) -> tuple[st
     if trained.part("llm.lora"):
         _write_adapter(folder, trained.part("llm.lora"), trained.model)
     if trained.part("llm"):
-        tensors = {name.removeprefix("llm."): tensor for name, tensor in trained.part("llm").items()}
-        save_sharded(tensors, folder / LLM, max_shard_size)
+        save_sharded(ADAPTERS["llm"].from_ours(trained.part("llm")), folder / LLM, max_shard_size)
     return tuple(part for part in PARTS if trained.part(part))
 
 
-def save_sharded(tensors: dict[str, Tensor], folder: Path, max_shard_size: str) -> None:
-    """Write tensors [...] as model.safetensors, or as numbered shards and their index as transformers reads them."""
+def save_sharded(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: str) -> None:
+    """Write tensors [...] as model.safetensors, or numbered shards and their index as transformers reads them."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     folder.mkdir(parents=True, exist_ok=True)
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
     for name, members in split.filename_to_tensors.items():
         _save({member: tensors[member] for member in members}, folder / name)
     if split.is_sharded:
@@ -158,12 +125,12 @@ def check_shard_size(text: str) -> None:
         raise ConfigError(f"--max-shard-size {text!r}: expected a size such as 5GB or 200MB")
 
 
-def _complete(tensors: dict[str, Tensor], trained: Iterable[str], before: dict[str, Tensor]) -> dict[str, Tensor]:
+def _complete(tensors: dict[str, Tensor], trained: Iterable[str], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Canonical name -> tensor [...]: what was trained now, and what came trained in the parts that stayed."""
     replaced = set(trained)
     if "llm" in replaced:
         replaced.add("llm.lora")  # was merged before this training, which wrote down the sum
-    return {name: tensor for name, tensor in before.items() if part_of(name) not in replaced} | tensors
+    return {name: before[name] for name in before if part_of(name) not in replaced} | tensors
 
 
 def _write_adapter(folder: Path, tensors: dict[str, Tensor], model: ModelConfig) -> None:
@@ -171,7 +138,7 @@ def _write_adapter(folder: Path, tensors: dict[str, Tensor], model: ModelConfig)
     lora = model.lora
     assert lora is not None
     (folder / "adapter").mkdir()
-    names = {f"{_PEFT_PREFIX}{name.removeprefix('llm.lora.')}": tensor for name, tensor in tensors.items()}
+    names = ADAPTERS["llm.lora"].from_ours(tensors)
     _save(names, folder / ADAPTER)
     config = {
         "peft_type": "LORA",
@@ -188,17 +155,7 @@ def _write_adapter(folder: Path, tensors: dict[str, Tensor], model: ModelConfig)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor [...] on the CPU, in the dtype of the file. Raises CheckpointError: missing or damaged."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing. The export is incomplete: export the run again") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Copy it again, or export the run again") from None
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Tensors of any shape [...] and device; on a disk that refuses, safetensors' own error."""
     # contiguous, on the CPU and sharing memory with no other, as safetensors demands
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm.artifacts.fingerprint import weight_files
-from vlm.artifacts.manifest import ADAPTER, LLM, NAME, PROJECTOR, VISION, Manifest, read_manifest
+from vlm.artifacts.llava import LLAVA, read_start
+from vlm.artifacts.manifest import ADAPTER, LLM, NAME, PROJECTOR, VISION, Manifest
 from vlm.errors import CheckpointError
 from vlm.files import sha256
 from vlm.logs import Progress, log
@@ -93,7 +94,7 @@ def places_of(model: ModelConfig, init_from: str | None) -> dict[str, str | None
 
 def _read_start(folder: Path) -> Manifest | None:
     try:
-        return read_manifest(folder)
+        return read_start(folder)
     except CheckpointError:  # loading it will say so
         return None
 
@@ -104,7 +105,9 @@ def _start_files(folder: Path, start: Manifest, trainable: Iterable[str]) -> lis
         trained.add("llm.lora")  # was merged before the training
     kept = [part for part in start.included if part not in trained]
     files = [folder / file for part, file in _FILES.items() if part in kept]
-    if LLM in kept:
+    if kept and start.layout == LLAVA:
+        files = [*sorted(folder.glob("*.safetensors")), *_settings_in(str(folder), _SETTINGS)]
+    elif LLM in kept:
         files += sorted((folder / LLM).glob("*.safetensors"))
     return [file for file in (*files, folder / NAME) if file.is_file()]
 

@@ -3,7 +3,6 @@
 What that class does not know is folded into weights, exactly:
 
 - Channel statistics of the projector: W ((x - mean) / std) + b = (W / std) x + (b - (W / std) mean).
-- A linear projector: `linear_1`, no activation, and the identity as `linear_2`.
 - Position embeddings of another image size: interpolated once, here.
 - The colour around padded images. transformers pads with the mean that it normalises with. So the mean is set to
   that colour, and the constant difference that this makes to every pixel goes through the patch embedding, which is
@@ -11,7 +10,8 @@ What that class does not know is folded into weights, exactly:
 - The placeholder's id, if it lies beyond the embedding: rows are added, each the mean of the others. Its logit is then
   the mean of all logits, so it is never the greatest.
 
-Names of weights and settings are also those that vLLM and SGLang look for; see docs/serving.md.
+Names of weights are those of `vlm.artifacts.llava`, which vLLM and SGLang look for too, as for the settings; see
+docs/serving.md.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.artifacts.assemble import wrap_llava
+from vlm.artifacts.llava import llava_adapter, llava_projector
 from vlm.artifacts.tokenizer import hand_over
 from vlm.batch import ImageSpec
 from vlm.data.tokenize import ConversationTokenizer
@@ -102,14 +103,17 @@ def write_llava(
             "the vision tower's embeddings make up for it: do not swap tower or processor for the original ones."
         )
     if config.projector.normalize:
+        _fold_statistics(built.model.projector)
         notes.append("The projector's channel statistics are folded into its first layer.")
     built = replace(built, image_spec=spec)
     model = _build_asked(built, config.vision.keep_class_token, tokens, expected)
-    cast_weights(model, dtype)
+    for module in (model, built.model):
+        cast_weights(module, dtype)
     model.generation_config = generation_config(built, tokens)
     settings: Any = model.config
     settings.eos_token_id = settings.text_config.eos_token_id = sorted(tokens.stop_ids)
-    model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=_checkpoint_names(model))
+    weights = llava_adapter(model.config, built.model.llm).from_ours(built.model.state_dict())
+    model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=dict(weights))
     _processor(built, model.config, spec, tokens).save_pretrained(folder)
     changes = {
         "vision": config.vision.model_copy(update={"path": ".", "layer": -1, "image_size": None}),
@@ -168,7 +172,9 @@ def _build_llava(built: Assembled, keep_class_token: bool) -> LlavaForConditiona
     model.model.vision_tower = tower
     model.model.language_model = llm.get_decoder()
     model.lm_head = llm.get_output_embeddings()
-    _fill_projector(model.model.multi_modal_projector.to_empty(device="cpu").float(), projector)
+    weights = llava_projector(config).from_ours({f"projector.{n}": t for n, t in projector.state_dict().items()})
+    model.model.multi_modal_projector.to_empty(device="cpu").float()
+    model.load_state_dict(dict(weights), strict=False)
     return model.eval()
 
 
@@ -179,33 +185,16 @@ def _drop_pooling_head(tower: Any) -> None:
         del tower.head
 
 
-def _checkpoint_names(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
-    """The weights [...] by names with the level `vision_model` that CLIP and SigLIP had in transformers until 5.5.
-
-    transformers reads names with and without it; vLLM reads those with it only, and so do older versions of SGLang.
-    """
-    old, new = "model.vision_tower.", "model.vision_tower.vision_model."
-    weights = model.state_dict()
-    if hasattr(model.model.vision_tower, "vision_model"):
-        return weights
-    return {name.replace(old, new, 1) if name.startswith(old) else name: tensor for name, tensor in weights.items()}
-
-
 @torch.no_grad()
-def _fill_projector(llava_projector: Any, projector: Projector) -> None:
-    linears = _linears(projector)
-    weight, bias = linears[0].weight.double(), linears[0].bias.double()
-    if projector.normalize:
-        weight = weight / projector.feature_std.double()
-        bias = bias - weight @ projector.feature_mean.double()
-    llava_projector.linear_1.weight.copy_(weight)
-    llava_projector.linear_1.bias.copy_(bias)
-    if len(linears) == 1:
-        nn.init.eye_(llava_projector.linear_2.weight)
-        nn.init.zeros_(llava_projector.linear_2.bias)
-    else:
-        llava_projector.linear_2.weight.copy_(linears[1].weight)
-        llava_projector.linear_2.bias.copy_(linears[1].bias)
+def _fold_statistics(projector: Projector | None) -> None:
+    """Into the first layer."""
+    first = _linears(projector)[0]
+    assert projector is not None
+    weight = first.weight.double() / projector.feature_std.double()
+    first.bias.copy_(first.bias.double() - weight @ projector.feature_mean.double())
+    first.weight.copy_(weight)
+    projector.feature_mean.zero_()
+    projector.feature_std.fill_(1)
 
 
 @torch.no_grad()

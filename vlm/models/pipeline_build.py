@@ -5,7 +5,7 @@ The model is made on the meta device, and only what is wanted is read from the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +31,9 @@ from vlm.models.llm import (
 from vlm.models.pipeline import PipelineLayer, num_layers, pipeline_layers
 from vlm.models.trainable import canonical_name, load_weights, part_of, part_weights, trained_weights
 from vlm.models.vision import VisionEncoder, build_vision
-from vlm.models.weight_files import WeightFiles
+from vlm.models.weight_files import LazyTensors, Shapes, WeightFiles
 from vlm.precision import frozen_dtype
 from vlm.schema import PARTS
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -171,12 +169,11 @@ def build_stage(
 
 
 @torch.no_grad()
-def load_stage_weights(stage: Stage, shapes: Shapes, read: Callable[[str], Tensor], where: str) -> int:
+def load_stage_weights(stage: Stage, tensors: LazyTensors, where: str) -> int:
     """Copy into the stage those of some tensors that it holds; the others are compared by name and shape only.
 
     Args:
-        shapes: canonical name -> shape of all tensors on offer.
-        read: yields one of them, [...]; called only for those that this stage holds.
+        tensors: all on offer, [...] each, by canonical name.
         where: what they come from, for the message.
 
     Returns:
@@ -185,6 +182,7 @@ def load_stage_weights(stage: Stage, shapes: Shapes, read: Callable[[str], Tenso
     Raises:
         CheckpointError: the whole model has no such weights; the same on every stage.
     """
+    shapes = tensors.shapes
     unknown = {name for name in shapes if stage.shapes.get(name) != shapes[name]}
     if unknown:
         lines = [f"  {n}: {list(shapes[n])} -> {_shape(stage.shapes.get(n))}" for n in sorted(unknown)]
@@ -197,7 +195,7 @@ def load_stage_weights(stage: Stage, shapes: Shapes, read: Callable[[str], Tenso
     for name in shapes:
         own = stage.own_name(name)
         if own is not None:
-            load_weights(stage.built.model, {own: read(name)}, where, partial=True)
+            load_weights(stage.built.model, {own: tensors[name]}, where, partial=True)
             count += 1
     return count
 

@@ -18,6 +18,7 @@ from vlm.models.config import LoRAConfig
 from vlm.models.decoders import find_linears, is_transposed
 from vlm.models.partition import add, full_shape, write
 from vlm.models.vlm import VisionLanguageModel
+from vlm.models.weight_files import shapes_of
 
 
 def part_of(name: str) -> str:
@@ -153,7 +154,7 @@ def part_weights(model: VisionLanguageModel, part: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], where: str, partial: bool = False) -> None:
-    """Copy whole tensors [...] into the model by canonical name.
+    """Copy whole tensors [...] into the model by canonical name, one at a time.
 
     Args:
         where: what the tensors come from, for the message.
@@ -165,9 +166,9 @@ def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], wher
     own = {canonical_name(name): tensor for name, tensor in _stored_tensors(model).items()}
     problems = [f"  {name}: not in the model" for name in tensors if name not in own]
     problems += [
-        f"  {name}: {list(tensors[name].shape)} -> {list(full_shape(own[name]))}"
-        for name in tensors
-        if name in own and tensors[name].shape != full_shape(own[name])
+        f"  {name}: {list(shape)} -> {list(full_shape(own[name]))}"
+        for name, shape in shapes_of(tensors).items()
+        if name in own and shape != full_shape(own[name])
     ]
     if not partial:
         problems += [f"  {name}: missing" for name in trained_weights(model) if name not in tensors]

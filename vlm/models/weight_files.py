@@ -1,8 +1,9 @@
-"""Single tensors out of a language model's safetensors, for a process that needs only some of them."""
+"""Tensors that are read one at a time, for a process that needs only some of them, or has no room for all."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,9 +14,51 @@ from vlm.errors import CheckpointError
 
 ROWS = 4096  # compared at a time
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-class WeightFiles:
+class LazyTensors(Mapping[str, Tensor]):
+    """Name -> tensor [...] of any shape, read whenever it is asked for and not kept.
+
+    Attributes:
+        shapes: of all, in order; known without reading.
+    """
+
+    def __init__(self, shapes: Shapes, read: Callable[[str], Tensor]) -> None:
+        self.shapes = dict(shapes)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def only(self, names: Iterable[str]) -> LazyTensors:
+        """Some of them."""
+        return LazyTensors({name: self.shapes[name] for name in names}, self._read)
+
+
+def joined(*groups: Mapping[str, Tensor]) -> LazyTensors:
+    """The tensors [...] of several sources, whose names differ."""
+    owner = {name: group for group in groups for name in group}
+    shapes = {name: shape for group in groups for name, shape in shapes_of(group).items()}
+    return LazyTensors(shapes, lambda name: owner[name][name])
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Name -> shape of tensors [...]. Reads nothing that is not in memory."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.shapes
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+class WeightFiles(LazyTensors):
     """The weights of a local folder, or of a name that transformers resolves, by transformers' names.
 
     Args:
@@ -26,9 +69,9 @@ class WeightFiles:
     """
 
     def __init__(self, path: str, key: str = "model.llm.path") -> None:
+        super().__init__({}, self.read)
         self.path = path
         self.key = key
-        self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         for file in self._find():
             try:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vlm.artifacts.manifest import read_manifest
-from vlm.artifacts.parts import read_parts
+from vlm.artifacts.layouts import open_parts
+from vlm.artifacts.llava import read_start
 from vlm.errors import CheckpointError
+from vlm.models.config import ModelConfig
 from vlm.models.partition import full_shape
 from vlm.models.trainable import canonical_name, part_of, part_weights
 from vlm.models.vlm import VisionLanguageModel
@@ -77,12 +78,12 @@ def check_frozen(probe: StateProbe, rows: Rows, bounds: Bounds) -> Finding:
     return within(max(differences), bounds.states)
 
 
-def check_initial_weights(model: VisionLanguageModel, init_from: str) -> Finding:
+def check_initial_weights(model: VisionLanguageModel, config: ModelConfig, init_from: str) -> Finding:
     """Compare projector, encoder and adapter with the export's files; the language model's own weights are too many."""
-    manifest = read_manifest(Path(init_from))
+    manifest = read_start(Path(init_from))
     small = tuple(part for part in manifest.included if part != "llm")
     try:
-        tensors = read_parts(Path(init_from), replace(manifest, included=small))
+        tensors = open_parts(Path(init_from), replace(manifest, included=small), config)
     except CheckpointError as error:
         return holds(str(error))
     parts = [part_weights(model, part) for part in ("projector", "vision", "llm.lora")]

@@ -242,7 +242,7 @@ class _Work:
             return not_made("the run starts from no export")
         if self.parts.start_step:
             return not_made("the run goes on from a checkpoint")
-        return check_initial_weights(self.parts.built.model, init_from)
+        return check_initial_weights(self.parts.built.model, self.parts.config.model, init_from)
 
     @torch.no_grad()
     def _pixels(self) -> Finding:

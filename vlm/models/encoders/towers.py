@@ -27,6 +27,7 @@ class HFTower(nn.Module):
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, S, S] -> [N, P, C], before the final norm."""
         outputs: list[Tensor] = []
         hook = self.blocks[-1].register_forward_hook(
             lambda _module, _inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
@@ -50,6 +51,7 @@ class IntermediateTower(nn.Module):
         model.prune_intermediate_layers([self.index], prune_norm=True, prune_head=True)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, S, S] -> [N, P, C]."""
         arguments: dict[str, Any] = {"indices": [self.index], "intermediates_only": True, "output_fmt": "NLC"}
         if self.is_open_clip:
             found = self.model.forward_intermediates(pixel_values, output_extra_tokens=self.keep_class, **arguments)
@@ -71,6 +73,7 @@ class FeatureMapTower(nn.Module):
         self.channels_last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")  # Swin
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, S, S] -> [N, P, C], a map's cells row by row."""
         features = self.model.forward_features(pixel_values)
         if not isinstance(features, Tensor):  # CrossViT
             kind = type(self.model).__name__

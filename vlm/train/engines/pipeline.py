@@ -23,6 +23,7 @@ from vlm.distributed import gather_objects, sum_over_ranks
 from vlm.errors import ConfigError
 from vlm.models.pipeline_build import Stage, load_stage_weights
 from vlm.models.vlm import VisionLanguageModel
+from vlm.models.weight_files import LazyTensors
 from vlm.objectives.base import Objective
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import Engine, StepOutput, T
@@ -134,7 +135,7 @@ class PipelineEngine(Engine):
     def load(self, folder: Path) -> None:
         super().load(folder)
         reader = FragmentReader(state_files(folder, "weights"))  # each rank holds its stage whole beside its part of it
-        load_stage_weights(self.stage, reader.shapes, reader.whole, str(folder))
+        load_stage_weights(self.stage, LazyTensors(reader.shapes, reader.whole), str(folder))
 
     def _with_copies(self, fragments: Iterator[Fragment]) -> Iterator[Fragment]:
         """A tied head is a copy of the embedding on the first stage, under its name."""

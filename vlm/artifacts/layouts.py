@@ -1,0 +1,73 @@
+"""What lies in an artifact's folder, by canonical name, whichever layout it is in. Nothing is read before it is needed.
+
+projector.safetensors                              projector.*
+adapter/adapter_model.safetensors + _config.json   llm.lora.*, as peft writes it
+llm/*.safetensors + config.json                    llm.*, as transformers writes it
+vision.safetensors + vision/config.json            vision.*
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vlm.artifacts.llava import LLAVA, open_llava
+from vlm.artifacts.manifest import ADAPTER, LLM, PROJECTOR, VISION, Manifest
+from vlm.errors import CheckpointError
+from vlm.models.config import ModelConfig
+from vlm.models.trainable import part_of
+from vlm.models.weight_adapter import WeightAdapter, rename
+from vlm.models.weight_files import LazyTensors, WeightFiles, joined
+
+_CANONICAL = WeightAdapter("vlm's layout", (rename("{*name}", "{*name}"),))
+# part -> between its canonical names and those in its file
+ADAPTERS: dict[str, WeightAdapter] = {
+    "projector": _CANONICAL,
+    "vision": _CANONICAL,
+    "llm.lora": WeightAdapter("peft's layout", (rename("llm.lora.{*rest}", "base_model.model.{*rest}"),)),
+    "llm": WeightAdapter("transformers' layout of a language model", (rename("llm.{*rest}", "{*rest}"),)),
+}
+_FILES = {"projector": PROJECTOR, "vision": VISION, "llm.lora": ADAPTER}
+
+
+def open_parts(folder: Path, manifest: Manifest, model: ModelConfig) -> LazyTensors:
+    """The tensors of the parts that `manifest.included` names, by canonical name.
+
+    Args:
+        model: what they will be loaded into.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or holds something else.
+    """
+    if manifest.layout not in LAYOUTS:
+        raise CheckpointError(f"{folder}: layout {manifest.layout!r} is not known here. Install a newer vlm")
+    found = LAYOUTS[manifest.layout](folder, manifest, model)
+    return found.only(name for name in found if part_of(name) in manifest.included)
+
+
+def _open_vlm(folder: Path, manifest: Manifest, model: ModelConfig) -> LazyTensors:
+    groups: list[Mapping[str, Tensor]] = [
+        ADAPTERS[part].to_ours(_read(folder / file)) for part, file in _FILES.items() if part in manifest.included
+    ]
+    if LLM in manifest.included:
+        if not any((folder / LLM).glob("*.safetensors")):
+            raise CheckpointError(f"{folder / LLM} holds no .safetensors. The export is incomplete: export again")
+        groups.append(ADAPTERS[LLM].to_ours(WeightFiles(str(folder / LLM), "the export")))
+    return joined(*groups)
+
+
+# by `layout` in vlm.json
+LAYOUTS: dict[str, Callable[[Path, Manifest, ModelConfig], LazyTensors]] = {"vlm": _open_vlm, LLAVA: open_llava}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing. The export is incomplete: export the run again") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Copy it again, or export the run again") from None
