@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,10 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ENGINES = (
-    "local", "ddp*2", "zero0*2", "zero1*2", "zero2*2", "zero3*2", "fsdp*2",
-    "pipeline2*2", "pipeline2*4", "pipeline3*3", "pipeline4*4",
-)  # fmt: skip
+from vlm.train.engines.kinds import ENGINES as KINDS
+
+ENGINES = tuple(f"{name}{form}" for name, kind in KINDS.items() for form in kind.proven_as)
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,24 @@ class Case:
     @property
     def launch(self) -> str:
         """Cases of one launch. DeepSpeed keeps a pipeline's groups for the life of a process."""
-        return self.engine if self.engine.startswith("pipeline") else f"{self.processes}"
+        return self.engine if KINDS[self._kind].has_stages else f"{self.processes}"
 
     @property
     def overrides(self) -> list[str]:
-        found = re.fullmatch(r"(local|ddp|zero|fsdp|pipeline)(\d?)", self.engine.partition("*")[0])
-        if found is None:
+        number, key = self._name.removeprefix(self._kind), KINDS[self._kind].numbered_by
+        numbered = [f"engine.{key}={number}"] if key and number else []
+        return [*self.options, f"engine.kind={self._kind}", *numbered]
+
+    @property
+    def _name(self) -> str:
+        return self.engine.partition("*")[0]
+
+    @property
+    def _kind(self) -> str:
+        kind = self._name.rstrip("0123456789")
+        if kind not in KINDS:
             raise SystemExit(f"engine {self.engine}: write local, ddp*2, zero2*2, fsdp*2 or pipeline2*4")
-        kind, number = found.groups()
-        key = {"zero": "stage", "pipeline": "num_stages"}.get(kind)
-        return [*self.options, f"engine.kind={kind}", *([f"engine.{key}={number}"] if key and number else [])]
+        return kind
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def work(job: Path) -> None:
     """One rank of a launch: go through its cases."""
     from vlm.config import load_config
     from vlm.distributed import process_group
-    from vlm.train.engines.build import choose_device
+    from vlm.train.engines.device import choose_device
 
     task = json.loads(job.read_text())
     first = load_config(task["config"], task["cases"][0]["overrides"])

@@ -6,10 +6,9 @@ from tokenizers_for_tests import byte_level_bpe
 from torch import nn
 
 from vlm.batch import IGNORE_INDEX, Batch, ImageSpec
-from vlm.data import parse
 from vlm.data.build import build_data
-from vlm.data.config import DataConfig, SourceConfig
-from vlm.data.conversation import IMAGE, Conversation, Turn
+from vlm.data.config import DataConfig
+from vlm.data.conversation import Conversation, Turn
 from vlm.data.records import SOURCES
 from vlm.data.template import EOS, ChatTemplate, RoleFormat
 from vlm.data.tokenize import ConversationTokenizer
@@ -98,22 +97,6 @@ def test_a_new_template_learns_its_replies():
     )
     assert tokenizer.decode(example.input_ids) == "<|user|>\nHi<|im_end|>\n<|assistant|>\nYes.<|im_end|>\n"
     assert tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX]) == "Yes.<|im_end|>"
-
-
-def test_a_new_data_format_is_one_function(monkeypatch):
-    def riddle_turns(draft):
-        riddle, solution = draft.fields.take("riddle"), draft.fields.take("solution")
-        return [parse._turn("user", parse._text(riddle, "riddle")), parse._turn("assistant", solution)]
-
-    known = parse._parser
-    monkeypatch.setattr(
-        parse, "_parser", lambda draft: riddle_turns if "riddle" in draft.fields.values else known(draft)
-    )
-    record = {"image": "a.png", "riddle": "What barks?", "solution": "A dog.", "hint": "It bites."}
-    conversation = parse.parse_record(record, SourceConfig(path="x"))
-    assert conversation.turns == (Turn("user", (IMAGE, "\n", "What barks?")), Turn("assistant", ("A dog.",)))
-    assert conversation.images == ("a.png",)
-    assert conversation.unread == ("hint",)
 
 
 def test_a_family_for_the_pipeline_is_a_line_in_its_record(monkeypatch):

@@ -27,8 +27,10 @@ LAYERS = {
 }  # fmt: skip
 BOTTOM = {name for name, layer in LAYERS.items() if layer == 0}  # single files that may use each other
 FACADE = "__init__"  # vlm/__init__.py for users: the version, and vlm.load, imported when it is asked for
-# a package's config.py knows vlm.schema only, so vlm.config takes all; an objective has its section beside it
+# a package's config.py knows vlm.schema only, so vlm.config takes all; an objective has its section beside it, and a
+# kind of engine says whether it works with the rest
 SECTIONS = {f"vlm.{name}.config" for name in LAYERS} | {"vlm.objectives", "vlm.objectives.base", "vlm.objectives.lm"}
+SECTIONS |= {"vlm.train.engines.kinds"}
 LIGHT = (
     "vlm.config", "vlm.config_checks", "vlm.cli.main", "vlm.errors", "vlm.batch", "vlm.schema", "vlm.layered_yaml",
     "vlm.logs",

@@ -52,10 +52,15 @@ class Walked:
     """Where a walk ended."""
 
     run: Path
+    log: str  # of both trainings
     export: Path  # what trained, beside its base models
     full: Path  # everything
     loaded: LoadedModel  # of `full`
     prompt: list[int]  # `QUESTION` and its image
+
+    @property
+    def card(self) -> str:
+        return (self.export / "README.md").read_text()
 
 
 def walk(config: Path, image: Path, capsys: Any) -> Walked:
@@ -65,23 +70,24 @@ def walk(config: Path, image: Path, capsys: Any) -> Walked:
         config: with more than two steps, and a checkpoint after the second.
         image: shown with every question.
     """
-    run = train_and_resume(config, capsys)
+    run, log = train_and_resume(config, capsys)
     export, full = export_run(run), export_run(run, full=True)
     part, whole = (vlm.load(folder, device="cpu", precision="fp32") for folder in (export, full))
     reply = part.chat(QUESTION, [str(image)], max_new_tokens=NEW_TOKENS)
     assert whole.chat(QUESTION, [str(image)], max_new_tokens=NEW_TOKENS) == reply
     prompt = whole.conversation_tokenizer.prompt(to_conversation(QUESTION, [str(image)], whole.template))
     assert ask_server(whole, image) == (reply, len(prompt))
-    return Walked(run, export, full, whole, prompt)
+    return Walked(run, log, export, full, whole, prompt)
 
 
-def train_and_resume(config: Path, capsys: Any) -> Path:
-    """Two steps, and from their checkpoint to the end. Returns the run's folder."""
+def train_and_resume(config: Path, capsys: Any) -> tuple[Path, str]:
+    """Two steps, and from their checkpoint to the end. Returns the run's folder, and what was logged."""
     text = config.read_text()
     train(load_config(config, ["train.max_steps=2"]), text)
     run = train(load_config(config), text)
-    assert "resuming after step 2" in capsys.readouterr().err
-    return run
+    log = capsys.readouterr().err
+    assert "resuming after step 2" in log
+    return run, log
 
 
 def ask_server(loaded: LoadedModel, image: Path) -> tuple[str, int]:

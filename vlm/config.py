@@ -29,6 +29,7 @@ from vlm.objectives.base import ObjectiveConfig
 from vlm.objectives.lm import LanguageModelingConfig
 from vlm.schema import OneOf, PathText, Section, kinds_of
 from vlm.train.config import EngineConfig, TrainConfig
+from vlm.train.engines.kinds import named_kind
 
 BASE = "base"  # the folder of projects/ whose files are no runs by themselves
 
@@ -56,11 +57,9 @@ class RunConfig(Section):
     def _parts_agree(self) -> RunConfig:
         if self.data.cache_features and "vision" in self.model.trainable:
             raise ValueError("data.cache_features needs a frozen encoder, but model.trainable names vision; drop one")
-        if self.train.optimizer != "adamw" and self.engine.kind == "fsdp":
-            raise ValueError(
-                f"train.optimizer {self.train.optimizer} does not work with engine.kind fsdp, as bitsandbytes knows no "
-                "sharded tensors; set engine.kind to zero, ddp or pipeline, or train.optimizer to adamw"
-            )
+        engine = named_kind(self.engine)
+        if engine is not None and (reason := engine.why_not_optimizer(self.train)):
+            raise ValueError(reason)
         if self.train.is_paged and "optimizer" in self.engine.offload:
             raise ValueError(
                 f"train.optimizer {self.train.optimizer} pages GPU memory, but engine.offload keeps the optimizer in "

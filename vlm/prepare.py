@@ -20,6 +20,7 @@ from vlm.config import RunConfig
 from vlm.data.build import Data, build_data
 from vlm.distributed import gather_objects, is_main, main_first, on_main, together, world_size
 from vlm.errors import ConfigError, DataError, MissingPackageError, VLMError
+from vlm.launch import launched_rank, launched_size
 from vlm.logs import Progress, log, warn
 from vlm.models.build import Assembled, build_model, forked_random_state
 from vlm.models.entry import embedding_scale
@@ -33,7 +34,8 @@ from vlm.plan.memory import device_memory
 from vlm.plan.report import describe_plan
 from vlm.train.bitsandbytes_adamw import check_installed
 from vlm.train.engines.base import Engine
-from vlm.train.engines.build import Place, block_spreader, build_engine, place_in_launch
+from vlm.train.engines.kind import EngineInputs, EngineKind, Place
+from vlm.train.engines.kinds import kind_of_launch, named_kind
 from vlm.train.features import fill_store, open_store
 from vlm.train.fragments import read_weights
 from vlm.train.initialize import CANDIDATES, fit_least_squares
@@ -72,9 +74,9 @@ def check_available(config: RunConfig, device: torch.device) -> None:
         precision.resolve(config.train.precision, device, "train.precision")
     if config.train.tensorboard and find_spec("tensorboard") is None:
         raise MissingPackageError("tensorboard", "train.tensorboard", "track")
-    needs_deepspeed = config.engine.kind == "pipeline" or (config.engine.kind == "zero" and config.engine.stage > 0)
-    if needs_deepspeed and find_spec("deepspeed") is None:
-        raise MissingPackageError("deepspeed", f"engine.kind {config.engine.kind}", "deepspeed")
+    kind = named_kind(config.engine)
+    if kind is not None and kind.package is not None and find_spec(kind.package) is None:
+        raise MissingPackageError(kind.package, f"engine.kind {kind.name}", kind.package)
 
 
 def settle_precision(config: RunConfig, device: torch.device, began_with: Mapping[str, Any] | None = None) -> RunConfig:
@@ -122,9 +124,10 @@ def prepare_run(config: RunConfig, device: torch.device, *, calibrate: bool = Tr
     """
     if config.train.precision == "auto":  # a caller with a checkpoint has settled it before
         config = settle_precision(config, device)
-    place = place_in_launch(config.engine)
+    kind = kind_of_launch(config.engine, launched_size())
+    place = kind.place(launched_rank(), launched_size())
     no_plan = _tell_plan(config, place) if is_main() else ""
-    stage = _build_stage(config, place, device)
+    stage = _build_stage(config, kind, place, device)
     built = _build_whole(config, device) if stage is None else stage.built
     _settle_vision(config, built, device)
     if no_plan:  # what else stopped the plan has stopped the model too, and was said there
@@ -142,22 +145,23 @@ def prepare_run(config: RunConfig, device: torch.device, *, calibrate: bool = Tr
     log(f"model: {describe_sizes(shapes, trained, config.train)}, on {device.type}")
     if built.model.vision is not None and built.model.vision.compute is not None:
         log(f"vision encoder: computes in {built.model.vision.compute.name}")
-    log(f"engine: {place.describe()}")
-    _describe_packing(config, built.model, place)
+    stages = f", {place.num_stages} stages" if place.num_stages > 1 else ""
+    log(f"engine: {kind.describe()}, {place.num_processes} processes{stages}")
+    _describe_packing(config, built.model, kind, place)
     _refuse_different_data(data, max_steps)
     _describe_data(config, data, max_steps)
     objective = config.objective.build()
-    engine = build_engine(
-        config.engine,
+    inputs = EngineInputs(
         config.train,
-        stage if stage is not None and place.kind == "pipeline" else built.model,
+        stage if stage is not None and kind.has_stages else built.model,
         objective,
         place,
-        device=device,
+        device,
         autocast_dtype=precision.autocast_dtype(config.train.precision),
         accumulation_steps=data.train.microbatches_per_step,
         loss_scale=loss_scale_for(config.train.precision),
     )
+    engine = kind.build(inputs)
     return Prepared(config, device, built, data, engine, objective, max_steps)
 
 
@@ -175,7 +179,7 @@ def _refuse_different_data(data: Data, max_steps: int) -> None:
         raise error
 
 
-def _describe_packing(config: RunConfig, model: VisionLanguageModel, place: Place) -> None:
+def _describe_packing(config: RunConfig, model: VisionLanguageModel, engine: EngineKind, place: Place) -> None:
     """Say that packing is slower with this decoder, if it is.
 
     Raises:
@@ -183,20 +187,19 @@ def _describe_packing(config: RunConfig, model: VisionLanguageModel, place: Plac
     """
     longest, line = model.packing.longest, describe_packing(model.llm.config)
     kind = model.llm.config.model_type
-    gathers = place.kind == "fsdp" or (place.kind == "zero" and place.zero_stage == 3)
-    is_spread = gathers and place.num_data_ranks > 1
+    is_spread = engine.gathers and place.num_data_ranks > 1
     if line is not None and is_spread:  # seen to hang: ranks with other records gather blocks another number of times
         raise ConfigError(
-            f"engine.kind {place.kind}: model type {kind} is decoded record by record, and ranks that gather a model's "
-            "parts would wait for each other. Set engine.kind to ddp, or to zero with stage 2"
+            f"engine.kind {engine.name}: model type {kind} is decoded record by record, and ranks that gather a "
+            "model's parts would wait for each other. Set engine.kind to ddp, or to zero with stage 2"
         )
     if line is not None and config.data.packing:
         log(line)
     depends = longest is not None and config.data.max_length > longest
-    if depends and (is_spread or (place.kind == "pipeline" and config.data.packing)):
+    if depends and (is_spread or (engine.has_stages and config.data.packing)):
         raise ConfigError(
             f"data.max_length {config.data.max_length}: beyond {longest} tokens the rotary embedding of {kind} depends "
-            f"on the longest record of a row, which engine.kind {place.kind} does not keep apart. Set data.max_length "
+            f"on the longest record of a row, which engine.kind {engine.name} does not keep apart. Set data.max_length "
             f"to {longest}, or engine.kind to ddp or to zero with stage 2"
         )
 
@@ -207,10 +210,9 @@ def _tell_plan(config: RunConfig, place: Place) -> str:
     Returns:
         one line that says why there is none, else "".
     """
-    world_size = place.num_stages * place.num_data_ranks
     try:
-        memory, _ = device_memory(config.engine.device, world_size)
-        for line in describe_plan(config, world_size, memory):
+        memory, _ = device_memory(config.engine.device, place.num_processes)
+        for line in describe_plan(config, place.num_processes, memory):
             (warn if line.startswith("DOES NOT FIT") else log)(line)
     except Exception as error:  # whatever it is, the run goes on, and ends by itself where it matters
         reason = str(error).partition("\n")[0]
@@ -226,15 +228,15 @@ def _build_whole(config: RunConfig, device: torch.device) -> Assembled:
     return built
 
 
-def _build_stage(config: RunConfig, place: Place, device: torch.device) -> Stage | None:
+def _build_stage(config: RunConfig, kind: EngineKind, place: Place, device: torch.device) -> Stage | None:
     """This rank's part of the model, without the others' in memory: a pipeline's stage, or pieces of all blocks.
 
     None where a rank holds the whole model: most engines, and decoders whose parts are not known.
     """
-    spread = block_spreader(config.engine, config.train, place, device)
+    spread = kind.block_spreader(config.train, place, device)
     cuts: tuple[int, ...] = ()
-    if place.kind == "pipeline":
-        cuts = estimate(config, place.num_stages * place.num_data_ranks).cuts
+    if kind.has_stages:
+        cuts = estimate(config, place.num_processes).cuts
     elif spread is None or not has_llm_parts(config.model.llm.path):
         return None
 

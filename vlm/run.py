@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from vlm.data.image_order_counts import count_image_orders
 from vlm.data.skips import SkipLog
 from vlm.distributed import gather_objects, is_main, on_main, process_group, rank, world_size
 from vlm.errors import DataError, VLMError
+from vlm.launch import launched_size
 from vlm.logs import log, warn
 from vlm.objectives.lm import LanguageModelingConfig
 from vlm.plan.estimate import estimate
@@ -33,7 +34,8 @@ from vlm.proof.checks import Proof
 from vlm.proof.prove import prove, prove_run
 from vlm.schema import section_defaults
 from vlm.train.checkpoint import newest_verified, read_info
-from vlm.train.engines.build import choose_device, place_in_launch
+from vlm.train.engines.device import choose_device
+from vlm.train.engines.kinds import kind_of_launch
 from vlm.train.events import RunEvents
 from vlm.train.interrupt import StopRequest
 from vlm.train.loop import TrainLoop
@@ -66,7 +68,7 @@ def train(config: RunConfig, config_text: str) -> Path:
     device = choose_device(config.engine.device)
     check_available(config, device)
     with (
-        process_group(device, config.engine.timeout_seconds, always=place_in_launch(config.engine).needs_group),
+        _process_group(config, device),
         RunFolder(config.output_dir) as run,
         _explain_out_of_memory(config),
     ):
@@ -119,11 +121,16 @@ def prove_alone(config: RunConfig) -> Proof:
     """What `train` checks before its first step, without a run folder and without a step."""
     device = choose_device(config.engine.device)
     check_available(config, device)
-    group = process_group(device, config.engine.timeout_seconds, always=place_in_launch(config.engine).needs_group)
-    with group, _explain_out_of_memory(config):
+    with _process_group(config, device), _explain_out_of_memory(config):
         config = settle_precision(config, device)
         torch.manual_seed(config.seed + rank())
         return prove(prepare_run(config, device))
+
+
+def _process_group(config: RunConfig, device: torch.device) -> AbstractContextManager[None]:
+    """Raises ConfigError where the engine does not fit the number of processes."""
+    kind = kind_of_launch(config.engine, launched_size())
+    return process_group(device, config.engine.timeout_seconds, always=kind.needs_group)
 
 
 def _agree_to_stop(request: StopRequest) -> str | None:

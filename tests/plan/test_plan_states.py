@@ -8,16 +8,18 @@ import pytest
 from conftest_plan import changed
 
 from vlm.plan.blocks import Part
-from vlm.plan.states import States, device_states
 from vlm.plan.timeline import Moment, peak
+from vlm.train.engines.kind import States
+from vlm.train.engines.kinds import ENGINES
 
 BUCKET = 4 * 100  # all that trains, far under DeepSpeed's 5e8 elements
 # 1,000 bytes of frozen weights; 100 trained parameters
 PARTS = (Part("embedding", weights=1000), Part("block 0", weights=400, trained=100))
 
 
-def states(config, ranks=4, kind="zero", **engine):
-    return device_states(PARTS, changed(config, engine={"kind": kind} | engine), kind, ranks)
+def states(config, ranks=4, kind="zero", parts=PARTS, accumulates=True, train=(), **engine):
+    ours = changed(config, engine={"kind": kind} | engine, train=dict(train))
+    return ENGINES[kind](kind, ours.engine).states(parts, ours.train, ranks, accumulates)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -46,7 +48,7 @@ def test_zero_stages(engine, expected, config):
 
 @pytest.mark.parametrize(("accumulates", "share"), [(False, 0.25), (True, 1.0)])
 def test_fsdp_spreads_everything_but_sums_whole_gradients(accumulates, share, config):
-    found = device_states(PARTS, config, "fsdp", 4, accumulates)
+    found = states(config, kind="fsdp", accumulates=accumulates)
     assert (found.parameters, found.optimizer, found.gradient_share) == (350, 200, share)
     assert found.buffers == 1000 + 2 * 400 + 400  # the rest whole, two blocks, a block's gradients
 
@@ -57,7 +59,7 @@ def test_a_pipeline_stage_is_zero_1_over_its_own_copies(config):
 
 def test_the_bucket_is_never_above_what_deepspeed_takes(config):
     large = (Part("llm", weights=4, trained=10**9),)
-    found = device_states(large, changed(config, engine={"kind": "zero", "stage": 2}), "zero", 4)
+    found = states(config, stage=2, parts=large)
     assert found.backward_buffers == 4 * 500_000_000
 
 
@@ -108,11 +110,9 @@ def test_recomputed_activations_live_in_one_block_at_a_time():
     ],
 )
 def test_8bit_and_paged_optimizer_state(optimizer, kind, on_device, on_host, config):
-    ours = changed(config, engine={"device": "auto"} | kind, train={"optimizer": optimizer})
-    found = device_states(PARTS, ours, kind["kind"], 4)
+    found = states(config, device="auto", train={"optimizer": optimizer}, **kind)
     assert (found.optimizer, found.host) == (on_device, on_host)
 
 
 def test_there_are_no_pages_on_the_cpu(config):
-    ours = changed(config, engine={"kind": "ddp", "device": "cpu"}, train={"optimizer": "paged_adamw"})
-    assert device_states(PARTS, ours, "ddp", 1).optimizer == 800
+    assert states(config, 1, "ddp", device="cpu", train={"optimizer": "paged_adamw"}).optimizer == 800

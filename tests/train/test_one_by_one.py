@@ -17,7 +17,9 @@ from warm import run_warm
 from vlm.errors import ConfigError
 from vlm.models.vlm import VisionLanguageModel
 from vlm.prepare import _describe_packing
-from vlm.train.engines.build import Place
+from vlm.train.config import EngineConfig
+from vlm.train.engines.kind import Place
+from vlm.train.engines.kinds import ENGINES as KINDS
 
 ENGINES = ("ddp*2", "zero2*2")
 STEPS = 2
@@ -76,6 +78,7 @@ def test_engines_whose_ranks_gather_parts_refuse_such_a_decoder_by_name(kind: st
     llm = toy_decoder("mamba", vocab_size=64)
     model = VisionLanguageModel(llm)
     config = SimpleNamespace(data=SimpleNamespace(packing=True, max_length=64))
-    _describe_packing(config, model, Place("ddp", 0, 2))  # type: ignore[arg-type]
+    ddp, gathering = (KINDS[name](name, EngineConfig(kind=name, stage=stage)) for name in ("ddp", kind))
+    _describe_packing(config, model, ddp, Place(0, 2))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"engine.kind {kind}: model type mamba is decoded record by record"):
-        _describe_packing(config, model, Place(kind, 0, 2, zero_stage=stage))  # type: ignore[arg-type]
+        _describe_packing(config, model, gathering, Place(0, 2))  # type: ignore[arg-type]

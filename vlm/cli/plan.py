@@ -30,7 +30,7 @@ def plan(
     from vlm.plan.memory import device_memory, parse_memory
     from vlm.plan.report import full_report
     from vlm.precision import fast_precision
-    from vlm.train.engines.build import choose_device
+    from vlm.train.engines.device import choose_device
 
     if checked.train.precision == "auto":  # --memory describes a GPU; what is here can be asked
         device = choose_device(checked.engine.device)

@@ -11,7 +11,7 @@ images, else text. What nothing here reads is judged by `vlm.data.unread`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +53,22 @@ class _Draft:
     uses_prompt: bool = False  # data.sources[].prompt stands in it
 
 
+@dataclass(frozen=True)
+class Format:
+    """One way to write a record. `data.sources[].format` names it."""
+
+    is_told_by: Callable[[Collection[str], _Draft], bool]  # whether a record of these keys is written so
+    turns: Callable[[_Draft], list[RawTurn]]
+    expected: str  # keys that a record of this format has, for messages
+    in_short: str = ""  # the same in a message that lists all formats; empty: as `expected`
+    includes: tuple[str, ...] = ()  # formats that are read too where the config names this one
+    reads_images: bool = True  # whether images are read where the config names this one
+
+
 def parse_record(record: dict[str, Any], config: SourceConfig, image_placement: str = "auto") -> Conversation:
     """A record as a conversation that can be trained on. Images are still as the record names them.
 
-    The kind is told by the keys, unless `config.format` names it. With `image_placement` "auto", a record of exactly
+    Its format is told by the keys, unless `config.format` names it. With `image_placement` "auto", a record of exactly
     one image and no mark gets the image first, then a line end; with "first", any number of images. A caption or
     plain text becomes the reply to a user turn of the image and the record's or `config.prompt`, if there are any.
 
@@ -73,10 +85,10 @@ def parse_record(record: dict[str, Any], config: SourceConfig, image_placement: 
     fields = Fields(renamed(record, columns))
     refuse_settings(fields)
     absent = [column for column in columns.values() if column not in record]
-    draft = _Draft(fields, config, _images_of(fields) if config.format != "text" else [], absent)
-    if config.format == "text":
+    draft = _Draft(fields, config, _images_of(fields) if _reads_images(config) else [], absent)
+    if not _reads_images(config):
         fields.settle(*_IMAGE_KEYS)  # named among the unread below
-    raw = _parser(draft)(draft)
+    raw = _format_of(draft).turns(draft)
     shown = media_in_texts(raw)
     placed = place_images(raw, draft.images, image_placement)
     placed.unread += shown
@@ -92,7 +104,7 @@ def parse_record(record: dict[str, Any], config: SourceConfig, image_placement: 
 
 def _settings_unread(draft: _Draft, placed: Placed) -> list[str]:
     names = list(dict.fromkeys(placed.unread))
-    if draft.config.format == "text":
+    if not _reads_images(draft.config):
         names += draft.fields.given(_IMAGE_KEYS)
     names += [ABSENT_COLUMN + column for column in draft.absent]
     if draft.config.prompt and not draft.uses_prompt:
@@ -100,37 +112,39 @@ def _settings_unread(draft: _Draft, placed: Placed) -> list[str]:
     return names
 
 
-_Parser = Callable[[_Draft], list[RawTurn]]
+def _reads_images(config: SourceConfig) -> bool:
+    return config.format == "auto" or FORMATS[config.format].reads_images
 
 
-def _parser(draft: _Draft) -> _Parser:
-    """By the keys of a record that have content, else by those that are there; or by the source's format."""
-    format, fields = draft.config.format, draft.fields
+def _format_of(draft: _Draft) -> Format:
+    """By the keys of a record that have content, else by those that are there; among those that the config allows."""
+    name, fields = draft.config.format, draft.fields
+    allowed = [*FORMATS] if name == "auto" else [name, *FORMATS[name].includes]
     there = [key for key, value in fields.values.items() if value is not None]
     for keys in ([key for key in there if key in fields], there):
-        if format in ("auto", "conversation") and any(key in CHAT_KEYS for key in keys):
-            return _chat_turns
-        is_pair = any(key in ANSWER_KEYS for key in keys) and any(key in QUESTION_KEYS for key in keys)
-        if format in ("auto", "conversation", "instruction") and is_pair:
-            return _pair_turns
-        if format == "auto" and "question_id" in keys and "text" in keys:
-            raise RecordError("unknown_format", "question_id and text: a question of a test without its answer")
-        if format in ("auto", "text") and "text" in keys and not draft.images:
-            return _text_turns
-        if format in ("auto", "caption") and ("caption" in keys or "text" in keys):
-            return _caption_turns
-    expected = {
-        "auto": "conversations, messages, instruction and output, question and answer, image and caption, or text",
-        "conversation": "conversations, conversation, messages, or instruction and output",
-        "instruction": f"one of {', '.join(QUESTION_KEYS)} and one of {', '.join(ANSWER_KEYS)}",
-        "caption": "image and caption (or text)",
-        "text": "text",
-    }
+        for format in (FORMATS[each] for each in allowed):
+            if format.is_told_by(keys, draft):
+                return format
+    *others, last = (format.in_short or format.expected for format in FORMATS.values())
+    expected = f"{', '.join(others)}, or {last}" if name == "auto" else FORMATS[name].expected
     raise RecordError(
         "unknown_format",
-        f"keys {[key[:40] for key in sorted(there)[:8]]}; expected {expected[format]}. Other names are given with "
+        f"keys {[key[:40] for key in sorted(there)[:8]]}; expected {expected}. Other names are given with "
         "data.sources[].columns",
     )
+
+
+def _is_pair(keys: Collection[str], draft: _Draft) -> bool:
+    return any(key in ANSWER_KEYS for key in keys) and any(key in QUESTION_KEYS for key in keys)
+
+
+def _is_caption(keys: Collection[str], draft: _Draft) -> bool:
+    """Where the config leaves it open, a text without an image is plain text."""
+    is_open = draft.config.format == "auto"
+    if is_open and "question_id" in keys and "text" in keys:
+        raise RecordError("unknown_format", "question_id and text: a question of a test without its answer")
+    is_plain = is_open and "text" in keys and not draft.images
+    return ("caption" in keys or "text" in keys) and not is_plain
 
 
 def _chat_turns(draft: _Draft) -> list[RawTurn]:
@@ -384,3 +398,26 @@ def _text(value: Any, where: str) -> str:
     except UnicodeEncodeError:
         raise RecordError("bad_text", f"{where} holds half of a surrogate pair (a broken emoji escape)") from None
     return value
+
+
+FORMATS: dict[str, Format] = {  # in the order in which they are tried
+    "conversation": Format(
+        lambda keys, draft: any(key in CHAT_KEYS for key in keys),
+        _chat_turns,
+        expected="conversations, conversation, messages, or instruction and output",
+        in_short="conversations, messages",
+        includes=("instruction",),
+    ),
+    "instruction": Format(
+        _is_pair,
+        _pair_turns,
+        expected=f"one of {', '.join(QUESTION_KEYS)} and one of {', '.join(ANSWER_KEYS)}",
+        in_short="instruction and output, question and answer",
+    ),
+    "caption": Format(
+        _is_caption, _caption_turns, expected="image and caption (or text)", in_short="image and caption"
+    ),
+    "text": Format(
+        lambda keys, draft: "text" in keys and not draft.images, _text_turns, expected="text", reads_images=False
+    ),
+}

@@ -31,6 +31,7 @@ from vlm.models.build import Assembled, build_model
 from vlm.models.config import VisionConfig
 from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.trainable import cast_weights, load_weights, merge_lora, part_weights
+from vlm.models.vision import save_architecture
 from vlm.models.weight_files import WeightFiles
 from vlm.precision import DTYPES
 
@@ -244,7 +245,7 @@ def _write_encoder_config(folder: Path, config: VisionConfig, built: Assembled) 
     assert vision is not None
     assert spec is not None
     (folder / "vision").mkdir(exist_ok=True)
-    named = VISION_BACKENDS[config.backend].save_architecture(vision, config, folder / "vision")
+    named = save_architecture(vision, config, folder / "vision")
     write_preprocessor(folder / "vision", spec)
     return named
 

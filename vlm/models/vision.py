@@ -8,6 +8,8 @@ row-major order.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from vlm.compat import prepare
@@ -17,7 +19,7 @@ from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.hub import quiet_retries
 from vlm.models.vision_compute import is_convolutional
 
-__all__ = ["VisionEncoder", "build_vision"]
+__all__ = ["VisionEncoder", "build_vision", "save_architecture"]
 
 
 def build_vision(config: VisionConfig, dtype: torch.dtype = torch.float32, *, weights: bool = True) -> VisionEncoder:
@@ -36,3 +38,13 @@ def build_vision(config: VisionConfig, dtype: torch.dtype = torch.float32, *, we
         dtype = torch.float32
     encoder = VISION_BACKENDS[config.backend].build(config, dtype, weights)
     return encoder if is_convolutional(encoder.trunk) else encoder.to(dtype)
+
+
+def save_architecture(encoder: VisionEncoder, config: VisionConfig, folder: Path) -> VisionConfig:
+    """Write what `build_vision(..., weights=False)` needs to make the same shape again, without the original files.
+
+    Returns:
+        the config that names it; a folder is named relative to `folder`'s parent.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return VISION_BACKENDS[config.backend].save_architecture(encoder, config, folder)

@@ -135,7 +135,9 @@ class _Group:
 
 
 class AdaptedTensors(LazyTensors):
-    """Tensors [...] of one layout by the names of the other. Those that are converted together are held until the next are.
+    """Tensors [...] of one layout by the names of the other.
+
+    Those that are converted together are held until the next are.
 
     Attributes:
         unread: name in the source -> why it is not read.

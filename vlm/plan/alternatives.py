@@ -13,17 +13,10 @@ from vlm.models.config import LoRAConfig
 from vlm.plan.estimate import Plan, estimate
 from vlm.plan.memory import usable
 from vlm.plan.shapes import ModelShape, read_shapes
-from vlm.train.engines.kinds import kind_of_launch
+from vlm.train.engines.kind import EngineKind
+from vlm.train.engines.kinds import ENGINES, kind_of_launch
 
 _ADAPTERS = LoRAConfig(rank=128, alpha=256)
-_ENGINES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("zero stage 2", {"kind": "zero", "stage": 2, "offload": ()}),
-    ("zero stage 2, optimizer on the host", {"kind": "zero", "stage": 2, "offload": ("optimizer",)}),
-    ("fsdp", {"kind": "fsdp"}),
-    ("zero stage 3", {"kind": "zero", "stage": 3, "offload": ()}),
-    ("zero stage 3, optimizer on the host", {"kind": "zero", "stage": 3, "offload": ("optimizer",)}),
-    ("zero stage 3, all on the host", {"kind": "zero", "stage": 3, "offload": ("optimizer", "parameters")}),
-)
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,7 @@ def _helped(change: Change, config: RunConfig) -> Iterator[Change]:
 
 def largest_micro_batch(config: RunConfig, world_size: int, memory: int, shape: ModelShape) -> int | None:
     """Rows per forward that fit on every device: the largest number that divides the rows of a step on a data rank."""
-    stages = config.engine.num_stages if kind_of_launch(config.engine, world_size) == "pipeline" else 1
+    stages = kind_of_launch(config.engine, world_size).num_stages
     rows = max(1, config.train.global_batch_size // (world_size // stages))
     for size in (size for size in range(rows, 0, -1) if rows % size == 0):
         plan = _try(config, Change("", {"train": {"micro_batch_size": size}}), world_size, shape)
@@ -125,22 +118,15 @@ def _changes(config: RunConfig, world_size: int, memory: int, shape: ModelShape)
             adapters = model.lora.model_copy(update={"rank": rank, "alpha": model.lora.alpha * rank // model.lora.rank})
             yield Change("smaller adapters", {"model": {"lora": adapters}})
     for devices in (world_size,) if world_size > 1 else (1, 2, 4, 8):
-        yield from _other_engines(config, kind_of_launch(config.engine, world_size), devices)
+        yield from _other_engines(kind_of_launch(config.engine, world_size), devices)
 
 
-def _other_engines(config: RunConfig, kind: str, devices: int) -> Iterator[Change]:
-    now = (kind, config.engine.stage if kind == "zero" else None, config.engine.offload if kind == "zero" else ())
-    for name, values in _ENGINES:
-        offload = values.get("offload", ())
-        if (devices > 1 or offload) and (values["kind"], values.get("stage"), offload) != now:
-            written = {key: value for key, value in values.items() if value != () or config.engine.offload}
-            yield Change(name, {"engine": written}, devices)
-    for stages in (2, 4, 8):
-        if devices % stages == 0 and (kind != "pipeline" or stages > config.engine.num_stages):
-            values = {"kind": "pipeline", "num_stages": stages}
-            yield Change(
-                f"pipeline of {stages}", {"engine": values | ({"cuts": None} if config.engine.cuts else {})}, devices
-            )
+def _other_engines(now: EngineKind, devices: int) -> Iterator[Change]:
+    """The fastest first."""
+    variants = [variant for kind in ENGINES.values() for variant in kind.variants(now)]
+    for variant in sorted(variants, key=lambda each: each.order):
+        if devices > 1 or variant.helps_one_device:
+            yield Change(variant.name, {"engine": variant.values}, devices)
 
 
 def _holds(change: Change, more: Change) -> bool:
@@ -159,14 +145,11 @@ def _try(config: RunConfig, change: Change, world_size: int, shape: ModelShape) 
 
 
 def _optimizer_works(config: RunConfig, world_size: int, shape: ModelShape) -> bool:
-    """Combinations that vlm.config and the pipeline engine refuse."""
+    """Whether neither vlm.config nor the engine would refuse the combination."""
     train, kind = config.train, kind_of_launch(config.engine, world_size)
-    if kind == "fsdp":
-        return train.optimizer == "adamw"
-    trains_tied = "llm" in config.model.trainable and not shape.llm.head
-    if kind == "pipeline" and train.has_8bit_state and trains_tied:
-        return False
-    return not (train.is_paged and "optimizer" in config.engine.offload)
+    tied = "the embedding" if "llm" in config.model.trainable and not shape.llm.head else None
+    is_paged_on_host = train.is_paged and "optimizer" in config.engine.offload
+    return kind.why_not_optimizer(train, tied) is None and not is_paged_on_host
 
 
 def _yaml(value: Any) -> str:

@@ -22,8 +22,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vlm.models.config import LoRAConfig
-from vlm.plan.numerics import FLOAT32, Numerics, Workload
+from vlm.plan.numerics import Numerics, Workload
 from vlm.plan.shapes import Linear, LLMShape, ModelShape, VisionShape
+from vlm.train.engines.kind import FLOAT32
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from vlm.models.pipeline_build import check_cuts
 from vlm.plan import blocks
 from vlm.plan.blocks import Part
 from vlm.plan.cuts import balanced_cuts
-from vlm.plan.numerics import FLOAT32, Numerics, Workload, full_rows, read_numerics
+from vlm.plan.numerics import Numerics, Workload, full_rows, read_numerics
 from vlm.plan.shapes import ModelShape, read_shapes
-from vlm.plan.states import States, device_states
 from vlm.plan.timeline import peak
+from vlm.train.config import TrainConfig
+from vlm.train.engines.kind import FLOAT32, EngineKind, States
 from vlm.train.engines.kinds import kind_of_launch
 
 GIB = 2**30
@@ -91,8 +92,7 @@ def estimate(
         CheckpointError: a model's config.json cannot be read.
     """
     kind = kind_of_launch(config.engine, world_size)
-    num_stages = config.engine.num_stages if kind == "pipeline" else 1
-    num_data_ranks = world_size // num_stages
+    num_data_ranks = world_size // kind.num_stages
     if workload is None:
         microbatches_per_step(config.train.global_batch_size, config.train.micro_batch_size, num_data_ranks)
     shape = shape or read_shapes(config.model)
@@ -104,26 +104,26 @@ def estimate(
     parts = [part for layer in layers for part in layer]
     num_micro = max(1, config.train.global_batch_size // (work.rows * num_data_ranks))  # per step and data rank
     cuts: tuple[int, ...] = ()
-    if kind == "pipeline":
+    if kind.has_stages:
         layers[-1] = [_own_copy_of_a_tied_head(layers[-1][0], shape, config, numerics)]
-        cuts = config.engine.cuts or _balance(layers, num_stages, num_micro, num_data_ranks, config)
+        cuts = config.engine.cuts or _balance(layers, kind, num_micro, num_data_ranks, config.train)
         check_cuts(cuts, len(layers))
     bounds = list(pairwise([0, *cuts, len(layers)]))
     devices = []
     for stage, (first, stop) in enumerate(bounds):
         own = [part for layer in layers[first:stop] for part in layer]
-        name = f"stage {stage}" if kind == "pipeline" else f"rank 0-{world_size - 1}" if world_size > 1 else "rank 0"
+        name = f"stage {stage}" if kind.has_stages else f"rank 0-{world_size - 1}" if world_size > 1 else "rank 0"
         in_flight = min(len(bounds) - stage, num_micro)
         base = blocks.batch_bytes(shape, work, numerics, config.data.cache_features) * in_flight
-        if kind == "pipeline":  # what is received and sent, and their gradients
+        if kind.has_stages:  # what is received and sent, and their gradients
             base += 2 * in_flight * work.tokens * shape.llm.width * numerics.residual
-        states = device_states(own, config, kind, num_data_ranks, num_micro > 1)
+        states = kind.states(own, config.train, num_data_ranks, num_micro > 1)
         devices.append(
             _device(name, own, states, base, _bool_mask(work, numerics), num_micro, in_flight, num_data_ranks,
                     first, stop - 1)
         )  # fmt: skip
     return Plan(
-        kind, world_size, num_data_ranks, work.rows, _num_parameters(config, shape),
+        kind.name, world_size, num_data_ranks, work.rows, _num_parameters(config, shape),
         sum(part.trained for part in parts),
         tuple(devices), cuts, shape,
     )  # fmt: skip
@@ -210,17 +210,18 @@ def _own_copy_of_a_tied_head(part: Part, shape: ModelShape, config: RunConfig, n
 
 
 def _balance(
-    layers: Sequence[Sequence[Part]], num_stages: int, num_micro: int, num_data_ranks: int, config: RunConfig
+    layers: Sequence[Sequence[Part]], kind: EngineKind, num_micro: int, num_data_ranks: int, train: TrainConfig
 ) -> tuple[int, ...]:
     """Cuts that make the fullest stage as small as possible.
 
     How many micro-batches a layer holds depends on the stage it falls into, so the cuts are made again with the
     numbers of the cuts before, until nothing changes.
     """
+    num_stages = kind.num_stages
     held = [float(num_stages)] * len(layers)
     best: tuple[int, ...] = ()
     for _ in range(4):
-        costs = [_cost(layer, held[i], num_data_ranks, config) for i, layer in enumerate(layers)]
+        costs = [_cost(layer, held[i], kind, num_data_ranks, train) for i, layer in enumerate(layers)]
         costs[-1] += layers[-1][0].backward  # logits; the other transients are alike on all stages
         cuts = tuple(balanced_cuts(costs, num_stages))
         if cuts == best:
@@ -231,7 +232,7 @@ def _balance(
     return best
 
 
-def _cost(layer: Sequence[Part], held: float, num_data_ranks: int, config: RunConfig) -> float:
-    states = device_states(layer, config, "pipeline", num_data_ranks)
+def _cost(layer: Sequence[Part], held: float, kind: EngineKind, num_data_ranks: int, train: TrainConfig) -> float:
+    states = kind.states(layer, train, num_data_ranks)
     saved = sum(part.saved + part.saved_copies for part in layer)
     return states.parameters + states.optimizer + sum(part.gradients for part in layer) + held * saved

@@ -8,11 +8,7 @@ import torch
 
 from vlm.config import RunConfig
 from vlm.precision import fast_precision
-from vlm.train.config import TrainConfig
-
-FLOAT32 = 4  # bytes
-ADAM = 8  # bytes per trained parameter: two float32 moments
-ADAM_8BIT = 2 + 2 * FLOAT32 / 256  # two bytes, and two scales per block; tensors under 4,096 elements have ADAM
+from vlm.train.engines.kind import FLOAT32
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,6 @@ class Numerics:
     def copied(self, is_trained: bool) -> bool:
         """Whether autocast makes a 16-bit copy of a weight."""
         return self.is_autocast and (is_trained or self.frozen == FLOAT32)
-
-
-def adam_bytes(train: TrainConfig) -> float:
-    """Bytes of AdamW's moments per trained parameter."""
-    return ADAM_8BIT if train.has_8bit_state else ADAM
 
 
 def read_numerics(config: RunConfig, has_flash_attention: bool, takes_varlen: bool) -> Numerics:

@@ -7,6 +7,7 @@ from vlm.plan.alternatives import Alternative, alternatives, largest_micro_batch
 from vlm.plan.estimate import GIB, Plan, estimate
 from vlm.plan.memory import usable
 from vlm.plan.shapes import read_shapes
+from vlm.train.engines.kinds import kind_of_launch
 
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
 
@@ -42,7 +43,7 @@ def full_report(config: RunConfig, gpus: int, memory_bytes: int, memory_name: st
         lines.append(f"  largest micro-batch that fits: none (now {now})")
     else:
         lines.append(f"  largest micro-batch that fits: {size} row{'s' if size > 1 else ''} (now {now})")
-    if plan.kind == "pipeline":
+    if kind_of_launch(config.engine, gpus).has_stages:
         lines.append(f"  cut: engine.cuts {list(plan.cuts)}, {_whose(config)}")
     if plan.peak > usable(memory_bytes):
         lines += alternatives_table(alternatives(config, gpus, memory_bytes, shape))
@@ -51,12 +52,10 @@ def full_report(config: RunConfig, gpus: int, memory_bytes: int, memory_name: st
 
 def plan_table(plan: Plan, config: RunConfig) -> list[str]:
     """What each device holds, in GiB."""
-    train, engine = config.train, f"{plan.kind}"
-    if plan.kind == "zero":
-        engine += f" stage {config.engine.stage}"
+    train, kind = config.train, kind_of_launch(config.engine, plan.world_size)
     lines = [
-        f"{_millions(plan.num_parameters, 0)} parameters, {_millions(plan.num_trained, 1)} trained; engine {engine}, "
-        f"{plan.world_size} device{'s' if plan.world_size > 1 else ''}; "
+        f"{_millions(plan.num_parameters, 0)} parameters, {_millions(plan.num_trained, 1)} trained; "
+        f"engine {kind.describe()}, {plan.world_size} device{'s' if plan.world_size > 1 else ''}; "
         f"{plan.micro_batch_size} x {config.data.max_length} tokens per forward; {train.precision}",
         f"{'GiB':<24}" + "".join(f"{name:>12}" for name in _COLUMNS) + "  peak",
     ]
@@ -70,9 +69,9 @@ def plan_table(plan: Plan, config: RunConfig) -> list[str]:
             device.total,
         )
         name = device.name
-        if plan.kind == "pipeline":
+        if kind.has_stages:
             name += f", layers {device.first_layer}-{device.last_layer}"
-        if plan.kind == "pipeline" and device.num_devices > 1:
+        if kind.has_stages and device.num_devices > 1:
             name += f" x{device.num_devices}"
         lines.append(f"{name:<24}" + "".join(f"{value / GIB:>12.2f}" for value in values) + f"  {device.moment}")
         if device.host:

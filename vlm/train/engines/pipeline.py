@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from vlm.batch import Batch
 from vlm.distributed import gather_objects, sum_over_ranks
-from vlm.errors import ConfigError
 from vlm.models.pipeline_build import Stage, load_stage_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.models.weight_files import LazyTensors
@@ -44,9 +43,6 @@ class PipelineEngine(Engine):
         objective: of the last stage; the others ask it for the normalizer only.
         settings: DeepSpeed's config, of ZeRO stage 1; see `vlm.train.engines.deepspeed_settings`.
         num_data_ranks: processes per stage.
-
-    Raises:
-        ConfigError: 8-bit optimizer state for a trained embedding that is the output layer too.
     """
 
     def __init__(
@@ -62,12 +58,6 @@ class PipelineEngine(Engine):
         loss_scale: LossScale | None = None,
     ) -> None:
         assert settings["zero_optimization"]["stage"] == 1
-        if train.has_8bit_state and stage.tied_name in stage.trained:
-            raise ConfigError(
-                f"train.optimizer {train.optimizer} does not work with engine.kind pipeline for this model: its output "
-                f"layer is its embedding ({stage.tied_name}), and the copies on the first and the last stage would be "
-                "rounded differently and drift apart. Set train.optimizer to adamw, or engine.kind to zero"
-            )
         super().__init__(stage.built.model, objective, device, autocast_dtype, loss_scale)
         self.stage = stage
         self.num_data_ranks = num_data_ranks

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 from vlm.batch import Batch
 from vlm.distributed import rank, world_size
 from vlm.train.engines.base import Engine, LossModule, StepOutput, Sums, T
-from vlm.train.optim import set_learning_rates
+from vlm.train.engines.kind import EngineInputs
+from vlm.train.optim import build_optimizer, set_learning_rates
 from vlm.train.scaling import LossScale
 from vlm.train.statistics import average_statistics
 
@@ -38,6 +39,17 @@ class TorchEngine(Engine):
         self.data_rank = rank()
         self.num_data_ranks = world_size()
         self.wrapped = self.wrap(module)
+
+    @classmethod
+    def over(cls, module: LossModule, inputs: EngineInputs) -> Self:
+        """The engine, with a new optimizer of what trains in the module."""
+        return cls(
+            module,
+            build_optimizer(module.model, inputs.train),
+            device=inputs.device,
+            max_grad_norm=inputs.train.max_grad_norm,
+            loss_scale=inputs.loss_scale,
+        )
 
     @abstractmethod
     def wrap(self, module: LossModule) -> Any:
