@@ -244,7 +244,6 @@ def _write_encoder_config(folder: Path, config: VisionConfig, built: Assembled) 
     vision, spec = built.model.vision, built.image_spec
     assert vision is not None
     assert spec is not None
-    (folder / "vision").mkdir(exist_ok=True)
     named = save_architecture(vision, config, folder / "vision")
     write_preprocessor(folder / "vision", spec)
     return named
