@@ -68,7 +68,7 @@ class Bench:
     @cached_property
     def parts(self) -> Path:
         """Models and records, made if they are not there. Enough records that packed rows are as full as usual."""
-        return prepare_parts(self.folder, self.shape, self.precision, max(48, 3 * self.samples))
+        return prepare_parts(self.folder, self.shape, self.precision, max(128, 4 * self.samples))
 
     def task(self, job: Job, options: Sequence[str] = ()) -> Task:
         parts = self.parts

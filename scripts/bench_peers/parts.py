@@ -124,7 +124,8 @@ def write_models(folder: Path, shape: Shape, texts: Sequence[str], precision: st
     )  # fmt: skip
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)
-    Qwen2ForCausalLM(settings).save_pretrained(folder / "llm")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # minutes for 7B on a CPU
+        Qwen2ForCausalLM(settings).save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
     width, mlp, blocks, heads = shape.vision
     CLIPVisionModel(

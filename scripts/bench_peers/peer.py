@@ -62,14 +62,15 @@ class TrainerClock(TrainerCallback):
     def arguments(self) -> dict[str, Any]:
         """Of TrainingArguments."""
         task = self.task
-        recompute = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        recompute = {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if task.checkpointing else {}
         return {
             "per_device_train_batch_size": task.batch, "dataloader_drop_last": True,
             "max_steps": 1_000_000,  # stopped by `on_step_end`
             "learning_rate": 1e-3 if task.job == "J1" else 1e-4, "lr_scheduler_type": "constant",
             "bf16": task.precision == "bf16", "use_cpu": task.device == "cpu", "seed": 0,
             "save_strategy": "no", "logging_strategy": "no", "report_to": [], "disable_tqdm": True,
-        } | (recompute if task.checkpointing else {})  # fmt: skip
+            "gradient_checkpointing": task.checkpointing, **recompute,  # said, as TRL has it on by default
+        }  # fmt: skip
 
     def watch(self, trainer: Any) -> Any:
         """A kind of Trainer that counts the tokens of what it computes."""
