@@ -38,9 +38,10 @@ from vlm.train.engines.device import choose_device
 from vlm.train.engines.kinds import kind_of_launch
 from vlm.train.events import RunEvents
 from vlm.train.interrupt import StopRequest
-from vlm.train.loop import TrainLoop
+from vlm.train.loop import Every, TrainLoop
 from vlm.train.metrics import Reporter, plot_loss
 from vlm.train.optim import build_schedule
+from vlm.train.profile import StepProfile
 from vlm.train.resume import OPTIMIZER_STATE, RunState, flatten, read_progress, refuse_other_run
 from vlm.train.runfolder import RunFolder
 from vlm.train.sampling import SampleQuestions
@@ -52,12 +53,13 @@ _DATA_SETTINGS = {
 }  # fmt: skip
 
 
-def train(config: RunConfig, config_text: str) -> Path:
+def train(config: RunConfig, config_text: str, profile_steps: int = 0) -> Path:
     """Train as `config` says, resuming from the newest intact checkpoint of its output_dir.
 
     Args:
         config: the validated config.
         config_text: the YAML that is kept in the run folder, secrets left out.
+        profile_steps: steps to profile, after the first two; 0 profiles none.
 
     Returns:
         the run folder.
@@ -96,6 +98,9 @@ def train(config: RunConfig, config_text: str) -> Path:
             _rewind(run, parts, skips, checkpoint)
             with StopRequest() as stop_request:
                 loop, events = _build_loop(parts, run, state, skips, stop_request)
+                if profile_steps:
+                    steps = {"start_step": parts.start_step, "max_steps": parts.max_steps, "num_steps": profile_steps}
+                    loop.events.append(Every(1, StepProfile(run.path, device, **steps)))
                 try:
                     loop.run(parts.start_step)
                 finally:
