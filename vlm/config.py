@@ -54,7 +54,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
-        if self.data.cache_features and "vision" in self.model.trainable:
+        if self.data.cache_features is True and "vision" in self.model.trainable:
             raise ValueError("data.cache_features needs a frozen encoder, but model.trainable names vision; drop one")
         if self.train.optimizer != "adamw" and self.engine.kind == "fsdp":
             raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.artifacts.fingerprint import differences, fingerprint_files
 from vlm.artifacts.manifest import Manifest, read_manifest
@@ -16,6 +16,7 @@ from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.partition import full_shape
 from vlm.models.pipeline_build import Shapes, Stage, load_stage_weights
 from vlm.models.trainable import load_weights, merge_adapter, part_of, part_weights
+from vlm.models.vision import VisionEncoder
 from vlm.models.vlm import VisionLanguageModel
 from vlm.models.weight_files import WeightFiles
 from vlm.schema import PARTS
@@ -67,6 +68,19 @@ def load_init(target: VisionLanguageModel | Stage, config: ModelConfig, path: st
     else:
         load_weights(model, {name: read(name) for name in shapes}, where, partial=True)
     return report + _describe(own, shapes)
+
+
+def load_encoder(vision: VisionEncoder, path: str | Path) -> None:
+    """Start an encoder alone from an export, as `load_init` starts a whole model.
+
+    Raises:
+        CheckpointError: a tensor does not fit.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if "vision" in manifest.included:
+        tensors = read_parts(folder, replace(manifest, included=("vision",)))
+        load_weights(nn.ModuleDict({"vision": vision}), tensors, f"init_from {folder}", partial=True)
 
 
 def _shapes_of(target: VisionLanguageModel | Stage) -> Shapes:
