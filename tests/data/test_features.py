@@ -277,7 +277,7 @@ def test_several_writers_keep_the_bound_together(tmp_path):
         writer.start()
     for writer in writers:
         writer.join(60)
-    assert 480_000 < size_of(tmp_path) <= 500_000
+    assert 400_000 < size_of(tmp_path) <= 500_000  # what one that has ended had may be removed
 
 
 # --- the table

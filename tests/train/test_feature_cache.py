@@ -87,6 +87,7 @@ def test_ranks_share_the_time_and_not_the_decision():
 # --- auto, measured
 
 
+@pytest.mark.slow
 def test_auto_measures_this_run_and_says_why(config_file, capsys):
     many = prepare_run(load_config(config_file(data__cache_features="auto", train__max_steps=3000)), CPU)
     assert many.config.data.cache_features is True
@@ -96,6 +97,7 @@ def test_auto_measures_this_run_and_says_why(config_file, capsys):
     assert "data: encoding up to " in said
 
 
+@pytest.mark.slow
 def test_auto_keeps_nothing_where_it_cannot_write_or_there_is_no_room(config_file, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     changes = {"data__cache_features": "auto", "train__max_steps": 3000}
@@ -119,7 +121,7 @@ def test_an_encoder_that_trains_is_never_cached(config_file, capsys):
     config = load_config(config_file(**changes, data__cache_features="auto"))
     assert prepare_run(config, CPU).data.train.collator.features is None
     assert "data.cache_features: false, as model.trainable names vision" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="model.trainable names vision"):
+    with pytest.raises(ConfigError, match=r"model\.trainable names vision"):
         fill_cache(config)
 
 
@@ -191,6 +193,7 @@ def test_a_disk_that_refuses_names_the_ways_out(config_file, monkeypatch):
         fill_cache(load_config(config_file()))
 
 
+@pytest.mark.slow
 def test_a_cache_made_ahead_is_the_one_that_training_reads(config_file, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["data", "cache", str(config_file(data__cache_dtype="fp32"))])

@@ -26,18 +26,12 @@ class Shard(NamedTuple):
 
 
 class FolderInUse:
-    """Says to other processes that the shards of a folder are in use, until it is closed or the process ends."""
+    """Says to other processes that the shards of a folder are in use, until this process ends."""
 
     def __init__(self, folder: Path) -> None:
-        self._file: BinaryIO | None = None
         with suppress(OSError):  # a folder that cannot be written is not evicted from either
-            folder.mkdir(parents=True, exist_ok=True)
             self._file = (folder / _LOCK).open("ab")
             _lock(self._file, shared=True)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
 
 
 def make_room(root: Path, own: Path, limit: int, needed: int) -> int:

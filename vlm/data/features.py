@@ -129,6 +129,7 @@ class FeatureStore:
         kept = features.detach().to("cpu", self.dtype).contiguous()
         content = kept.view(-1).view(torch.uint8).numpy().data
         if self._in_use is None:
+            self.path.mkdir(parents=True, exist_ok=True)
             self.refresh()
         self._reserve(len(content) + 64 + ENTRY.itemsize)
         if self._writer is None or self._writer.process != os.getpid():
@@ -141,7 +142,7 @@ class FeatureStore:
     def refresh(self) -> None:
         """Take in what other processes have written since."""
         self._refreshed = time.monotonic()
-        if self._in_use is None:
+        if self._in_use is None and self.path.is_dir():
             self._in_use = FolderInUse(self.path)
         try:
             indexes = [entry for entry in os.scandir(self.path) if entry.name.endswith(INDEX)]
