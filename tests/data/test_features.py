@@ -220,6 +220,17 @@ def test_a_file_whose_content_is_known_is_not_read_again(tmp_path, monkeypatch):
     assert FeatureStore(tmp_path / "cache", "another").has(str(image)) is False
 
 
+def test_digests_that_cannot_be_kept_are_said_once(tmp_path, capsys):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/names").write_text("a file, where a folder should be")
+    store = FeatureStore(tmp_path / "cache", "encoder")
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(name.encode())
+        store.put(str(tmp_path / name), features_of(1))
+        assert store.has(str(tmp_path / name))
+    assert capsys.readouterr().err.count("images are hashed again next time") == 1
+
+
 # --- the bound
 
 

@@ -14,7 +14,7 @@ from warm import run_warm
 from vlm.cli.main import main
 from vlm.config import load_config
 from vlm.data.shards import ENTRY, read_records
-from vlm.distributed import rank
+from vlm.distributed import barrier, rank
 from vlm.errors import ConfigError, DataError
 from vlm.export.run import export_run
 from vlm.prepare import prepare_run
@@ -174,6 +174,17 @@ def test_a_fill_that_was_ended_goes_on_where_it_was(config_file, tmp_path, monke
     assert "encod" not in capsys.readouterr().err
 
 
+def test_a_full_cache_on_a_disk_that_cannot_be_written_is_read(config_file, monkeypatch):
+    fill_cache(load_config(config_file()))
+
+    def refuse(*given, **more):
+        raise OSError(30, "Read-only file system")
+
+    for name in ("mkdir", "touch"):
+        monkeypatch.setattr(Path, name, refuse)
+    assert fill_cache(load_config(config_file())).startswith("72 images")
+
+
 def test_threads_that_decode_make_the_same_entries(config_file, tmp_path):
     stores = []
     for name, workers in (("one", 0), ("two", 2)):
@@ -241,6 +252,7 @@ def tell_shares(folder: str) -> None:
     assert _share_of_disk(Path(folder) / str(rank()), True) == Share(0, 1)  # a disk each
     share = _share_of_disk(Path(folder), rank() == 0)  # the other one holds a later stage of a pipeline
     assert share == Share(0, 1)
+    barrier()
     assert list(Path(folder).glob(".*")) == []
 
 

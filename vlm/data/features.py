@@ -139,6 +139,11 @@ class FeatureStore:
         self._add(entry)
         self._files.keep(image)
 
+    def close(self) -> None:
+        """Close the files that this process writes: over a network, other machines see them whole only then."""
+        if self._writer is not None:
+            self._writer.close()
+
     def refresh(self) -> None:
         """Take in what other processes have written since."""
         self._refreshed = time.monotonic()

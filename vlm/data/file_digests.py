@@ -24,7 +24,7 @@ class FileDigests:
         self._folder = folder
         self._table: DigestTable | None = None
         self._new: dict[bytes, bytes] = {}  # digests that were taken in this process, not written yet
-        self._path = folder / f"{writer_name()}{NAMES}"
+        self._path: Path | None = folder / f"{writer_name()}{NAMES}"  # None: it could not be written
 
     def digest(self, image: str | bytes) -> bytes:
         """16 bytes. Raises RecordError, rules image_missing and image_unreadable."""
@@ -42,7 +42,7 @@ class FileDigests:
 
     def keep(self, image: str | bytes) -> None:
         """Write down a digest that was taken in this process. A disk that refuses costs time later, no more."""
-        if isinstance(image, bytes):
+        if isinstance(image, bytes) or self._path is None:
             return
         name = _identity(image)
         content = self._new.pop(name, None)
@@ -58,7 +58,7 @@ class FileDigests:
             with self._path.open("ab", buffering=0) as file:
                 write_all(file, memoryview(record.tobytes()))  # type: ignore[arg-type]
         except OSError as error:
-            self._path = self._folder / f"{writer_name()}{NAMES}"  # the old one may end in half a record
+            self._path = None  # the file may end in half a record
             warn(f"data.cache: cannot write to {self._folder} ({error.strerror}); images are hashed again next time")
 
     def _load(self) -> DigestTable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from vlm.data.features import FeatureStore, encoder_key
 from vlm.data.images import load_image, to_tiles
 from vlm.data.scan import Scan, usable_workers
 from vlm.data.shards import writer_name
-from vlm.distributed import gather_objects, in_own_time, together
+from vlm.distributed import gather_objects, in_own_time, world_size
 from vlm.errors import DataError, RecordError
 from vlm.logs import Progress, log
 from vlm.models.vision import VisionEncoder
@@ -131,6 +132,7 @@ def fill_store(store: FeatureStore, scans: Sequence[Scan], encoder: ImageEncoder
                 _put(store, image, feature)
             num_encoded += len(readable)
             progress.show(chunk[-1][0])
+    store.close()
     log(f"data: {num_encoded:,} images are encoded{whose}, {num_encoded / max(progress.seconds, 1e-9):,.1f} a second")
     return num_encoded
 
@@ -201,23 +203,16 @@ def _put(store: FeatureStore, image: str | bytes, features: Tensor) -> None:
 
 def _share_of_disk(folder: Path, encodes: bool) -> Share:
     """This rank's share among the ranks that encode and see the same folder, told by a file of each."""
+    if world_size() == 1:
+        return WHOLE
     mark = folder / f".{writer_name()}.rank"
 
-    def leave_mark() -> str:
-        if not encodes:
-            return ""
-        try:
+    if encodes:
+        with suppress(OSError):  # a disk that is full or mounted read-only may hold all that is needed
             folder.mkdir(parents=True, exist_ok=True)
             mark.touch()
-        except OSError as error:
-            raise DataError(
-                f"data.cache: cannot write to {folder} ({error.strerror}). Usually it belongs to another user or the "
-                "disk is mounted read-only: name another folder with data.cache, or set data.cache_features to false"
-            ) from None
-        return mark.name
-
-    names = gather_objects(together(leave_mark))
+    names = gather_objects(mark.name if mark.exists() else "")
     seen = [name for name in names if name and (folder / name).exists()]
     gather_objects(None)  # all have looked
     mark.unlink(missing_ok=True)
-    return Share(seen.index(mark.name), len(seen)) if encodes else WHOLE
+    return Share(seen.index(mark.name), len(seen)) if mark.name in seen else WHOLE
