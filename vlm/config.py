@@ -55,7 +55,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
-        if self.data.cache_features and "vision" in self.model.trainable:
+        if self.data.cache_features is True and "vision" in self.model.trainable:
             raise ValueError("data.cache_features needs a frozen encoder, but model.trainable names vision; drop one")
         engine = named_kind(self.engine)
         if engine is not None and (reason := engine.why_not_optimizer(self.train)):

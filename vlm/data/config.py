@@ -77,7 +77,9 @@ class DataConfig(Section):
     """So many skipped records without a good one between them stop it too."""
     cache: PathText = "cache/features"
     """Where record indexes, length tables and encoder features are kept."""
-    cache_features: bool = False
-    """Encode every image once, before training, and keep the frozen encoder's features on disk."""
+    cache_features: bool | Literal["auto"] = False
+    """Encode every image once, before training, and keep the frozen encoder's features on disk. auto: if faster."""
     cache_dtype: Literal["bf16", "fp32"] = "bf16"
     """Number format of those features, whatever the encoder computes in; bf16 rounds them to 8 bits of mantissa."""
+    cache_size_gb: PositiveFloat | None = None
+    """Bound of the features of all encoders in `cache`, 10^9 bytes; those not used for longest go. null means none."""

@@ -9,6 +9,7 @@ import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,14 +156,15 @@ class BatchStream:
 
     def for_rank(self, data_rank: int, num_data_ranks: int) -> BatchStream:
         """The same stream for another data rank, read in this process."""
-        return BatchStream(
-            self.order,
-            self.collator,
-            global_batch_size=self.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
-            data_rank=data_rank,
-            num_data_ranks=num_data_ranks,
-        )
+        return self._changed(data_rank=data_rank, num_data_ranks=num_data_ranks, workers=0)
+
+    def with_collator(self, collator: Collator) -> BatchStream:
+        """The same rows as other batches."""
+        return self._changed(collator=collator)
+
+    def _changed(self, **changes: Any) -> BatchStream:
+        names = ("order", "collator", "global_batch_size", "micro_batch_size", "data_rank", "num_data_ranks", "workers")
+        return BatchStream(**{name: getattr(self, name) for name in names} | changes)
 
     def steps_in_epoch(self, epoch: int) -> int:
         return -(-self.order.num_rows(epoch) // self.global_batch_size)

@@ -74,6 +74,17 @@ def forked_random_state() -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
+def build_encoder(
+    config: ModelConfig, *, precision: str = "fp32", device: str = "cpu"
+) -> tuple[VisionEncoder, ImageSpec]:
+    """The frozen encoder alone, as `build_model` with the same arguments has it, and what images must look like."""
+    assert config.vision is not None
+    vision = build_vision(config.vision, frozen_dtype(precision))
+    vision.requires_grad_(False)
+    num_tokens = PROJECTORS[config.projector.kind].count_tokens(config.projector, vision.num_patches)
+    return vision.to(device), _image_spec(config.vision, vision, num_tokens)
+
+
 def build_image_spec(config: ModelConfig) -> ImageSpec | None:
     """What images must look like, from the encoder's shape alone."""
     if config.vision is None:

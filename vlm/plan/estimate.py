@@ -114,7 +114,7 @@ def estimate(
         own = [part for layer in layers[first:stop] for part in layer]
         name = f"stage {stage}" if kind.has_stages else f"rank 0-{world_size - 1}" if world_size > 1 else "rank 0"
         in_flight = min(len(bounds) - stage, num_micro)
-        base = blocks.batch_bytes(shape, work, numerics, config.data.cache_features) * in_flight
+        base = blocks.batch_bytes(shape, work, numerics, config.data.cache_features is True) * in_flight
         if kind.has_stages:  # what is received and sent, and their gradients
             base += 2 * in_flight * work.tokens * shape.llm.width * numerics.residual
         states = kind.states(own, config.train, num_data_ranks, num_micro > 1)
@@ -139,7 +139,7 @@ def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics:
         inputs.append(
             blocks.vision(
                 shape.vision, work, numerics,
-                is_trained=trains_vision, is_cached=config.data.cache_features,
+                is_trained=trains_vision, is_cached=config.data.cache_features is True,
                 checkpointing=model.gradient_checkpointing,
             )
         )  # fmt: skip

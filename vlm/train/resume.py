@@ -22,7 +22,7 @@ from vlm.train.engines.base import Engine
 from vlm.train.fragments import save_tensors
 from vlm.version import __version__
 
-_BESIDE_CONFIG = {"model.vision.compute"}  # found by measuring; the checkpoint's own rules
+_BESIDE_CONFIG = {"model.vision.compute", "data.cache_features"}  # found by measuring; the checkpoint's own rules
 OPTIMIZER_STATE = ("any with float32 state", "any with 8-bit state")  # optimizers of one kind read each other's
 
 
