@@ -13,9 +13,9 @@ from launched import advance, launch, make
 from torch import nn
 from walk import walk
 
-from vlm.cli.configs import path_problems
 from vlm.compat import prepare
 from vlm.config import load_config
+from vlm.config_checks import config_problems
 from vlm.generation.slot_cache import BatchedDecoder, build_decoder
 from vlm.models.families import FAMILIES, BlockNames, HeadSettings, LLMFamily, LLMParts, LogitsRule
 from vlm.plan.estimate import estimate
@@ -110,7 +110,7 @@ def config(config_file, tiny, tmp_path):
 
 def test_it_is_checked_and_planned_as_the_llama_that_it_is_in_all_but_names(config, config_file, tiny):
     quiet = load_config(config)
-    assert path_problems(quiet) == []
+    assert config_problems(quiet) == []
     llama = load_config(config_file("llama.yaml", model__llm={"path": str(tiny / "llm")}))
     found, expected = estimate(quiet), estimate(llama)
     assert [linear.role for linear in found.shape.llm.linears][-3:] == ["gate", "down", "up"]
