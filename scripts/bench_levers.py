@@ -31,6 +31,8 @@ class Lever:
 LEVERS = (
     Lever("packing, captions", "J1", ("data.packing=false",), ("data.packing=true",)),
     Lever("packing, conversations", "J2", ("data.packing=false",), ("data.packing=true",)),
+    Lever("attention record by record", "J2", ("model.llm.attention=sdpa",), ("model.llm.attention=varlen",)),
+    Lever("shared images", "J2-shared", ("data.share_images=false",), ("data.share_images=true",)),
     Lever("rows of 1,024 tokens, not 2,048", "J2", ("data.max_length=2048",), ("data.max_length=1024",)),
     Lever("cached features", "J1", ("data.cache_features=false",), ("data.cache_features=true",)),
 )

@@ -134,19 +134,24 @@ class Row:
         def median(values: Sequence[float]) -> float:
             return statistics.median(values)
 
+        def units(result: Result) -> float:
+            return result.records if job.by_record else result.tokens
+
+        per_record = 1.0 if job.by_record else tokens
+
         def cost(result: Result) -> float:
-            return (result.wall_seconds if is_on_gpu else result.cpu_seconds) / result.tokens * tokens
+            return (result.wall_seconds if is_on_gpu else result.cpu_seconds) / units(result) * per_record
 
         def utilisation(result: Result) -> float:
-            supervised = result.supervised / result.tokens * tokens
+            supervised = result.supervised / units(result) * per_record
             flops = needed_flops(job, shape, tokens=tokens, supervised=supervised, encodes=encodes)
             return flops / cost(result) / result.matmul_flops
 
         costs = [cost(result) for result in results]
         return cls(
             tokens,
-            median([result.cpu_seconds / result.tokens * tokens for result in results]),
-            median([result.wall_seconds / result.tokens * tokens for result in results]),
+            median([result.cpu_seconds / units(result) * per_record for result in results]),
+            median([result.wall_seconds / units(result) * per_record for result in results]),
             median([result.peak_bytes / 1e9 for result in results]),
             median([result.tokens / result.slots for result in results]),
             median([utilisation(result) for result in results]),

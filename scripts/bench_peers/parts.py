@@ -46,10 +46,11 @@ class Job:
 
     name: str
     title: str
-    records: str  # captions or conversations
+    records: str  # captions, conversations, or questions: four short conversations about each image
     trainable: tuple[str, ...]
     learning_rate: float = 1e-4
     text_tokens: int = 190  # of a record, about
+    by_record: bool = False  # time is counted per record, not per token: what is shared is computed once
 
 
 JOBS = {
@@ -57,6 +58,14 @@ JOBS = {
     for job in (
         Job("J1", "captions, the projector trains", "captions", ("projector",), 1e-3, 26),
         Job("J2", "conversations, all but the encoder trains", "conversations", ("projector", "llm")),
+        Job(
+            "J2-shared",
+            "four short conversations about each image, all but the encoder trains",
+            "questions",
+            ("projector", "llm"),
+            text_tokens=60,
+            by_record=True,
+        ),
         Job("J2-lora", "conversations, projector and adapters train", "conversations", ("projector", "llm.lora")),
     )
 }
@@ -65,7 +74,7 @@ _SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "zu")
 
 
 def draw_records(folder: Path, shape: Shape, count: int) -> list[str]:
-    """`captions.jsonl`, `conversations.jsonl` and their images. Returns all texts.
+    """`captions.jsonl`, `conversations.jsonl`, `questions.jsonl` and their images. Returns all texts.
 
     Images have the encoder's size, so that every trainer sees the same pixels, whatever it resizes with.
     """
@@ -84,7 +93,11 @@ def draw_records(folder: Path, shape: Shape, count: int) -> list[str]:
     def colour() -> tuple[int, int, int]:
         return (rng.randrange(256), rng.randrange(256), rng.randrange(256))
 
-    with (folder / "captions.jsonl").open("w") as captions, (folder / "conversations.jsonl").open("w") as conversations:
+    with (
+        (folder / "captions.jsonl").open("w") as captions,
+        (folder / "conversations.jsonl").open("w") as conversations,
+        (folder / "questions.jsonl").open("w") as questions,
+    ):
         for number in range(count):
             image = Image.new("RGB", (side, side), colour())
             for _ in range(4):
@@ -99,6 +112,9 @@ def draw_records(folder: Path, shape: Shape, count: int) -> list[str]:
             spoken[0]["value"] = f"<image>\n{spoken[0]['value']}"
             captions.write(json.dumps({"image": name, "caption": say(10, 40)}) + "\n")
             conversations.write(json.dumps({"images": [name], "conversations": spoken}) + "\n")
+            for _ in range(4):
+                asked = [{"from": "human", "value": f"<image>\n{say(6, 10)}"}, {"from": "gpt", "value": say(12, 24)}]
+                questions.write(json.dumps({"images": [name], "conversations": asked}) + "\n")
     return texts
 
 
