@@ -17,6 +17,7 @@ from vlm.artifacts.initial import load_init
 from vlm.artifacts.llava import read_start
 from vlm.batch import Batch
 from vlm.config import RunConfig
+from vlm.data.balance import RowWork
 from vlm.data.build import Data, build_data
 from vlm.distributed import gather_objects, is_main, main_first, on_main, together, world_size
 from vlm.errors import ConfigError, DataError, MissingPackageError, VLMError
@@ -29,9 +30,11 @@ from vlm.models.pipeline_build import Stage, build_stage
 from vlm.models.trainable import load_weights
 from vlm.models.vlm import VisionLanguageModel, evaluating
 from vlm.objectives.base import Objective
+from vlm.plan.cost import row_work
 from vlm.plan.estimate import estimate
 from vlm.plan.memory import device_memory
 from vlm.plan.report import describe_plan
+from vlm.plan.shapes import read_shapes
 from vlm.train.bitsandbytes_adamw import check_installed
 from vlm.train.engines.base import Engine
 from vlm.train.engines.kind import EngineInputs, EngineKind, Place
@@ -43,6 +46,7 @@ from vlm.train.optim import describe_sizes
 from vlm.train.scaling import loss_scale_for
 
 FIRST_WITH_SHARING = "data.share_images"  # in the identity of runs whose records may share an image
+FIRST_WITH_BALANCE = "data.balance"  # in the identity of runs whose ranks may share rows out by work
 FIRST_WITH_CHOICE = "model.projector.pool"  # in the identity of runs whose encoder chooses how it computes
 VISION_COMPUTE = "model.vision.compute"  # key of a run's identity: what its encoder computed in
 CALIBRATION_STEPS = 8  # optimizer steps whose images set the projector's channel statistics
@@ -113,6 +117,9 @@ def settle_precision(config: RunConfig, device: torch.device, began_with: Mappin
             model = changes.get("model", config.model)
             llm = model.llm.model_copy(update={"attention": "sdpa"})
             changes["model"] = model.model_copy(update={"llm": llm})
+    if began and FIRST_WITH_BALANCE not in began:
+        data = changes.get("data", config.data)
+        changes["data"] = data.model_copy(update={"balance": False})
     return config.model_copy(update=changes)
 
 
@@ -295,6 +302,7 @@ def _build_data(config: RunConfig, built: Assembled, device: torch.device, place
             features=store,
             reads_images=place.stage == 0,
             may_share=built.model.lets_records_share,
+            work=_row_work(config, place),
         )
         if store is not None and vision is not None and spec is not None:
             fill_store(
@@ -307,6 +315,17 @@ def _build_data(config: RunConfig, built: Assembled, device: torch.device, place
                 autocast_dtype=precision.autocast_dtype(config.train.precision),
             )
     return data
+
+
+def _row_work(config: RunConfig, place: Place) -> RowWork | None:
+    """What ranks share a step's rows out by, alike on all of them. None: in their order, as with one data rank."""
+    if not config.data.balance or place.num_data_ranks == 1:
+        return None
+    try:
+        return row_work(config, read_shapes(config.model))
+    except VLMError as error:  # of what has no estimate: the model itself is built from other files
+        log(f"data: rows are not shared out by work: {str(error).partition(chr(10))[0]}")
+        return None
 
 
 def _settle_vision(config: RunConfig, built: Assembled, device: torch.device) -> None:

@@ -22,6 +22,7 @@ from vlm.objectives.lm import LanguageModelingConfig
 from vlm.plan.estimate import estimate
 from vlm.precision import autocast_dtype
 from vlm.prepare import (
+    FIRST_WITH_BALANCE,
     FIRST_WITH_SHARING,
     VISION_COMPUTE,
     Prepared,
@@ -147,6 +148,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         **model,
         **flatten(config.objective.model_dump(mode="json"), "objective"),
         FIRST_WITH_SHARING: config.data.share_images,
+        FIRST_WITH_BALANCE: config.data.balance,
         "seed": config.seed,
         "init_from": config.init_from,
         "train.global_batch_size": config.train.global_batch_size,
@@ -162,6 +164,7 @@ def defaults_of(config: RunConfig) -> dict[str, Any]:
         **flatten(section_defaults(config.model), "model"),
         **flatten(section_defaults(config.objective), "objective"),
         FIRST_WITH_SHARING: False,
+        FIRST_WITH_BALANCE: False,
         "objective.kind": LanguageModelingConfig().kind,  # the only one there was
     }
 
