@@ -11,7 +11,7 @@ BLOCKS, VOCAB, WIDTH = 2, 32, 8
 
 def test_a_frozen_decoder_below_a_trained_projector_is_passed_twice_and_a_trained_one_three_times(config):
     shape = read_shapes(config.model)
-    load = Load(tokens=10, pairs=0, images=0, supervised=0)
+    load = Load(padding=10)
     frozen = micro_batch(config, shape, load)["decoder"].operations
     assert frozen == 2 * 10 * LINEARS * BLOCKS * 2
     full = micro_batch(changed(config, model={"trainable": ["llm"]}), shape, load)["decoder"].operations
@@ -20,21 +20,31 @@ def test_a_frozen_decoder_below_a_trained_projector_is_passed_twice_and_a_traine
     assert micro_batch(again, shape, load)["decoder"].operations == 2 * 10 * LINEARS * BLOCKS * 4
 
 
+def by_record(config):
+    return changed(config, model={"llm": {"path": config.model.llm.path, "attention": "varlen"}})
+
+
 def test_attention_costs_by_pairs_and_the_head_by_supervised_tokens(config):
+    config = by_record(config)
     shape = read_shapes(config.model)
-    work = micro_batch(config, shape, Load(tokens=0, pairs=100, images=0, supervised=5))
-    assert work["decoder"].operations == 100 * (2 + 5) * 2 * WIDTH * BLOCKS
+    work = micro_batch(config, shape, Load(segments=((10, 2),), supervised=5))
+    products = 2 * 20 * LINEARS * BLOCKS * 2
+    assert (
+        work["decoder"].operations - products == 100 * (2 + 5) * 2 * WIDTH * BLOCKS
+    )  # pairs: 2 records of 10 * 10 / 2
     assert work["head"].operations == 2 * 5 * WIDTH * VOCAB * 2
 
 
 def test_cached_features_cost_no_encoder(config):
     shape = read_shapes(config.model)
-    load = Load(tokens=0, pairs=0, images=1, supervised=0)
+    load = Load(images=1)
     assert micro_batch(config, shape, load)["encoder"].operations > 0
     assert "encoder" not in micro_batch(changed(config, data={"cache_features": True}), shape, load)
 
 
 def test_a_rows_work_is_its_operations_in_hundreds(config):
+    assert row_work(config, read_shapes(config.model)).pair == 0  # SDPA with masks of whole rows
+    config = by_record(config)
     work = row_work(config, read_shapes(config.model))
     assert work.token == round(2 * LINEARS * BLOCKS * 2 / 100)
     assert work.supervised == round(2 * WIDTH * VOCAB * 2 / 100)
