@@ -5,8 +5,8 @@
 
 Forward, backward, clipping and AdamW on packed rows, in float32, after steps that warm up. Counted is the processor
 time of one thread, as other programs may use the machine, of the fastest step, as the machine's own numbers are of the
-fastest calls. The machine is measured anew first (`vlm.plan.measure`). No constant of the estimate is fitted to these
-cases.
+fastest calls. The machine is measured anew first (`vlm.plan.measure`, where `_IN_A_STEP` is the one constant that was
+fitted to these cases).
 """
 
 from __future__ import annotations
