@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -17,6 +16,7 @@ from vlm.artifacts.initial import load_init
 from vlm.artifacts.llava import read_start
 from vlm.batch import Batch, ImageSpec
 from vlm.config import RunConfig
+from vlm.data.balance import RowWork
 from vlm.data.build import Data, build_data
 from vlm.data.features import FeatureStore
 from vlm.distributed import gather_objects, is_main, main_first, on_main, together, world_size
@@ -31,9 +31,12 @@ from vlm.models.trainable import load_weights
 from vlm.models.vision import VisionEncoder
 from vlm.models.vlm import VisionLanguageModel, evaluating
 from vlm.objectives.base import Objective
+from vlm.plan.cost import row_work
 from vlm.plan.estimate import estimate
 from vlm.plan.memory import device_memory
 from vlm.plan.report import describe_plan
+from vlm.plan.shapes import read_shapes
+from vlm.settle import settle_precision
 from vlm.train.bitsandbytes_adamw import check_installed
 from vlm.train.cache_choice import choose_by_measuring
 from vlm.train.engines.base import Engine
@@ -45,10 +48,6 @@ from vlm.train.initialize import CANDIDATES, fit_least_squares
 from vlm.train.optim import describe_sizes
 from vlm.train.scaling import loss_scale_for
 
-FIRST_WITH_SHARING = "data.share_images"  # in the identity of runs whose records may share an image
-FIRST_WITH_CHOICE = "model.projector.pool"  # in the identity of runs whose encoder chooses how it computes
-VISION_COMPUTE = "model.vision.compute"  # key of a run's identity: what its encoder computed in
-CACHE_FEATURES = "data.cache_features"  # and whether it read them from the cache
 CALIBRATION_STEPS = 8  # optimizer steps whose images set the projector's channel statistics
 
 
@@ -81,47 +80,6 @@ def check_available(config: RunConfig, device: torch.device) -> None:
     kind = named_kind(config.engine)
     if kind is not None and kind.package is not None and find_spec(kind.package) is None:
         raise MissingPackageError(kind.package, f"engine.kind {kind.name}", kind.package)
-
-
-def settle_precision(config: RunConfig, device: torch.device, began_with: Mapping[str, Any] | None = None) -> RunConfig:
-    """The config with `train.precision`, `model.vision.compute` and, of a run that resumes, `data.cache_features` as
-    this run has them, told in the log.
-
-    Rank 0 decides, so that machines of different kinds compute alike. A run goes on as it began, on any machine.
-
-    Args:
-        began_with: the identity in the checkpoint that the run resumes from.
-    """
-    began, wanted = began_with or {}, config.train.precision
-    if wanted == "auto" and "train.precision" in began:
-        chosen = began["train.precision"]
-        log(f"precision: {chosen}, as the run began")
-    else:
-        chosen = wanted if wanted != "auto" else on_main(lambda: precision.resolve(wanted, device))
-        log(precision.describe(wanted, chosen, device))
-    if is_main() and (problem := precision.complaint(chosen, device)):
-        warn(problem)
-    changes: dict[str, Any] = {"train": config.train.model_copy(update={"precision": chosen})}
-    # an older run computed and cached all as its precision says
-    is_older = bool(began) and FIRST_WITH_CHOICE not in began
-    dtype = "fp32" if chosen == "fp32" else "bf16"
-    compute = began.get(VISION_COMPUTE, dtype if is_older and chosen != "fp16" else "auto")
-    if config.model.vision is not None and config.model.vision.compute == "auto":
-        vision = config.model.vision.model_copy(update={"compute": compute})
-        changes["model"] = config.model.model_copy(update={"vision": vision})
-    data: dict[str, Any] = {"cache_dtype": dtype} if is_older else {}
-    if config.data.cache_features == "auto" and CACHE_FEATURES in began:  # features from the cache are rounded
-        data["cache_features"] = began[CACHE_FEATURES]
-        log(f"data.cache_features: {str(began[CACHE_FEATURES]).lower()}, as the run began")
-    if began and FIRST_WITH_SHARING not in began:  # nor did attention go record by record
-        data["share_images"] = False
-        if config.model.llm.attention == "auto":
-            model = changes.get("model", config.model)
-            llm = model.llm.model_copy(update={"attention": "sdpa"})
-            changes["model"] = model.model_copy(update={"llm": llm})
-    if data:
-        changes["data"] = config.data.model_copy(update=data)
-    return config.model_copy(update=changes)
 
 
 def prepare_run(config: RunConfig, device: torch.device, *, calibrate: bool = True) -> Prepared:
@@ -298,7 +256,19 @@ def _build_data(config: RunConfig, built: Assembled, place: Place) -> Data:
             num_data_ranks=place.num_data_ranks,
             reads_images=place.stage == 0,
             may_share=built.model.lets_records_share,
+            work=_row_work(config, place),
         )
+
+
+def _row_work(config: RunConfig, place: Place) -> RowWork | None:
+    """What ranks share a step's rows out by, alike on all of them. None: in their order, as with one data rank."""
+    if not config.data.balance or place.num_data_ranks == 1:
+        return None
+    try:
+        return row_work(config, read_shapes(config.model))
+    except VLMError as error:  # of what has no estimate: the model itself is built from other files
+        log(f"data: rows are not shared out by work: {str(error).partition(chr(10))[0]}")
+        return None
 
 
 def _with_cached_features(

@@ -26,9 +26,6 @@ from vlm.objectives.lm import LanguageModelingConfig
 from vlm.plan.estimate import estimate
 from vlm.precision import autocast_dtype
 from vlm.prepare import (
-    CACHE_FEATURES,
-    FIRST_WITH_SHARING,
-    VISION_COMPUTE,
     Prepared,
     assemble_checkpoint,
     check_available,
@@ -36,11 +33,11 @@ from vlm.prepare import (
     open_cache,
     prepare_run,
     settle_encoder,
-    settle_precision,
 )
 from vlm.proof.checks import Proof
 from vlm.proof.prove import prove, prove_run
 from vlm.schema import section_defaults
+from vlm.settle import CACHE_FEATURES, FIRST_WITH_BALANCE, FIRST_WITH_SHARING, VISION_COMPUTE, settle_precision
 from vlm.train.checkpoint import newest_verified, read_info
 from vlm.train.engines.device import choose_device
 from vlm.train.engines.kinds import kind_of_launch
@@ -194,6 +191,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         **model,
         **flatten(config.objective.model_dump(mode="json"), "objective"),
         FIRST_WITH_SHARING: config.data.share_images,
+        FIRST_WITH_BALANCE: config.data.balance,
         "seed": config.seed,
         "init_from": config.init_from,
         "train.global_batch_size": config.train.global_batch_size,
@@ -209,6 +207,7 @@ def defaults_of(config: RunConfig) -> dict[str, Any]:
         **flatten(section_defaults(config.model), "model"),
         **flatten(section_defaults(config.objective), "objective"),
         FIRST_WITH_SHARING: False,
+        FIRST_WITH_BALANCE: False,
         "objective.kind": LanguageModelingConfig().kind,  # the only one there was
     }
 

@@ -9,8 +9,8 @@ from vlm import precision
 from vlm.config import load_config
 from vlm.errors import CheckpointError
 from vlm.precision import CpuSpeed
-from vlm.prepare import settle_precision
 from vlm.run import defaults_of, run_identity, train
+from vlm.settle import settle_precision
 from vlm.train.checkpoint import MANIFEST, newest_verified, read_info
 from vlm.train.resume import refuse_other_run
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlm.batch import ImageSpec, Skip
+from vlm.data.balance import RowWork
 from vlm.data.collate import Collator
 from vlm.data.config import DataConfig, SourceConfig
 from vlm.data.features import FeatureStore
@@ -114,12 +115,14 @@ def build_data(
     num_data_ranks: int = 1,
     reads_images: bool = True,
     may_share: bool = False,
+    work: RowWork | None = None,
 ) -> Data:
     """Scan all sources, hold out what the config says, and put the training rows in order.
 
     Args:
         reads_images: false where another process has the encoder; batches are then without pixels and features.
         may_share: whether the model lets records share their beginning, for `data.share_images`.
+        work: what a row costs, by which ranks share a step's rows out; None in their order.
 
     Raises:
         DataError: a source cannot be read, nothing is supervised, or more records are skipped than allowed.
@@ -146,6 +149,7 @@ def build_data(
         data_rank=data_rank,
         num_data_ranks=num_data_ranks,
         workers=config.workers,
+        work=work,
     )
     if len(scans) > 1:
         evaluation = build_eval_batches(scans[1], np.flatnonzero(scans[1].lengths), config, stream)

@@ -65,6 +65,8 @@ class DataConfig(Section):
     share_images: bool = True
     """Records about one image stand in one row and share its tokens, where attention is varlen: the same losses in less
     time. Needs packing."""
+    balance: bool = True
+    """Deal the rows of each step to the data ranks so that all have equal work. The step's rows are the same."""
     workers: NonNegativeInt = 0
     """Processes that decode images, at most one per core; 0 decodes in the training process."""
     max_pixels: PositiveInt = 50_000_000

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlm.batch import Batch, Example, Skip, microbatches_per_step
+from vlm.data.balance import RowSizes, RowWork, deal
 from vlm.data.collate import Collator
 from vlm.data.packing import pack_in_windows
 from vlm.data.scan import Scan, usable_workers
@@ -92,13 +93,33 @@ class RowOrder:
         """Of an epoch: records that stand without the tokens they begin with, and how many tokens these are."""
         if not (self.packing and self.shares_images):
             return 0, 0
-        shares = self.scan.shares
-        records = tokens = 0
-        for row in self.rows(epoch):
-            is_branch = (shares.keys[row[1:]] == shares.keys[row[:-1]]) & (shares.keys[row[1:]] != 0)
-            records += int(is_branch.sum())
-            tokens += int(shares.stems[row[1:]][is_branch].sum())
-        return records, tokens
+        shared = [self._shared(row) for row in self.rows(epoch)]
+        return sum(int((tokens > 0).sum()) for tokens in shared), sum(int(tokens.sum()) for tokens in shared)
+
+    def sizes(self, rows: Sequence[np.ndarray]) -> RowSizes:
+        """What rows hold, counted from the scan alone. A row without records holds nothing."""
+        scan = self.scan
+        counts = np.zeros((len(rows), 4), dtype=np.int64)
+        for number, row in enumerate(rows):
+            if not len(row):
+                continue
+            shared = self._shared(row)
+            lengths = scan.lengths[row].astype(np.int64)
+            counts[number] = (
+                (lengths - shared).sum(),
+                (lengths**2 - shared**2).sum() // 2,
+                scan.num_images[row][shared == 0].sum(),
+                scan.num_supervised[row].sum(),
+            )
+        return RowSizes(*counts.T)
+
+    def _shared(self, row: np.ndarray) -> np.ndarray:
+        """Tokens that each record of a row leaves to the record before it, int64 [records]."""
+        shared = np.zeros(len(row), dtype=np.int64)
+        if self.packing and self.shares_images:
+            keys, stems = self.scan.shares.keys[row], self.scan.shares.stems[row]
+            shared[1:] = np.where((keys[1:] == keys[:-1]) & (keys[1:] != 0), stems[1:], 0)
+        return shared
 
 
 class BatchStream:
@@ -106,10 +127,11 @@ class BatchStream:
 
     A step takes `global_batch_size` rows of the epoch; the last step of an epoch is filled up with empty rows.
     Rank r of R takes the r-th of R equal parts of the step's rows, so that all ranks together always see the same
-    rows in the same step, whatever R and the number of workers.
+    rows in the same step, whatever R and the number of workers. With `work` the parts are equal in work too.
 
     Args:
         micro_batch_size: rows per `Batch`.
+        work: what a row costs; None shares the rows out in their order.
         workers: processes that read records and decode images; 0 does so in this one.
     """
 
@@ -123,6 +145,7 @@ class BatchStream:
         data_rank: int = 0,
         num_data_ranks: int = 1,
         workers: int = 0,
+        work: RowWork | None = None,
     ) -> None:
         self.microbatches_per_step = microbatches_per_step(global_batch_size, micro_batch_size, num_data_ranks)
         self.order = order
@@ -132,6 +155,8 @@ class BatchStream:
         self.data_rank = data_rank
         self.num_data_ranks = num_data_ranks
         self.workers = usable_workers(workers)
+        self.work = work
+        self._dealt: tuple[int, list[np.ndarray]] = (-1, [])  # the step asked for last, and this rank's rows of it
 
     @property
     def fingerprint(self) -> str:
@@ -163,7 +188,16 @@ class BatchStream:
         return self._changed(collator=collator)
 
     def _changed(self, **changes: Any) -> BatchStream:
-        names = ("order", "collator", "global_batch_size", "micro_batch_size", "data_rank", "num_data_ranks", "workers")
+        names = (
+            "order",
+            "collator",
+            "global_batch_size",
+            "micro_batch_size",
+            "data_rank",
+            "num_data_ranks",
+            "workers",
+            "work",
+        )
         return BatchStream(**{name: getattr(self, name) for name in names} | changes)
 
     def steps_in_epoch(self, epoch: int) -> int:
@@ -200,12 +234,22 @@ class BatchStream:
     def microbatch(self, number: int) -> Batch:
         """Micro-batch `number` of this rank, counted from the start of the run."""
         step, micro = divmod(number, self.microbatches_per_step)
+        if self._dealt[0] != step:
+            self._dealt = step, self._rows_of_rank(step)
+        start = micro * self.micro_batch_size
+        return read_batch(self.order.scan, self._dealt[1][start : start + self.micro_batch_size], self.collator)
+
+    def _rows_of_rank(self, step: int) -> list[np.ndarray]:
+        """This rank's rows of record numbers in a step; empty ones fill up the last step of an epoch."""
         epoch, within = self._locate(step)
-        rows = self.order.rows(epoch)
-        per_rank = self.global_batch_size // self.num_data_ranks
-        start = within * self.global_batch_size + self.data_rank * per_rank + micro * self.micro_batch_size
-        chosen = [rows[i] if i < len(rows) else () for i in range(start, start + self.micro_batch_size)]
-        return read_batch(self.order.scan, chosen, self.collator)
+        start = within * self.global_batch_size
+        rows = self.order.rows(epoch)[start : start + self.global_batch_size]
+        rows = rows + [np.zeros(0, dtype=np.int64)] * (self.global_batch_size - len(rows))
+        if self.work is None:
+            places = np.arange(len(rows)).reshape(self.num_data_ranks, -1)
+        else:
+            places = deal(self.work.of(self.order.sizes(rows)), self.num_data_ranks)
+        return [rows[place] for place in places[self.data_rank]]
 
     def _locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it)."""

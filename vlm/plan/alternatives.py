@@ -52,6 +52,7 @@ class Change:
 class Alternative:
     change: Change
     plan: Plan
+    config: RunConfig  # with the change
 
 
 def alternatives(
@@ -69,7 +70,7 @@ def alternatives(
         for tried in _helped(change, config):
             plan = _try(config, tried, world_size, shape)
             if plan is not None and plan.peak <= usable(memory):
-                found[change.name] = Alternative(tried, plan)
+                found[change.name] = Alternative(tried, plan, tried.apply(config))
                 break
     unique = {(str(one.change.values), one.plan.world_size): one for one in reversed(found.values())}
     return list(reversed(unique.values()))[:limit]
