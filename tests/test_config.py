@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from vlm.config import find_config, json_schema, load_config, resolve_for_log, shipped_projects
+from vlm.config import find_config, json_schema, load_config, resolve_for_log, shipped_projects, unused_settings
 from vlm.errors import ConfigError
 from vlm.layered_yaml import Loader, read_layers
+from vlm.train.engines.kinds import Auto, Ddp, Zero
 
 GOOD = """\
 output_dir: run
@@ -135,8 +136,8 @@ def test_all_problems_of_all_files_are_reported_at_once_where_they_were_written(
         ("trian.epochs=1", "trian: unknown key; did you mean train?"),
         (
             "engine.zebra=1",
-            "engine.zebra: unknown key; known here: cuts, deepspeed, device, kind, num_stages, offload, stage, "
-            "timeout_seconds",
+            "engine.zebra: unknown key; known here: device, kind, timeout_seconds; of other kinds: cuts, deepspeed, "
+            "num_stages, offload, stage",
         ),
         ("seed=-1", "seed: expected at least 0 (found -1)"),
         ("seed=true", "seed: expected a number, found true"),
@@ -423,6 +424,60 @@ def test_a_folder_here_is_as_good_as_a_shipped_one(name, message):
     assert str(caught.value) == message
 
 
+# sections that are one of several
+
+
+def test_a_section_has_the_keys_of_its_kind_and_the_kind_may_be_left_out():
+    path = write(GOOD)
+    assert load_config(path).engine == Auto()
+    assert load_config(path, ["engine.device=cpu"]).engine == Auto(device="cpu")
+    zero = load_config(path, ["engine.kind=zero", "engine.stage=3"]).engine
+    assert zero == Zero(stage=3)
+    assert zero.model_dump().keys() == {"kind", "device", "timeout_seconds", "stage", "offload", "deepspeed"}
+
+
+def test_a_key_of_another_kind_stays_without_use_and_is_named():
+    path = write(GOOD + "engine: {kind: zero, stage: 3, offload: [parameters]}\n")
+    config = load_config(path, ["engine.kind=ddp"])
+    assert type(config.engine) is Ddp
+    assert config.engine.unused == {"stage": 3, "offload": ("parameters",)}
+    assert unused_settings(config) == [
+        "engine.stage is not used: engine.kind is ddp",
+        "engine.offload is not used: engine.kind is ddp",
+    ]
+    assert unused_settings(load_config(path)) == []
+    assert load_config(path, ["engine.kind=auto"]).engine.of_launch(2).unused == config.engine.unused
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (("kind=ddp", "stage=9"), ["engine.stage: expected at most 3 (found 9)"]),
+        (("kind=ddp", "stage=true"), ["engine.stage: expected a number, found true"]),
+        (("kind=ddp", "offload=[disk]"), ["engine.offload[0]: expected 'optimizer' or 'parameters' (found 'disk')"]),
+        (
+            ("kind=ddp", "stage=9", "devise=cpu"),
+            ["engine.stage: expected at most 3 (found 9)", "engine.devise: unknown key; did you mean device?"],
+        ),
+        (("kind=pipeline", "stages=2"), ["engine.stages: unknown key; did you mean num_stages?"]),
+        (("kind=zero", "stages=2"), ["engine.stages: unknown key; did you mean stage?"]),
+        (("kind=ddp", "num_stage=2"), ["engine.num_stage: unknown key; did you mean num_stages?"]),
+        (
+            ("kind=zeo",),
+            ["engine.kind: expected 'auto', 'local', 'ddp', 'zero', 'fsdp' or 'pipeline'; did you mean 'zero'? "
+             "(found 'zeo')"],
+        ),
+        (("kind=zero", "stage=0", "offload=[optimizer]"), [
+            "engine: offload: stage 0 spreads nothing and offloads nothing; set stage to 1, 2 or 3 "
+            "(stage is set at --options; offload is set at --options)"
+        ]),
+    ],
+)  # fmt: skip
+def test_a_wrong_key_is_of_the_kind_that_is_written_or_of_another(options, lines):
+    found = problems(write(GOOD), *(f"engine.{option}" for option in options))
+    assert found == [f"--options: {line}" for line in lines]
+
+
 # editors
 
 
@@ -430,7 +485,7 @@ def test_the_schema_knows_base_requires_nothing_and_allows_interpolation():
     schema = json_schema()
     assert "base" in schema["properties"]
     assert "required" not in json.dumps(schema["$defs"])
-    device = schema["$defs"]["EngineConfig"]["properties"]["device"]
+    device = schema["properties"]["engine"]["anyOf"][0]["properties"]["device"]
     assert device["anyOf"][0]["enum"] == ["auto", "cpu", "cuda"]
     assert {"type": "string", "pattern": r"^\$\{.+\}$"} in device["anyOf"]
     assert schema["$defs"]["VisionConfig"]["properties"]["layer"]["description"].startswith("Which block's output")

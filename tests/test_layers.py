@@ -30,7 +30,7 @@ FACADE = "__init__"  # vlm/__init__.py for users: the version, and vlm.load, imp
 # a package's config.py knows vlm.schema only, so vlm.config takes all; an objective has its section beside it, and a
 # kind of engine says whether it works with the rest
 SECTIONS = {f"vlm.{name}.config" for name in LAYERS} | {"vlm.objectives", "vlm.objectives.base", "vlm.objectives.lm"}
-SECTIONS |= {"vlm.train.engines.kinds"}
+SECTIONS |= {"vlm.train.engines.kind", "vlm.train.engines.kinds"}
 LIGHT = (
     "vlm.config", "vlm.config_checks", "vlm.cli.main", "vlm.errors", "vlm.batch", "vlm.schema", "vlm.layered_yaml",
     "vlm.logs",
