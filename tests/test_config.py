@@ -446,6 +446,8 @@ def test_a_key_of_another_kind_stays_without_use_and_is_named():
         "engine.offload is not used: engine.kind is ddp",
     ]
     assert unused_settings(load_config(path)) == []
+    (line,) = unused_settings(load_config(path, ["model.projector.depth=1"]))
+    assert line == "model.projector.depth is not used: model.projector.kind is linear"
     assert load_config(path, ["engine.kind=auto"]).engine.of_launch(2).unused == config.engine.unused
 
 

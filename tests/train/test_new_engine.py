@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 from prove_engines import Case, run_cases, work, worst_differences
-from walk import walk
+from walk import registered, walk
 from warm import run_warm
 
-from vlm.config import RunConfig, load_config
+from vlm.config import load_config
 from vlm.errors import ConfigError
 from vlm.models.trainable import trained_weights
 from vlm.plan.alternatives import alternatives
@@ -78,21 +78,9 @@ class ByHand(EngineKind):
         return States(sum(part.weights for part in parts), int(adam_bytes(train) * num_trained(parts)))
 
 
-@contextmanager
-def registered():
-    """Its line in the dict."""
-    ENGINES["by_hand"] = ByHand
-    RunConfig.model_rebuild(force=True)
-    try:
-        yield
-    finally:
-        del ENGINES["by_hand"]
-        RunConfig.model_rebuild(force=True)
-
-
 @pytest.fixture
 def known():
-    with registered():
+    with registered(ENGINES, ByHand):
         yield
 
 
@@ -140,5 +128,5 @@ def start(job, processes):
 
 
 def work_with_it(job):
-    with registered():
+    with registered(ENGINES, ByHand):
         work(job)
