@@ -75,7 +75,7 @@ def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     origin = get_origin(annotation)
-    if origin in (tuple, Union, types.UnionType):
+    if origin in (tuple, Annotated, Union, types.UnionType):
         found = next((s for s, _ in map(_section, get_args(annotation)) if s), None)
         return found, origin is tuple and found is not None
     return None, False

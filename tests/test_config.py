@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from vlm.config import find_config, json_schema, load_config, resolve_for_log, shipped_projects, unused_settings
+from vlm.config import find_config, json_schema, load_config, resolve_for_log, shipped_projects
 from vlm.errors import ConfigError
 from vlm.layered_yaml import Loader, read_layers
-from vlm.train.engines.kinds import Auto, Ddp, Zero
 
 GOOD = """\
 output_dir: run
@@ -424,62 +423,6 @@ def test_a_folder_here_is_as_good_as_a_shipped_one(name, message):
     assert str(caught.value) == message
 
 
-# sections that are one of several
-
-
-def test_a_section_has_the_keys_of_its_kind_and_the_kind_may_be_left_out():
-    path = write(GOOD)
-    assert load_config(path).engine == Auto()
-    assert load_config(path, ["engine.device=cpu"]).engine == Auto(device="cpu")
-    zero = load_config(path, ["engine.kind=zero", "engine.stage=3"]).engine
-    assert zero == Zero(stage=3)
-    assert zero.model_dump().keys() == {"kind", "device", "timeout_seconds", "stage", "offload", "deepspeed"}
-
-
-def test_a_key_of_another_kind_stays_without_use_and_is_named():
-    path = write(GOOD + "engine: {kind: zero, stage: 3, offload: [parameters]}\n")
-    config = load_config(path, ["engine.kind=ddp"])
-    assert type(config.engine) is Ddp
-    assert config.engine.unused == {"stage": 3, "offload": ("parameters",)}
-    assert unused_settings(config) == [
-        "engine.stage is not used: engine.kind is ddp",
-        "engine.offload is not used: engine.kind is ddp",
-    ]
-    assert unused_settings(load_config(path)) == []
-    (line,) = unused_settings(load_config(path, ["model.projector.depth=1"]))
-    assert line == "model.projector.depth is not used: model.projector.kind is linear"
-    assert load_config(path, ["engine.kind=auto"]).engine.of_launch(2).unused == config.engine.unused
-
-
-@pytest.mark.parametrize(
-    ("options", "lines"),
-    [
-        (("kind=ddp", "stage=9"), ["engine.stage: expected at most 3 (found 9)"]),
-        (("kind=ddp", "stage=true"), ["engine.stage: expected a number, found true"]),
-        (("kind=ddp", "offload=[disk]"), ["engine.offload[0]: expected 'optimizer' or 'parameters' (found 'disk')"]),
-        (
-            ("kind=ddp", "stage=9", "devise=cpu"),
-            ["engine.stage: expected at most 3 (found 9)", "engine.devise: unknown key; did you mean device?"],
-        ),
-        (("kind=pipeline", "stages=2"), ["engine.stages: unknown key; did you mean num_stages?"]),
-        (("kind=zero", "stages=2"), ["engine.stages: unknown key; did you mean stage?"]),
-        (("kind=ddp", "num_stage=2"), ["engine.num_stage: unknown key; did you mean num_stages?"]),
-        (
-            ("kind=zeo",),
-            ["engine.kind: expected 'auto', 'local', 'ddp', 'zero', 'fsdp' or 'pipeline'; did you mean 'zero'? "
-             "(found 'zeo')"],
-        ),
-        (("kind=zero", "stage=0", "offload=[optimizer]"), [
-            "engine: offload: stage 0 spreads nothing and offloads nothing; set stage to 1, 2 or 3 "
-            "(stage is set at --options; offload is set at --options)"
-        ]),
-    ],
-)  # fmt: skip
-def test_a_wrong_key_is_of_the_kind_that_is_written_or_of_another(options, lines):
-    found = problems(write(GOOD), *(f"engine.{option}" for option in options))
-    assert found == [f"--options: {line}" for line in lines]
-
-
 # editors
 
 
@@ -490,6 +433,8 @@ def test_the_schema_knows_base_requires_nothing_and_allows_interpolation():
     device = schema["properties"]["engine"]["anyOf"][0]["properties"]["device"]
     assert device["anyOf"][0]["enum"] == ["auto", "cpu", "cuda"]
     assert {"type": "string", "pattern": r"^\$\{.+\}$"} in device["anyOf"]
+    task = schema["$defs"]["EvaluationConfig"]["properties"]["tasks"]["anyOf"][0]["items"]
+    assert {"kind", "num_candidates"} <= task["properties"].keys()
     assert schema["$defs"]["VisionConfig"]["properties"]["layer"]["description"].startswith("Which block's output")
 
 

@@ -31,6 +31,7 @@ FACADE = "__init__"  # vlm/__init__.py for users: the version, and vlm.load, imp
 # engines and projectors have their sections beside the dict of the kinds
 SECTIONS = {f"vlm.{name}.config" for name in LAYERS} | {"vlm.objectives", "vlm.objectives.base", "vlm.objectives.lm"}
 SECTIONS |= {"vlm.train.engines.kind", "vlm.train.engines.kinds", "vlm.models.projector_kinds"}
+SECTIONS |= {"vlm.evaluation.task_kinds"}
 LIGHT = (
     "vlm.config", "vlm.config_checks", "vlm.cli.main", "vlm.errors", "vlm.batch", "vlm.schema", "vlm.layered_yaml",
     "vlm.logs",

@@ -17,6 +17,7 @@ from vlm.apps.api.limits import Limits, Media
 from vlm.apps.api.media import MediaLoader
 from vlm.apps.api.server import build_service
 from vlm.config import RunConfig, load_config
+from vlm.evaluation.config import EvaluationConfig
 from vlm.export.run import export_run
 from vlm.inference.load import LoadedModel
 from vlm.inference.messages import to_conversation
@@ -50,7 +51,7 @@ def named(name: str, field: str, *sections: Any) -> Iterator[None]:
 
 @contextmanager
 def registered(kinds: dict[str, Any], section: Any) -> Iterator[None]:
-    """A line in the dict of the kinds of a section, `engine` or `model.projector`."""
+    """A line in the dict of the kinds of a section: `engine`, `model.projector`, an evaluation task."""
     name = section.model_fields["kind"].default
     kinds[name] = section
     _rebuild()
@@ -62,7 +63,7 @@ def registered(kinds: dict[str, Any], section: Any) -> Iterator[None]:
 
 
 def _rebuild() -> None:
-    for around in (ModelConfig, RunConfig):
+    for around in (ModelConfig, EvaluationConfig, RunConfig):
         around.model_rebuild(force=True)
 
 

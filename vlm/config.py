@@ -483,6 +483,6 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The section inside `X`, `X | None` or `tuple[X, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in (tuple, Union, types.UnionType):
+    if get_origin(annotation) in (tuple, Annotated, Union, types.UnionType):
         return next((found for found in map(_section_of, get_args(annotation)) if found), None)
     return None
