@@ -27,10 +27,11 @@ LAYERS = {
 }  # fmt: skip
 BOTTOM = {name for name, layer in LAYERS.items() if layer == 0}  # single files that may use each other
 FACADE = "__init__"  # vlm/__init__.py for users: the version, and vlm.load, imported when it is asked for
-# a package's config.py knows vlm.schema only, so vlm.config takes all; an objective has its section beside it, and a
-# kind of engine says whether it works with the rest
+# a package's config.py knows vlm.schema and the sections of its own kinds only, so vlm.config takes all; objectives,
+# engines and projectors have their sections beside the dict of the kinds
 SECTIONS = {f"vlm.{name}.config" for name in LAYERS} | {"vlm.objectives", "vlm.objectives.base", "vlm.objectives.lm"}
-SECTIONS |= {"vlm.train.engines.kinds"}
+SECTIONS |= {"vlm.train.engines.kind", "vlm.train.engines.kinds", "vlm.models.projector_kinds"}
+SECTIONS |= {"vlm.evaluation.task_kinds"}
 LIGHT = (
     "vlm.config", "vlm.config_checks", "vlm.cli.main", "vlm.errors", "vlm.batch", "vlm.schema", "vlm.layered_yaml",
     "vlm.logs",
@@ -71,7 +72,7 @@ def offences(path: Path, root: Path = PACKAGE) -> list[str]:
             or (own == "config" and module in SECTIONS)
         )
         if is_section:
-            allowed = module == "vlm.schema"
+            allowed = module == "vlm.schema" or (other == own and module in SECTIONS)
         if not allowed:
             bad.append(f"vlm/{'/'.join(parts)}.py:{line}: {own} (layer {LAYERS[own]}) imports {module} "
                        f"(layer {LAYERS.get(other, '?')})")  # fmt: skip

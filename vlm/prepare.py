@@ -15,7 +15,7 @@ from vlm import precision
 from vlm.artifacts.initial import load_init
 from vlm.artifacts.llava import read_start
 from vlm.batch import Batch, ImageSpec
-from vlm.config import RunConfig
+from vlm.config import RunConfig, unused_settings
 from vlm.data.balance import RowWork
 from vlm.data.build import Data, build_data
 from vlm.data.features import FeatureStore
@@ -41,7 +41,7 @@ from vlm.train.bitsandbytes_adamw import check_installed
 from vlm.train.cache_choice import choose_by_measuring
 from vlm.train.engines.base import Engine
 from vlm.train.engines.kind import EngineInputs, EngineKind, Place
-from vlm.train.engines.kinds import kind_of_launch, named_kind
+from vlm.train.engines.kinds import kind_of_launch
 from vlm.train.features import ImageEncoder, fill_with_all_ranks, open_store
 from vlm.train.fragments import read_weights
 from vlm.train.initialize import CANDIDATES, fit_least_squares
@@ -77,9 +77,9 @@ def check_available(config: RunConfig, device: torch.device) -> None:
         precision.resolve(config.train.precision, device, "train.precision")
     if config.train.tensorboard and find_spec("tensorboard") is None:
         raise MissingPackageError("tensorboard", "train.tensorboard", "track")
-    kind = named_kind(config.engine)
-    if kind is not None and kind.package is not None and find_spec(kind.package) is None:
-        raise MissingPackageError(kind.package, f"engine.kind {kind.name}", kind.package)
+    package = config.engine.package
+    if package is not None and find_spec(package) is None:
+        raise MissingPackageError(package, f"engine.kind {config.engine.kind}", package)
 
 
 def prepare_run(config: RunConfig, device: torch.device, *, calibrate: bool = True) -> Prepared:
@@ -92,6 +92,8 @@ def prepare_run(config: RunConfig, device: torch.device, *, calibrate: bool = Tr
         config = settle_precision(config, device)
     kind = kind_of_launch(config.engine, launched_size())
     place = kind.place(launched_rank(), launched_size())
+    for line in unused_settings(config):
+        warn(line)
     no_plan = _tell_plan(config, place) if is_main() else ""
     stage = _build_stage(config, kind, place, device)
     built = _build_whole(config, device) if stage is None else stage.built
@@ -157,7 +159,7 @@ def _describe_packing(config: RunConfig, model: VisionLanguageModel, engine: Eng
     is_spread = engine.gathers and place.num_data_ranks > 1
     if line is not None and is_spread:  # seen to hang: ranks with other records gather blocks another number of times
         raise ConfigError(
-            f"engine.kind {engine.name}: model type {kind} is decoded record by record, and ranks that gather a "
+            f"engine.kind {engine.kind}: model type {kind} is decoded record by record, and ranks that gather a "
             "model's parts would wait for each other. Set engine.kind to ddp, or to zero with stage 2"
         )
     if line is not None and config.data.packing:
@@ -166,7 +168,7 @@ def _describe_packing(config: RunConfig, model: VisionLanguageModel, engine: Eng
     if depends and (is_spread or (engine.has_stages and config.data.packing)):
         raise ConfigError(
             f"data.max_length {config.data.max_length}: beyond {longest} tokens the rotary embedding of {kind} depends "
-            f"on the longest record of a row, which engine.kind {engine.name} does not keep apart. Set data.max_length "
+            f"on the longest record of a row, which engine.kind {engine.kind} does not keep apart. Set data.max_length "
             f"to {longest}, or engine.kind to ddp or to zero with stage 2"
         )
 

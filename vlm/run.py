@@ -36,7 +36,7 @@ from vlm.prepare import (
 )
 from vlm.proof.checks import Proof
 from vlm.proof.prove import prove, prove_run
-from vlm.schema import section_defaults
+from vlm.schema import chosen_kinds, section_defaults
 from vlm.settle import CACHE_FEATURES, FIRST_WITH_BALANCE, FIRST_WITH_SHARING, VISION_COMPUTE, settle_precision
 from vlm.train.checkpoint import newest_verified, read_info
 from vlm.train.engines.device import choose_device
@@ -84,7 +84,7 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0) -> Path:
         config = settle_precision(config, device, None if checkpoint is None else read_info(checkpoint)["identity"])
         identity = run_identity(config)
         if checkpoint is not None:
-            refuse_other_run(checkpoint, identity, defaults_of(config))
+            refuse_other_run(checkpoint, identity, defaults_of(config), keys_of_other_kinds(config))
         start = on_main(lambda: _pin_start(config, checkpoint))
         torch.manual_seed(config.seed + rank())  # dropout differs between ranks, as it does between rows
         parts = prepare_run(config, device, calibrate=checkpoint is None)
@@ -209,6 +209,15 @@ def defaults_of(config: RunConfig) -> dict[str, Any]:
         FIRST_WITH_SHARING: False,
         FIRST_WITH_BALANCE: False,
         "objective.kind": LanguageModelingConfig().kind,  # the only one there was
+    }
+
+
+def keys_of_other_kinds(config: RunConfig) -> set[str]:
+    """Keys that earlier versions wrote into the identity of every run, and that a run of this kind does not read."""
+    return {
+        ".".join((*map(str, key), name))
+        for key, union, section in chosen_kinds(config)
+        for name in union.foreign_fields(type(section))
     }
 
 

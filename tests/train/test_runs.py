@@ -147,6 +147,12 @@ def test_a_run_that_is_further_already_says_so(config_file, capsys):
 
 
 @pytest.mark.slow
+def test_a_key_of_another_kind_is_told_once(config_file, capsys):
+    run_here(config_file(engine={"stage": 3}, train__max_steps=1, train__prove=False))
+    assert capsys.readouterr().err.count("warning: engine.stage is not used: engine.kind is auto") == 1
+
+
+@pytest.mark.slow
 def test_a_share_that_holds_out_no_record_is_told(config_file, capsys):
     run_here(config_file(train__max_steps=1, data__held_out=1e-9))
     assert "data.held_out 1e-09 of so few records holds out none" in capsys.readouterr().err

@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 
 from vlm.cli.configs import Config, Options
+from vlm.config import unused_settings
 from vlm.config_checks import load_checked
 from vlm.errors import ConfigError
 from vlm.launch import launched_size
+from vlm.logs import warn
 
 
 def register(app: typer.Typer) -> None:
@@ -29,6 +31,8 @@ def plan(
     Loads no weights. The first time, this machine's speed is measured for some 10 seconds, and kept.
     """
     checked = load_checked(config, options or (), ("model",), ())  # the rest may be made later
+    for line in unused_settings(checked):
+        warn(line)
     count = gpus if gpus is not None else launched_size()
     if count < 1:
         raise ConfigError(f"--gpus {count}: expected at least 1")

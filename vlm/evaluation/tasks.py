@@ -18,8 +18,7 @@ from vlm.data.conversation import Conversation, Turn
 from vlm.data.notes import UnreadLog
 from vlm.data.records import RecordSource, open_source
 from vlm.data.tokenize import ConversationTokenizer
-from vlm.errors import DataError, RecordError
-from vlm.evaluation.config import TaskConfig
+from vlm.errors import RecordError
 from vlm.logs import warn
 
 
@@ -36,39 +35,72 @@ class Question:
     where: str
 
 
-def read_task(task: TaskConfig, tokenizer: ConversationTokenizer, cache: Path, seed: int = 0) -> list[Question]:
-    """Read and tokenize the records of a task.
+@dataclass(frozen=True)
+class Records:
+    """A task's data file, opened, and how many of its records are taken."""
 
+    source: RecordSource
+    count: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record with a true answer."""
+
+    asked: Conversation  # the question, and the answer as training reads it
+    answer: str
+    choices: tuple[str, ...]
+
+
+def open_records(
+    path: str, images: str | None, max_records: int | None, cache: Path, as_training: bool = False
+) -> Records:
+    """
     Args:
-        seed: which answers of a ranking stand against each other.
+        as_training: any records that training reads, and images where it puts them; else records with a prompt and an
+            answer, and several images without a mark stand before the question.
 
     Raises:
-        DataError: no records, or one that cannot be used (with its place).
+        DataError: the file is missing, unreadable or empty.
     """
-    placement = "auto" if task.kind == "loss" else "first"  # several images without a mark stand before the question
-    format: Literal["auto", "instruction"] = "auto" if task.kind == "loss" else "instruction"
-    source = open_source(SourceConfig(path=task.path, images=task.images, format=format), cache, placement)
-    count = min(len(source), task.max_records or len(source))
-    if task.kind == "loss":
-        conversations = [source.conversation(number) for number in range(count)]
-        _warn_of_unread(task, conversations)
-        return [_loss_question(conversation, tokenizer) for conversation in conversations]
-    records = [_read(source, number, task) for number in range(count)]
-    _warn_of_unread(task, [record.asked for record in records])
-    if task.kind == "choice":
-        return [_among(record, record.choices, tokenizer) for record in records]
-    answers = sorted({record.answer for record in records})
-    if len(answers) < task.num_candidates:
-        raise DataError(
-            f"evaluation task {task.name}: {task.path} has {len(answers)} different answers, num_candidates is "
-            f"{task.num_candidates}. Lower num_candidates or give it more records"
-        )
-    groups = _groups(answers, task.num_candidates, seed)
-    candidates = {answer: group for group in reversed(groups) for answer in group}  # the last has some of others
-    return [_among(record, candidates[record.answer], tokenizer) for record in records]
+    format: Literal["auto", "instruction"] = "auto" if as_training else "instruction"
+    placement = "auto" if as_training else "first"
+    source = open_source(SourceConfig(path=path, images=images, format=format), cache, placement)
+    return Records(source, min(len(source), max_records or len(source)))
 
 
-def _groups(answers: Sequence[str], size: int, seed: int) -> list[tuple[str, ...]]:
+def read_conversations(records: Records, task: str) -> list[Conversation]:
+    """
+    Args:
+        task: its name, for warnings.
+    """
+    conversations = [records.source.conversation(number) for number in range(records.count)]
+    _warn_of_unread(task, conversations)
+    return conversations
+
+
+def read_answers(records: Records, task: str, kind: str) -> list[Record]:
+    """Records with image, prompt and answer. `task` and `kind` are for messages.
+
+    Raises:
+        RecordError: one lacks a key, or it is not text.
+    """
+    return _read_all(records, task, kind, ())
+
+
+def read_choices(records: Records, task: str, kind: str) -> list[Record]:
+    """Those that have choices too. Raises RecordError also where the answer does not stand once among them."""
+    return _read_all(records, task, kind, ("choices",))
+
+
+def _read_all(records: Records, task: str, kind: str, more: tuple[str, ...]) -> list[Record]:
+    wanted = ("image", "prompt", "answer", *more)
+    found = [_read(records.source, number, kind, wanted) for number in range(records.count)]
+    _warn_of_unread(task, [record.asked for record in found])
+    return found
+
+
+def draw_groups(answers: Sequence[str], size: int, seed: int) -> list[tuple[str, ...]]:
     """Groups of `size` answers, drawn: whoever asks for one of a group is offered all of it.
 
     So an image that is shown for another of its group is asked nothing new. The last is filled up from the others.
@@ -81,45 +113,37 @@ def _groups(answers: Sequence[str], size: int, seed: int) -> list[tuple[str, ...
     return [*groups, (*last, *(drawn[place] for place in fill))]
 
 
-@dataclass(frozen=True)
-class _Record:
-    asked: Conversation  # the question, and the answer as training reads it
-    answer: str
-    choices: tuple[str, ...]
-
-
-def _read(source: RecordSource, number: int, task: TaskConfig) -> _Record:
+def _read(source: RecordSource, number: int, kind: str, wanted: tuple[str, ...]) -> Record:
     where = source.where(number)
     raw: dict[str, Any] = source.index[number]
-    wanted = ("image", "prompt", "answer", *(("choices",) if task.kind == "choice" else ()))
     missing = [key for key in wanted if key not in raw and not (key == "image" and "images" in raw)]
     if missing:
-        raise RecordError("bad_task_record", f"no {', '.join(missing)}; a {task.kind} record has {wanted}", where)
+        raise RecordError("bad_task_record", f"no {', '.join(missing)}; a {kind} record has {wanted}", where)
     choices = raw.get("choices", [])
     texts = [raw["prompt"], raw["answer"], *(choices if isinstance(choices, list) else [None])]
     if not all(isinstance(text, str) for text in texts):
         raise RecordError("bad_task_record", "prompt, answer and every choice must be text", where)
-    if task.kind == "choice" and (choices.count(raw["answer"]) != 1 or len(set(choices)) != len(choices)):
+    if "choices" in wanted and (choices.count(raw["answer"]) != 1 or len(set(choices)) != len(choices)):
         raise RecordError(
             "bad_task_record", f"answer {raw['answer']!r} must stand once among the choices {choices}", where
         )
     asked = source.read(number, {key: value for key, value in raw.items() if key != "choices"})
-    return _Record(asked, raw["answer"], tuple(choices))
+    return Record(asked, raw["answer"], tuple(choices))
 
 
-def _warn_of_unread(task: TaskConfig, conversations: Sequence[Conversation]) -> None:
+def _warn_of_unread(task: str, conversations: Sequence[Conversation]) -> None:
     log = UnreadLog()
     for conversation in conversations:
-        log.add(task.name, conversation.where, conversation.unread)
-    for line in log.warnings({task.name: len(conversations)}):
+        log.add(task, conversation.where, conversation.unread)
+    for line in log.warnings({task: len(conversations)}):
         warn(line)
 
 
-def _among(record: _Record, candidates: Sequence[str], tokenizer: ConversationTokenizer) -> Question:
+def among(record: Record, candidates: Sequence[str], tokenizer: ConversationTokenizer) -> Question:
     return _question(record, candidates, candidates.index(record.answer), tokenizer)
 
 
-def _question(record: _Record, candidates: Sequence[str], answer: int, tokenizer: ConversationTokenizer) -> Question:
+def _question(record: Record, candidates: Sequence[str], answer: int, tokenizer: ConversationTokenizer) -> Question:
     *before, _ = record.asked.turns
     encoded = []
     for candidate in candidates:
@@ -137,9 +161,14 @@ def _question(record: _Record, candidates: Sequence[str], answer: int, tokenizer
     return Question(prompt, replies, labels, answer, record.answer, record.asked.images, record.asked.where)
 
 
-def _loss_question(conversation: Conversation, tokenizer: ConversationTokenizer) -> Question:
+def loss_question(conversation: Conversation, tokenizer: ConversationTokenizer) -> Question:
     prompt, reply, labels = _encode(conversation, tokenizer)
     return Question(prompt, [reply], [labels], 0, "", conversation.images, conversation.where)
+
+
+def num_counted(question: Question) -> int:
+    """Supervised tokens of its first reply."""
+    return sum(label != IGNORE_INDEX for label in question.reply_labels[0])
 
 
 def _encode(conversation: Conversation, tokenizer: ConversationTokenizer) -> tuple[list[int], list[int], list[int]]:

@@ -20,7 +20,6 @@ from vlm.models.llm import (
     pad_vocabulary,
     refuse_beyond_embedding,
 )
-from vlm.models.projector import PROJECTORS, build_projector
 from vlm.models.recompute import checkpoint_blocks
 from vlm.models.trainable import set_trainable
 from vlm.models.vision import VisionEncoder, build_vision
@@ -81,7 +80,7 @@ def build_encoder(
     assert config.vision is not None
     vision = build_vision(config.vision, frozen_dtype(precision))
     vision.requires_grad_(False)
-    num_tokens = PROJECTORS[config.projector.kind].count_tokens(config.projector, vision.num_patches)
+    num_tokens = config.projector.count_tokens(vision.num_patches)
     return vision.to(device), _image_spec(config.vision, vision, num_tokens)
 
 
@@ -91,7 +90,7 @@ def build_image_spec(config: ModelConfig) -> ImageSpec | None:
         return None
     with torch.device("meta"):
         vision = build_vision(config.vision, weights=False)
-    num_tokens = PROJECTORS[config.projector.kind].count_tokens(config.projector, vision.num_patches)
+    num_tokens = config.projector.count_tokens(vision.num_patches)
     return _image_spec(config.vision, vision, num_tokens)
 
 
@@ -109,8 +108,7 @@ def assemble(
     projector, spec = None, None
     if vision is not None and config.vision is not None:
         embeddings: Any = llm.get_input_embeddings().weight
-        projector = build_projector(
-            config.projector,
+        projector = config.projector.build(
             num_patches=vision.num_patches,
             in_width=vision.width,
             out_width=embeddings.shape[1],

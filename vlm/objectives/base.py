@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from vlm.schema import Section
+from vlm.schema import KindSection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,7 @@ class Objective(Protocol):
         """
 
 
-class ObjectiveConfig(Section):
+class ObjectiveConfig(KindSection):
     """Base of the section `objective`; each kind has its own keys."""
 
     kind: str

@@ -168,4 +168,4 @@ def _millions(number: int, digits: int) -> str:
 
 
 def _whose(config: RunConfig) -> str:
-    return "as the config says" if config.engine.cuts else "so that the fullest stage is as small as possible"
+    return "as the config says" if config.engine.layers_at_cuts else "so that the fullest stage is as small as possible"
