@@ -113,7 +113,7 @@ class OneOf:
     def foreign_values(self, section: KindSection) -> dict[str, Any]:
         """What was written of the other kinds' keys, else their defaults; as JSON has them."""
         fields = self.foreign_fields(type(section)).items()
-        defaults = {name: field.get_default(call_default_factory=True) for name, field in fields}
+        defaults = {n: each.get_default(call_default_factory=True) for n, each in fields if not each.is_required()}
         return to_jsonable_python(defaults | dict(section.unused))
 
     def meaning(self) -> str:
