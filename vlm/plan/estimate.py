@@ -60,6 +60,10 @@ class Plan:
     shape: ModelShape | None = None
 
     @property
+    def num_stages(self) -> int:
+        return self.world_size // self.num_data_ranks
+
+    @property
     def peak(self) -> int:
         """Bytes on the fullest device."""
         return max(device.total for device in self.devices)

@@ -77,7 +77,7 @@ def step_parts(config: RunConfig, plan: Plan, machine: Machine, row: Load) -> di
     """
     assert plan.shape is not None
     kind = kind_of_launch(config.engine, plan.world_size)
-    rows, stages = plan.micro_batch_size, kind.num_stages
+    rows, stages = plan.micro_batch_size, plan.num_stages
     num_micro = config.train.global_batch_size // (rows * plan.num_data_ranks)
     load = _rows(row, rows, config, plan.shape)
     pace = (num_micro + stages - 1) / stages  # stages share the work, and idle while the pipeline fills and empties
@@ -112,8 +112,8 @@ def _sent(kind: EngineKind, plan: Plan, num_micro: int) -> float:
     if ranks == 1:
         return 0.0
     share = (ranks - 1) / ranks
-    gradients = FLOAT32 * plan.num_trained / kind.num_stages
+    gradients = FLOAT32 * plan.num_trained / plan.num_stages
     if kind.gathers:  # weights for each forward and backward, gradients once more
-        weights = plan.num_parameters * 2 / kind.num_stages
+        weights = plan.num_parameters * 2 / plan.num_stages
         return share * num_micro * (2 * weights + gradients)
     return 2 * share * gradients
