@@ -24,9 +24,9 @@ from vlm.evaluation import predict
 from vlm.evaluation.config import EvaluationConfig
 from vlm.evaluation.metrics import Figure
 from vlm.evaluation.predict import FeatureCache, _merge, _Scorer, score_candidates
+from vlm.evaluation.questions import Question
 from vlm.evaluation.report import evaluate_run, run_tasks
 from vlm.evaluation.task_kinds import TASKS, ChoiceTask, LossTask, RankingTask
-from vlm.evaluation.tasks import Question
 from vlm.export.run import export_run
 from vlm.inference.load import LoadedModel, load
 from vlm.models.vlm import VisionLanguageModel

@@ -15,8 +15,8 @@ from vlm.data.records import open_source
 from vlm.data.template import TEMPLATES
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import RecordError
+from vlm.evaluation.questions import Question
 from vlm.evaluation.task_kinds import ChoiceTask
-from vlm.evaluation.tasks import Question
 
 TOKENIZER = byte_level_bpe()
 IMAGE_TOKEN_ID = TOKENIZER.convert_tokens_to_ids("<image>")

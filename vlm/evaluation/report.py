@@ -27,8 +27,9 @@ from vlm.errors import ConfigError
 from vlm.evaluation.config import EvaluationConfig
 from vlm.evaluation.metrics import Figure, derangement
 from vlm.evaluation.predict import FeatureCache, score_candidates
+from vlm.evaluation.questions import Question
 from vlm.evaluation.task_kinds import TaskConfig
-from vlm.evaluation.tasks import Question
+from vlm.evaluation.tasks import read_task
 from vlm.files import write_atomically
 from vlm.inference.load import LoadedModel, load
 from vlm.logs import Progress, log, warn
@@ -128,7 +129,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _run_task(loaded: LoadedModel, task: TaskConfig, features: FeatureCache, seed: int, cache: Path) -> Row:
-    questions = task.questions(loaded.conversation_tokenizer, cache, seed)
+    questions = read_task(task, loaded.conversation_tokenizer, cache, seed)
     shown = [image for question in questions for image in question.images]
     # an image that takes another number of tokens cannot stand in the place of this one
     is_fixed = loaded.image_spec is None or not loaded.image_spec.reads_size

@@ -13,7 +13,7 @@ from vlm.schema import KindSection, PathText
 if TYPE_CHECKING:
     from vlm.data.tokenize import ConversationTokenizer
     from vlm.evaluation.metrics import Figure
-    from vlm.evaluation.tasks import Question
+    from vlm.evaluation.questions import Question
 
 
 class TaskConfig(KindSection):
@@ -71,7 +71,7 @@ class ChoiceTask(TaskConfig):
     """Is the true one of given choices the likeliest?"""
 
     def questions(self, tokenizer: ConversationTokenizer, cache: Path, seed: int = 0) -> list[Question]:
-        from vlm.evaluation.tasks import among, open_records, read_choices
+        from vlm.evaluation.questions import among, open_records, read_choices
 
         source = open_records(self.path, self.images, self.max_records, cache)
         return [among(record, record.choices, tokenizer) for record in read_choices(source, self.name, self.kind)]
@@ -92,7 +92,7 @@ class RankingTask(TaskConfig):
 
     def questions(self, tokenizer: ConversationTokenizer, cache: Path, seed: int = 0) -> list[Question]:
         from vlm.errors import DataError
-        from vlm.evaluation.tasks import among, draw_groups, open_records, read_answers
+        from vlm.evaluation.questions import among, draw_groups, open_records, read_answers
 
         source = open_records(self.path, self.images, self.max_records, cache)
         records = read_answers(source, self.name, self.kind)
@@ -124,14 +124,14 @@ class LossTask(TaskConfig):
     has_blank = True
 
     def questions(self, tokenizer: ConversationTokenizer, cache: Path, seed: int = 0) -> list[Question]:
-        from vlm.evaluation.tasks import loss_question, open_records, read_conversations
+        from vlm.evaluation.questions import loss_question, open_records, read_conversations
 
         source = open_records(self.path, self.images, self.max_records, cache, as_training=True)
         return [loss_question(conversation, tokenizer) for conversation in read_conversations(source, self.name)]
 
     def figure(self, questions: Sequence[Question], scores: list[list[float]]) -> Figure:
         from vlm.evaluation.metrics import loss_per_token
-        from vlm.evaluation.tasks import num_counted
+        from vlm.evaluation.questions import num_counted
 
         return loss_per_token([-score[0] for score in scores], [num_counted(question) for question in questions])
 
