@@ -19,4 +19,5 @@ def read_task(task: TaskConfig, tokenizer: ConversationTokenizer, cache: Path, s
     Raises:
         DataError: no records, or one that cannot be used (with its place).
     """
-    return TASKS[task.kind].model_validate(task.model_dump()).questions(tokenizer, cache, seed)
+    own = task if type(task) is not TaskConfig else TASKS[task.kind].model_validate(task.model_dump())
+    return own.questions(tokenizer, cache, seed)
