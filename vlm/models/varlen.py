@@ -129,7 +129,8 @@ def _by_loop(
     out = []
     for own, k, v, (_, root, shared) in zip(queries, keys, values, segments, strict=True):
         if shared:
-            k, v = (torch.cat([all[root][:, :, :shared], part], dim=2) for all, part in ((keys, k), (values, v)))
+            k = torch.cat([keys[root][:, :, :shared], k], dim=2)
+            v = torch.cat([values[root][:, :, :shared], v], dim=2)
         out.append(_attend(own, k, v, window, settings).transpose(1, 2))
     return torch.cat(out, dim=1)
 
@@ -143,9 +144,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, setti
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
 
 
-@lru_cache(maxsize=64)
 def _mask(length: int, seen: int, window: int, device: torch.device) -> Tensor:
-    """bool [l, shared + l]: the last queries of a causal mask. Every block of a forward asks for the same."""
+    """bool [l, shared + l]: the last queries of a causal mask. Not kept: of long records it is large."""
     ones = torch.ones(length, seen, dtype=torch.bool, device=device)
     return ones.tril(seen - length).triu(seen - length + 1 - window)
 
@@ -181,6 +181,7 @@ class _Lay(NamedTuple):
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a later forward may need it for its backward
 def _lay(segments: Segments, device: torch.device) -> _Lay:
     """Every block of a forward asks for the same."""
     lengths = [length for length, *_ in segments]
@@ -204,6 +205,8 @@ def _kernel_serves(query: Tensor) -> bool:
 
 
 @lru_cache
+@torch.inference_mode(False)
+@torch.enable_grad()  # whichever forward is the first to ask
 def _kernel_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether this GPU, this torch and this width give what SDPA gives record by record, in output and gradient.
 
