@@ -205,8 +205,7 @@ def _kernel_serves(query: Tensor) -> bool:
 
 
 @lru_cache
-@torch.inference_mode(False)
-@torch.enable_grad()  # whichever forward is the first to ask
+@torch.inference_mode(False)  # with gradients, whichever forward is the first to ask
 def _kernel_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether this GPU, this torch and this width give what SDPA gives record by record, in output and gradient.
 
