@@ -78,21 +78,11 @@ CASES = (
 )
 
 
-def config_of(timed: Timed, folder: Path) -> Any:
-    """A RunConfig whose attention goes record by record, as a run's does."""
-    config = bench_plan.write_config(timed.case, folder)
-    decoder = config.model.llm.model_copy(update={"attention": "varlen"})
-    return config.model_copy(update={"model": config.model.model_copy(update={"llm": decoder})})
-
-
 def measure(timed: Timed) -> float:
     """Seconds of processor time of the fastest step."""
-    from vlm.models.llm import settle_attention
-
     case = timed.case
     with tempfile.TemporaryDirectory() as folder:
-        model = bench_plan.build(config_of(timed, Path(folder)).model, case, "cpu")
-    settle_attention(model.llm, "varlen")
+        model = bench_plan.build(bench_plan.write_config(case, Path(folder)).model, case, "cpu")
     batch = bench_plan.make_batch(case, model, "cpu")
     each = case.length // timed.records
     batch.position_ids = torch.arange(each).repeat(timed.records).repeat(case.rows, 1)
@@ -120,7 +110,7 @@ def estimated(timed: Timed) -> dict[str, float]:
 
     case = timed.case
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(timed, Path(folder))
+        config = bench_plan.write_config(case, Path(folder))
         shape = read_shapes(config.model)
     text = case.length - case.images * shape.tokens_per_image
     row = Load(case.images, text, ((case.length / timed.records, timed.records),))
