@@ -44,6 +44,8 @@ extras = {
     "bench": ["trl>=0.24", "datasets>=4"],
     "demo": ["resvg-py==0.5.0", "emoji==2.16.0", "gguf>=0.17", "accelerate>=1.10"],
 }
+users = ("deepspeed", "serve", "json", "track", "quant")  # all that a user of the program may need
+extras["all"] = [package for name in users for package in extras[name]]
 extras["test"] = [
     *extras["demo"],
     *extras["track"],
