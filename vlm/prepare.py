@@ -47,6 +47,7 @@ from vlm.train.fragments import read_weights
 from vlm.train.initialize import CANDIDATES, fit_least_squares
 from vlm.train.optim import describe_sizes
 from vlm.train.scaling import loss_scale_for
+from vlm.train.trackers import check_trackers
 
 CALIBRATION_STEPS = 8  # optimizer steps whose images set the projector's channel statistics
 
@@ -75,8 +76,7 @@ def check_available(config: RunConfig, device: torch.device) -> None:
     check_installed(config.train)
     if config.train.precision != "auto":
         precision.resolve(config.train.precision, device, "train.precision")
-    if config.train.tensorboard and find_spec("tensorboard") is None:
-        raise MissingPackageError("tensorboard", "train.tensorboard", "track")
+    check_trackers(config.train)
     package = config.engine.package
     if package is not None and find_spec(package) is None:
         raise MissingPackageError(package, f"engine.kind {config.engine.kind}", package)

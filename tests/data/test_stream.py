@@ -234,3 +234,38 @@ def test_a_million_records_are_planned_in_seconds():
     )
     assert time.perf_counter() - started < 30  # 1.1 s on an idle core
     assert lengths.sum() / (len(rows) * 2048) > 0.98  # measured 0.9905
+
+
+def test_a_step_that_an_epoch_does_not_fill_may_be_left_out(records, bpe, spec):
+    path = records(31)
+    whole, dropped = build(path, bpe, spec, packing=False), build(path, bpe, spec, packing=False, drop_last=True)
+    assert [data.train.steps_in(2) for data in (whole, dropped)] == [16, 14]  # 31 rows, 4 a step
+    assert [data.train.epoch_at(7) for data in (whole, dropped)] == [7 / 8, 1.0]
+    assert seen(dropped, 7) == seen(whole, 7)
+    assert seen(dropped, 8)[7:] == seen(whole, 9)[8:], "the next epoch begins a step earlier"
+    assert whole.train.fingerprint != dropped.train.fingerprint
+    with pytest.raises(DataError, match="31 rows do not fill one step"):
+        build(path, bpe, spec, packing=False, drop_last=True, batch=32)
+
+
+def test_records_of_similar_length_stand_in_one_step_and_little_is_padded(records, bpe, spec):
+    path = records(63, longest=4)
+    shuffled, grouped = (
+        build(path, bpe, spec, packing=False, group_by_length=by, max_length=400) for by in (False, True)
+    )
+
+    def padding(data):
+        batches = [batch for step in itertools.islice(data.train.iterate(), data.train.steps_in(1)) for batch in step]
+        return sum(batch.num_padding for batch in batches) / sum(batch.input_ids.numel() for batch in batches)
+
+    steps = shuffled.train.steps_in(1)
+    assert flat(seen(grouped, steps)) == flat(seen(shuffled, steps))
+    assert (padding(shuffled), padding(grouped)) == (pytest.approx(0.24, abs=0.02), pytest.approx(0.054, abs=0.02))
+    lengths = grouped.train.order.scan.lengths
+    first = [int(lengths[row[0]]) for row in grouped.train.order.rows(0)[: 4 * 15]]
+    spread = [max(first[i : i + 4]) - min(first[i : i + 4]) for i in range(0, len(first), 4)]
+    assert np.mean(spread) < 0.1 * (max(first) - min(first))
+    assert first != sorted(first), "steps come in a random order"
+    assert grouped.train.order.rows(0) != grouped.train.order.rows(1)
+    with pytest.raises(ValueError, match="alternative to packing"):
+        DataConfig(sources=[SourceConfig(path="x.json")], group_by_length=True)

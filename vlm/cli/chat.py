@@ -56,6 +56,12 @@ def chat(
     repetition_penalty: Annotated[
         float, _option("--repetition-penalty", min=0.1, help="Over 1 repeats less. 大于 1 时减少重复。")
     ] = 1.0,
+    length_penalty: Annotated[
+        float, _option("--length-penalty", help="With --num-beams; under 1 prefers short answers. 束搜索的长度惩罚。")
+    ] = 1.0,
+    max_length: Annotated[
+        int | None, _option("--max-length", min=1, help="Of question and answer, in tokens. 问题与回答的总长度上限。")
+    ] = None,
     seed: Annotated[int | None, _option("--seed", help="Of sampling. 随机种子。")] = None,
     stop_word: Annotated[
         list[str] | None,
@@ -101,10 +107,13 @@ def chat(
             "num_beams": num_beams,
             "repetition_penalty": repetition_penalty,
             "seed": seed,
+            "length_penalty": length_penalty,
+            "max_length": max_length,
         }
     )
-    if idle := without_effect(settings):
-        warn(f"without --do-sample, {', '.join(idle)} changes nothing. 没有 --do-sample，{', '.join(idle)} 不生效。")
+    for switch, idle in without_effect(settings).items():
+        flag, names = f"--{switch.replace('_', '-')}", ", ".join(idle)
+        warn(f"without {flag}, {names} changes nothing. 没有 {flag}，{names} 不生效。")
     model = partial(
         load,
         export,

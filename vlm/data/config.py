@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from vlm.schema import PathText, Section
 
@@ -62,6 +62,10 @@ class DataConfig(Section):
     packing: bool = True
     pack_window: PositiveInt = 512
     """Records among which best-fit packing chooses."""
+    group_by_length: bool = False
+    """Without packing: the records of a step are of similar length, so that little is padded. Order stays random."""
+    drop_last: bool = False
+    """Leave the rows out that do not fill the last step of an epoch, others each time; else that step is smaller."""
     share_images: bool = True
     """Records about one image stand in one row and share its tokens, where attention is varlen: the same losses in less
     time. Needs packing."""
@@ -85,3 +89,9 @@ class DataConfig(Section):
     """Number format of those features, whatever the encoder computes in; bf16 rounds them to 8 bits of mantissa."""
     cache_size_gb: PositiveFloat | None = None
     """Bound of the features of all encoders in `cache`, 10^9 bytes; those not used for longest go. null means none."""
+
+    @model_validator(mode="after")
+    def _one_way_to_fill_rows(self) -> DataConfig:
+        if self.group_by_length and self.packing:
+            raise ValueError("group_by_length is the alternative to packing: set packing to false, or leave it out")
+        return self

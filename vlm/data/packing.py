@@ -8,6 +8,8 @@ import numpy as np
 
 from vlm.data.sharing import Shares, bring_together
 
+GROUPS_AT_A_TIME = 50
+
 
 def pack(lengths: np.ndarray, num_images: np.ndarray, max_length: int, max_images: int) -> list[list[int]]:
     """Best fit, longest first: each example goes into the fullest row that still takes it.
@@ -74,3 +76,30 @@ def pack_in_windows(
         shuffle = np.random.default_rng([*seed, number]).permutation(len(found))
         rows += [found[i] for i in shuffle]
     return rows
+
+
+def group_by_length(order: np.ndarray, lengths: np.ndarray, size: int, *, seed: list[int]) -> np.ndarray:
+    """Bring records of similar length together, `size` at a time; which of these groups comes when stays random.
+
+    Among GROUPS_AT_A_TIME groups' worth of records each, as transformers' `group_by_length` does. A last group that is
+    not full stays last.
+
+    Args:
+        order: record numbers, int [n].
+        lengths: tokens of all records, indexed by record number.
+        seed: seeds the order of the groups.
+
+    >>> group_by_length(np.arange(5), np.array([9, 1, 8, 2, 5]), 2, seed=[0]).tolist()
+    [1, 3, 4, 2, 0]
+    """
+    window, ordered = size * GROUPS_AT_A_TIME, list[np.ndarray]()
+    for number, start in enumerate(range(0, len(order), window)):
+        part = order[start : start + window]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        random = np.random.default_rng([*seed, number])
+        num_whole, rest = divmod(len(part), size)
+        at = int(random.integers(num_whole + 1)) * size  # the records that are not a whole group may be of any length
+        last = part[at : at + rest]
+        groups = np.delete(part, slice(at, at + rest)).reshape(num_whole, size)
+        ordered += [*groups[random.permutation(num_whole)], last]
+    return np.concatenate(ordered) if ordered else order

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlm.batch import Batch, Example, Skip, microbatches_per_step
 from vlm.data.balance import RowSizes, RowWork, deal
 from vlm.data.collate import Collator
-from vlm.data.packing import pack_in_windows
+from vlm.data.packing import group_by_length, pack_in_windows
 from vlm.data.scan import Scan, usable_workers
 from vlm.errors import RecordError
 
@@ -38,6 +38,7 @@ class RowOrder:
     packing: bool
     window: int
     shares_images: bool = False  # records that begin with one image share its tokens
+    group_size: int = 0  # records of similar length that stand together, those of a step; 0 keeps them shuffled
     _rows: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False)  # of the epochs asked for last
     _num_rows: dict[int, int] = field(default_factory=dict, repr=False)
 
@@ -77,6 +78,9 @@ class RowOrder:
     def _make_rows(self, epoch: int) -> list[np.ndarray]:
         order = self.order(epoch)
         if not self.packing:
+            if self.group_size:
+                seed = [self.seed, _ORDER, epoch]
+                order = group_by_length(order, self.scan.lengths, self.group_size, seed=seed)
             return [order[i : i + 1] for i in range(len(order))]
         return pack_in_windows(
             order,
@@ -125,7 +129,8 @@ class RowOrder:
 class BatchStream:
     """Micro-batches of one data rank, step by step, over any number of epochs. Its whole state is the step number.
 
-    A step takes `global_batch_size` rows of the epoch; the last step of an epoch is filled up with empty rows.
+    A step takes `global_batch_size` rows of the epoch; the last step of an epoch is filled up with empty rows, or left
+    out where the stream `drops_last`.
     Rank r of R takes the r-th of R equal parts of the step's rows, so that all ranks together always see the same
     rows in the same step, whatever R and the number of workers. With `work` the parts are equal in work too.
 
@@ -146,6 +151,7 @@ class BatchStream:
         num_data_ranks: int = 1,
         workers: int = 0,
         work: RowWork | None = None,
+        drops_last: bool = False,
     ) -> None:
         self.microbatches_per_step = microbatches_per_step(global_batch_size, micro_batch_size, num_data_ranks)
         self.order = order
@@ -156,6 +162,7 @@ class BatchStream:
         self.num_data_ranks = num_data_ranks
         self.workers = usable_workers(workers)
         self.work = work
+        self.drops_last = drops_last
         self._dealt: tuple[int, list[np.ndarray]] = (-1, [])  # the step asked for last, and this rank's rows of it
 
     @property
@@ -170,6 +177,8 @@ class BatchStream:
         ]  # fmt: skip
         if order.shares_images:
             state.append(hashlib.sha256(order.scan.shares.keys.tobytes()).hexdigest())
+        state += [f"groups of {order.group_size}"] if order.group_size else []
+        state += ["drops last"] if self.drops_last else []
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
 
     @property
@@ -197,11 +206,13 @@ class BatchStream:
             "num_data_ranks",
             "workers",
             "work",
+            "drops_last",
         )
         return BatchStream(**{name: getattr(self, name) for name in names} | changes)
 
     def steps_in_epoch(self, epoch: int) -> int:
-        return -(-self.order.num_rows(epoch) // self.global_batch_size)
+        rows = self.order.num_rows(epoch)
+        return rows // self.global_batch_size if self.drops_last else -(-rows // self.global_batch_size)
 
     def steps_in(self, epochs: float) -> int:
         """Optimizer steps of so many epochs; a part of an epoch is rounded up to a step."""

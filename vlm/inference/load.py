@@ -305,6 +305,10 @@ def make_settings(values: dict[str, Any]) -> GenerationSettings:
     settings = GenerationSettings(**values)
     if settings.max_new_tokens < 1 or settings.num_beams < 1:
         raise ConfigError("max_new_tokens and num_beams must be at least 1")
+    if settings.max_length is not None and settings.max_length < 1:
+        raise ConfigError(f"max_length {settings.max_length}: expected a number of tokens, at least 1")
+    if not math.isfinite(settings.length_penalty):
+        raise ConfigError(f"length_penalty {settings.length_penalty:g}: expected a number; 1 is the usual one")
     if not 0 < settings.repetition_penalty < math.inf:
         raise ConfigError(f"repetition_penalty {settings.repetition_penalty:g}: expected a number over 0; 1 is none")
     if settings.seed is not None and not 0 <= settings.seed < 1 << 63:
