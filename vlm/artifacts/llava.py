@@ -142,6 +142,8 @@ def refuse_other_llava(
             f"{where}: LLaVA's projector neither pools nor standardises: remove model.projector.pool, unshuffle and "
             f"normalize. {_UNFOLDED}"
         )
+    if reason := model.projector.why_not_llava():
+        raise CheckpointError(f"{where}: LLaVA's projector is one or two linear layers, and of this config {reason}")
     pairs = zip((*spec.mean, *spec.std), (*mean, *std), strict=True)
     if any(abs(one - other) > 1e-4 for one, other in pairs):
         raise CheckpointError(

@@ -73,9 +73,10 @@ class ModelConfig(Section):
     def _parts_exist(self) -> ModelConfig:
         if not self.trainable:
             raise ValueError("trainable: empty, so nothing would be trained; name projector, llm, llm.lora or vision")
-        if self.vision is not None and self.vision.keep_class_token and self.projector.patches_per_token > 1:
+        if self.vision is not None and self.vision.keep_class_token and self.projector.needs_square:
             raise ValueError(
-                "vision.keep_class_token excludes projector.pool and projector.unshuffle: no square of patches"
+                "vision.keep_class_token excludes projector.pool, projector.unshuffle and kind average: no square of "
+                "patches"
             )
         if self.vision is None and {"projector", "vision"} & set(self.trainable):
             raise ValueError("trainable: names projector or vision, but model.vision is null")
