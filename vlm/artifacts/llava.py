@@ -209,7 +209,8 @@ def _image_spec(folder: Path, config: Any) -> ImageSpec:
 def _unread(config: Any) -> list[Rule]:
     """What files hold and no forward here reads."""
     blocks, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
-    kept = layer if layer >= 0 else blocks + 1 + layer  # transformers counts the embeddings as layer 0
+    layers = [layer] if isinstance(layer, int) else layer
+    kept = max(each if each >= 0 else blocks + 1 + each for each in layers)  # the embeddings are layer 0 there
     numbers = range(kept, blocks)
     patterns = chain(_COMPUTED, (f"{{*outer}}.encoder.layers.{number}.{{*rest}}" for number in numbers))
     return [drop(pattern) for pattern in patterns]
