@@ -50,6 +50,8 @@ def model_paths(config: RunConfig) -> Iterator[tuple[Key, str]]:
         yield ("model", "vision", "path"), config.model.vision.path
         if config.model.vision.pretrained is not None:
             yield ("model", "vision", "pretrained"), config.model.vision.pretrained
+        if config.model.projector.start_path is not None:
+            yield ("model", "projector", "pretrained"), config.model.projector.start_path
 
 
 def _paths(config: RunConfig) -> Iterator[tuple[Key, str | None, str]]:

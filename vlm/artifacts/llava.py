@@ -142,6 +142,8 @@ def refuse_other_llava(
             f"{where}: LLaVA's projector neither pools nor standardises: remove model.projector.pool, unshuffle and "
             f"normalize. {_UNFOLDED}"
         )
+    if reason := model.projector.why_not_llava():
+        raise CheckpointError(f"{where}: LLaVA's projector is one or two linear layers, and of this config {reason}")
     pairs = zip((*spec.mean, *spec.std), (*mean, *std), strict=True)
     if any(abs(one - other) > 1e-4 for one, other in pairs):
         raise CheckpointError(
@@ -207,7 +209,8 @@ def _image_spec(folder: Path, config: Any) -> ImageSpec:
 def _unread(config: Any) -> list[Rule]:
     """What files hold and no forward here reads."""
     blocks, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
-    kept = layer if layer >= 0 else blocks + 1 + layer  # transformers counts the embeddings as layer 0
+    layers = [layer] if isinstance(layer, int) else layer
+    kept = max(each if each >= 0 else blocks + 1 + each for each in layers)  # the embeddings are layer 0 there
     numbers = range(kept, blocks)
     patterns = chain(_COMPUTED, (f"{{*outer}}.encoder.layers.{number}.{{*rest}}" for number in numbers))
     return [drop(pattern) for pattern in patterns]

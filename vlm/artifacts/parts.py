@@ -21,6 +21,7 @@ from vlm.data.image_order import ImageOrder, learned_order
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.config import ModelConfig
 from vlm.models.trainable import part_of
+from vlm.models.weight_files import prefixed
 from vlm.schema import PARTS
 from vlm.train.checkpoint import newest_verified, read_info
 from vlm.train.fragments import read_weights
@@ -63,6 +64,9 @@ def read_run(run: Path) -> Trained:
     info = read_info(checkpoint)
     image_orders: dict[str, int] = info.get("image_orders", {})  # earlier versions did not count
     order = learned_order(image_orders)
+    if model.vision is not None:  # what of the projector is frozen, the checkpoint does not hold
+        tensors = {**prefixed(model.projector.start_weights(), "projector."), **tensors}
+        model = model.model_copy(update={"projector": model.projector.exported()})
     if config.init_from is not None:
         start = Path(config.init_from)
         manifest = read_start(start)
@@ -130,6 +134,7 @@ def _complete(tensors: dict[str, Tensor], trained: Iterable[str], before: Mappin
     replaced = set(trained)
     if "llm" in replaced:
         replaced.add("llm.lora")  # was merged before this training, which wrote down the sum
+    replaced.discard("projector")  # of which some may be frozen; all that trained is in `tensors`
     return {name: before[name] for name in before if part_of(name) not in replaced} | tensors
 
 

@@ -51,6 +51,8 @@ def pin_start(model: ModelConfig, init_from: str | None) -> Pins:
         files["model.vision.path"] = _settings_in(model.vision.path, VISION_BACKENDS[model.vision.backend].settings)
         if not {"vision"} & {*model.trainable, *brought}:
             files["model.vision.path"] += _encoder_weights(model.vision)
+    if (path := model.projector.start_path) is not None and model.vision is not None:
+        files["model.projector.pretrained"] = [] if "projector" in brought else _whole(path)
     if start is not None:
         files["init_from"] = _start_files(Path(str(init_from)), start, model.trainable)
     sums = _sum_all({file for group in files.values() for file in group})
@@ -89,7 +91,12 @@ def refuse_replaced(checkpoint: Path, before: Pins | None, now: Pins, places: di
 
 def places_of(model: ModelConfig, init_from: str | None) -> dict[str, str | None]:
     vision = None if model.vision is None else model.vision.pretrained or model.vision.path
-    return {"model.llm.path": model.llm.path, "model.vision.path": vision, "init_from": init_from}
+    return {
+        "model.llm.path": model.llm.path,
+        "model.vision.path": vision,
+        "model.projector.pretrained": model.projector.start_path,
+        "init_from": init_from,
+    }
 
 
 def _read_start(folder: Path) -> Manifest | None:
@@ -123,6 +130,11 @@ def _encoder_weights(vision: VisionConfig) -> list[Path]:
 
 def _found(path: str) -> list[Path]:
     return [file for file in weight_files(path) if file.is_file()]
+
+
+def _whole(path: str) -> list[Path]:
+    """A file of any kind, or the weights of a folder."""
+    return [Path(path)] if Path(path).is_file() else _found(path)
 
 
 def _name(file: Path, place: str | None) -> str:

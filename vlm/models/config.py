@@ -17,8 +17,9 @@ class VisionConfig(Section):
     """A local folder or file, or a name that the backend resolves (and caches) itself."""
     pretrained: str | None = None
     """open_clip: weight tag or file. timm: weight file (.safetensors) for an architecture named by `path`."""
-    layer: int = -1
-    """Which block's output is taken: -1 the last, -2 the one before (LLaVA)."""
+    layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = -1
+    """Which block's output is taken: -1 the last, -2 the one before (LLaVA). Of several, as [-3, -9], a patch has the
+    channels of each, in this order."""
     keep_class_token: bool = False
     """Give the class token to the projector too, before the patches."""
     image_size: PositiveInt | None = None
@@ -30,6 +31,11 @@ class VisionConfig(Section):
     compute: Literal["auto", "fp32", "fp32_channels_last", "bf16", "bf16_channels_last"] = "auto"
     """How it computes while it is frozen. auto: as train.precision says, but a convolutional network in the number and
     memory format that is fastest here, measured once per machine."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """`layer`, whether one or several."""
+        return (self.layer,) if isinstance(self.layer, int) else self.layer
 
 
 class LLMConfig(Section):
@@ -73,9 +79,10 @@ class ModelConfig(Section):
     def _parts_exist(self) -> ModelConfig:
         if not self.trainable:
             raise ValueError("trainable: empty, so nothing would be trained; name projector, llm, llm.lora or vision")
-        if self.vision is not None and self.vision.keep_class_token and self.projector.patches_per_token > 1:
+        if self.vision is not None and self.vision.keep_class_token and self.projector.needs_square:
             raise ValueError(
-                "vision.keep_class_token excludes projector.pool and projector.unshuffle: no square of patches"
+                "vision.keep_class_token excludes projector.pool, projector.unshuffle and kind average: no square of "
+                "patches"
             )
         if self.vision is None and {"projector", "vision"} & set(self.trainable):
             raise ValueError("trainable: names projector or vision, but model.vision is null")

@@ -48,6 +48,9 @@ def set_trainable(model: VisionLanguageModel, parts: Collection[str], lora: LoRA
         add_lora(model, lora)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts)
+    if model.projector is not None:
+        for name in model.projector.frozen:
+            model.projector.get_parameter(name).requires_grad_(False)
     keep_trained_in_float32(model)
     if model.vision is not None:
         if "vision" in parts:

@@ -51,6 +51,12 @@ def joined(*groups: Mapping[str, Tensor]) -> LazyTensors:
     return LazyTensors(shapes, lambda name: owner[name][name])
 
 
+def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> LazyTensors:
+    """The same tensors [...] by longer names."""
+    shapes = {prefix + name: shape for name, shape in shapes_of(tensors).items()}
+    return LazyTensors(shapes, lambda name: tensors[name.removeprefix(prefix)])
+
+
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
     """Name -> shape of tensors [...]. Reads nothing that is not in memory."""
     if isinstance(tensors, LazyTensors):

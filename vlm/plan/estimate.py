@@ -138,7 +138,7 @@ def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics:
     trainable, model = config.model.trainable, config.model
     is_trained = "llm" in trainable
     inputs: list[Part] = []
-    if shape.vision is not None:
+    if shape.vision is not None and shape.projector is not None:
         trains_vision = "vision" in trainable
         inputs.append(
             blocks.vision(
@@ -147,8 +147,8 @@ def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics:
                 checkpointing=model.gradient_checkpointing,
             )
         )  # fmt: skip
-        keeps = trains_vision or "projector" in trainable
-        inputs.append(blocks.projector(shape, work, numerics, "projector" in trainable, keeps))
+        trains_projector = "projector" in trainable
+        inputs.append(blocks.projector(shape.projector, work, numerics, trains_projector, trains_vision))
     inputs.append(blocks.embedding(shape.llm, work, numerics, is_trained))
     lora = model.lora if "llm.lora" in trainable else None
     middle = [
@@ -167,7 +167,8 @@ def _num_parameters(config: RunConfig, shape: ModelShape) -> int:
     llm, lora = shape.llm, config.model.lora if "llm.lora" in config.model.trainable else None
     adapters = shape.llm.lora_numel(lora) * len(llm.blocks) if lora else 0
     encoder = shape.vision.numel if shape.vision else 0
-    return llm.embedding + llm.head + llm.final_norm + sum(llm.blocks) + adapters + encoder + shape.projector_numel
+    projector = shape.projector.numel if shape.projector else 0
+    return llm.embedding + llm.head + llm.final_norm + sum(llm.blocks) + adapters + encoder + projector
 
 
 def _device(

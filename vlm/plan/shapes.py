@@ -6,10 +6,10 @@ Letters: D LLM width, V vocabulary, C vision width, P patches, T tokens per imag
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlm.models.config import LoRAConfig, ModelConfig, VisionConfig
 from vlm.models.decoders import find_blocks, find_decoder, find_linears, linear_shape
@@ -17,6 +17,7 @@ from vlm.models.encoders.base import EncoderCost
 from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.families import family_of
 from vlm.models.llm import llm_from_config, pad_vocabulary, takes_varlen
+from vlm.models.projector_kinds import ProjectorConfig
 from vlm.models.vision import build_vision
 
 
@@ -28,6 +29,31 @@ class Linear:
     inputs: int
     outputs: int
     role: str = ""  # the field of `BlockNames` that has its name
+
+
+@dataclass(frozen=True)
+class ProjectorLinear(Linear):
+    """A linear layer of a projector.
+
+    Attributes:
+        tokens: of an image, that it computes.
+        trains: where the projector does; not what is frozen within it.
+        passes: where the projector trains and the encoder does not, a gradient goes on to what entered it.
+    """
+
+    tokens: int = 0
+    trains: bool = True
+    passes: bool = True
+
+
+@dataclass(frozen=True)
+class ProjectorShape:
+    """Found by building one and looking at one forward, all without weights."""
+
+    linears: tuple[ProjectorLinear, ...]  # in the order in which they compute
+    numel: int
+    trainable: int  # parameters; fewer than `numel` where some are frozen
+    num_inputs: int  # numbers that it reads of an image, after pooling
 
 
 @dataclass(frozen=True)
@@ -74,12 +100,8 @@ class VisionShape(EncoderCost):
 class ModelShape:
     llm: LLMShape
     vision: VisionShape | None
-    projector: tuple[Linear, ...]  # its linear layers in order; none for a plain language model
+    projector: ProjectorShape | None  # None for a plain language model
     tokens_per_image: int  # T
-
-    @property
-    def projector_numel(self) -> int:
-        return sum((linear.inputs + 1) * linear.outputs for linear in self.projector)
 
 
 def read_shapes(config: ModelConfig) -> ModelShape:
@@ -91,11 +113,10 @@ def read_shapes(config: ModelConfig) -> ModelShape:
     """
     llm = _read_llm(config)
     if config.vision is None:
-        return ModelShape(llm, None, (), 0)
+        return ModelShape(llm, None, None, 0)
     vision = _read_vision(config.vision)
-    widths = config.projector.widths(vision.width, llm.width)
-    linears = tuple(Linear(str(i), *pair) for i, pair in enumerate(pairwise(widths)))
-    return ModelShape(llm, vision, linears, config.projector.count_tokens(vision.num_patches))
+    projector = _read_projector(config.projector, vision, llm.width)
+    return ModelShape(llm, vision, projector, config.projector.count_tokens(vision.num_patches))
 
 
 def _read_llm(config: ModelConfig) -> LLMShape:
@@ -141,6 +162,37 @@ def _linears_of_blocks(model: Any) -> dict[str, tuple[Linear, ...]]:
         last = name.rpartition(".")[2]
         found[block].append(Linear(last, *linear_shape(module), role=roles.get(last, "")))
     return {name: tuple(linears) for name, linears in found.items()}
+
+
+def _read_projector(config: ProjectorConfig, vision: VisionShape, out_width: int) -> ProjectorShape:
+    """Of an encoder of this shape."""
+    found: list[ProjectorLinear] = []
+
+    def look(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        tokens = inputs[0].numel() // module.in_features
+        found.append(
+            ProjectorLinear(
+                str(len(found)), module.in_features, module.out_features, tokens=tokens,
+                trains=module.weight.requires_grad, passes=inputs[0].requires_grad,
+            )
+        )  # fmt: skip
+
+    with torch.device("meta"):
+        projector = config.build(
+            num_patches=vision.num_patches, in_width=vision.width, out_width=out_width, output_std=1.0
+        )
+        for name in projector.frozen:
+            projector.get_parameter(name).requires_grad_(False)
+        for module in projector.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(look)
+        projector(torch.zeros(1, vision.num_patches, vision.width))
+    return ProjectorShape(
+        linears=tuple(found),
+        numel=sum(p.numel() for p in projector.parameters()),
+        trainable=sum(p.numel() for p in projector.parameters() if p.requires_grad),
+        num_inputs=vision.num_patches * vision.width // config.pool**2,
+    )
 
 
 def _read_vision(config: VisionConfig) -> VisionShape:

@@ -89,7 +89,8 @@ def open_store(
         size_gb: bound of all stores in `cache` together; None means none.
     """
     limit = None if size_gb is None else int(size_gb * 1e9)
-    return FeatureStore(Path(cache) / FOLDER, encoder_key(encoder, (spec, str(dtype))), dtype, limit)
+    joins = (encoder.joins,) if encoder.joins else ()  # one layer has no entry: earlier stores stay valid
+    return FeatureStore(Path(cache) / FOLDER, encoder_key(encoder, (spec, str(dtype), *joins)), dtype, limit)
 
 
 def fill_with_all_ranks(store: FeatureStore, scans: Sequence[Scan], encoder: ImageEncoder | None) -> None:

@@ -41,6 +41,12 @@ class VisionEncoder(nn.Module):
         self.num_patches, self.width = probe.shape[1:]
 
     @property
+    def joins(self) -> tuple[int, ...]:
+        """What its features are made of that its weights do not show: several layers, in their order; () for one."""
+        layers = getattr(self.trunk, "layers", ())
+        return tuple(layers) if len(layers) > 1 else ()
+
+    @property
     def is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.trunk.parameters())
 

@@ -74,13 +74,13 @@ class Transformers(VisionBackend):
         num_prefix = kind.has_class_token + getattr(settings, "num_register_tokens", 0)
         check_class_token(config, num_prefix)
         interpolate = config.image_size not in (None, settings.image_size) and not kind.resamples
-        tower = HFTower(model, num_prefix, config.layer, config.keep_class_token, interpolate)
+        tower = HFTower(model, num_prefix, config.layers, config.keep_class_token, interpolate)
         return wrap(tower, config, settings.image_size, *_normalisation(config, kind), num_prefix)
 
     def save_architecture(self, encoder: VisionEncoder, config: VisionConfig, folder: Path) -> VisionConfig:
         trunk = encoder.trunk
         _cut_config(trunk.model.config, len(trunk.blocks)).save_pretrained(folder)
-        return config.model_copy(update={"path": folder.name, "layer": -1, "image_size": encoder.image_size})
+        return config.model_copy(update={"path": folder.name, "layer": trunk.layer, "image_size": encoder.image_size})
 
     def why_not_llava(self, config: VisionConfig, encoder: VisionEncoder) -> str | None:
         is_of_llava = TOWERS[encoder.trunk.model.config.model_type].is_of_llava

@@ -72,7 +72,7 @@ def _tower(visual: Any, config: VisionConfig) -> tuple[nn.Module, int]:
         return timm_tower(visual.trunk, config)
     if hasattr(visual, "transformer"):
         num_blocks = len(visual.transformer.resblocks)
-        return IntermediateTower(visual, config.layer, config.keep_class_token, num_blocks, is_open_clip=True), 1
+        return IntermediateTower(visual, config.layers, config.keep_class_token, num_blocks, is_open_clip=True), 1
     raise ConfigError(
         f"model.vision.path {config.path}: open_clip's own {type(visual).__name__} is not supported. timm has the "
         "same networks, e.g. {backend: timm, path: resnet50_clip.openai}"

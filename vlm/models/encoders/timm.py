@@ -64,9 +64,9 @@ def timm_tower(model: Any, config: VisionConfig) -> tuple[nn.Module, int]:
     intermediates = getattr(model, "forward_intermediates", None)
     if intermediates is not None and "return_prefix_tokens" in inspect.signature(intermediates).parameters:
         num_blocks = len(model.blocks)
-        tower = IntermediateTower(model, config.layer, config.keep_class_token, num_blocks, is_open_clip=False)
+        tower = IntermediateTower(model, config.layers, config.keep_class_token, num_blocks, is_open_clip=False)
         return tower, getattr(model, "num_prefix_tokens", 1)
-    if config.layer != -1:
+    if config.layers != (-1,):
         raise ConfigError(f"model.vision.layer {config.layer}: {config.path} has no row of token blocks, only layer -1")
     return FeatureMapTower(model, config.keep_class_token), getattr(model, "num_prefix_tokens", 0)
 
