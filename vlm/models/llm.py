@@ -24,7 +24,7 @@ from vlm.models.head import find_logits_rule
 from vlm.models.hub import check_hub
 from vlm.models.native import why_not_a_decoder, why_not_native
 from vlm.models.spm import differences
-from vlm.models.tokenizer_files import COMPANIONS, VOCABULARY, why_not_converted, write_converted
+from vlm.models.tokenizer_files import COMPANIONS, VOCABULARIES, why_not_converted, write_converted
 from vlm.models.varlen import VARLEN, register
 
 if TYPE_CHECKING:
@@ -268,7 +268,9 @@ def _read_tokenizer(path: str, trust_remote_code: bool) -> Any:
 
     if Path(path).is_dir() and (reason := why_no_tokenizer(Path(path), trust_remote_code)):
         raise CheckpointError(f"model.llm.path {path}: cannot load its tokenizer: {reason}")
-    vocabulary = None if _find_file(path, "tokenizer.json") else _find_file(path, VOCABULARY)
+    vocabulary = None
+    if not _find_file(path, "tokenizer.json"):
+        vocabulary = next((file for name in VOCABULARIES if (file := _find_file(path, name))), None)
     if vocabulary is None:
         try:
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -286,7 +288,7 @@ def _read_tokenizer(path: str, trust_remote_code: bool) -> Any:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.name_or_path = path
     if texts := differences(vocabulary, tokenizer.backend_tokenizer):
-        warn(f"model.llm.path {path}: converted from {VOCABULARY}, its tokenizer writes {texts[0]!r} with other ids")
+        warn(f"model.llm.path {path}: its tokenizer, made of {vocabulary.name}, writes {texts[0]!r} with other ids")
     return tokenizer
 
 
