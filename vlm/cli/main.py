@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (configs, plan, prove, train, export, chat, webui, serve):
+for module in (configs, plan, prove, train, export, convert, chat, webui, serve):
     module.register(app)
 app.add_typer(data.app, name="data", help="Look at training data without a model; encode its images ahead.")
 app.add_typer(convert.app, name="convert", help="Rewrite models of other programs and times as native ones.")
