@@ -89,7 +89,7 @@ def test_the_program_has_no_call_that_could_unpickle():
         f"{path.name}: {line.strip()}"
         for path in (Path(__file__).parents[2] / "vlm").rglob("*.py")
         for line in path.read_text().splitlines()
-        if calls.search(line) and "allow_pickle=False" not in line
+        if calls.search(line) and "allow_pickle=False" not in line and "weights_only=True" not in line
     ]
     assert [line for line in lines if "log(f" not in line] == []  # a log line tells others how to load a .pth
 

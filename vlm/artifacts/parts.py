@@ -119,6 +119,11 @@ def save_sharded(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: st
 
 def check_shard_size(text: str) -> None:
     """Raises ConfigError unless it is written like 5GB or 200MB."""
+    shard_bytes(text)
+
+
+def shard_bytes(text: str) -> int:
+    """Bytes of "5GB" or "200MB". Raises ConfigError if it is written otherwise."""
     from huggingface_hub.serialization._base import parse_size_to_int
 
     try:
@@ -127,6 +132,7 @@ def check_shard_size(text: str) -> None:
         size = 0
     if size < 1:
         raise ConfigError(f"--max-shard-size {text!r}: expected a size such as 5GB or 200MB")
+    return int(size)
 
 
 def _complete(tensors: dict[str, Tensor], trained: Iterable[str], before: Mapping[str, Tensor]) -> dict[str, Tensor]:

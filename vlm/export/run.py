@@ -30,6 +30,7 @@ from vlm.logs import log
 from vlm.models.build import Assembled, build_model
 from vlm.models.config import VisionConfig
 from vlm.models.encoders.kinds import VISION_BACKENDS
+from vlm.models.llm import dtype_on_disk
 from vlm.models.trainable import cast_weights, load_weights, merge_lora, part_weights
 from vlm.models.vision import save_architecture
 from vlm.models.weight_files import WeightFiles
@@ -201,7 +202,7 @@ def build_merged(trained: Trained, dtype: DType | None, precision: str = "fp32")
     built.model.eval()
     for part in (built.model.llm, built.model.vision):
         if part is not None and dtype is not None:
-            cast_weights(part, _dtype_on_disk(trained.model.llm.path) if dtype == "auto" else DTYPES[dtype])
+            cast_weights(part, dtype_on_disk(trained.model.llm.path) if dtype == "auto" else DTYPES[dtype])
     return built
 
 
@@ -216,18 +217,11 @@ def _precision_to_read(path: str) -> Literal["fp32", "bf16", "fp16"]:
     if 4 * num_weights < _MEMORY_SHARE * free:
         return "fp32"
     if 2 * num_weights < _MEMORY_SHARE * free:
-        return "fp16" if _dtype_on_disk(path) == torch.float16 else "bf16"
+        return "fp16" if dtype_on_disk(path) == torch.float16 else "bf16"
     raise CheckpointError(
         f"an export is read back before it is called one, which takes {2 * num_weights / 2**30:.1f} GiB of memory for "
         f"{path}; {free / 2**30:.1f} GiB are free. Export on a machine that can hold the language model"
     )
-
-
-def _dtype_on_disk(path: str) -> torch.dtype:
-    from transformers import AutoConfig
-
-    named = getattr(AutoConfig.from_pretrained(path), "dtype", None)
-    return named if named in (torch.bfloat16, torch.float16, torch.float32) else torch.float32
 
 
 def _write_llm_config(folder: Path, built: Assembled, tokens: ConversationTokenizer) -> None:
