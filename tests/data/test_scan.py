@@ -159,7 +159,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, bpe, spec, cap
 def test_a_damaged_table_in_the_cache_is_measured_again(tmp_path, bpe, spec):
     path = write(tmp_path / "a.jsonl", GOOD, GOOD)
     whole = scan_records(reader(path, bpe, spec), tmp_path / "cache")
-    (table,) = (tmp_path / "cache/lengths").glob("*.npz")
+    (table,) = (tmp_path / "cache/lengths").glob("*/table.npy")
     content = table.read_bytes()
     for damaged in (b"", content[:50], content[:-30], content[:150] + b"\xff" + content[151:], b"no table at all"):
         table.write_bytes(damaged)

@@ -38,11 +38,11 @@ class Fields:
         self._inner: list[Fields] = []
 
     def __contains__(self, key: str) -> bool:
-        return has_content(self.values.get(key))
+        return key in self.values and has_content(self.values[key])
 
     def given(self, keys: tuple[str, ...]) -> list[str]:
         """Those of `keys` that have content."""
-        return [key for key in keys if key in self]
+        return [] if self.values.keys().isdisjoint(keys) else [key for key in keys if key in self]
 
     def take(self, *keys: str) -> Any:
         """The value of the first of `keys` that has content, which counts as read; None without any."""
@@ -76,7 +76,13 @@ def has_content(value: Any) -> bool:
     >>> [has_content(value) for value in (None, " ", [], {"a": [None, ""]}, 0, False, "a", [[], ["a"]])]
     [False, False, False, False, True, True, True, True]
     """
-    return any(leaf is not None and not (isinstance(leaf, str) and not leaf.strip()) for leaf in leaves(value))
+    if isinstance(value, list | dict):
+        return any(leaf is not None and not _is_blank(leaf) for leaf in leaves(value))
+    return value is not None and not _is_blank(value)
+
+
+def _is_blank(leaf: Any) -> bool:
+    return isinstance(leaf, str) and (not leaf or leaf.isspace())
 
 
 def leaves(value: Any) -> Iterator[Any]:

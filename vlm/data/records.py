@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,21 +78,38 @@ class RecordSource:
         Raises:
             RecordError: see `parse_record`, `resolve_image`, `RecordIndex.__getitem__`.
         """
+        return self.with_images(self.parsed(number))
+
+    def parsed(self, number: int) -> Conversation:
+        """Record `number` with its images still as it names them. Raises RecordError."""
         try:
             record = self.index[number]
         except RecordError as error:
             raise error.at(self.where(number)) from None
-        return self.read(number, record)
+        return self._parse(number, record)
 
     def read(self, number: int, record: dict[str, Any]) -> Conversation:
         """A record in place of record `number`, such as that one without the keys that are not for training."""
+        return self.with_images(self._parse(number, record))
+
+    def with_images(self, parsed: Conversation) -> Conversation:
+        """The conversation with its images found. Raises RecordError: see `resolve_image`."""
+        return replace(parsed, images=self.find_images(parsed.images, parsed.where)) if parsed.images else parsed
+
+    def find_images(self, images: Iterable[str | bytes], where: str) -> tuple[str | bytes, ...]:
+        """Absolute paths of images, as a record names them; those that it embeds as they are."""
+        try:
+            return tuple(image if isinstance(image, bytes) else self._find(image) for image in images)
+        except RecordError as error:
+            raise error.at(where) from None
+
+    def _parse(self, number: int, record: dict[str, Any]) -> Conversation:
         where = self.where(number)
         try:
             parsed = parse_record(record, self.config, self.image_placement)
-            images = tuple(image if isinstance(image, bytes) else self._find(image) for image in parsed.images)
         except RecordError as error:
             raise error.at(where) from None
-        return replace(parsed, images=images, where=where)
+        return replace(parsed, where=where)
 
     def _find(self, image: str) -> str:
         try:
