@@ -24,6 +24,7 @@ from vlm.logs import warn
 
 _HEADER = struct.Struct("<7i")  # number, tokens kept, runs of placeholders, of labels, bytes of text, images, sum
 _SUM = struct.Struct("<i")
+_JSON = json.JSONEncoder(separators=(",", ":"))
 _START = b"vlmtok1\n"  # begins a shard, so that no place is 0
 _SHARD_BITS = 40  # of a place: above these the shard's number, below them the byte
 _GUESS = 2048  # bytes read at once: a caption or a short conversation is shorter
@@ -153,7 +154,7 @@ def pack_example(number: int, example: Example, names: tuple[str, ...] | None, i
         position = end
     kept.extend(ids[position:])
     plain = names == () and not example.unread
-    text = b"" if plain else json.dumps([names, example.unread], separators=(",", ":")).encode()
+    text = b"" if plain else _JSON.encode([names, example.unread]).encode()
     text += b" " * (-len(text) % 4)
     counts = number, len(kept), len(images), len(learned), len(text), len(example.images)
     content = kept.tobytes() + array("i", images + learned).tobytes() + text

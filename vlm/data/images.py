@@ -72,8 +72,6 @@ def resolve_image(root: Path, name: str, links: Sequence[Path] = ()) -> Path:
     """
     if not name.strip() or "\0" in name:
         raise RecordError("bad_image_field", f"{name[:80]!r} is no file name")
-    if (plain := _plain_file(str(root), name)) is not None:
-        return plain
     try:
         path = (root / name).resolve()
         inside, exists = path.is_relative_to(root), path.is_file()
@@ -88,20 +86,20 @@ def resolve_image(root: Path, name: str, links: Sequence[Path] = ()) -> Path:
     return path
 
 
-def _plain_file(root: str, name: str) -> Path | None:
-    """The usual case in one system call: a file that is no link, below the root; None says that it takes a closer look.
+def plain_file(root: str, name: str) -> str | None:
+    """What `resolve_image` finds, in one system call, of a file that is no link; None says to ask that.
 
-    Folders are looked up once in a process.
+    Folders are looked up once in a process, so this is for data files and not for what a stranger asks for.
     """
     parent, base = os.path.split(name)
-    if os.path.isabs(name) or base in ("", ".", "..") or ".." in parent:
+    if not name.strip() or os.path.isabs(name) or base in ("", ".", "..") or ".." in parent:
         return None
     folder = _real_folder(root, parent)
     try:
         is_file = folder is not None and stat.S_ISREG(os.lstat(f"{folder}{os.sep}{base}").st_mode)
     except (OSError, ValueError):
         return None
-    return Path(f"{folder}{os.sep}{base}") if is_file else None
+    return f"{folder}{os.sep}{base}" if is_file else None
 
 
 @lru_cache(maxsize=1 << 16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from vlm.data.config import SourceConfig
 from vlm.data.conversation import Conversation
 from vlm.data.dataset_info import resolve_dataset_info
 from vlm.data.folder import FolderIndex
-from vlm.data.images import cache_links, near_name, resolve_image
+from vlm.data.images import cache_links, near_name, plain_file, resolve_image
 from vlm.data.index import open_index
 from vlm.data.media import IMAGE_SUFFIXES, decode_data_url
 from vlm.data.parse import ROLES, parse_record
@@ -94,7 +94,9 @@ class RecordSource:
 
     def with_images(self, parsed: Conversation) -> Conversation:
         """The conversation with its images found. Raises RecordError: see `resolve_image`."""
-        return replace(parsed, images=self.find_images(parsed.images, parsed.where)) if parsed.images else parsed
+        if not parsed.images:
+            return parsed
+        return Conversation(parsed.turns, self.find_images(parsed.images, parsed.where), parsed.where, parsed.unread)
 
     def find_images(self, images: Iterable[str | bytes], where: str) -> tuple[str | bytes, ...]:
         """Absolute paths of images, as a record names them; those that it embeds as they are."""
@@ -109,9 +111,11 @@ class RecordSource:
             parsed = parse_record(record, self.config, self.image_placement)
         except RecordError as error:
             raise error.at(where) from None
-        return replace(parsed, where=where)
+        return Conversation(parsed.turns, parsed.images, where, parsed.unread)
 
     def _find(self, image: str) -> str:
+        if (path := plain_file(str(self.images_root), image)) is not None:
+            return path
         try:
             return str(resolve_image(self.images_root, image, self.links))
         except RecordError as error:
