@@ -175,7 +175,7 @@ def build_order(
         window=config.pack_window,
         shares_images=shares_images,
     )
-    if not order.rows(0):
+    if not len(order.rows(0)):
         raise DataError("data: no record is left to train on; data.held_out or the sources' weights leave none")
     return order
 

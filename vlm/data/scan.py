@@ -24,17 +24,20 @@ from vlm.batch import IGNORE_INDEX, Example, Skip
 from vlm.data import skips as skip_rules
 from vlm.data.conversation import Conversation
 from vlm.data.examples import ExampleStore, KeptExample, image_names, pack_example
-from vlm.data.lengths import load_table, store_table
+from vlm.data.lengths import load_array, store_array
 from vlm.data.notes import UnreadLog
 from vlm.data.records import RecordSource
 from vlm.data.sharing import Shares, find_stem, stem_key
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError, RecordError
-from vlm.logs import Progress, log
+from vlm.logs import Progress, log, warn
 
 COLUMNS = 6  # of the table: tokens, images, supervised tokens, tokens of the stem, its key, place in the store
 CHUNK = 2000  # records per task of a scanning process
+MANY = 50_000  # records that are spread over the cores though data.workers is 0: half a minute's work on one
 STORE_SECONDS = 30.0  # between writes of a table that is not finished; an interrupted scan goes on from there
+
+_MEASURED = "the records are measured"
 
 Result = TypeVar("Result")
 Work = Callable[["ExampleReader", np.ndarray], Result]  # done to the records of these numbers
@@ -142,12 +145,15 @@ def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) ->
     folder = None if cache is None or reader.tokenizer.reads_images else cache / "lengths" / _key(reader)
     stored = None if folder is None else folder / "table.npy"
     store = None if folder is None else ExampleStore(folder, reader.tokenizer.image_token_id)
-    loaded = None if stored is None else load_table(stored, (COLUMNS, len(reader)))
+    loaded = None if stored is None else load_array(stored, _MEASURED)
+    if loaded is not None and loaded[0].shape != (COLUMNS, len(reader)):
+        loaded = None
     if loaded is not None and store is not None and not store.holds(loaded[0][5]):
         loaded = None
     if loaded is None:
         log(f"data: measuring {len(reader):,} records")
-    table, unread = loaded or (np.zeros((COLUMNS, len(reader)), dtype=np.int64), UnreadLog())
+    table = np.zeros((COLUMNS, len(reader)), dtype=np.int64) if loaded is None else loaded[0]
+    unread = UnreadLog() if loaded is None else UnreadLog.from_json(loaded[1])
     again = np.flatnonzero(table[0] == 0)
     if len(again):
         table = np.array(table)  # the stored one is mapped and stays as it is
@@ -159,10 +165,10 @@ def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) ->
         skips += skipped
         unread.merge(unread_there)
         if stored is not None and time.monotonic() - written > STORE_SECONDS:
-            store_table(stored, table, unread)
+            store_array(stored, table, _MEASURED, unread.to_json())
             written = time.monotonic()
     if stored is not None and len(again):
-        store_table(stored, table, unread)
+        store_array(stored, table, _MEASURED, unread.to_json())
     lengths, num_supervised, stems = (table[column].astype(np.int32) for column in (0, 2, 3))
     shares = Shares(keys=table[4], stems=stems)
     reading = replace(reader, store=store, places=None if store is None else table[5])
@@ -207,10 +213,11 @@ def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, lis
 def in_chunks(
     reader: ExampleReader, numbers: np.ndarray, work: Work[Result], workers: int, what: str, chunk: int | None = None
 ) -> Iterator[tuple[int, Result]]:
-    """Do `work` to `numbers`, `chunk` records at a time, in `workers` processes when there is enough of it.
+    """Do `work` to `numbers`, `chunk` records at a time, in several processes when there is enough of it.
 
     Args:
         work: a function that another process can import.
+        workers: processes; with 0, all cores are used for MANY records or more.
         what: begins the lines that tell the progress.
         chunk: None means CHUNK.
 
@@ -218,30 +225,36 @@ def in_chunks(
         (start, result) of `numbers[start : start + chunk]`, in order.
 
     Raises:
-        DataError: a process died.
+        DataError: one of the processes that `workers` asks for died.
     """
-    size, workers = chunk or CHUNK, usable_workers(workers)
+    size = chunk or CHUNK
     starts = range(0, len(numbers), size)
     chunks = [numbers[start : start + size] for start in starts]
-    if workers == 0 or len(chunks) < 2 * workers:  # a process takes seconds to start
-        with Progress(what, len(numbers), "records") as progress:
-            for start, some in zip(starts, chunks, strict=True):
-                yield start, work(reader, some)
-                progress.show(start + len(some))
-        return
-    context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads in a broken state
-    with (
-        Progress(what, len(numbers), "records") as progress,
-        ProcessPoolExecutor(workers, mp_context=context, initializer=_keep, initargs=(reader, work)) as pool,
-    ):
+    num_processes = usable_workers(workers or (len(numbers) if len(numbers) >= MANY else 0))
+    done = 0
+    with Progress(what, len(numbers), "records") as progress:
         try:
-            for start, result in zip(starts, pool.map(_do_kept, chunks), strict=True):
-                yield start, result
-                progress.show(min(start + size, len(numbers)))
+            # a process takes seconds to start
+            spread = num_processes > 1 if not workers else num_processes > 0
+            if spread and len(chunks) >= 2 * num_processes:
+                for result in _in_processes(reader, work, chunks, num_processes):
+                    yield starts[done], result
+                    done += 1
+                    progress.show(min(done * size, len(numbers)))
         except BrokenProcessPool:
-            raise DataError(
-                f"a process that reads records died, usually because memory ran out. Lower data.workers (now {workers})"
-            ) from None
+            died = "a process that reads records died, usually because memory ran out"
+            if workers:
+                raise DataError(f"{died}. Lower data.workers (now {num_processes})") from None
+            warn(f"{died}; the records are read in one process")
+        for start, some in zip(starts[done:], chunks[done:], strict=True):
+            yield start, work(reader, some)
+            progress.show(start + len(some))
+
+
+def _in_processes(reader: ExampleReader, work: Work[Result], chunks: list[np.ndarray], count: int) -> Iterator[Result]:
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads in a broken state
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_keep, initargs=(reader, work)) as pool:
+        yield from pool.map(_do_kept, chunks)
 
 
 _kept: list[tuple[ExampleReader, Work]] = []  # in a helping process: what it works on

@@ -9,6 +9,7 @@ import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,11 +17,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlm.batch import Batch, Example, Skip, microbatches_per_step
 from vlm.data.collate import Collator
-from vlm.data.packing import pack_in_windows
+from vlm.data.lengths import load_array, store_array
+from vlm.data.packing import Rows, pack_in_windows
 from vlm.data.scan import Scan, usable_workers
 from vlm.errors import RecordError
 
 _ORDER, _WEIGHTS = 1, 2  # separate the random numbers of different uses
+_MANY = 50_000  # records whose rows are kept in the cache; 0.1 s
+_PACKED = "rows are packed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +40,7 @@ class RowOrder:
     packing: bool
     window: int
     shares_images: bool = False  # records that begin with one image share its tokens
-    _rows: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False)  # of the epochs asked for last
+    _rows: dict[int, Rows] = field(default_factory=dict, repr=False)  # of the epochs asked for last
     _num_rows: dict[int, int] = field(default_factory=dict, repr=False)
 
     @property
@@ -59,8 +63,11 @@ class RowOrder:
         records = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
         return records[np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(records))]
 
-    def rows(self, epoch: int) -> list[np.ndarray]:
-        """The epoch's rows of record numbers, in order. Two epochs are kept, so asking again costs nothing."""
+    def rows(self, epoch: int) -> Rows:
+        """The epoch's rows of record numbers, in order. Two epochs are kept, so asking again costs nothing.
+
+        Those of many records are kept in the cache too: a million take 2 s to pack.
+        """
         if epoch not in self._rows:
             while len(self._rows) > 1:
                 del self._rows[next(iter(self._rows))]
@@ -72,12 +79,34 @@ class RowOrder:
         """Kept for every epoch: a step is located by the numbers of all epochs before it."""
         return self._num_rows[epoch] if epoch in self._num_rows else len(self.rows(epoch))
 
-    def _make_rows(self, epoch: int) -> list[np.ndarray]:
-        order = self.order(epoch)
+    def _make_rows(self, epoch: int) -> Rows:
         if not self.packing:
-            return [order[i : i + 1] for i in range(len(order))]
+            order = self.order(epoch)
+            return Rows(order, np.arange(1, len(order) + 1))
+        store = self.scan.reader.store
+        if store is None or sum(map(len, self.members)) < _MANY:
+            return Rows.of(self._pack(epoch))
+        path = store.folder / f"rows-{self._fingerprint}-{epoch}.npy"
+        if (loaded := load_array(path, _PACKED)) is not None:
+            num_rows = int(loaded[1])
+            return Rows(loaded[0][num_rows:], loaded[0][:num_rows])
+        rows = Rows.of(self._pack(epoch))
+        store_array(path, np.concatenate([rows.ends, rows.numbers]), _PACKED, str(len(rows)))
+        return rows
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of all that decides which record stands in which row."""
+        state = hashlib.sha256(
+            repr([self.weights, self.seed, self.max_length, self.max_images, self.window, self.shares_images]).encode()
+        )
+        for array in (*self.members, self.scan.lengths, self.scan.num_images, self.scan.shares.keys):
+            state.update(np.ascontiguousarray(array).data)
+        return state.hexdigest()[:16]
+
+    def _pack(self, epoch: int) -> list[np.ndarray]:
         return pack_in_windows(
-            order,
+            self.order(epoch),
             self.scan.lengths,
             self.scan.num_images,
             max_length=self.max_length,
@@ -92,12 +121,10 @@ class RowOrder:
         if not (self.packing and self.shares_images):
             return 0, 0
         shares = self.scan.shares
-        records = tokens = 0
-        for row in self.rows(epoch):
-            is_branch = (shares.keys[row[1:]] == shares.keys[row[:-1]]) & (shares.keys[row[1:]] != 0)
-            records += int(is_branch.sum())
-            tokens += int(shares.stems[row[1:]][is_branch].sum())
-        return records, tokens
+        rows = self.rows(epoch)
+        keys = shares.keys[rows.numbers]
+        is_branch = (keys[1:] == keys[:-1]) & (keys[1:] != 0) & rows.follows
+        return int(is_branch.sum()), int(shares.stems[rows.numbers[1:][is_branch]].sum())
 
 
 class BatchStream:
@@ -150,7 +177,7 @@ class BatchStream:
     def fill(self) -> float:
         """Share of real tokens in the packed rows of the first epoch."""
         rows = self.order.rows(0)
-        tokens = sum(int(self.order.scan.lengths[row].sum()) for row in rows) - self.order.num_shared(0)[1]
+        tokens = int(self.order.scan.lengths[rows.numbers].sum()) - self.order.num_shared(0)[1]
         return tokens / max(1, len(rows) * self.order.max_length)
 
     def for_rank(self, data_rank: int, num_data_ranks: int) -> BatchStream:
