@@ -8,7 +8,7 @@ import torch
 from vlm.batch import IGNORE_INDEX
 from vlm.data.build import build_data
 from vlm.data.config import DataConfig, SourceConfig
-from vlm.data.packing import pack_in_windows
+from vlm.data.packing import Rows, pack_in_windows
 from vlm.data.stream import RowOrder
 from vlm.errors import ConfigError, DataError
 
@@ -234,3 +234,29 @@ def test_a_million_records_are_planned_in_seconds():
     )
     assert time.perf_counter() - started < 30  # 1.1 s on an idle core
     assert lengths.sum() / (len(rows) * 2048) > 0.98  # measured 0.9905
+
+
+def test_rows_of_many_records_come_from_the_cache_the_second_time(records, bpe, spec, monkeypatch, capsys):
+    monkeypatch.setattr("vlm.data.stream._MANY", 10)
+    path = records(40)
+    first = build(path, bpe, spec).train
+    rows = [row.tolist() for row in first.order.rows(1)]
+    packed = []
+    monkeypatch.setattr("vlm.data.stream.pack_in_windows", lambda *a, **k: packed.append(1) or pack_in_windows(*a, **k))
+    again = build(path, bpe, spec).train
+    assert [row.tolist() for row in again.order.rows(1)] == rows
+    assert (again.fill, again.fingerprint, packed) == (first.fill, first.fingerprint, [])
+    other_seed = build(path, bpe, spec, seed=4).train
+    assert ([row.tolist() for row in other_seed.order.rows(1)] != rows, packed) == (True, [1, 1])  # epochs 0 and 1
+    for file in (path.parent / "cache/lengths").glob("*/rows-*.npy"):
+        file.write_bytes(file.read_bytes()[:-40])
+    assert [row.tolist() for row in build(path, bpe, spec).train.order.rows(1)] == rows
+    assert "rows are packed again" in capsys.readouterr().err
+
+
+def test_rows_are_two_arrays_that_know_which_records_stand_together():
+    rows = Rows.of([np.array([4, 7]), np.array([5]), np.array([1, 2, 3])])
+    assert (rows.numbers.tolist(), rows.ends.tolist()) == ([4, 7, 5, 1, 2, 3], [2, 3, 6])
+    assert [row.tolist() for row in rows] == [[4, 7], [5], [1, 2, 3]]
+    assert rows.follows.tolist() == [True, False, False, True, True]
+    assert (len(Rows.of([])), Rows.of([]).follows.tolist()) == (0, [])
