@@ -29,6 +29,8 @@ class Turn:
     @property
     def text(self) -> str:
         """The turn as one string, images left out."""
+        if len(self.parts) == 1 and isinstance(self.parts[0], str):
+            return self.parts[0]
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property

@@ -146,8 +146,8 @@ def pack_example(number: int, example: Example, names: tuple[str, ...] | None, i
         names: of its images, as the record names them; None where the record embeds one.
     """
     ids = example.input_ids
-    images = [] if image_token_id is None else _runs(bytes(map(image_token_id.__eq__, ids)))
-    learned = _runs(bytes(map(IGNORE_INDEX.__ne__, example.labels)))
+    images = [] if image_token_id is None else _runs(ids, image_token_id)
+    learned = _others(_runs(example.labels, IGNORE_INDEX), len(ids))
     kept, position = array("i"), 0
     for start, end in zip(images[::2], images[1::2], strict=True):
         kept.extend(ids[position:start])
@@ -210,20 +210,36 @@ def _sum(counts: tuple[int, ...], content: bytes) -> int:
     return int(value)
 
 
-def _runs(flags: bytes) -> list[int]:
-    """First and one past the last of every run of ones.
+def _runs(values: list[int], wanted: int) -> list[int]:
+    """First and one past the last of every run of a value.
 
-    >>> _runs(bytes([0, 1, 1, 0, 1]))
+    >>> _runs([5, 9, 9, 6, 9], 9)
     [1, 3, 4, 5]
     """
+    count = values.count(wanted)
+    first = values.index(wanted) if count else 0
+    if values[first : first + count] == [wanted] * count:  # as usual: one run, or none
+        return [first, first + count] if count else []
     runs: list[int] = []
-    start = flags.find(1)
+    flags = bytes(map(wanted.__eq__, values))
+    start = first
     while start >= 0:
         end = flags.find(0, start)
         end = len(flags) if end < 0 else end
         runs += start, end
         start = flags.find(1, end)
     return runs
+
+
+def _others(runs: list[int], length: int) -> list[int]:
+    """What stands between runs, as runs.
+
+    >>> _others([0, 2, 4, 5], 9), _others([1, 3], 3)
+    ([2, 4, 5, 9], [0, 1])
+    """
+    bounds = [0, *runs, length]
+    pairs = zip(bounds[::2], bounds[1::2], strict=True)
+    return [place for start, end in pairs if start < end for place in (start, end)]
 
 
 def _path(folder: Path, shard: int) -> Path:
