@@ -202,14 +202,14 @@ class ConversationTokenizer:
 
     def _encode_control(self, text: str, is_first: bool = False) -> list[int]:
         """Kept, as a template has few control texts; the list is not to be changed."""
+        if text == BOS:
+            return self._bos
         key = text, is_first
         if key not in self._control_ids:
             self._control_ids[key] = self._make_control(text, is_first)
         return self._control_ids[key]
 
     def _make_control(self, text: str, is_first: bool) -> list[int]:
-        if text == BOS:
-            return list(self._bos)
         before, eos, after = text.partition(EOS)
         ids = self._control.encode(before, add_special_tokens=False).ids
         if is_first and self._added.isdisjoint(ids):  # "USER:" begins the text as any word would
