@@ -39,6 +39,9 @@ extras = {
     "json": ["llguidance>=1.9,<2"],  # replies of a form that a request asks for
     "track": ["tensorboard>=2.18"],
     "quant": ["bitsandbytes>=0.49", "accelerate>=1.10"],
+    # scripts/bench_train.py; LLaMA-Factory asks for other versions of transformers and peft: give it an environment of
+    # its own and name that with --python-of
+    "bench": ["trl>=0.24", "datasets>=4"],
     "demo": ["resvg-py==0.5.0", "emoji==2.16.0", "gguf>=0.17", "accelerate>=1.10"],
 }
 extras["test"] = [

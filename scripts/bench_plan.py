@@ -47,6 +47,7 @@ class Case:
     stage: tuple[int, int] | None = None  # layers of one pipeline stage: first, and the one after the last
     num_stages: int = 1
     extra: dict[str, Any] = field(default_factory=dict)  # other keys of the model section
+    attention: str = "auto"  # as model.llm has it; sdpa keeps a mask of every row
 
 
 def llm(width: int, mlp: int, blocks: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def write_config(case: Case, folder: Path, device: str = "cpu") -> Any:
         if settings:
             (folder / name).mkdir(parents=True, exist_ok=True)
             (folder / name / "config.json").write_text(json.dumps(settings))
-    model: dict[str, Any] = {"llm": {"path": str(folder / "llm"), "attention": "sdpa"}, **case.extra}
+    model: dict[str, Any] = {"llm": {"path": str(folder / "llm"), "attention": case.attention}, **case.extra}
     model |= {"trainable": case.trainable, "lora": case.lora, "gradient_checkpointing": case.checkpointing}
     if case.vision:
         model["vision"] = {"backend": "hf", "path": str(folder / "vision"), "layer": -2}
@@ -249,13 +250,14 @@ def _train(case: Case, config: Any, device: str, counter: LiveBytes | None) -> N
 def build(config: Any, case: Case, device: str) -> Any:
     """The model with random weights; of a pipeline stage, its blocks alone with whatever else the stage holds."""
     from vlm.models.build import assemble
-    from vlm.models.llm import llm_from_config
+    from vlm.models.llm import llm_from_config, settle_attention
     from vlm.models.vision import build_vision
 
     torch.manual_seed(0)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     with torch.device(device):
         decoder = llm_from_config(config.llm, dtype)
+        settle_attention(decoder, config.llm.attention)
         vision = None if config.vision is None else build_vision(config.vision, dtype, weights=False)
     if case.stage:
         first, stop = case.stage

@@ -15,18 +15,18 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from vlm.config import RunConfig
-from vlm.schema import kinds_of
+from vlm.schema import OneOf, annotation_of, one_of
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs/config.md"
 START, END = "<!-- tables: scripts/config_table.py -->\n", "<!-- end of tables -->\n"
 
 
 def tables() -> str:
-    """One table per section, keys in the order of the classes."""
-    first: dict[type[BaseModel], str] = {}  # a section used twice gets one table
-    for prefix, section in _sections("", RunConfig):
-        first.setdefault(section, prefix)
-    return "\n".join(_table(prefix, section) for section, prefix in first.items())
+    """One table per section, keys in the order of the classes; of a kind with keys of its own, those."""
+    found: dict[type[BaseModel], str] = {}  # a section used twice gets one table
+    for section, table in _tables("", RunConfig):
+        found.setdefault(section, table)
+    return "\n".join(found.values())
 
 
 def with_tables(document: str) -> str:
@@ -34,24 +34,39 @@ def with_tables(document: str) -> str:
     return f"{before}{START}\n{tables()}\n{END}{rest.partition(END)[2]}"
 
 
-def _sections(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    yield prefix, section
+def _tables(prefix: str, section: type[BaseModel]) -> Iterator[tuple[type[BaseModel], str]]:
+    yield section, _table(prefix, section)
     for name, field in section.model_fields.items():
-        for kind, choice in kinds_of(field).items():
-            yield from _sections(f"{prefix}{name}, kind {kind}.", choice)
         inner, is_list = _section(field.annotation)
-        if inner is not None and not kinds_of(field):
-            yield from _sections(f"{prefix}{name}{'[]' if is_list else ''}.", inner)
+        union, place = one_of(annotation_of(field)), f"{prefix}{name}{'[]' if is_list else ''}"
+        if inner is not None and union is not None:
+            yield inner, _table(f"{place}.", inner, union)
+            for kind, choice in union.kinds.items():
+                if choice.model_fields.keys() - inner.model_fields.keys():
+                    yield choice, _table(f"{place}, kind {kind}", choice, left_out=inner)
+        elif inner is not None:
+            yield from _tables(f"{place}.", inner)
 
 
-def _table(prefix: str, section: type[BaseModel]) -> str:
+def _table(
+    prefix: str, section: type[BaseModel], union: OneOf | None = None, left_out: type[BaseModel] = BaseModel
+) -> str:
+    """
+    Args:
+        union: it is the base of one of several sections.
+        left_out: its keys stand in a table of their own.
+    """
     lines = [f"### {prefix.rstrip('.') or 'Top level'}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
         inner, is_list = _section(field.annotation)
-        if inner is not None and not is_list and field.get_default() is not None:
+        if name in left_out.model_fields or (inner is not None and not is_list and field.get_default() is not None):
             continue  # it has a table of its own, and cannot be null
-        meaning = (field.description or "").replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
-        lines.append(f"| `{name}` | {_values(field.annotation)} | {_default(field)} | {meaning} |")
+        meaning, values, default = field.description or "", _values(field.annotation), _default(field)
+        if name == "kind" and union is not None:
+            meaning, values = union.meaning(), ", ".join(f"`{kind}`" for kind in union.kinds)
+            default = f'`"{union.default}"`' if union.default else "required"
+        meaning = meaning.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
+        lines.append(f"| `{name}` | {values} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
@@ -60,7 +75,7 @@ def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     origin = get_origin(annotation)
-    if origin in (tuple, Union, types.UnionType):
+    if origin in (tuple, Annotated, Union, types.UnionType):
         found = next((s for s, _ in map(_section, get_args(annotation)) if s), None)
         return found, origin is tuple and found is not None
     return None, False

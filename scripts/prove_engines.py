@@ -125,7 +125,7 @@ def train_case(config: Any, steps: int, out: Path, device: Any) -> None:
     parts = prepare_run(config, device)
     losses, grad_norms, metrics = [], [], []
 
-    def report(step: int, batches: Any, output: Any, counts: Any, seconds: float) -> None:
+    def report(step: int, batches: Any, output: Any, counts: Any, seconds: Any) -> None:
         losses.append(output.loss)
         grad_norms.append(output.grad_norm)
         metrics.append(dict(output.metrics))

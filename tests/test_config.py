@@ -135,8 +135,8 @@ def test_all_problems_of_all_files_are_reported_at_once_where_they_were_written(
         ("trian.epochs=1", "trian: unknown key; did you mean train?"),
         (
             "engine.zebra=1",
-            "engine.zebra: unknown key; known here: cuts, deepspeed, device, kind, num_stages, offload, stage, "
-            "timeout_seconds",
+            "engine.zebra: unknown key; known here: device, kind, timeout_seconds; of other kinds: cuts, deepspeed, "
+            "num_stages, offload, stage",
         ),
         ("seed=-1", "seed: expected at least 0 (found -1)"),
         ("seed=true", "seed: expected a number, found true"),
@@ -430,9 +430,11 @@ def test_the_schema_knows_base_requires_nothing_and_allows_interpolation():
     schema = json_schema()
     assert "base" in schema["properties"]
     assert "required" not in json.dumps(schema["$defs"])
-    device = schema["$defs"]["EngineConfig"]["properties"]["device"]
+    device = schema["properties"]["engine"]["anyOf"][0]["properties"]["device"]
     assert device["anyOf"][0]["enum"] == ["auto", "cpu", "cuda"]
     assert {"type": "string", "pattern": r"^\$\{.+\}$"} in device["anyOf"]
+    task = schema["$defs"]["EvaluationConfig"]["properties"]["tasks"]["anyOf"][0]["items"]
+    assert {"kind", "num_candidates"} <= task["properties"].keys()
     assert schema["$defs"]["VisionConfig"]["properties"]["layer"]["description"].startswith("Which block's output")
 
 

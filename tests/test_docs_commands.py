@@ -79,9 +79,8 @@ def is_key(key: str) -> bool:
             return False
         choices = [section, *section.get("anyOf", ())]
         choices += [choice.get("items", {}) for choice in choices]
-        reference = next((each["$ref"] for each in choices if "$ref" in each), None)
-        if reference is not None:
-            section = schema["$defs"][reference.rpartition("/")[2]]
+        choices = [schema["$defs"][each["$ref"].rpartition("/")[2]] if "$ref" in each else each for each in choices]
+        section = next((each for each in choices if "properties" in each), section)
     return True
 
 

@@ -14,7 +14,6 @@ from tokenizers_for_tests import byte_level_bpe
 from vlm.data.template import TEMPLATES
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.evaluation.config import EvaluationConfig
-from vlm.evaluation.tasks import read_task
 
 DOCUMENT = (Path(__file__).parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
 
@@ -43,10 +42,11 @@ def test_the_record_of_a_kind_is_read_by_its_task(kind: str, tmp_path: Path):
     write_image(tmp_path / record["image"])
     records = [record, {**record, "answer": "A blue cross."}] if kind == "ranking" else [record]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
-    changes = {"path": str(tmp_path / "records.jsonl"), "images": str(tmp_path), "num_candidates": 2}
+    changes = {"path": str(tmp_path / "records.jsonl"), "images": str(tmp_path)}
+    changes |= {"num_candidates": 2} if kind == "ranking" else {}
     tokenizer = byte_level_bpe()
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     encode = ConversationTokenizer(tokenizer, TEMPLATES["chatml"], image_token_id=image_token_id, tokens_per_image=4)
-    question = read_task(task.model_copy(update=changes), encode, tmp_path / "cache")[0]
+    question = task.model_copy(update=changes).questions(encode, tmp_path / "cache")[0]
     assert len(question.replies) == {"choice": 2, "ranking": 2, "loss": 1}[kind]
     assert question.images == (str(tmp_path / record["image"]),)

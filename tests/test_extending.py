@@ -1,6 +1,7 @@
 """The examples of docs/extending.md, working."""
 
 import torch
+from captions_file import Lines
 from PIL import Image
 from tokenizers_for_tests import byte_level_bpe
 from torch import nn
@@ -12,8 +13,6 @@ from vlm.data.conversation import Conversation, Turn
 from vlm.data.records import SOURCES
 from vlm.data.template import EOS, ChatTemplate, RoleFormat
 from vlm.data.tokenize import ConversationTokenizer
-from vlm.errors import RecordError
-from vlm.files import sha256
 from vlm.models.families import FAMILIES, LLMFamily, LLMParts
 from vlm.models.loss import chunked_cross_entropy
 from vlm.models.pipeline import pipeline_layers, run_layers
@@ -115,32 +114,6 @@ def test_a_family_for_the_pipeline_is_a_line_in_its_record(monkeypatch):
     hidden_states = run_layers(model, [inputs, *blocks[:1]], batch)  # stage 0
     hidden_states = run_layers(model, [*blocks[1:], output], batch, hidden_states)
     assert chunked_cross_entropy(hidden_states, batch.labels, model.logits).item() == whole.item()
-
-
-class Lines:
-    """A text file of `image<tab>caption` lines without a header."""
-
-    def __init__(self, path, name):
-        self.path, self.name = path, name or path.name
-        self.lines = path.read_text().splitlines()
-
-    def __len__(self):
-        return len(self.lines)
-
-    def __getitem__(self, number):
-        image, _, caption = self.lines[number].partition("\t")
-        if not caption:
-            raise RecordError("caption_missing", "a line without a tab")
-        return {"image": image, "caption": caption}
-
-    def where(self, number):
-        return f"{self.name}: line {number + 1}"
-
-    def fingerprint(self):
-        return str(self.path.stat().st_mtime_ns)
-
-    def content_digest(self):
-        return sha256(self.path)
 
 
 def test_a_new_kind_of_file_is_a_class_and_a_line(monkeypatch, tmp_path):

@@ -80,12 +80,13 @@ def test_the_zero_variants_are_one_run_with_another_engine(name):
 def test_the_14b_recipe_fits_two_24_gb_cards_and_not_one(stage):
     from vlm.plan.estimate import estimate
     from vlm.plan.memory import parse_memory, usable
+    from vlm.train.engines.kinds import Local
 
     config = with_local_configs(load_config(f"llava_qwen2_14b_pp2/{stage}"))
     plan = estimate(config, 2, has_flash_attention=False)
     assert (plan.kind, plan.cuts) == ("pipeline", (25,))
     assert plan.peak < usable(parse_memory("24GiB"))
-    one = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "local"})})
+    one = config.model_copy(update={"engine": Local()})
     assert estimate(one, 1, has_flash_attention=False).peak > parse_memory("24GiB")
 
 

@@ -26,6 +26,9 @@ class EvenWords:
     def num_head_calls(self, batch: Batch) -> int:
         return 1 + self.normalizer(batch) % 3  # the ranks differ
 
+    def reads(self, batch: Batch) -> Tensor | None:
+        return None  # all
+
     def loss(self, hidden_states: Tensor, batch: Batch, head: Head) -> LossOutput:
         states, targets = select_supervised(hidden_states, batch.labels, batch.position_ids)
         at = _is_scored(targets)

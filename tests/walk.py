@@ -16,10 +16,12 @@ from vlm.apps.api.app import build_app
 from vlm.apps.api.limits import Limits, Media
 from vlm.apps.api.media import MediaLoader
 from vlm.apps.api.server import build_service
-from vlm.config import load_config
+from vlm.config import RunConfig, load_config
+from vlm.evaluation.config import EvaluationConfig
 from vlm.export.run import export_run
 from vlm.inference.load import LoadedModel
 from vlm.inference.messages import to_conversation
+from vlm.models.config import ModelConfig
 from vlm.run import train
 
 QUESTION, NEW_TOKENS = "What is this?", 4
@@ -45,6 +47,24 @@ def named(name: str, field: str, *sections: Any) -> Iterator[None]:
         yield
     finally:
         rebuild(before)
+
+
+@contextmanager
+def registered(kinds: dict[str, Any], section: Any) -> Iterator[None]:
+    """A line in the dict of the kinds of a section: `engine`, `model.projector`, an evaluation task."""
+    name = section.model_fields["kind"].default
+    kinds[name] = section
+    _rebuild()
+    try:
+        yield
+    finally:
+        del kinds[name]
+        _rebuild()
+
+
+def _rebuild() -> None:
+    for around in (ModelConfig, EvaluationConfig, RunConfig):
+        around.model_rebuild(force=True)
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ from vlm.models.config import ModelConfig
 from vlm.objectives import OBJECTIVES
 from vlm.objectives.base import ObjectiveConfig
 from vlm.objectives.lm import LanguageModelingConfig
-from vlm.schema import OneOf, PathText, Section, kinds_of
-from vlm.train.config import EngineConfig, TrainConfig
-from vlm.train.engines.kinds import named_kind
+from vlm.schema import OneOf, PathText, Section, annotation_of, chosen_kinds, one_of
+from vlm.train.config import TrainConfig
+from vlm.train.engines.kind import EngineKind
+from vlm.train.engines.kinds import ENGINES, Auto
 
 BASE = "base"  # the folder of projects/ whose files are no runs by themselves
 
@@ -50,17 +51,17 @@ class RunConfig(Section):
     objective: Annotated[ObjectiveConfig, OneOf(OBJECTIVES)] = LanguageModelingConfig()
     """What the loss is."""
     train: TrainConfig
-    engine: EngineConfig = EngineConfig()
+    engine: Annotated[EngineKind, OneOf(ENGINES, default="auto")] = Auto()
+    """How the model is spread over processes."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
-        if self.data.cache_features and "vision" in self.model.trainable:
+        if self.data.cache_features is True and "vision" in self.model.trainable:
             raise ValueError("data.cache_features needs a frozen encoder, but model.trainable names vision; drop one")
-        engine = named_kind(self.engine)
-        if engine is not None and (reason := engine.why_not_optimizer(self.train)):
+        if reason := self.engine.why_not_optimizer(self.train):
             raise ValueError(reason)
-        if self.train.is_paged and "optimizer" in self.engine.offload:
+        if self.train.is_paged and self.engine.keeps_optimizer_on_host:
             raise ValueError(
                 f"train.optimizer {self.train.optimizer} pages GPU memory, but engine.offload keeps the optimizer in "
                 f"the host's; drop one of them, or set train.optimizer to {self.train.optimizer.removeprefix('paged_')}"
@@ -121,6 +122,19 @@ def read_kept_config(path: Path) -> KeptConfig:
         raise CheckpointError(
             f"{path} cannot be used ({reason}). It was edited, or written by another version"
         ) from None
+
+
+def unused_settings(section: Section, prefix: str = "") -> list[str]:
+    """Keys of one kind that stand beside another kind, a line each.
+
+    Args:
+        prefix: of the section's own place: "" for a whole config.
+    """
+    lines = []
+    for place, _, chosen in chosen_kinds(section):
+        at = prefix + dotted(place)
+        lines += [f"{at}.{name} is not used: {at}.kind is {chosen.kind}" for name in chosen.unused]
+    return lines
 
 
 def raise_problems(path: str | Path, problems: Sequence[str], remark: str = "") -> NoReturn:
@@ -194,7 +208,10 @@ def shipped_projects() -> list[str]:
 def json_schema() -> dict[str, Any]:
     """JSON schema of a config file, for editors. Nothing is required, as a base file may bring it."""
     schema = RunConfig.model_json_schema()
-    for section in (schema, *schema.get("$defs", {}).values()):
+    sections = [schema, *schema.get("$defs", {}).values()]
+    fields = [field for section in sections for field in section.get("properties", {}).values()]
+    unions = [one for field in fields for one in (field, field.get("items", {})) if "properties" in one]
+    for section in (*unions, *sections):
         section.pop("required", None)
         properties = section.get("properties", {})
         section["properties"] = {name: _or_interpolation(field) for name, field in properties.items()}
@@ -277,13 +294,11 @@ def _bools_as_numbers(annotation: Any, value: Any, key: Key = ()) -> Iterator[Ke
         if kinds & {int, float} and bool not in kinds:
             yield key
     elif isinstance(value, dict):
-        section = _section_of(annotation)
+        union, section = one_of(annotation), _section_of(annotation)
+        fields = union.fields(union.chosen(value)) if union else section.model_fields if section else {}
         for name, child in value.items():
-            field = section.model_fields.get(name) if section else None
-            if field is not None:
-                choices = kinds_of(field)
-                chosen = choices.get(str(child.get("kind"))) if choices and isinstance(child, dict) else None
-                yield from _bools_as_numbers(chosen or field.annotation, child, (*key, name))
+            if name in fields:
+                yield from _bools_as_numbers(annotation_of(fields[name]), child, (*key, name))
             elif section is None:
                 yield from _bools_as_numbers(annotation, child, (*key, name))
     elif isinstance(value, list):
@@ -339,7 +354,7 @@ def _written_key(location: tuple[int | str, ...], source: Source) -> Key:
 def _describe(problem: Any, key: Key, source: Source) -> str:
     kind, context, last = problem["type"], problem.get("ctx", {}), problem["loc"][-1] if problem["loc"] else ""
     if kind == "extra_forbidden":
-        return f"unknown key; {_nearest_key(key)}"
+        return f"unknown key; {_nearest_key(key, source)}"
     if kind == "missing":
         return (
             f"entry {last} is missing (the first is 0)" if isinstance(last, int) else "missing, and it has no default"
@@ -353,11 +368,14 @@ def _describe(problem: Any, key: Key, source: Source) -> str:
         rule = "known keys are" if last == "[key]" else "expected"
         return f"{rule} {allowed}" + (f"; did you mean {near[0]!r}?" if near else "")
     if kind == "union_tag_invalid":
-        allowed = context["expected_tags"]
-        near = difflib.get_close_matches(str(context["tag"]), re.findall(r"'([^']*)'", allowed), n=1)
+        *names, last = re.findall(r"'([^']*)'", context["expected_tags"])
+        allowed = f"{', '.join(map(repr, names))} or {last!r}" if names else repr(last)
+        near = difflib.get_close_matches(str(context["tag"]), [*names, last], n=1)
         return f"expected {allowed}" + (f"; did you mean {near[0]!r}?" if near else "")
     if kind == "union_tag_not_found":
-        return f"needs the key kind, which says what the others mean; one of {', '.join(_kinds_at(key))}"
+        union = _union_at(key)
+        assert union is not None
+        return f"needs the key kind, which says what the others mean; one of {', '.join(union.kinds)}"
     if kind in _EXPECTED:
         return "expected " + _EXPECTED[kind].format(**context)
     return problem["msg"]
@@ -396,54 +414,75 @@ def _written_where(section: Key, message: str, source: Source) -> str:
     return f" ({'; '.join(places)})" if len(places) > 1 else ""
 
 
-def _nearest_key(key: Key) -> str:
-    name, known = str(key[-1]), sorted({name for section in _sections_at(key[:-1]) for name in section.model_fields})
+def _nearest_key(key: Key, source: Source) -> str:
+    """The key that was meant: of the kind that is written there, then of other kinds, then anywhere."""
+    name, union = str(key[-1]), _union_at(key[:-1])
+    known = sorted({name for section in _sections_at(key[:-1]) for name in section.model_fields})
+    fitting = union.chosen(source.get(key[:-1])) if union else None
+    here = sorted(fitting.model_fields) if fitting else known
     same = [full for full in _all_keys(RunConfig) if full.rpartition(".")[2] == name]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    near = _near(name, here, 0.75) or _near(name, known, 0.75)
     if not near and same:
         return f"did you mean {' or '.join(same[:3])}?"
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = near or _near(name, here, 0.5) or _near(name, known, 0.5)
     if near:
         return f"did you mean {near[0]}?"
     anywhere = {full.rpartition(".")[2]: full for full in _all_keys(RunConfig)}
-    far = difflib.get_close_matches(name, sorted(anywhere), n=1, cutoff=0.8)
-    return f"did you mean {anywhere[far[0]]}?" if far else f"known here: {', '.join(known)}"
+    if far := _near(name, sorted(anywhere), 0.8):
+        return f"did you mean {anywhere[far[0]]}?"
+    others = sorted(set(known) - set(here))
+    return f"known here: {', '.join(here)}" + (f"; of other kinds: {', '.join(others)}" if others else "")
+
+
+def _near(name: str, known: list[str], cutoff: float) -> list[str]:
+    return difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
 
 
 def _sections_at(key: Key) -> list[type[BaseModel]]:
     """What may stand at a key of a run's config; several where it depends on a `kind`."""
     sections: list[type[BaseModel]] = [RunConfig]
-    for part in key:
-        if not isinstance(part, int):
-            fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-            sections = [inner for field in fields for inner in sections_in(field)]
+    for field in _fields_on(key):
+        sections = sections_in(field) if field else []
     return sections
 
 
+def _union_at(key: Key) -> OneOf | None:
+    """Of a section that is one of several."""
+    fields = list(_fields_on(key))
+    return one_of(annotation_of(fields[-1])) if fields and fields[-1] else None
+
+
+def _fields_on(key: Key) -> Iterator[FieldInfo | None]:
+    """The fields on the way to a key; None for what is no field, and after it."""
+    sections: list[type[BaseModel]] = [RunConfig]
+    for part in key:
+        if not isinstance(part, int):
+            field = next((section.model_fields[part] for section in sections if part in section.model_fields), None)
+            yield field
+            sections = sections_in(field) if field else []
+
+
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    names: dict[str, None] = {}  # in order, once each
     for name, info in model.model_fields.items():
-        yield prefix + name
+        names[prefix + name] = None
         for section in sections_in(info):
-            yield from _all_keys(section, f"{prefix}{name}.")
-
-
-def _kinds_at(key: Key) -> Iterator[str]:
-    parent = next(iter(_sections_at(key[:-1])), None)
-    field = None if parent is None else parent.model_fields.get(str(key[-1]))
-    yield from kinds_of(field) if field is not None else ()
+            names |= dict.fromkeys(_all_keys(section, f"{prefix}{name}."))
+    yield from names
 
 
 def sections_in(field: FieldInfo) -> list[type[BaseModel]]:
     """The sections that a field may hold: one for each kind, one, or none."""
-    kinds = list(kinds_of(field).values())
-    section = _section_of(field.annotation)
-    return kinds or ([] if section is None else [section])  # type: ignore[return-value]
+    union, section = one_of(annotation_of(field)), _section_of(field.annotation)
+    if union is not None:
+        return list(union.kinds.values())
+    return [] if section is None else [section]
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The section inside `X`, `X | None` or `tuple[X, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in (tuple, Union, types.UnionType):
+    if get_origin(annotation) in (tuple, Annotated, Union, types.UnionType):
         return next((found for found in map(_section_of, get_args(annotation)) if found), None)
     return None

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vlm.config import RunConfig, load_config, raise_problems, read_source
+from vlm.config import RunConfig, load_config, raise_problems, read_source, unused_settings
 from vlm.config_paths import Problem, missing_inputs, run_problems
 from vlm.errors import CheckpointError, ConfigError
 from vlm.launch import launched_rank, local_rank
@@ -82,9 +82,9 @@ def model_problems(config: RunConfig, reads: Collection[str] = READS) -> list[Pr
     return problems
 
 
-def model_notes(config: RunConfig) -> list[str]:
+def run_notes(config: RunConfig) -> list[str]:
     """What training will warn of, for a config without problems."""
-    notes = []
+    notes = unused_settings(config)
     folder = Path(config.model.llm.path)
     if folder.is_dir() and (vocabulary := _read_vocabulary(folder)) is not None:
         from vlm.data.template import TEMPLATES, control_words, warn_of_split  # late: jinja2 takes 40 ms

@@ -151,6 +151,16 @@ def on_main(compute: Callable[[], T]) -> T:
     return gather_objects(together(own))[0]  # type: ignore[return-value]
 
 
+def in_own_time(compute: Callable[[], T]) -> T:
+    """Run `compute` on every rank, which may take each as long as it likes; errors as of `together`."""
+
+    def own() -> T:
+        with _after_all():
+            return compute()
+
+    return together(own)
+
+
 def together(compute: Callable[[], T]) -> T:
     """Run `compute` on every rank and return this rank's result. If it fails on one, all raise the first failure.
 
@@ -214,6 +224,25 @@ def _turn_of_main() -> Iterator[None]:
         time.sleep(pause)
         pause = min(0.5, 2 * pause)
     yield
+
+
+@contextmanager
+def _after_all() -> Iterator[None]:
+    """Every rank leaves the block when all have come to its end, outside of a collective as above."""
+    global _turns
+    if world_size() == 1 or _store is None:
+        yield
+        return
+    _turns += 1
+    keys = [f"turn/{_turns}/{number}" for number in range(world_size())]
+    try:
+        yield
+    finally:
+        _store.set(keys[rank()], "")
+        pause = 0.001
+        while not _store.check(keys):
+            time.sleep(pause)
+            pause = min(0.5, 2 * pause)
 
 
 def _rebuild(kind: type[Exception], message: str) -> Exception:

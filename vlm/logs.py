@@ -50,12 +50,16 @@ class Progress:
         what: begins the lines, e.g. "data: encoded".
         total: how many there are.
         unit: of what; "bytes" are shown in GiB.
+        done: how many were done before; they say nothing of the time that the others take.
+        tells_rate: say how many are done per second.
     """
 
-    def __init__(self, what: str, total: int, unit: str) -> None:
+    def __init__(self, what: str, total: int, unit: str, *, done: int = 0, tells_rate: bool = False) -> None:
         self.what = what
         self.total = total
         self.unit = unit
+        self._done_before = done
+        self._tells_rate = tells_rate
         self._started = self._told = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -67,8 +71,10 @@ class Progress:
         is_terminal = sys.stderr.isatty()
         if not is_terminal and now - self._told < PROGRESS_SECONDS:
             return
-        left = (now - self._started) / max(done, 1) * (self.total - done)
-        line = f"{self.what} {self._count(done)} of {self._count(self.total)} {self._unit}, {format_seconds(left)} left"
+        each = (now - self._started) / max(done - self._done_before, 1)
+        rate = f", {1 / each:,.1f} {self._unit}/s" if self._tells_rate else ""
+        left = format_seconds(each * (self.total - done))
+        line = f"{self.what} {self._count(done)} of {self._count(self.total)} {self._unit}{rate}, {left} left"
         if is_terminal:
             live(line)
         else:

@@ -115,19 +115,22 @@ def cpu_speed() -> CpuSpeed:
     return CpuSpeed(**remember("cpu", lambda: asdict(_measure_cpu())))
 
 
-def remember(what: str, measure: Callable[[], Any]) -> Any:
+def remember(what: str, measure: Callable[[], Any], again: bool = False) -> Any:
     """The result of `measure`, a JSON value, from this process, from the file of this machine, or measured now.
 
     Processes that start together wait for the first one's result, so that all of them choose alike. A folder that
     cannot be written costs a measurement in each process, nothing else.
+
+    Args:
+        again: measure now, and remember that.
     """
     key = f"{what} on {_machine_key()}"
-    if key not in _remembered:
+    if again or key not in _remembered:
         path = machine_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-        found = _read(path, key)
+        found = None if again else _read(path, key)
         if found is None:
             with _one_at_a_time(path.with_suffix(".lock")):
-                found = _read(path, key)  # another process may have measured meanwhile
+                found = None if again else _read(path, key)  # another process may have measured meanwhile
                 if found is None:
                     found = measure()
                     _write(path, {"key": key, "value": found})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -15,9 +14,11 @@ from torch import Tensor
 from vlm import precision
 from vlm.artifacts.initial import load_init
 from vlm.artifacts.llava import read_start
-from vlm.batch import Batch
-from vlm.config import RunConfig
+from vlm.batch import Batch, ImageSpec
+from vlm.config import RunConfig, unused_settings
+from vlm.data.balance import RowWork
 from vlm.data.build import Data, build_data
+from vlm.data.features import FeatureStore
 from vlm.distributed import gather_objects, is_main, main_first, on_main, together, world_size
 from vlm.errors import ConfigError, DataError, MissingPackageError, VLMError
 from vlm.launch import launched_rank, launched_size
@@ -27,24 +28,26 @@ from vlm.models.entry import embedding_scale
 from vlm.models.families import describe_packing, has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
 from vlm.models.trainable import load_weights
+from vlm.models.vision import VisionEncoder
 from vlm.models.vlm import VisionLanguageModel, evaluating
 from vlm.objectives.base import Objective
+from vlm.plan.cost import row_work
 from vlm.plan.estimate import estimate
 from vlm.plan.memory import device_memory
 from vlm.plan.report import describe_plan
+from vlm.plan.shapes import read_shapes
+from vlm.settle import settle_precision
 from vlm.train.bitsandbytes_adamw import check_installed
+from vlm.train.cache_choice import choose_by_measuring
 from vlm.train.engines.base import Engine
 from vlm.train.engines.kind import EngineInputs, EngineKind, Place
-from vlm.train.engines.kinds import kind_of_launch, named_kind
-from vlm.train.features import fill_store, open_store
+from vlm.train.engines.kinds import kind_of_launch
+from vlm.train.features import ImageEncoder, fill_with_all_ranks, open_store
 from vlm.train.fragments import read_weights
 from vlm.train.initialize import CANDIDATES, fit_least_squares
 from vlm.train.optim import describe_sizes
 from vlm.train.scaling import loss_scale_for
 
-FIRST_WITH_SHARING = "data.share_images"  # in the identity of runs whose records may share an image
-FIRST_WITH_CHOICE = "model.projector.pool"  # in the identity of runs whose encoder chooses how it computes
-VISION_COMPUTE = "model.vision.compute"  # key of a run's identity: what its encoder computed in
 CALIBRATION_STEPS = 8  # optimizer steps whose images set the projector's channel statistics
 
 
@@ -74,46 +77,9 @@ def check_available(config: RunConfig, device: torch.device) -> None:
         precision.resolve(config.train.precision, device, "train.precision")
     if config.train.tensorboard and find_spec("tensorboard") is None:
         raise MissingPackageError("tensorboard", "train.tensorboard", "track")
-    kind = named_kind(config.engine)
-    if kind is not None and kind.package is not None and find_spec(kind.package) is None:
-        raise MissingPackageError(kind.package, f"engine.kind {kind.name}", kind.package)
-
-
-def settle_precision(config: RunConfig, device: torch.device, began_with: Mapping[str, Any] | None = None) -> RunConfig:
-    """The config with `train.precision` and `model.vision.compute` as this run has them, told in the log.
-
-    Rank 0 decides, so that machines of different kinds compute alike. A run goes on as it began, on any machine.
-
-    Args:
-        began_with: the identity in the checkpoint that the run resumes from.
-    """
-    began, wanted = began_with or {}, config.train.precision
-    if wanted == "auto" and "train.precision" in began:
-        chosen = began["train.precision"]
-        log(f"precision: {chosen}, as the run began")
-    else:
-        chosen = wanted if wanted != "auto" else on_main(lambda: precision.resolve(wanted, device))
-        log(precision.describe(wanted, chosen, device))
-    if is_main() and (problem := precision.complaint(chosen, device)):
-        warn(problem)
-    changes: dict[str, Any] = {"train": config.train.model_copy(update={"precision": chosen})}
-    # an older run computed and cached all as its precision says
-    is_older = bool(began) and FIRST_WITH_CHOICE not in began
-    dtype = "fp32" if chosen == "fp32" else "bf16"
-    compute = began.get(VISION_COMPUTE, dtype if is_older and chosen != "fp16" else "auto")
-    if config.model.vision is not None and config.model.vision.compute == "auto":
-        vision = config.model.vision.model_copy(update={"compute": compute})
-        changes["model"] = config.model.model_copy(update={"vision": vision})
-    if is_older:
-        changes["data"] = config.data.model_copy(update={"cache_dtype": dtype})
-    if began and FIRST_WITH_SHARING not in began:  # nor did attention go record by record
-        data = changes.get("data", config.data)
-        changes["data"] = data.model_copy(update={"share_images": False})
-        if config.model.llm.attention == "auto":
-            model = changes.get("model", config.model)
-            llm = model.llm.model_copy(update={"attention": "sdpa"})
-            changes["model"] = model.model_copy(update={"llm": llm})
-    return config.model_copy(update=changes)
+    package = config.engine.package
+    if package is not None and find_spec(package) is None:
+        raise MissingPackageError(package, f"engine.kind {config.engine.kind}", package)
 
 
 def prepare_run(config: RunConfig, device: torch.device, *, calibrate: bool = True) -> Prepared:
@@ -126,14 +92,17 @@ def prepare_run(config: RunConfig, device: torch.device, *, calibrate: bool = Tr
         config = settle_precision(config, device)
     kind = kind_of_launch(config.engine, launched_size())
     place = kind.place(launched_rank(), launched_size())
+    for line in unused_settings(config):
+        warn(line)
     no_plan = _tell_plan(config, place) if is_main() else ""
     stage = _build_stage(config, kind, place, device)
     built = _build_whole(config, device) if stage is None else stage.built
-    _settle_vision(config, built, device)
+    settle_encoder(config, built.model.vision, device)
     if no_plan:  # what else stopped the plan has stopped the model too, and was said there
         log(f"no memory plan: {no_plan}")
-    data = _build_data(config, built, device, place)
+    data = _build_data(config, built, place)
     max_steps = config.train.max_steps or data.train.steps_in(config.train.epochs or 1)
+    config, data = _with_cached_features(config, built, data, device, place, max_steps)
     if calibrate:
         _calibrate_projector(config, built, data, device)
         _initialize_projector(config, built, data, device)
@@ -190,7 +159,7 @@ def _describe_packing(config: RunConfig, model: VisionLanguageModel, engine: Eng
     is_spread = engine.gathers and place.num_data_ranks > 1
     if line is not None and is_spread:  # seen to hang: ranks with other records gather blocks another number of times
         raise ConfigError(
-            f"engine.kind {engine.name}: model type {kind} is decoded record by record, and ranks that gather a "
+            f"engine.kind {engine.kind}: model type {kind} is decoded record by record, and ranks that gather a "
             "model's parts would wait for each other. Set engine.kind to ddp, or to zero with stage 2"
         )
     if line is not None and config.data.packing:
@@ -199,7 +168,7 @@ def _describe_packing(config: RunConfig, model: VisionLanguageModel, engine: Eng
     if depends and (is_spread or (engine.has_stages and config.data.packing)):
         raise ConfigError(
             f"data.max_length {config.data.max_length}: beyond {longest} tokens the rotary embedding of {kind} depends "
-            f"on the longest record of a row, which engine.kind {engine.name} does not keep apart. Set data.max_length "
+            f"on the longest record of a row, which engine.kind {engine.kind} does not keep apart. Set data.max_length "
             f"to {longest}, or engine.kind to ddp or to zero with stage 2"
         )
 
@@ -274,44 +243,103 @@ def assemble_checkpoint(config: RunConfig, checkpoint: Path, device: torch.devic
     return model
 
 
-def _build_data(config: RunConfig, built: Assembled, device: torch.device, place: Place) -> Data:
-    """The streams; with `data.cache_features`, every image is encoded first. Rank 0 fills the caches on disk."""
-    vision, spec = built.model.vision, built.image_spec
-    store = None
-    if config.data.cache_features and spec is not None:  # rank 0 has the encoder under every engine
-        kept = precision.DTYPES[config.data.cache_dtype]
-        store = on_main(lambda: open_store(config.data.cache, vision, spec, kept))  # type: ignore[arg-type]
+def _build_data(config: RunConfig, built: Assembled, place: Place) -> Data:
+    """The streams. Rank 0 fills the caches of lengths and indexes on disk."""
     with main_first():
-        data = build_data(
+        return build_data(
             config.data,
             built.tokenizer,
-            spec,
+            built.image_spec,
             built.image_token_id,
             seed=config.seed,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
             data_rank=place.data_rank,
             num_data_ranks=place.num_data_ranks,
-            features=store,
             reads_images=place.stage == 0,
             may_share=built.model.lets_records_share,
+            work=_row_work(config, place),
         )
-        if store is not None and vision is not None and spec is not None:
-            fill_store(
-                store,
-                data.scans,
-                vision,
-                spec,
-                max_pixels=config.data.max_pixels,
-                device=device,
-                autocast_dtype=precision.autocast_dtype(config.train.precision),
-            )
-    return data
 
 
-def _settle_vision(config: RunConfig, built: Assembled, device: torch.device) -> None:
-    """How a frozen encoder computes. Rank 0, which has it under every engine, chooses for all machines."""
-    wanted, vision = config.model.vision, built.model.vision  # the latter None on later stages of a pipeline
+def _row_work(config: RunConfig, place: Place) -> RowWork | None:
+    """What ranks share a step's rows out by, alike on all of them. None: in their order, as with one data rank."""
+    if not config.data.balance or place.num_data_ranks == 1:
+        return None
+    try:
+        return row_work(config, read_shapes(config.model))
+    except VLMError as error:  # of what has no estimate: the model itself is built from other files
+        log(f"data: rows are not shared out by work: {str(error).partition(chr(10))[0]}")
+        return None
+
+
+def _with_cached_features(
+    config: RunConfig, built: Assembled, data: Data, device: torch.device, place: Place, max_steps: int
+) -> tuple[RunConfig, Data]:
+    """Encode every image first, if the config says so or it saves time. The config then says which."""
+    wanted, vision, spec = config.data.cache_features, built.model.vision, built.image_spec
+    if not wanted or spec is None:
+        return config, data
+    if "vision" in config.model.trainable:  # only auto gets here
+        return _settle_cache(config, False, "model.trainable names vision"), data
+    own = None if vision is None else image_encoder(config, vision, spec, device)  # None on later stages of a pipeline
+    store = on_main(lambda: open_cache(config, own))
+    if wanted == "auto":
+        config = _settle_cache(config, *on_main(lambda: _choose_cache(config, store, own, data, place, max_steps)))
+    if not config.data.cache_features:
+        return config, data
+    fill_with_all_ranks(store, data.scans, own)
+    return config, data.with_features(store)
+
+
+def _settle_cache(config: RunConfig, cached: bool, why: str) -> RunConfig:
+    log(f"data.cache_features: {str(cached).lower()}, as {why}")
+    return config.model_copy(update={"data": config.data.model_copy(update={"cache_features": cached})})
+
+
+def image_encoder(config: RunConfig, vision: VisionEncoder, spec: ImageSpec, device: torch.device) -> ImageEncoder:
+    dtype = precision.autocast_dtype(config.train.precision)
+    return ImageEncoder(vision, spec, config.data.max_pixels, device, dtype, config.data.workers)
+
+
+def open_cache(config: RunConfig, encoder: ImageEncoder | None) -> FeatureStore:
+    """The store of this encoder's features. Rank 0 has the encoder under every engine."""
+    assert encoder is not None
+    settings = config.data
+    kept = precision.DTYPES[settings.cache_dtype]
+    return open_store(settings.cache, encoder.encoder, encoder.spec, kept, settings.cache_size_gb)
+
+
+def _choose_cache(
+    config: RunConfig, store: FeatureStore, encoder: ImageEncoder | None, data: Data, place: Place, max_steps: int
+) -> tuple[bool, str]:
+    assert encoder is not None
+    order, settings = data.train.order, config.train
+    of_epoch = int(order.scan.num_images[order.order(0)].sum())
+    epochs = max_steps / data.train.steps_in_epoch(0)
+    if config.model.projector.initialize == "least_squares" and not _brings_projector(config):
+        epochs += 1
+    evaluations = max_steps // settings.eval_every if settings.eval_every else 0
+    held_out = 0
+    if data.held_out is not None:
+        held_out = sum(int(data.held_out.scan.num_images[row].sum()) for row in data.held_out.rows)
+    return choose_by_measuring(
+        store,
+        data.scans,
+        encoder,
+        looks=epochs * of_epoch + evaluations * held_out,
+        num_ranks=place.num_data_ranks,
+        decodes_beside=config.data.workers > 0,
+    )
+
+
+def settle_encoder(config: RunConfig, vision: VisionEncoder | None, device: torch.device) -> None:
+    """How a frozen encoder computes. Rank 0, which has it under every engine, chooses for all machines.
+
+    Args:
+        vision: None on later stages of a pipeline.
+    """
+    wanted = config.model.vision
     if wanted is None or "vision" in config.model.trainable:
         return
     dtype = precision.autocast_dtype(config.train.precision) or torch.float32

@@ -10,37 +10,44 @@ from typing import Any
 
 import torch
 
+from vlm.artifacts.initial import load_encoder
 from vlm.artifacts.pins import Pins, pin_start, places_of, refuse_replaced
 from vlm.config import RunConfig
+from vlm.data.build import build_conversation_tokenizer, scan_sources
 from vlm.data.image_order_counts import count_image_orders
 from vlm.data.skips import SkipLog
-from vlm.distributed import gather_objects, is_main, on_main, process_group, rank, world_size
-from vlm.errors import DataError, VLMError
+from vlm.distributed import gather_objects, is_main, main_first, on_main, process_group, rank, world_size
+from vlm.errors import ConfigError, DataError, VLMError
 from vlm.launch import launched_size
 from vlm.logs import log, warn
+from vlm.models.build import build_encoder
+from vlm.models.llm import IMAGE_TOKEN, load_tokenizer
 from vlm.objectives.lm import LanguageModelingConfig
 from vlm.plan.estimate import estimate
 from vlm.precision import autocast_dtype
 from vlm.prepare import (
-    FIRST_WITH_SHARING,
-    VISION_COMPUTE,
     Prepared,
     assemble_checkpoint,
     check_available,
+    image_encoder,
+    open_cache,
     prepare_run,
-    settle_precision,
+    settle_encoder,
 )
 from vlm.proof.checks import Proof
 from vlm.proof.prove import prove, prove_run
-from vlm.schema import section_defaults
+from vlm.schema import chosen_kinds, section_defaults
+from vlm.settle import CACHE_FEATURES, FIRST_WITH_BALANCE, FIRST_WITH_SHARING, VISION_COMPUTE, settle_precision
 from vlm.train.checkpoint import newest_verified, read_info
 from vlm.train.engines.device import choose_device
 from vlm.train.engines.kinds import kind_of_launch
 from vlm.train.events import RunEvents
+from vlm.train.features import fill_with_all_ranks
 from vlm.train.interrupt import StopRequest
-from vlm.train.loop import TrainLoop
+from vlm.train.loop import Every, TrainLoop
 from vlm.train.metrics import Reporter, plot_loss
 from vlm.train.optim import build_schedule
+from vlm.train.profile import StepProfile
 from vlm.train.resume import OPTIMIZER_STATE, RunState, flatten, read_progress, refuse_other_run
 from vlm.train.runfolder import RunFolder
 from vlm.train.sampling import SampleQuestions
@@ -52,12 +59,13 @@ _DATA_SETTINGS = {
 }  # fmt: skip
 
 
-def train(config: RunConfig, config_text: str) -> Path:
+def train(config: RunConfig, config_text: str, profile_steps: int = 0) -> Path:
     """Train as `config` says, resuming from the newest intact checkpoint of its output_dir.
 
     Args:
         config: the validated config.
         config_text: the YAML that is kept in the run folder, secrets left out.
+        profile_steps: steps to profile, after the first two; 0 profiles none.
 
     Returns:
         the run folder.
@@ -76,7 +84,7 @@ def train(config: RunConfig, config_text: str) -> Path:
         config = settle_precision(config, device, None if checkpoint is None else read_info(checkpoint)["identity"])
         identity = run_identity(config)
         if checkpoint is not None:
-            refuse_other_run(checkpoint, identity, defaults_of(config))
+            refuse_other_run(checkpoint, identity, defaults_of(config), keys_of_other_kinds(config))
         start = on_main(lambda: _pin_start(config, checkpoint))
         torch.manual_seed(config.seed + rank())  # dropout differs between ranks, as it does between rows
         parts = prepare_run(config, device, calibrate=checkpoint is None)
@@ -96,6 +104,9 @@ def train(config: RunConfig, config_text: str) -> Path:
             _rewind(run, parts, skips, checkpoint)
             with StopRequest() as stop_request:
                 loop, events = _build_loop(parts, run, state, skips, stop_request)
+                if profile_steps:
+                    steps = {"start_step": parts.start_step, "max_steps": parts.max_steps, "num_steps": profile_steps}
+                    loop.events.append(Every(1, StepProfile(run.path, device, **steps)))
                 try:
                     loop.run(parts.start_step)
                 finally:
@@ -133,6 +144,39 @@ def _process_group(config: RunConfig, device: torch.device) -> AbstractContextMa
     return process_group(device, config.engine.timeout_seconds, always=kind.needs_group)
 
 
+def fill_cache(config: RunConfig) -> str:
+    """Encode every image of the data into `data.cache`, with all ranks of the launch. The language model is not loaded.
+
+    Returns:
+        what is there now, in words.
+
+    Raises:
+        ConfigError: the model has no encoder, or trains it.
+    """
+    if config.model.vision is None:
+        raise ConfigError("model.vision is null: there is no encoder whose features could be cached").on_every_rank()
+    if "vision" in config.model.trainable:
+        raise ConfigError(
+            "model.trainable names vision: the features of an encoder that trains change with every step"
+        ).on_every_rank()
+    device = choose_device(config.engine.device)
+    with process_group(device, config.engine.timeout_seconds):
+        config = settle_precision(config, device)
+        vision, spec = build_encoder(config.model, precision=config.train.precision, device=str(device))
+        if config.init_from is not None:
+            load_encoder(vision, config.model, config.init_from)
+        settle_encoder(config, vision, device)
+        encoder = image_encoder(config, vision, spec, device)
+        tokenizer = load_tokenizer(config.model.llm.path, config.model.trust_remote_code)
+        image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
+        conversations = build_conversation_tokenizer(config.data, tokenizer, spec, image_token_id)
+        with main_first():
+            scans = scan_sources(config.data, conversations)
+        store = on_main(lambda: open_cache(config, encoder))
+        fill_with_all_ranks(store, scans, encoder)
+        return store.describe()
+
+
 def _agree_to_stop(request: StopRequest) -> str | None:
     """The signal that any rank got, on every rank at once."""
     return next((name for name in gather_objects(request.signal_name) if name), None)
@@ -147,6 +191,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         **model,
         **flatten(config.objective.model_dump(mode="json"), "objective"),
         FIRST_WITH_SHARING: config.data.share_images,
+        FIRST_WITH_BALANCE: config.data.balance,
         "seed": config.seed,
         "init_from": config.init_from,
         "train.global_batch_size": config.train.global_batch_size,
@@ -162,7 +207,17 @@ def defaults_of(config: RunConfig) -> dict[str, Any]:
         **flatten(section_defaults(config.model), "model"),
         **flatten(section_defaults(config.objective), "objective"),
         FIRST_WITH_SHARING: False,
+        FIRST_WITH_BALANCE: False,
         "objective.kind": LanguageModelingConfig().kind,  # the only one there was
+    }
+
+
+def keys_of_other_kinds(config: RunConfig) -> set[str]:
+    """Keys that earlier versions wrote into the identity of every run, and that a run of this kind does not read."""
+    return {
+        ".".join((*map(str, key), name))
+        for key, union, section in chosen_kinds(config)
+        for name in union.foreign_fields(type(section))
     }
 
 
@@ -171,6 +226,7 @@ def _run_state(parts: Prepared, run: RunFolder, identity: dict[str, Any], start:
     vision, data = parts.built.model.vision, parts.data.train
     if vision is not None and vision.compute is not None:
         identity[VISION_COMPUTE] = vision.compute.name
+    identity[CACHE_FEATURES] = parts.config.data.cache_features
     settings = flatten(parts.config.data.model_dump(mode="json", include=_DATA_SETTINGS), "data")
     orders = count_image_orders(data.order.scan.reader, data.order.with_images) if is_main() else {}
     return RunState(run.path, parts.engine, data.fingerprint, identity, settings, start, skips.state, orders)

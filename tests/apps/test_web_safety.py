@@ -18,6 +18,7 @@ import httpx
 import pytest
 from browser_user import LEAK, MARKS, SENTENCE, WAIT, Page, endless_answers
 
+from vlm.apps.address import bind
 from vlm.apps.web.app import RunningPage, WebOptions, serve
 from vlm.apps.web.guard import COOKIE
 from vlm.apps.web.models import ModelStore, find_exports
@@ -303,6 +304,20 @@ def test_any_loopback_address_can_be_listened_at(host: str, root: Path, monkeypa
         assert httpx.get(f"{running.url}config", headers={"Host": "evil.example"}).status_code == 403
     finally:
         running.close()
+
+
+def test_a_port_that_is_taken_at_another_address_is_free_at_this_one(root: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+    models = ModelStore(find_exports(None, root / "runs"), device="cpu")
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        running = serve(models, WebOptions(host="127.0.0.3", port=port))
+        try:
+            assert running.url == f"http://127.0.0.3:{port}/"
+            assert httpx.get(f"{running.url}config").status_code == 200
+        finally:
+            running.close()
 
 
 def test_with_a_password_nothing_is_there_before_the_login(chromium: Any, root: Path, monkeypatch: pytest.MonkeyPatch):

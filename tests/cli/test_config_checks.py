@@ -12,7 +12,7 @@ from model_folders import write_encoder_folder, write_llm_folder
 from tokenizers_for_tests import sentencepiece_model
 
 from vlm.config import RunConfig, load_config
-from vlm.config_checks import load_checked, model_notes, model_problems
+from vlm.config_checks import load_checked, model_problems, run_notes
 from vlm.errors import VLMError
 
 CONFIG = """\
@@ -54,7 +54,7 @@ def training_says(*options: str) -> str:
 
 def test_complete_folders_are_no_problem(vlm):
     assert problems() == []
-    assert model_notes(config()) == []
+    assert run_notes(config()) == []
     assert vlm("validate", "a.yaml") == (0, "a.yaml: valid\n", "")
 
 
@@ -118,7 +118,7 @@ def test_an_encoder_of_another_type_is_a_problem_and_a_missing_preprocessor_a_no
     write_encoder_folder("clip", model_type="clip", vision_config={"model_type": "clip_vision_model"})
     assert problems() == []
     Path("clip/preprocessor_config.json").unlink()
-    (note,) = model_notes(config())
+    (note,) = run_notes(config())
     assert note.startswith("model.vision.path clip: the folder holds no preprocessor_config.json, so images are norm")
 
 
@@ -130,14 +130,14 @@ def test_training_warns_of_the_missing_preprocessor_in_the_same_words(capsys: py
     write_clip(Path("clip"))
     Path("clip/preprocessor_config.json").unlink()
     build_vision(config().model.vision)
-    assert model_notes(config())[0] in capsys.readouterr().err.replace("\n", " ")
+    assert run_notes(config())[0] in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_template_whose_words_are_no_tokens_is_a_problem_or_a_note(vlm):
     write_llm_folder("llm", ["a", "b", "<|im_end|>"])
     assert problems() == []
     note = "data.template chatml: <|im_start|> is no single token of this tokenizer. Usually the template belongs to"
-    assert model_notes(config())[0].startswith(note)
+    assert run_notes(config())[0].startswith(note)
     assert vlm("validate", "a.yaml")[1].startswith(f"note: {note}")
     write_llm_folder("llm", ["a", "b", "c"])
     (problem,) = problems()

@@ -258,5 +258,10 @@ def test_rows_are_two_arrays_that_know_which_records_stand_together():
     rows = Rows.of([np.array([4, 7]), np.array([5]), np.array([1, 2, 3])])
     assert (rows.numbers.tolist(), rows.ends.tolist()) == ([4, 7, 5, 1, 2, 3], [2, 3, 6])
     assert [row.tolist() for row in rows] == [[4, 7], [5], [1, 2, 3]]
-    assert rows.follows.tolist() == [True, False, False, True, True]
-    assert (len(Rows.of([])), Rows.of([]).follows.tolist()) == (0, [])
+    assert rows.follows.tolist() == [False, True, False, False, True, True]
+    assert rows.sums(np.array([1, 2, 3, 4, 5, 6])).tolist() == [3, 3, 15]
+    none = np.zeros(0, dtype=np.int64)
+    ragged = Rows.of([none, np.array([4, 7]), none, np.array([5]), none])
+    assert ragged.follows.tolist() == [False, True, False]
+    assert ragged.sums(np.array([1, 2, 3])).tolist() == [0, 3, 0, 3, 0]
+    assert (len(Rows.of([])), Rows.of([]).follows.tolist(), Rows.of([]).sums(none).tolist()) == (0, [], [])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from PIL import Image
 from tiny_export import model_config, write_image, write_run
 from toy_decoders import toy_decoder
+from walk import registered
 
 from vlm.artifacts.evidence import figures_table
 from vlm.batch import IGNORE_INDEX
@@ -19,10 +21,12 @@ from vlm.config import RunConfig
 from vlm.data.images import load_image, to_pixels
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation import predict
-from vlm.evaluation.config import EvaluationConfig, TaskConfig
+from vlm.evaluation.config import EvaluationConfig
+from vlm.evaluation.metrics import Figure
 from vlm.evaluation.predict import FeatureCache, _merge, _Scorer, score_candidates
+from vlm.evaluation.questions import Question
 from vlm.evaluation.report import evaluate_run, run_tasks
-from vlm.evaluation.tasks import Question, read_task
+from vlm.evaluation.task_kinds import TASKS, ChoiceTask, LossTask, RankingTask
 from vlm.export.run import export_run
 from vlm.inference.load import LoadedModel, load
 from vlm.models.vlm import VisionLanguageModel
@@ -59,8 +63,7 @@ def choice_records(count: int = 6) -> list[dict[str, Any]]:
 
 def read(root: Path, kind: str, records: list[dict[str, Any]], loaded: LoadedModel, **extra: Any) -> list[Question]:
     path = write_records(root / f"{kind}.json", records)
-    task = TaskConfig(name=kind, kind=kind, path=path, **extra)
-    return read_task(task, loaded.conversation_tokenizer, root / "cache")
+    return TASKS[kind](name=kind, path=path, **extra).questions(loaded.conversation_tokenizer, root / "cache")
 
 
 def one_forward_per_candidate(loaded: LoadedModel, question: Question) -> list[float]:
@@ -181,8 +184,8 @@ def test_images_are_encoded_once_for_all_that_ask(root: Path, loaded: LoadedMode
 
     monkeypatch.setattr(type(loaded.model), "encode_images", counting)
     tasks = [
-        TaskConfig(name="kind", kind="choice", path=write_records(root / "kind.json", choice_records())),
-        TaskConfig(name="caption", kind="ranking", num_candidates=3,
+        ChoiceTask(name="kind", path=write_records(root / "kind.json", choice_records())),
+        RankingTask(name="caption", num_candidates=3,
                    path=write_records(root / "caption.json", caption_records())),
     ]  # fmt: skip
     run_tasks(loaded, EvaluationConfig(tasks=tuple(tasks)), root / "cache")
@@ -223,7 +226,7 @@ def test_shuffled_images_of_a_ranking_cost_nothing_as_they_stay_in_their_group(
         return merged
 
     monkeypatch.setattr(predict, "_merge", counting)
-    task = TaskConfig(name="caption", kind="ranking", num_candidates=3, path=path)
+    task = RankingTask(name="caption", num_candidates=3, path=path)
     (row,) = run_tasks(loaded, EvaluationConfig(tasks=(task,)), root / "cache")
     assert asked == [(6, 18)]  # three each, which with images of other groups would be more
     assert row.shuffled is not None
@@ -243,7 +246,7 @@ def test_the_loss_task_is_the_mean_cross_entropy_of_the_supervised_tokens(root: 
         for n in range(3)
     ]
     path = write_records(root / "loss.json", records)
-    config = EvaluationConfig(tasks=(TaskConfig(name="held out", kind="loss", path=path),))
+    config = EvaluationConfig(tasks=(LossTask(name="held out", path=path),))
     row = run_tasks(loaded, config, root / "cache")[0]
     questions = read(root, "loss", records, loaded)
     losses = [-one_forward_per_candidate(loaded, question)[0] for question in questions]
@@ -268,7 +271,7 @@ def test_own_images_score_one_and_shuffled_ones_less_where_the_answer_depends_on
             break
     assert truth.count(pair[0]) == 3, "no such pair: take another seed for the random model"
     made = [{**record, "answer": answer} for record, answer in zip(records, truth, strict=True)]
-    task = TaskConfig(name="made", kind="choice", path=write_records(root / "made.json", made))
+    task = ChoiceTask(name="made", path=write_records(root / "made.json", made))
     row = run_tasks(loaded, EvaluationConfig(tasks=(task,)), root / "cache")[0]
     assert row.own.value == 1.0
     assert row.shuffled is not None
@@ -290,7 +293,8 @@ def run_config(root: Path, tasks: list[dict[str, Any]]) -> RunConfig:
 
 def test_evaluate_prints_a_table_and_writes_what_it_printed(root: Path, capsys: pytest.CaptureFixture[str]):
     tasks = [
-        {"name": "kind", "kind": "choice", "path": write_records(root / "kind.json", choice_records())},
+        {"name": "kind", "kind": "choice", "num_candidates": 9,
+         "path": write_records(root / "kind.json", choice_records())},
         {"name": "caption", "kind": "ranking", "num_candidates": 5,
          "path": write_records(root / "caption.json", caption_records())},
     ]  # fmt: skip
@@ -300,7 +304,9 @@ def test_evaluate_prints_a_table_and_writes_what_it_printed(root: Path, capsys: 
     assert [row["task"] for row in rows] == ["kind", "caption"]
     assert [row["baseline"] for row in rows] == [pytest.approx(1 / 3), 0.2]
     assert [row["num_records"] for row in rows] == [6, 6]
-    assert figures_table(rows) in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert figures_table(rows) in printed.out
+    assert "warning: evaluation.tasks[0].num_candidates is not used: evaluation.tasks[0].kind is choice" in printed.err
     assert figures_table(rows) in (root / "run/export/README.md").read_text()
     evaluate_run(run_config(root, tasks[:1]), out=root / "elsewhere.json")
     assert len(json.loads((root / "elsewhere.json").read_text())["results"]) == 1
@@ -310,7 +316,7 @@ def test_a_loss_task_is_scored_on_blank_images_too(root: Path, loaded: LoadedMod
     records = [{"image": f"{n}.png", "conversations": [
         {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": COLORS[n]}
     ]} for n in range(3)]  # fmt: skip
-    task = TaskConfig(name="talk", kind="loss", path=write_records(root / "talk.json", records), images=str(root))
+    task = LossTask(name="talk", path=write_records(root / "talk.json", records), images=str(root))
     (row,) = run_tasks(loaded, EvaluationConfig(tasks=(task,)), root / "cache")
     white = [root / f"white-{n}.png" for n in range(3)]
     for path in white:
@@ -320,6 +326,29 @@ def test_a_loss_task_is_scored_on_blank_images_too(root: Path, loaded: LoadedMod
     (expected,) = run_tasks(loaded, EvaluationConfig(tasks=(task,)), root / "cache")
     assert row.blank.value == pytest.approx(expected.own.value, rel=1e-6)
     assert row.blank.value != pytest.approx(row.own.value, rel=1e-3)
+
+
+class BestOfTwo(ChoiceTask):
+    """A kind that only the test below knows."""
+
+    kind: Literal["best_of_two"] = "best_of_two"
+
+    metric = "accuracy of two"
+
+    def figure(self, questions: Sequence[Question], scores: list[list[float]]) -> Figure:
+        pairs = zip(questions, scores, strict=True)
+        ranks = [sorted(some, reverse=True).index(some[each.answer]) for each, some in pairs]
+        return Figure(sum(rank < 2 for rank in ranks) / len(ranks), 0.0, len(ranks))
+
+
+def test_a_new_kind_of_task_is_a_class_and_a_line(root: Path, loaded: LoadedModel):
+    path = write_records(root / "kind.json", choice_records())
+    with registered(TASKS, BestOfTwo):
+        config = run_config(root, [{"name": "two", "kind": "best_of_two", "path": path}]).evaluation
+    (row,) = run_tasks(loaded, config, root / "cache")
+    (best,) = run_tasks(loaded, EvaluationConfig(tasks=(ChoiceTask(name="one", path=path),)), root / "cache")
+    assert (row.kind, row.metric, row.baseline) == ("best_of_two", "accuracy of two", best.baseline)
+    assert row.own.value >= best.own.value
 
 
 def test_a_config_without_tasks_says_so(root: Path):

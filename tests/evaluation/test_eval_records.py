@@ -15,8 +15,8 @@ from vlm.data.records import open_source
 from vlm.data.template import TEMPLATES
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import RecordError
-from vlm.evaluation.config import TaskConfig
-from vlm.evaluation.tasks import Question, read_task
+from vlm.evaluation.questions import Question
+from vlm.evaluation.task_kinds import ChoiceTask
 
 TOKENIZER = byte_level_bpe()
 IMAGE_TOKEN_ID = TOKENIZER.convert_tokens_to_ids("<image>")
@@ -26,8 +26,8 @@ ENCODE = ConversationTokenizer(TOKENIZER, TEMPLATES["chatml"], image_token_id=IM
 def question(tmp_path: Path, encode=ENCODE, **record) -> Question:
     record = {"prompt": "Which colour?", "choices": ["Red.", "Blue."], "answer": "Red."} | record
     (tmp_path / "task.jsonl").write_text(json.dumps(record))
-    task = TaskConfig(name="colour", kind="choice", path=str(tmp_path / "task.jsonl"), images=str(tmp_path))
-    (found,) = read_task(task, encode, tmp_path / "cache")
+    task = ChoiceTask(name="colour", path=str(tmp_path / "task.jsonl"), images=str(tmp_path))
+    (found,) = task.questions(encode, tmp_path / "cache")
     return found
 
 

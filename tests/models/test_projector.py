@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vlm.errors import ConfigError
-from vlm.models.config import ProjectorConfig
-from vlm.models.projector import Projector, build_projector, unshuffle_patches
+from vlm.models.projector import Projector, unshuffle_patches
+from vlm.models.projector_kinds import LinearProjectorConfig, MLPProjectorConfig, ProjectorConfig
 
 
 def test_unshuffling_merges_squares_of_neighbours():
@@ -34,19 +34,21 @@ def test_a_linear_projector_is_one_matrix_and_a_bias():
 
 
 def test_llavas_projector_is_two_layers_with_gelu_between():
-    config = ProjectorConfig(kind="mlp", depth=2)
-    projector = build_projector(config, num_patches=4, in_width=3, out_width=8, output_std=0.1)
+    projector = MLPProjectorConfig(depth=2).build(num_patches=4, in_width=3, out_width=8, output_std=0.1)
     assert [type(layer).__name__ for layer in projector.layers] == ["Linear", "GELU", "Linear"]
     features = torch.randn(1, 4, 3)
     first, _, last = projector.layers
     assert torch.equal(projector(features), last(torch.nn.functional.gelu(first(features))))
 
 
-@pytest.mark.parametrize(("kind", "depth"), [("linear", 1), ("mlp", 2), ("mlp", 3), ("mlp", 4)])
-def test_the_output_starts_as_large_as_the_embeddings(kind: str, depth: int):
+@pytest.mark.parametrize(
+    "config",
+    [LinearProjectorConfig(unshuffle=2), *(MLPProjectorConfig(depth=depth, unshuffle=2) for depth in (2, 3, 4))],
+    ids=ProjectorConfig.describe,
+)
+def test_the_output_starts_as_large_as_the_embeddings(config: ProjectorConfig):
     torch.manual_seed(0)
-    config = ProjectorConfig(kind=kind, depth=depth, unshuffle=2)
-    projector = build_projector(config, num_patches=64, in_width=48, out_width=256, output_std=0.02)
+    projector = config.build(num_patches=64, in_width=48, out_width=256, output_std=0.02)
     assert projector(torch.randn(8, 64, 48)).std().item() / 0.02 == pytest.approx(1, abs=0.1)  # worst seen: 0.977
 
 

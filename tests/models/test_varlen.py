@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,21 @@ def test_a_kernel_that_fails_or_differs_is_not_used(
     import torch.nn.attention.varlen as kernels
 
     monkeypatch.setattr(kernels, "varlen_attn", kernel)
-    varlen._kernel_is_right.cache_clear()
-    assert varlen._kernel_is_right(torch.device("cpu"), torch.bfloat16, 8) == is_right
+    for without_gradient in (nullcontext, torch.no_grad, torch.inference_mode):  # of the forward that asks first
+        varlen._kernel_is_right.cache_clear()
+        with without_gradient():
+            assert varlen._kernel_is_right(torch.device("cpu"), torch.bfloat16, 8) == is_right
     varlen._kernel_is_right.cache_clear()
     assert ("torch's varlen kernel is not used" in capsys.readouterr().err) != is_right
+
+
+def test_what_an_evaluation_saw_first_trains_as_well(tmp_path: Path):
+    """Nothing that one forward keeps for the next may be a tensor of inference mode, which no backward can read."""
+    model = model_of(tmp_path, "mistral", "auto", sliding_window=4)
+    places, ids = torch.tensor([positions((0, 7), (3, 2))]), torch.arange(2, 11)[None]
+    with torch.inference_mode():
+        model(ids, places)
+        varlen._lay.cache_clear()
+        kept = varlen._lay(((5, 0, 0), (2, 0, 3)), torch.device("cpu"))
+    assert not any(part.is_inference() for part in (kept.query_ends, kept.key_ends, kept.keys))
+    model(ids, places).sum().backward()

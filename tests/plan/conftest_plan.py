@@ -21,8 +21,9 @@ CLIP = {
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    """CLIP, a two-layer projector and the tiny decoder; 2 rows of 20 tokens, an image is 16; 4 rows a step."""
-    case = Case("", TINY, ("projector",), 2, 20, CLIP, 1, micro_batches=2, extra={"projector": {"kind": "mlp"}})
+    """CLIP, a two-layer projector and the tiny decoder with masks; 2 rows of 20 tokens, 16 an image; 4 rows a step."""
+    extra = {"projector": {"kind": "mlp"}}
+    case = Case("", TINY, ("projector",), 2, 20, CLIP, 1, micro_batches=2, extra=extra, attention="sdpa")
     return bench_plan.write_config(case, tmp_path)
 
 

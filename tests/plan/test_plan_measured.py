@@ -6,12 +6,13 @@ import bench_plan
 import pytest
 from bench_plan import SMALL, Case, LiveBytes, estimated, measure
 
-# Two blocks of width 256 and short rows, quick enough for every run; worst of the four when written: 1.3 %
+# Two blocks of width 256 and short rows, quick enough for every run; worst of the five when written: 1.3 %
 _LLM = bench_plan.llm(256, 704, 2, 4, 2, 1000)
 QUICK = (
     Case("projector", _LLM, ("projector",), 1, 256, bench_plan._CLIP, 1),
     Case("lora", _LLM, ("llm.lora",), 1, 256, lora={"rank": 8}, checkpointing=True),
     Case("full", _LLM, ("llm",), 1, 256),
+    Case("full, masks", _LLM, ("llm",), 1, 256, attention="sdpa"),
     Case("full, fp32, accumulation", _LLM, ("llm",), 1, 256, precision="fp32", micro_batches=2),
 )
 

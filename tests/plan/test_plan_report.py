@@ -15,6 +15,7 @@ from vlm.plan.memory import parse_memory, usable
 from vlm.plan.numerics import Workload, full_rows
 from vlm.plan.report import describe_plan, full_report, verdict
 from vlm.plan.shapes import read_shapes
+from vlm.train.engines.kinds import Pipeline, Zero
 
 GIB = 2**30
 
@@ -165,6 +166,9 @@ def test_the_command_prints_the_report(config, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "engine zero stage 3, 2 devices; 2 x 20 tokens per forward; bf16" in out
     assert "largest micro-batch that fits: 2 rows (now 2)" in out
+    with pytest.raises(SystemExit):
+        main(["plan", str(path), "--memory", "24GiB", "--options", "engine.stage=3"])
+    assert capsys.readouterr().err.count("warning: engine.stage is not used: engine.kind is auto") == 1
 
 
 @pytest.mark.parametrize("arguments", [["--gpus", "0"], ["--memory", "lots"]])
@@ -183,3 +187,13 @@ def test_rows_that_cannot_be_shared_out_are_named_as_training_names_them(config)
     assert estimate(spoiled, 1).world_size == 1
     with pytest.raises(ConfigError, match=r"8 is not a multiple of .* 8 x 2 data ranks = 16\. Take a multiple of 16"):
         estimate(spoiled, 2)
+
+
+def test_a_proposal_takes_back_what_the_file_says_of_its_kind(config):
+    fsdp = changed(config, engine={"kind": "fsdp", "offload": ["optimizer"], "cuts": [1]})
+    zero, *_ = Zero.variants(fsdp.engine)
+    assert zero.values == {"kind": "zero", "stage": 2, "offload": ()}
+    changes = Change(zero.name, {"engine": zero.values}).apply(fsdp)
+    assert changes.engine.model_dump() == Zero(stage=2, device="cpu").model_dump()
+    assert Pipeline.variants(fsdp.engine)[0].values["cuts"] is None
+    assert Zero.variants(changed(config, engine={"kind": "fsdp"}).engine)[0].values == {"kind": "zero", "stage": 2}

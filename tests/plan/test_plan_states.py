@@ -10,7 +10,6 @@ from conftest_plan import changed
 from vlm.plan.blocks import Part
 from vlm.plan.timeline import Moment, peak
 from vlm.train.engines.kind import States
-from vlm.train.engines.kinds import ENGINES
 
 BUCKET = 4 * 100  # all that trains, far under DeepSpeed's 5e8 elements
 # 1,000 bytes of frozen weights; 100 trained parameters
@@ -19,7 +18,7 @@ PARTS = (Part("embedding", weights=1000), Part("block 0", weights=400, trained=1
 
 def states(config, ranks=4, kind="zero", parts=PARTS, accumulates=True, train=(), **engine):
     ours = changed(config, engine={"kind": kind} | engine, train=dict(train))
-    return ENGINES[kind](kind, ours.engine).states(parts, ours.train, ranks, accumulates)
+    return ours.engine.states(parts, ours.train, ranks, accumulates)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])

@@ -36,7 +36,9 @@ def plant_a_leak() -> None:
     def straight(position_ids: torch.Tensor) -> torch.Tensor:
         return torch.arange(position_ids.shape[1]).expand_as(position_ids)
 
-    VisionLanguageModel.decode = lambda self, states, positions: decode(self, states, straight(positions))
+    VisionLanguageModel.decode = lambda self, states, positions, read=None: decode(
+        self, states, straight(positions), read
+    )
     pipeline._run_blocks = lambda model, blocks, positions, states: run_blocks(
         model, blocks, straight(positions), states
     )

@@ -86,7 +86,7 @@ def _(patch, parts):
 
 
 def decoder_called_with(**changes: Any) -> Callable[..., Any]:
-    def decode(self, embeddings, position_ids):
+    def decode(self, embeddings, position_ids, read=None):
         given = {"position_ids": position_ids, "attention_mask": None, "use_cache": False} | {
             key: change(position_ids) for key, change in changes.items()
         }
@@ -115,7 +115,7 @@ def _(patch, parts):
 
 @fault("a recurrent state is carried into the next record", "packed_alone", "full")
 def _(patch, parts):
-    def decode(original, self, embeddings, position_ids):
+    def decode(original, self, embeddings, position_ids, read=None):
         return original(self, embeddings, position_ids) + 0.05 * embeddings.cumsum(1)
 
     wrap(patch, VisionLanguageModel, "decode", decode)
@@ -123,7 +123,7 @@ def _(patch, parts):
 
 @fault("every token sees all of its row", "causal", "plain")
 def _(patch, parts):
-    def decode(original, self, embeddings, position_ids):
+    def decode(original, self, embeddings, position_ids, read=None):
         states = original(self, embeddings, position_ids)
         return states + 0.1 * states.mean(1, keepdim=True)
 
@@ -132,7 +132,7 @@ def _(patch, parts):
 
 @fault("every token sees the next one", "causal", "text")
 def _(patch, parts):
-    def decode(original, self, embeddings, position_ids):
+    def decode(original, self, embeddings, position_ids, read=None):
         return original(self, embeddings + 0.1 * embeddings.roll(-1, 1), position_ids)
 
     wrap(patch, VisionLanguageModel, "decode", decode)

@@ -38,7 +38,7 @@ def run_here(path):
 def plant_a_leak(monkeypatch):
     """Restarting positions are read without a cache only."""
 
-    def decode(self, embeddings, position_ids):
+    def decode(self, embeddings, position_ids, read=None):
         decoder = self.llm.get_decoder()
         return decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=True).last_hidden_state
 

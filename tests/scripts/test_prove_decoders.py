@@ -10,10 +10,10 @@ from toy_decoders import toy_decoder
 from vlm.models.vlm import VisionLanguageModel
 
 SAMPLE = {
-    "llama": "positions",  # all rows of `vlm serve` in one forward
+    "llama": "varlen",  # all rows of `vlm serve` in one forward
     "gemma2": "positions",  # a soft cap, windows
-    "cohere": "positions",  # a scale
-    "gpt2": "positions",  # learned positions, Conv1D
+    "cohere": "varlen",  # a scale
+    "gpt2": "varlen",  # learned positions, Conv1D
     "qwen3_next": "one by one",  # linear attention
     "mamba": "one by one",  # a state and a convolution
     "falcon_h1": "one by one",  # takes seq_idx, which a CPU does not honour; a multiplier of the head
@@ -43,7 +43,7 @@ def test_what_cannot_be_right_is_refused_and_what_cannot_be_built_is_listed():
 
 def test_the_table_counts_what_it_lists():
     rows = [
-        Measured("a", "right", packing="positions"), Measured("b", "right", packing="one by one"),
+        Measured("a", "right", packing="varlen"), Measured("b", "right", packing="one by one"),
         Measured("c", "refused", "it is an encoder"), Measured("d", "wrong", "leaks"),
     ]  # fmt: skip
     text = as_markdown(rows, 3.0)

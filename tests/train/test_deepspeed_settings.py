@@ -6,22 +6,21 @@ import pytest
 import torch
 
 from vlm.errors import ConfigError
-from vlm.train.config import EngineConfig, TrainConfig
-from vlm.train.engines.deepspeed_settings import deepspeed_settings
+from vlm.train.config import TrainConfig
+from vlm.train.engines.kind import Place
+from vlm.train.engines.kinds import Zero
 from vlm.train.engines.zero import import_deepspeed
 
 TRAIN = {"max_steps": 1, "global_batch_size": 16, "micro_batch_size": 2, "learning_rate": 1e-4, "precision": "bf16"}
 
 
 def settings(tmp_path, own=None, train=(), num_trained=0, **engine):
-    values = {"kind": "zero", "stage": 2} | engine
+    values = {"stage": 2} | engine
     if own is not None:
         (tmp_path / "own.json").write_text(own if isinstance(own, str) else json.dumps(own))
         values["deepspeed"] = str(tmp_path / "own.json")
-    return deepspeed_settings(
-        EngineConfig.model_validate(values), TrainConfig.model_validate(TRAIN | dict(train)),
-        accumulation_steps=4, num_data_ranks=2, num_trained=num_trained,
-    )  # fmt: skip
+    zero, place = Zero.model_validate(values), Place(num_data_ranks=2)
+    return zero.settings_of(TrainConfig.model_validate(TRAIN | dict(train)), 4, place, zero.stage, num_trained)
 
 
 def test_the_config_alone(tmp_path):

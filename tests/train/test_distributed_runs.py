@@ -49,9 +49,13 @@ def weights(folder):
     return read_weights(newest_verified(folder))
 
 
-def losses(folder):
+def steps_logged(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return [line for line in lines if "loss" in line]
+
+
+def losses(folder):
+    return {line["step"]: line["loss"] for line in steps_logged(folder)}
 
 
 def equal(a, b):
@@ -69,6 +73,8 @@ def test_a_killed_rank_ends_the_launch_and_the_rerun_ends_equal_to_the_bit(path,
     kind = (f"engine.kind={engine[0]}", *(f"engine.{option}" for option in engine[1:]))
     kind += ('train.samples=[{prompt: "What is this?"}]', "train.sample_every=10", "train.eval_every=6")
     run(path, *kind, f"output_dir={straight}")
+    last = steps_logged(straight)[-1]
+    assert min(last[f"{phase}_seconds"] for phase in ("data", "encode", "forward_backward", "optimizer")) > 0
     if engine[0] == "zero":
         launch(path, *kind, f"output_dir={broken}", fault="step@8/1=kill", check=137)
     else:  # ranks alone: torchrun does the same with all engines

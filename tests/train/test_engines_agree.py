@@ -14,8 +14,8 @@ FULL = ("model.lora=null", "model.trainable=[projector, llm]")
 VISION = ("model.lora=null", "model.trainable=[projector, llm, vision]")
 STEPS = 9
 
-# Allowed differences of loss, gradient norm (relative) and weights (mean absolute). Worst seen in fp32 1.3e-7, 1.0e-6,
-# 1.1e-6; in bf16 2.6e-4, 1.3e-3, 5.0e-5.
+# Allowed differences of loss, gradient norm (relative) and weights (mean absolute). Worst seen in fp32 1.3e-7, 1.6e-6,
+# 1.3e-6; in bf16 7.0e-4, 1.3e-3, 5.0e-5.
 BOUNDS = {"fp32": (1e-6, 1e-5, 5e-6), "bf16": (1e-3, 5e-3, 2e-4)}
 
 

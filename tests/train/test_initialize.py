@@ -12,8 +12,9 @@ from vlm.batch import IGNORE_INDEX, Batch
 from vlm.cli.train import start_training
 from vlm.errors import ConfigError
 from vlm.export.run import export_run
-from vlm.models.config import ProjectorConfig
-from vlm.models.projector import Projector, build_projector
+from vlm.models.projector import Projector
+from vlm.models.projector_kinds import PROJECTORS
+from vlm.schema import OneOf
 from vlm.train.initialize import fit_least_squares
 
 IMAGE = 99
@@ -35,8 +36,8 @@ def batch_of(words: list[list[int]], tokens_per_image: int) -> Batch:
 
 def projector_of(**settings: object) -> Projector:
     torch.manual_seed(0)
-    config = ProjectorConfig.model_validate(settings)
-    return build_projector(config, num_patches=4, in_width=12, out_width=16, output_std=0.25)
+    config = OneOf(PROJECTORS, default="linear").build(settings)
+    return config.build(num_patches=4, in_width=12, out_width=16, output_std=0.25)
 
 
 def eight_things(count: int, noise: float = 0.1) -> tuple[Tensor, list[list[int]]]:

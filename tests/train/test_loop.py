@@ -10,6 +10,7 @@ from vlm.errors import Preempted, TrainingDiverged
 from vlm.train.engines.base import StepOutput
 from vlm.train.interrupt import StopRequest
 from vlm.train.loop import Every, TrainLoop
+from vlm.train.timing import StepTimer
 
 
 class Objective:
@@ -24,6 +25,7 @@ class Engine:
 
     def __init__(self, bad=()):
         self.calls, self.bad = [], bad
+        self.timer = StepTimer()
 
     def broadcast(self, batches):
         return batches

@@ -12,8 +12,8 @@ from torch import nn
 from walk import named, train_and_resume, walk
 
 from vlm.artifacts.pins import pin_start
-from vlm.cli.configs import path_problems
 from vlm.config import RunConfig, load_config
+from vlm.config_checks import config_problems
 from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig, VisionConfig
 from vlm.models.encoders.base import EncoderCost, VisionBackend
@@ -89,12 +89,12 @@ def config(known, config_file, tmp_path):
 
 def test_it_is_checked_and_planned_by_what_it_says(config, tmp_path):
     checked = load_config(config("projector", "llm.lora"))
-    assert path_problems(checked) == []
+    assert config_problems(checked) == []
     shape = estimate(checked).shape
     assert shape.tokens_per_image == 4
     assert (shape.vision.numel, shape.vision.intermediate, shape.vision.num_tokens) == (4 * 24, 24, 4)
     (tmp_path / "strips" / SHAPE).unlink()
-    ((key, problem),) = path_problems(checked)
+    ((key, problem),) = config_problems(checked)
     assert (key, problem) == (("model", "vision", "path"), f"{tmp_path}/strips holds no {SHAPE}")
 
 

@@ -13,9 +13,9 @@ from launched import advance, launch, make
 from torch import nn
 from walk import walk
 
-from vlm.cli.configs import path_problems
 from vlm.compat import prepare
 from vlm.config import load_config
+from vlm.config_checks import config_problems
 from vlm.generation.slot_cache import BatchedDecoder, build_decoder
 from vlm.models.families import FAMILIES, BlockNames, HeadSettings, LLMFamily, LLMParts, LogitsRule
 from vlm.plan.estimate import estimate
@@ -105,13 +105,15 @@ def config(config_file, tiny, tmp_path):
     with known():
         torch.manual_seed(0)
         QuietForCausalLM(QuietConfig(**sizes)).save_pretrained(folder)
-        yield config_file(model__llm={"path": str(folder)}, train__max_steps=4, train__save_every=2)
+        yield config_file(
+            model__llm={"path": str(folder)}, model__lora__dropout=0.0, train__max_steps=4, train__save_every=2
+        )
 
 
 def test_it_is_checked_and_planned_as_the_llama_that_it_is_in_all_but_names(config, config_file, tiny):
     quiet = load_config(config)
-    assert path_problems(quiet) == []
-    llama = load_config(config_file("llama.yaml", model__llm={"path": str(tiny / "llm")}))
+    assert config_problems(quiet) == []
+    llama = load_config(config_file("llama.yaml", model__llm={"path": str(tiny / "llm")}, model__lora__dropout=0.0))
     found, expected = estimate(quiet), estimate(llama)
     assert [linear.role for linear in found.shape.llm.linears][-3:] == ["gate", "down", "up"]
     assert found.devices == expected.devices

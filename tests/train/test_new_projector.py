@@ -2,53 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from walk import named, walk
+from pydantic import PositiveInt
+from walk import registered, walk
 
-from vlm.config import RunConfig, load_config
-from vlm.models.config import ModelConfig, ProjectorConfig
-from vlm.models.projector import PROJECTORS, Projector
+from vlm.config import load_config
+from vlm.models.projector import Projector
+from vlm.models.projector_kinds import PROJECTORS, ProjectorConfig
 from vlm.plan.estimate import estimate
 
 
 class EverySecond(Projector):
-    """Half as many tokens as patches."""
+    """Reads every n-th patch."""
 
-    def __init__(self, *, num_patches: int, **settings: Any) -> None:
+    def __init__(self, *, num_patches: int, step: int, **settings: Any) -> None:
         super().__init__(num_patches=num_patches, **settings)
-        self.num_tokens = num_patches // 2
-
-    @classmethod
-    def count_tokens(cls, config, num_patches):
-        return num_patches // 2
-
-    @classmethod
-    def describe(cls, config):
-        return "every second patch"
-
-    @classmethod
-    def why_not_llava(cls, config):
-        return "its projector takes every second patch"
+        self.num_tokens = num_patches // step
+        self.step = step
 
     def inputs(self, features):
-        return super().inputs(features[:, ::2])
+        return super().inputs(features[:, :: self.step])
+
+
+class EverySecondConfig(ProjectorConfig):
+    kind: Literal["every_second"] = "every_second"
+    step: PositiveInt = 2
+
+    def build(self, **sizes):
+        return EverySecond(step=self.step, normalize=self.normalize, **sizes)
+
+    def count_tokens(self, num_patches):
+        return num_patches // self.step
+
+    def describe(self):
+        return "every second patch"
+
+    def why_not_llava(self):
+        return "its projector takes every second patch"
 
 
 @pytest.fixture
-def known(monkeypatch):
-    """Its line in the dict, and its name among the kinds."""
-    monkeypatch.setitem(PROJECTORS, "every_second", EverySecond)
-    with named("every_second", "kind", ProjectorConfig, ModelConfig, RunConfig):
+def known():
+    with registered(PROJECTORS, EverySecondConfig):
         yield
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("known")
-def test_it_needs_nothing_but_its_class(config_file, tiny, capsys):
+def test_it_needs_nothing_but_its_classes(config_file, tiny, capsys):
     path = config_file(
-        model__projector={"kind": "every_second", "normalize": True, "depth": 1},
+        model__projector={"kind": "every_second", "normalize": True, "step": 2},
         train__max_steps=4, train__save_every=2,
     )  # fmt: skip
     assert estimate(load_config(path)).shape.tokens_per_image == 8

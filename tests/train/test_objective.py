@@ -7,7 +7,7 @@ import json
 import pytest
 import toy_objective
 
-from vlm.config import load_config
+from vlm.config import load_config, unused_settings
 from vlm.errors import ConfigError
 from vlm.run import train
 
@@ -38,7 +38,8 @@ def test_its_loss_is_proven_and_its_metrics_stand_in_the_lines(config_file):
         ({"kind": "even_wordz"}, r"objective\.kind: expected .*'even_words'; did you mean 'even_words'\?"),
         ({"power": 2}, r"objective: needs the key kind, .*one of lm, even_words"),
         ({"kind": "even_words", "powr": 2}, r"objective\.powr: unknown key; did you mean power\?"),
-        ({"kind": "lm", "power": 2}, r"objective\.power: unknown key"),
+        ({"kind": "lm", "powr": 2}, r"objective\.powr: unknown key; did you mean power\?"),
+        ({"kind": "lm", "power": "x"}, r"objective\.power: expected a number"),
         ({"kind": "even_words", "power": True}, r"objective\.power: expected a number, found true"),
         ("lm", r"objective: expected keys with values"),
     ],
@@ -46,3 +47,8 @@ def test_its_loss_is_proven_and_its_metrics_stand_in_the_lines(config_file):
 def test_what_is_wrong_in_its_section_is_named_with_the_key(config_file, section, message):
     with pytest.raises(ConfigError, match=message):
         load_config(config_file(objective=section))
+
+
+def test_a_key_of_another_objective_is_not_used(config_file):
+    config = load_config(config_file(objective={"kind": "lm", "power": 2}))
+    assert unused_settings(config) == ["objective.power is not used: objective.kind is lm"]

@@ -17,9 +17,8 @@ from warm import run_warm
 from vlm.errors import ConfigError
 from vlm.models.vlm import VisionLanguageModel
 from vlm.prepare import _describe_packing
-from vlm.train.config import EngineConfig
-from vlm.train.engines.kind import Place
-from vlm.train.engines.kinds import ENGINES as KINDS
+from vlm.train.engines.kind import EngineKind, Place
+from vlm.train.engines.kinds import Ddp, Fsdp, Zero
 
 ENGINES = ("ddp*2", "zero2*2")
 STEPS = 2
@@ -73,12 +72,13 @@ def test_ranks_that_need_unequal_numbers_of_forwards_train_alike(config: Path, t
         assert weights < 1e-5
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("zero", 3), ("fsdp", 0)])
-def test_engines_whose_ranks_gather_parts_refuse_such_a_decoder_by_name(kind: str, stage: int):
+@pytest.mark.parametrize("gathering", [Zero(stage=3), Fsdp()], ids=["zero", "fsdp"])
+def test_engines_whose_ranks_gather_parts_refuse_such_a_decoder_by_name(gathering: EngineKind):
     llm = toy_decoder("mamba", vocab_size=64)
     model = VisionLanguageModel(llm)
     config = SimpleNamespace(data=SimpleNamespace(packing=True, max_length=64))
-    ddp, gathering = (KINDS[name](name, EngineConfig(kind=name, stage=stage)) for name in ("ddp", kind))
-    _describe_packing(config, model, ddp, Place(0, 2))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=f"engine.kind {kind}: model type mamba is decoded record by record"):
+    _describe_packing(config, model, Ddp(), Place(0, 2))  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match=f"engine.kind {gathering.kind}: model type mamba is decoded record by record"
+    ):
         _describe_packing(config, model, gathering, Place(0, 2))  # type: ignore[arg-type]

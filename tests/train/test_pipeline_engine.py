@@ -125,7 +125,7 @@ def build_pipeline(config: Any, case: Case, number: int) -> tuple[Any, Any]:
     cuts = case.cuts or balanced_cuts([1.0] * 4, case.stages)  # inputs, two blocks, output
     stage = build_stage(config.model, cuts, number, precision=config.train.precision, seed=config.seed)
     settings = deepspeed_settings(
-        config.engine, config.train, num_data_ranks=case.data_ranks, stage=1,
+        config.train, None, num_data_ranks=case.data_ranks, stage=1, offload=(),
         accumulation_steps=config.train.global_batch_size // (config.train.micro_batch_size * case.data_ranks),
     )  # fmt: skip
     engine = PipelineEngine(

@@ -9,8 +9,8 @@ from vlm import precision
 from vlm.config import load_config
 from vlm.errors import CheckpointError
 from vlm.precision import CpuSpeed
-from vlm.prepare import settle_precision
-from vlm.run import defaults_of, run_identity, train
+from vlm.run import defaults_of, keys_of_other_kinds, run_identity, train
+from vlm.settle import settle_precision
 from vlm.train.checkpoint import MANIFEST, newest_verified, read_info
 from vlm.train.resume import refuse_other_run
 
@@ -79,6 +79,20 @@ def test_a_checkpoint_from_before_a_key_existed_means_its_default(config_file, k
     else:  # the default is linear
         with pytest.raises(CheckpointError, match=r"model\.projector\.kind: 'linear' -> 'mlp'"):
             refuse_other_run(tmp_path, identity, defaults_of(config))
+
+
+@pytest.mark.parametrize(("kind", "is_same"), [("linear", True), ("mlp", False)])
+def test_a_key_of_another_kind_in_an_older_checkpoint_is_not_compared(config_file, kind, is_same, tmp_path):
+    config = load_config(config_file(model__projector={"kind": kind}))
+    identity = run_identity(config)
+    assert ("model.projector.depth" in identity) is not is_same
+    (tmp_path / MANIFEST).write_text(json.dumps({"identity": identity | {"model.projector.depth": 3}}))
+    arguments = tmp_path, identity, defaults_of(config), keys_of_other_kinds(config)
+    if is_same:
+        refuse_other_run(*arguments)
+    else:
+        with pytest.raises(CheckpointError, match=r"model\.projector\.depth: 3 -> 2"):
+            refuse_other_run(*arguments)
 
 
 @pytest.mark.parametrize(("began", "dtype"), [("fp32", "fp32"), ("bf16", "bf16")])

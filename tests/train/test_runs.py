@@ -147,6 +147,12 @@ def test_a_run_that_is_further_already_says_so(config_file, capsys):
 
 
 @pytest.mark.slow
+def test_a_key_of_another_kind_is_told_once(config_file, capsys):
+    run_here(config_file(engine={"stage": 3}, train__max_steps=1, train__prove=False))
+    assert capsys.readouterr().err.count("warning: engine.stage is not used: engine.kind is auto") == 1
+
+
+@pytest.mark.slow
 def test_a_share_that_holds_out_no_record_is_told(config_file, capsys):
     run_here(config_file(train__max_steps=1, data__held_out=1e-9))
     assert "data.held_out 1e-09 of so few records holds out none" in capsys.readouterr().err
@@ -266,12 +272,12 @@ def test_cached_features_train_as_the_encoder_does_and_are_made_once(config_file
     path = config_file(data__cache_features=True, data__cache_dtype="fp32")
     expected, got = steps_logged(straight), steps_logged(run_here(path))
     assert [loss for _, loss in got] == pytest.approx([loss for _, loss in expected], rel=1e-5)  # worst seen 2e-7
-    files = list((tmp_path / "cache/vision").rglob("*.safetensors"))
-    assert len(files) == 72  # images of all records, the held-out ones too
-    made = {file: file.stat().st_mtime_ns for file in files}
+    (index,) = (tmp_path / "cache/encoded").rglob("*.index")
+    assert index.stat().st_size == 72 * 48  # images of all records, the held-out ones too
     changes = {"data__cache_features": True, "data__cache_dtype": "fp32", "output_dir": str(tmp_path / "again")}
     run_here(config_file("again.yaml", **changes))
-    assert {file: file.stat().st_mtime_ns for file in files} == made
+    assert list((tmp_path / "cache/encoded").rglob("*.index")) == [index]
+    assert index.stat().st_size == 72 * 48
 
 
 @pytest.mark.slow
@@ -280,21 +286,6 @@ def test_features_kept_in_bfloat16_move_the_losses_by_rounding_only(config_file,
     got = [loss for _, loss in steps_logged(run_here(config_file(data__cache_features=True)))]
     assert got == pytest.approx(expected, rel=5e-4)  # worst seen 2.8e-5
     assert got != expected
-
-
-def test_a_replaced_image_is_encoded_again(tmp_path):
-    from vlm.data.features import FeatureStore
-
-    store = FeatureStore(tmp_path / "vision", "encoder")
-    image = tmp_path / "a.png"
-    image.write_bytes(b"first")
-    store.put(str(image), torch.ones(1, 2, 3))
-    assert torch.equal(store.get(str(image)), torch.ones(1, 2, 3))
-    image.write_bytes(b"second")
-    assert store.get(str(image)) is None
-    image.write_bytes(b"first")
-    assert store.has(str(image))
-    assert FeatureStore(tmp_path / "vision", "another").get(str(image)) is None
 
 
 @pytest.mark.slow
@@ -353,12 +344,18 @@ def test_a_torn_line_does_not_keep_the_plot_from_being_drawn(config_file):
 
 
 @pytest.mark.slow
-def test_a_damaged_feature_file_is_made_again(config_file, tmp_path):
-    run_here(config_file(data__cache_features=True, train__max_steps=1))
-    victim = next((tmp_path / "cache/vision").rglob("*.safetensors"))
-    victim.write_bytes(victim.read_bytes()[:50])
-    run_here(config_file("b.yaml", data__cache_features=True, train__max_steps=1, output_dir=str(tmp_path / "b")))
-    assert victim.stat().st_size > 50
+def test_damaged_features_cost_their_record_once_and_are_made_again(config_file, tmp_path):
+    changes = {"data__cache_features": True, "train__prove": False, "data__max_skipped_share": 1.0}
+    run_here(config_file(**changes, train__max_steps=1))
+    (data,) = (tmp_path / "cache/encoded").rglob("*.data")
+    content = bytearray(data.read_bytes())
+    content[5] ^= 1
+    data.write_bytes(content)
+    (skipped,) = (run_here(config_file(**changes, output_dir=str(tmp_path / "b"))) / "skipped.jsonl").open()
+    assert "no features of red-circle-1.png in data.cache" in skipped
+    again = run_here(config_file(**changes, output_dir=str(tmp_path / "c")))
+    assert not (again / "skipped.jsonl").exists()
+    assert len(list((tmp_path / "cache/encoded").rglob("*.data"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from vlm.models.trainable import trained_weights
 from vlm.objectives.lm import LanguageModeling
 from vlm.run import train
 from vlm.train.checkpoint import newest_verified
-from vlm.train.config import EngineConfig, TrainConfig
+from vlm.train.config import TrainConfig
 from vlm.train.engines.base import LossModule
-from vlm.train.engines.deepspeed_settings import deepspeed_settings
+from vlm.train.engines.kind import Place
+from vlm.train.engines.kinds import Zero
 from vlm.train.engines.local import LocalEngine
 from vlm.train.fragments import FragmentReader, read_weights, state_files
 from vlm.train.optim import build_optimizer
@@ -65,11 +66,11 @@ def test_a_config_with_float16_ends_on_the_cpu_before_a_run_folder_is_made(confi
 @pytest.mark.parametrize(("precision", "agrees"), [("fp16", True), ("bf16", False), ("fp32", False)])
 def test_the_users_deepspeed_json_may_say_float16_when_the_config_does(precision, agrees, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps({"fp16": {"enabled": True, "loss_scale": 0}}))
-    ours = EngineConfig(kind="zero", stage=2, deepspeed=str(tmp_path / "ds.json"))
+    ours = Zero(stage=2, deepspeed=str(tmp_path / "ds.json"))
 
     def settings():
         train = TrainConfig(max_steps=1, precision=precision)
-        return deepspeed_settings(ours, train, accumulation_steps=1, num_data_ranks=1)
+        return ours.settings_of(train, 1, Place(), ours.stage)
 
     if agrees:
         assert "fp16" not in settings()  # the scale is ours; DeepSpeed works in float32

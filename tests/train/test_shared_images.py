@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from vlm.config import load_config
-from vlm.prepare import FIRST_WITH_SHARING, Prepared, prepare_run, settle_precision
+from vlm.prepare import Prepared, prepare_run
 from vlm.run import run_identity
+from vlm.settle import FIRST_WITH_SHARING, settle_precision
 from vlm.train.engines.base import Engine
 
 NUM_IMAGES, QUESTIONS = 3, ("What is it?", "Which color has it?", "Describe it.", "Is it red or blue?")

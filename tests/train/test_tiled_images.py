@@ -15,8 +15,9 @@ from vlm.apps.api.limits import Limits
 from vlm.apps.api.prompt import PromptBuilder
 from vlm.apps.api.schemas import ChatRequest
 from vlm.config import load_config
-from vlm.evaluation.config import EvaluationConfig, TaskConfig
+from vlm.evaluation.config import EvaluationConfig
 from vlm.evaluation.report import run_tasks
+from vlm.evaluation.task_kinds import LossTask
 from vlm.export.run import export_run
 from vlm.inference.messages import to_conversation
 from vlm.prepare import prepare_run
@@ -96,7 +97,7 @@ def test_another_images_tokens_do_not_fit_so_nothing_is_shuffled(unequal, tmp_pa
         for n in range(4)
     ]
     (tmp_path / "eval.json").write_text(json.dumps(records))
-    task = TaskConfig(name="x", kind="loss", path=str(tmp_path / "eval.json"), images=str(tmp_path))
+    task = LossTask(name="x", path=str(tmp_path / "eval.json"), images=str(tmp_path))
     (row,) = run_tasks(loaded, EvaluationConfig(tasks=(task,)), tmp_path / "cache")
     assert row.own.num_records == 4
     assert (row.shuffled, row.blank) == (None, None)

@@ -63,13 +63,9 @@ def choose_port(host: str, port: int) -> int:
         return int(listener.getsockname()[1])
 
 
-def in_use(host: str, port: int) -> str:
-    return f"port {port} of {host} is in use; choose another with --port, or --port 0 for any free one"
-
-
 def _why_not(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return in_use(host, port)
+        return f"port {port} of {host} is in use; choose another with --port, or --port 0 for any free one"
     if error.errno == errno.EACCES:
         return f"port {port} may not be used by this user; choose one above 1023 with --port"
     return f"cannot listen at {host}:{port} ({error.strerror}); --host 127.0.0.1 always works"

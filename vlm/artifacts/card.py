@@ -9,7 +9,6 @@ from typing import Any
 
 from vlm.artifacts.manifest import Manifest
 from vlm.models.encoders.kinds import VISION_BACKENDS
-from vlm.models.projector import PROJECTORS
 from vlm.schema import is_local
 
 _DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".gz", ".zip", ".txt")
@@ -127,8 +126,7 @@ def _order_line(counts: dict[str, int]) -> str:
 
 
 def _projector_line(manifest: Manifest) -> str:
-    projector = manifest.model.projector
-    return "" if manifest.image_spec is None else PROJECTORS[projector.kind].describe(projector)
+    return "" if manifest.image_spec is None else manifest.model.projector.describe()
 
 
 def _contents(manifest: Manifest) -> str:

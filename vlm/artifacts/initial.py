@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+
+from torch import nn
 
 from vlm.artifacts.fingerprint import differences, fingerprint_files
 from vlm.artifacts.layouts import open_parts
@@ -14,6 +17,7 @@ from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.partition import full_shape
 from vlm.models.pipeline_build import Stage, load_stage_weights
 from vlm.models.trainable import load_weights, merge_adapter, misfit, part_of, part_weights
+from vlm.models.vision import VisionEncoder
 from vlm.models.vlm import VisionLanguageModel
 from vlm.models.weight_files import Shapes
 from vlm.schema import PARTS
@@ -56,6 +60,19 @@ def load_init(target: VisionLanguageModel | Stage, config: ModelConfig, path: st
     else:
         load_weights(model, tensors, where, partial=True)
     return report + _describe(own, tensors.shapes)
+
+
+def load_encoder(vision: VisionEncoder, config: ModelConfig, path: str | Path) -> None:
+    """Start an encoder alone from an export, as `load_init` starts a whole model.
+
+    Raises:
+        CheckpointError: a tensor does not fit.
+    """
+    folder = Path(path)
+    manifest = read_start(folder)
+    if "vision" in manifest.included:
+        tensors = open_parts(folder, replace(manifest, included=("vision",)), config)
+        load_weights(nn.ModuleDict({"vision": vision}), tensors, f"init_from {folder}", partial=True)
 
 
 def _shapes_of(target: VisionLanguageModel | Stage) -> Shapes:

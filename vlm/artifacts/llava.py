@@ -14,7 +14,8 @@ from vlm.artifacts.manifest import NAME, Manifest, read_manifest
 from vlm.batch import ImageSpec
 from vlm.compat import prepare
 from vlm.errors import CheckpointError
-from vlm.models.config import LLMConfig, ModelConfig, ProjectorConfig, VisionConfig
+from vlm.models.config import LLMConfig, ModelConfig, VisionConfig
+from vlm.models.projector_kinds import PROJECTORS
 from vlm.models.tokenizer_files import read_json
 from vlm.models.weight_adapter import Rule, WeightAdapter, also, drop, rename
 from vlm.models.weight_files import LazyTensors, WeightFiles
@@ -91,7 +92,7 @@ def read_start(folder: Path) -> Manifest:
     keeps_class = TOWERS[_tower(config)] and config.vision_feature_select_strategy == "full"
     model = ModelConfig(
         vision=VisionConfig(backend="hf", path=".", keep_class_token=keeps_class),
-        projector=ProjectorConfig(kind=_kind(config)),
+        projector=PROJECTORS[_kind(config)].model_validate({}),
         llm=LLMConfig(path="."),
     )
     included = ("projector", "llm", "vision")

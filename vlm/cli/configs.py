@@ -19,7 +19,7 @@ from vlm.config import (
     resolve_for_log,
     shipped_projects,
 )
-from vlm.config_checks import load_checked, model_notes
+from vlm.config_checks import load_checked, run_notes
 from vlm.config_paths import model_paths
 from vlm.errors import ConfigError
 from vlm.layered_yaml import dotted, spans_of
@@ -88,7 +88,7 @@ def validate(config: Config, options: Options = None) -> None:
     for key, path in model_paths(checked):
         if not Path(path).exists():
             print(f"note: {dotted(key)} {path} is taken for a name, found or fetched when the run starts")
-    for note in model_notes(checked):
+    for note in run_notes(checked):
         print(f"note: {note}")
     print(f"{config}: valid")
 

@@ -1,4 +1,4 @@
-"""`vlm data check | preview | stats`: the data as training will see it, without a model."""
+"""`vlm data check | preview | stats`: the data as training will see it, without a model; `vlm data cache`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm.cli.configs import Config, Options
+from vlm.cli.train import Endpoint, Nnodes, Nproc, launched
 from vlm.config import RunConfig
 from vlm.config_checks import load_checked
+from vlm.logs import is_logging_rank
 
 if TYPE_CHECKING:
     from vlm.batch import ImageSpec
@@ -57,6 +59,28 @@ def stats(config: Config, options: Options = None) -> None:
 
     tokenizer, _ = _tokenizer_and_spec(checked)
     print_stats(checked.data, tokenizer, seed=checked.seed)
+
+
+@app.command()
+def cache(
+    config: Config,
+    options: Options = None,
+    nproc: Nproc = None,
+    nnodes: Nnodes = 1,
+    rdzv_endpoint: Endpoint = None,
+) -> int:
+    """Encode every image ahead of training, as data.cache_features does. The same command goes on where it ended."""
+    chosen = list(options or ())
+    code = launched(["data", "cache", config], chosen, nproc, nnodes, rdzv_endpoint)
+    if code is not None:
+        return code
+    checked = load_checked(config, chosen)
+    from vlm.run import fill_cache
+
+    text = fill_cache(checked)
+    if is_logging_rank():
+        print(text)
+    return 0
 
 
 def _tokenizer_and_spec(config: RunConfig) -> tuple[ConversationTokenizer, ImageSpec | None]:

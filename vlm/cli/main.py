@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 for module in (configs, plan, prove, train, export, chat, webui, serve):
     module.register(app)
-app.add_typer(data.app, name="data", help="Look at training data without a model.")
+app.add_typer(data.app, name="data", help="Look at training data without a model; encode its images ahead.")
 app.add_typer(ckpt.app, name="ckpt", help="List and verify the checkpoints of a run.")
 doctor.register(app)
 

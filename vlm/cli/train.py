@@ -39,12 +39,16 @@ def train(
     nnodes: Nnodes = 1,
     rdzv_endpoint: Endpoint = None,
     max_restarts: Annotated[int, typer.Option(help="How often to start again when a process is lost.")] = 0,
+    profile: Annotated[int, typer.Option(help="Steps to profile, after the first two: a trace and a table.")] = 0,
 ) -> int:
     """Train. The same command resumes from the newest intact checkpoint of its output_dir."""
     chosen = [*(options or ()), *deepspeed_options(deepspeed)]
-    code = launched(["train", config], chosen, nproc, nnodes, rdzv_endpoint, max_restarts)
+    if profile < 0:
+        raise ConfigError(f"--profile {profile}: expected a number of steps, or 0 for none")
+    command = ["train", *(["--profile", str(profile)] if profile else []), config]
+    code = launched(command, chosen, nproc, nnodes, rdzv_endpoint, max_restarts)
     if code is None:
-        start_training(config, chosen)
+        start_training(config, chosen, profile)
     return code or 0
 
 
@@ -86,14 +90,14 @@ def plot(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     print(plot_loss(run))
 
 
-def start_training(config: str, options: Sequence[str]) -> None:
+def start_training(config: str, options: Sequence[str], profile_steps: int = 0) -> None:
     """Validate, then train. Raises ConfigError before torch is imported when the config or a path in it is wrong."""
     checked = load_checked(config, options)
     text = resolve_for_log(config, options)
     from vlm.run import train as train_run
 
     with _ending_once(Path(checked.output_dir)):
-        train_run(checked, text)
+        train_run(checked, text, profile_steps)
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlm.batch import ImageSpec, Skip
+from vlm.data.balance import RowWork
 from vlm.data.collate import Collator
 from vlm.data.config import DataConfig, SourceConfig
 from vlm.data.features import FeatureStore
@@ -41,6 +42,12 @@ class Data:
     scans: tuple[Scan, ...]  # of sources and eval_sources
     skips: list[Skip]  # records that cannot be used, found before training
     num_records: int  # in data.sources, skipped and held-out ones included
+
+    def with_features(self, store: FeatureStore) -> Data:
+        """The same, with the encoder's features of every image from `store`: images are not decoded."""
+        collator = replace(self.train.collator, features=store)
+        held_out = None if self.held_out is None else replace(self.held_out, collator=collator)
+        return replace(self, train=self.train.with_collator(collator), held_out=held_out)
 
 
 def build_template(name: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
@@ -79,8 +86,8 @@ def _unused_settings(config: DataConfig, template: ChatTemplate) -> list[str]:
     lines += [f"the weight of {path} is not used: data.eval_sources are read once" for path in weighted]
     if "pack_window" in config.model_fields_set and not config.packing:
         lines.append("data.pack_window is not used: data.packing is false")
-    if "cache_dtype" in config.model_fields_set and not config.cache_features:
-        lines.append("data.cache_dtype is not used: data.cache_features is false")
+    unused = {"cache_dtype", "cache_size_gb"} & config.model_fields_set if not config.cache_features else set()
+    lines += [f"data.{key} is not used: data.cache_features is false" for key in sorted(unused)]
     return lines
 
 
@@ -106,24 +113,23 @@ def build_data(
     micro_batch_size: int,
     data_rank: int = 0,
     num_data_ranks: int = 1,
-    features: FeatureStore | None = None,
     reads_images: bool = True,
     may_share: bool = False,
+    work: RowWork | None = None,
 ) -> Data:
     """Scan all sources, hold out what the config says, and put the training rows in order.
 
     Args:
         reads_images: false where another process has the encoder; batches are then without pixels and features.
         may_share: whether the model lets records share their beginning, for `data.share_images`.
+        work: what a row costs, by which ranks share a step's rows out; None in their order.
 
     Raises:
         DataError: a source cannot be read, nothing is supervised, or more records are skipped than allowed.
     """
     conversation_tokenizer = build_conversation_tokenizer(config, tokenizer, image_spec, image_token_id)
-    reader = build_reader(config, config.sources, conversation_tokenizer)
-    scan = scan_records(reader, Path(config.cache), config.workers)
-    _tell_skips("data.sources", scan)
-    refuse_too_many(scan, config.max_skipped_share)
+    scans = scan_sources(config, conversation_tokenizer)
+    scan = scans[0]
     members, held_out = split_held_out(scan, config.held_out, seed)
     pad_to = config.max_length if config.packing else None
     shares = may_share and config.packing and config.share_images
@@ -132,8 +138,7 @@ def build_data(
         conversation_tokenizer.pad_token_id,
         config.max_pixels,
         pad_to,
-        features,
-        conversation_tokenizer.image_token_id if shares else None,
+        image_token_id=conversation_tokenizer.image_token_id if shares else None,
     )
     order = build_order(config, scan, members, seed, shares)
     stream = BatchStream(
@@ -144,20 +149,30 @@ def build_data(
         data_rank=data_rank,
         num_data_ranks=num_data_ranks,
         workers=config.workers,
+        work=work,
     )
-    scans = [scan]
-    if config.eval_sources:
-        eval_scan = scan_records(
-            build_reader(config, config.eval_sources, conversation_tokenizer), Path(config.cache), config.workers
-        )
-        _tell_skips("data.eval_sources", eval_scan)
-        refuse_too_many(eval_scan, config.max_skipped_share)
-        scans.append(eval_scan)
-        usable = np.flatnonzero(eval_scan.lengths)
-        evaluation = build_eval_batches(eval_scan, usable, config, stream)
+    if len(scans) > 1:
+        evaluation = build_eval_batches(scans[1], np.flatnonzero(scans[1].lengths), config, stream)
     else:
         evaluation = build_eval_batches(scan, held_out, config, stream)
-    return Data(stream, evaluation, conversation_tokenizer, tuple(scans), scan.skips, len(scan))
+    return Data(stream, evaluation, conversation_tokenizer, scans, scan.skips, len(scan))
+
+
+def scan_sources(config: DataConfig, conversation_tokenizer: ConversationTokenizer) -> tuple[Scan, ...]:
+    """What is known of the records of data.sources and, if there are any, of data.eval_sources.
+
+    Raises:
+        DataError: a source cannot be read, nothing is supervised, or more records are skipped than allowed.
+    """
+    scans = []
+    for key, sources in (("data.sources", config.sources), ("data.eval_sources", config.eval_sources)):
+        if sources:
+            reader = build_reader(config, sources, conversation_tokenizer)
+            scan = scan_records(reader, Path(config.cache), config.workers)
+            _tell_skips(key, scan)
+            refuse_too_many(scan, config.max_skipped_share)
+            scans.append(scan)
+    return tuple(scans)
 
 
 def build_order(

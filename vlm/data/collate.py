@@ -86,7 +86,7 @@ class Collator:
     def _num_shared(self, before: list[_Placed], example: Example) -> int:
         """Tokens that the example need not bring, since the row's last record without any such begins with them."""
         root = next((placed.example for placed in reversed(before) if not placed.shared), None)
-        if self.image_token_id is None or root is None:
+        if self.image_token_id is None or root is None or root.images != example.images:
             return 0
         stem = find_stem(root, self.image_token_id)
         return stem if stem and stem == find_stem(example, self.image_token_id) and may_join(root, example, stem) else 0

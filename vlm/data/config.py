@@ -65,6 +65,8 @@ class DataConfig(Section):
     share_images: bool = True
     """Records about one image stand in one row and share its tokens, where attention is varlen: the same losses in less
     time. Needs packing."""
+    balance: bool = True
+    """Deal the rows of each step to the data ranks so that all have equal work. The step's rows are the same."""
     workers: NonNegativeInt = 0
     """Processes that decode images, at most one per core; 0 decodes in the training process."""
     max_pixels: PositiveInt = 50_000_000
@@ -77,7 +79,9 @@ class DataConfig(Section):
     """So many skipped records without a good one between them stop it too."""
     cache: PathText = "cache/features"
     """Where record indexes, length tables and encoder features are kept."""
-    cache_features: bool = False
-    """Encode every image once, before training, and keep the frozen encoder's features on disk."""
+    cache_features: bool | Literal["auto"] = False
+    """Encode every image once, before training, and keep the frozen encoder's features on disk. auto: if faster."""
     cache_dtype: Literal["bf16", "fp32"] = "bf16"
     """Number format of those features, whatever the encoder computes in; bf16 rounds them to 8 bits of mantissa."""
+    cache_size_gb: PositiveFloat | None = None
+    """Bound of the features of all encoders in `cache`, 10^9 bytes; those not used for longest go. null means none."""

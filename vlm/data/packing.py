@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -61,8 +61,8 @@ class Rows:
         self.ends = ends
 
     @staticmethod
-    def of(rows: list[np.ndarray]) -> Rows:
-        numbers = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+    def of(rows: Sequence[np.ndarray]) -> Rows:
+        numbers = np.concatenate(rows) if len(rows) else np.zeros(0, dtype=np.int64)
         return Rows(numbers, np.cumsum([len(row) for row in rows], dtype=np.int64))
 
     def __len__(self) -> int:
@@ -78,10 +78,23 @@ class Rows:
 
     @property
     def follows(self) -> np.ndarray:
-        """Whether each record but the first stands in the row of the one before it, bool [n - 1]."""
-        same = np.ones(max(0, len(self.numbers) - 1), dtype=bool)
-        same[self.ends[:-1] - 1] = False
-        return same
+        """Whether each record stands in the row of the one before it, bool [n]."""
+        follows = np.ones(len(self.numbers), dtype=bool)
+        follows[:1] = False
+        follows[self.ends[self.ends < len(self.numbers)]] = False
+        return follows
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """The sum of each row over a whole number per record.
+
+        Args:
+            values: int [n], in the order of `numbers`.
+
+        Returns:
+            int64 [rows]; 0 for a row without records.
+        """
+        totals = np.r_[0, np.cumsum(values, dtype=np.int64)]
+        return np.diff(totals[np.r_[0, self.ends]])
 
 
 def pack_in_windows(

@@ -277,7 +277,7 @@ def _key(reader: ExampleReader) -> str:
         ],
         "tokenizer": reader.tokenizer.fingerprint(),
         "limits": [reader.max_length, reader.max_images, reader.over_long],
-        "version": 5,  # of the table, and of how conversations become tokens
+        "version": 6,  # of the table, and of how conversations become tokens
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 

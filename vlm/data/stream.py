@@ -7,15 +7,17 @@ import itertools
 import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlm.batch import Batch, Example, Skip, microbatches_per_step
+from vlm.data.balance import RowSizes, RowWork, deal
 from vlm.data.collate import Collator
 from vlm.data.lengths import load_array, store_array
 from vlm.data.packing import Rows, pack_in_windows
@@ -120,11 +122,29 @@ class RowOrder:
         """Of an epoch: records that stand without the tokens they begin with, and how many tokens these are."""
         if not (self.packing and self.shares_images):
             return 0, 0
-        shares = self.scan.shares
-        rows = self.rows(epoch)
-        keys = shares.keys[rows.numbers]
-        is_branch = (keys[1:] == keys[:-1]) & (keys[1:] != 0) & rows.follows
-        return int(is_branch.sum()), int(shares.stems[rows.numbers[1:][is_branch]].sum())
+        shared = self._shared(self.rows(epoch))
+        return int((shared > 0).sum()), int(shared.sum())
+
+    def sizes(self, rows: Sequence[np.ndarray]) -> RowSizes:
+        """What rows hold, counted from the scan alone. A row without records holds nothing."""
+        scan, packed = self.scan, Rows.of(rows)
+        numbers, shared = packed.numbers, self._shared(packed)
+        lengths = scan.lengths[numbers].astype(np.int64)
+        return RowSizes(
+            packed.sums(lengths - shared),
+            packed.sums(lengths**2 - shared**2) // 2,
+            packed.sums(np.where(shared == 0, scan.num_images[numbers], 0)),
+            packed.sums(scan.num_supervised[numbers]),
+        )
+
+    def _shared(self, rows: Rows) -> np.ndarray:
+        """Tokens that each record leaves to the record before it in its row, int64 [records]."""
+        shared = np.zeros(len(rows.numbers), dtype=np.int64)
+        if self.packing and self.shares_images:
+            keys, stems = self.scan.shares.keys[rows.numbers], self.scan.shares.stems[rows.numbers]
+            is_branch = rows.follows[1:] & (keys[1:] == keys[:-1]) & (keys[1:] != 0)
+            shared[1:] = np.where(is_branch, stems[1:], 0)
+        return shared
 
 
 class BatchStream:
@@ -132,10 +152,11 @@ class BatchStream:
 
     A step takes `global_batch_size` rows of the epoch; the last step of an epoch is filled up with empty rows.
     Rank r of R takes the r-th of R equal parts of the step's rows, so that all ranks together always see the same
-    rows in the same step, whatever R and the number of workers.
+    rows in the same step, whatever R and the number of workers. With `work` the parts are equal in work too.
 
     Args:
         micro_batch_size: rows per `Batch`.
+        work: what a row costs; None shares the rows out in their order.
         workers: processes that read records and decode images; 0 does so in this one.
     """
 
@@ -149,6 +170,7 @@ class BatchStream:
         data_rank: int = 0,
         num_data_ranks: int = 1,
         workers: int = 0,
+        work: RowWork | None = None,
     ) -> None:
         self.microbatches_per_step = microbatches_per_step(global_batch_size, micro_batch_size, num_data_ranks)
         self.order = order
@@ -158,6 +180,8 @@ class BatchStream:
         self.data_rank = data_rank
         self.num_data_ranks = num_data_ranks
         self.workers = usable_workers(workers)
+        self.work = work
+        self._dealt: tuple[int, list[np.ndarray]] = (-1, [])  # the step asked for last, and this rank's rows of it
 
     @property
     def fingerprint(self) -> str:
@@ -182,14 +206,24 @@ class BatchStream:
 
     def for_rank(self, data_rank: int, num_data_ranks: int) -> BatchStream:
         """The same stream for another data rank, read in this process."""
-        return BatchStream(
-            self.order,
-            self.collator,
-            global_batch_size=self.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
-            data_rank=data_rank,
-            num_data_ranks=num_data_ranks,
+        return self._changed(data_rank=data_rank, num_data_ranks=num_data_ranks, workers=0)
+
+    def with_collator(self, collator: Collator) -> BatchStream:
+        """The same rows as other batches."""
+        return self._changed(collator=collator)
+
+    def _changed(self, **changes: Any) -> BatchStream:
+        names = (
+            "order",
+            "collator",
+            "global_batch_size",
+            "micro_batch_size",
+            "data_rank",
+            "num_data_ranks",
+            "workers",
+            "work",
         )
+        return BatchStream(**{name: getattr(self, name) for name in names} | changes)
 
     def steps_in_epoch(self, epoch: int) -> int:
         return -(-self.order.num_rows(epoch) // self.global_batch_size)
@@ -225,12 +259,23 @@ class BatchStream:
     def microbatch(self, number: int) -> Batch:
         """Micro-batch `number` of this rank, counted from the start of the run."""
         step, micro = divmod(number, self.microbatches_per_step)
+        if self._dealt[0] != step:
+            self._dealt = step, self._rows_of_rank(step)
+        start = micro * self.micro_batch_size
+        return read_batch(self.order.scan, self._dealt[1][start : start + self.micro_batch_size], self.collator)
+
+    def _rows_of_rank(self, step: int) -> list[np.ndarray]:
+        """This rank's rows of record numbers in a step; empty ones fill up the last step of an epoch."""
         epoch, within = self._locate(step)
-        rows = self.order.rows(epoch)
-        per_rank = self.global_batch_size // self.num_data_ranks
-        start = within * self.global_batch_size + self.data_rank * per_rank + micro * self.micro_batch_size
-        chosen = [rows[i] if i < len(rows) else () for i in range(start, start + self.micro_batch_size)]
-        return read_batch(self.order.scan, chosen, self.collator)
+        start = within * self.global_batch_size
+        packed = self.order.rows(epoch)
+        rows = [packed[row] for row in range(start, min(start + self.global_batch_size, len(packed)))]
+        rows += [np.zeros(0, dtype=np.int64)] * (self.global_batch_size - len(rows))
+        if self.work is None:
+            places = np.arange(len(rows)).reshape(self.num_data_ranks, -1)
+        else:
+            places = deal(self.work.of(self.order.sizes(rows)), self.num_data_ranks)
+        return [rows[place] for place in places[self.data_rank]]
 
     def _locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it)."""

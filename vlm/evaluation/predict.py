@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlm.batch import IGNORE_INDEX
 from vlm.data.images import load_image, to_tiles
-from vlm.evaluation.tasks import Question
+from vlm.evaluation.questions import Question
 from vlm.inference.load import LoadedModel
 from vlm.logs import log
 from vlm.models.decoders import find_decoder

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
@@ -22,21 +22,18 @@ from rich.table import Table
 
 from vlm.artifacts.evidence import FIGURES, figures_table, with_error, write_figures
 from vlm.artifacts.manifest import read_manifest
-from vlm.batch import IGNORE_INDEX
+from vlm.config import RunConfig, unused_settings
 from vlm.errors import ConfigError
-from vlm.evaluation.config import EvaluationConfig, TaskConfig
-from vlm.evaluation.metrics import Figure, accuracy, derangement, loss_per_token, majority_share
+from vlm.evaluation.config import EvaluationConfig
+from vlm.evaluation.metrics import Figure, derangement
 from vlm.evaluation.predict import FeatureCache, score_candidates
-from vlm.evaluation.tasks import Question, read_task
+from vlm.evaluation.questions import Question
+from vlm.evaluation.task_kinds import TaskConfig
+from vlm.evaluation.tasks import read_task
 from vlm.files import write_atomically
 from vlm.inference.load import LoadedModel, load
-from vlm.logs import Progress, log
+from vlm.logs import Progress, log, warn
 from vlm.version import __version__
-
-if TYPE_CHECKING:
-    from vlm.config import RunConfig
-
-METRICS = {"choice": "accuracy", "ranking": "accuracy", "loss": "loss per token"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,8 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
             "the config has no evaluation.tasks, so there is nothing to measure. Add some as docs/evaluation.md shows, "
             "with records that were not trained on"
         )
+    for line in unused_settings(config.evaluation, "evaluation."):
+        warn(line)
     folder = Path(config.output_dir) / "export" if export is None else export
     started = time.monotonic()
     loaded = load(folder, image_order="keep")  # records are read as training reads them
@@ -132,18 +131,12 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 def _run_task(loaded: LoadedModel, task: TaskConfig, features: FeatureCache, seed: int, cache: Path) -> Row:
     questions = read_task(task, loaded.conversation_tokenizer, cache, seed)
     shown = [image for question in questions for image in question.images]
-    # within a group of one ranking, so that an image meets no candidates that it has not met as its own
-    groups = (
-        {image: tuple(map(tuple, q.replies)) for q in questions for image in q.images}
-        if task.kind == "ranking"
-        else None
-    )
     # an image that takes another number of tokens cannot stand in the place of this one
     is_fixed = loaded.image_spec is None or not loaded.image_spec.reads_size
-    other = derangement(shown, seed, groups) if len(set(shown)) > 1 and is_fixed else {}
+    other = derangement(shown, seed, task.groups(questions)) if len(set(shown)) > 1 and is_fixed else {}
     swapped = [replace(q, images=tuple(other[image] for image in q.images)) for q in questions] if other else []
     blanked: list[Question] = []
-    if shown and task.kind == "loss" and is_fixed:  # one more pass over the records, so not for every task
+    if shown and task.has_blank and is_fixed:
         white = _blank_image()
         blanked = [replace(question, images=(white,) * len(question.images)) for question in questions]
     # together: what is asked of an image as its own and as another's is scored once
@@ -153,8 +146,8 @@ def _run_task(loaded: LoadedModel, task: TaskConfig, features: FeatureCache, see
         for which, some in (("own", questions), ("shuffled", swapped), ("blank", blanked))
     )
     assert own is not None
-    baseline, name = _baseline(task, questions)
-    return Row(task.name, task.kind, METRICS[task.kind], own, shuffled, blank, baseline, name)
+    baseline, name = task.baseline(questions)
+    return Row(task.name, task.kind, task.metric, own, shuffled, blank, baseline, name)
 
 
 def _scores(loaded: LoadedModel, name: str, questions: Sequence[Question], features: FeatureCache) -> list[list[float]]:
@@ -165,11 +158,7 @@ def _scores(loaded: LoadedModel, name: str, questions: Sequence[Question], featu
 
 
 def _figure(task: TaskConfig, questions: Sequence[Question], scores: list[list[float]], which: str) -> Figure:
-    if task.kind == "loss":
-        counts = [sum(label != IGNORE_INDEX for label in question.reply_labels[0]) for question in questions]
-        figure = loss_per_token([-score[0] for score in scores], counts)
-    else:
-        figure = accuracy(scores, [question.answer for question in questions])
+    figure = task.figure(questions, scores)
     value = with_error(figure.value, figure.standard_error)
     log(f"evaluation: {task.name}, {which}: {value} over {len(questions)} records")
     return figure
@@ -180,12 +169,6 @@ def _blank_image() -> bytes:
     encoded = io.BytesIO()
     Image.new("RGB", (64, 64), "white").save(encoded, format="PNG")
     return encoded.getvalue()
-
-
-def _baseline(task: TaskConfig, questions: list[Question]) -> tuple[float | None, str]:
-    if task.kind == "choice":
-        return majority_share([question.answer_text for question in questions]), "majority"
-    return (1 / task.num_candidates, "chance") if task.kind == "ranking" else (None, "")
 
 
 def _finite(value: float) -> float | None:

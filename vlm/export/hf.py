@@ -36,7 +36,7 @@ from vlm.models.config import ModelConfig
 from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.families import head_settings
 from vlm.models.llm import IMAGE_TOKEN, pad_vocabulary
-from vlm.models.projector import PROJECTORS, Projector
+from vlm.models.projector import Projector
 from vlm.models.trainable import cast_weights
 from vlm.models.vision import VisionEncoder
 
@@ -54,7 +54,7 @@ def why_not_llava(config: ModelConfig, built: Assembled) -> str | None:
         return reason
     if built.image_spec is not None and built.image_spec.reads_size:
         return "its images take tokens by their size"
-    reason = PROJECTORS[config.projector.kind].why_not_llava(config.projector)
+    reason = config.projector.why_not_llava()
     if reason is not None:
         return reason
     if getattr(model.llm.get_output_embeddings(), "bias", None) is not None:

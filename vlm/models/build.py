@@ -20,7 +20,6 @@ from vlm.models.llm import (
     pad_vocabulary,
     refuse_beyond_embedding,
 )
-from vlm.models.projector import PROJECTORS, build_projector
 from vlm.models.recompute import checkpoint_blocks
 from vlm.models.trainable import set_trainable
 from vlm.models.vision import VisionEncoder, build_vision
@@ -74,13 +73,24 @@ def forked_random_state() -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
+def build_encoder(
+    config: ModelConfig, *, precision: str = "fp32", device: str = "cpu"
+) -> tuple[VisionEncoder, ImageSpec]:
+    """The frozen encoder alone, as `build_model` with the same arguments has it, and what images must look like."""
+    assert config.vision is not None
+    vision = build_vision(config.vision, frozen_dtype(precision))
+    vision.requires_grad_(False)
+    num_tokens = config.projector.count_tokens(vision.num_patches)
+    return vision.to(device), _image_spec(config.vision, vision, num_tokens)
+
+
 def build_image_spec(config: ModelConfig) -> ImageSpec | None:
     """What images must look like, from the encoder's shape alone."""
     if config.vision is None:
         return None
     with torch.device("meta"):
         vision = build_vision(config.vision, weights=False)
-    num_tokens = PROJECTORS[config.projector.kind].count_tokens(config.projector, vision.num_patches)
+    num_tokens = config.projector.count_tokens(vision.num_patches)
     return _image_spec(config.vision, vision, num_tokens)
 
 
@@ -98,8 +108,7 @@ def assemble(
     projector, spec = None, None
     if vision is not None and config.vision is not None:
         embeddings: Any = llm.get_input_embeddings().weight
-        projector = build_projector(
-            config.projector,
+        projector = config.projector.build(
             num_patches=vision.num_patches,
             in_width=vision.width,
             out_width=embeddings.shape[1],

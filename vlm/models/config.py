@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from vlm.schema import PathText, Section, TrainablePart
+from vlm.models.projector_kinds import PROJECTORS, LinearProjectorConfig, ProjectorConfig
+from vlm.schema import OneOf, PathText, Section, TrainablePart
 
 
 class VisionConfig(Section):
@@ -29,27 +30,6 @@ class VisionConfig(Section):
     compute: Literal["auto", "fp32", "fp32_channels_last", "bf16", "bf16_channels_last"] = "auto"
     """How it computes while it is frozen. auto: as train.precision says, but a convolutional network in the number and
     memory format that is fastest here, measured once per machine."""
-
-
-class ProjectorConfig(Section):
-    kind: Literal["linear", "mlp"] = "linear"
-    """One linear layer, or several."""
-    depth: PositiveInt = 2
-    """mlp: number of linear layers, with gelu between them."""
-    pool: PositiveInt = 1
-    """Average squares of n x n patches first; 1 averages none."""
-    unshuffle: PositiveInt = 1
-    """Merge squares of n x n patches into one token before projecting; 1 keeps all patches."""
-    normalize: bool = False
-    """Standardise each vision channel with statistics of the first training images, kept with the weights."""
-    initialize: Literal["random", "least_squares"] = "random"
-    """least_squares: before the first step, fit the last layer so that the tokens of an image come near to the mean
-    embedding of the words of its replies. For short captions; without effect where init_from brings a projector."""
-
-    @property
-    def patches_per_token(self) -> int:
-        """How many of the encoder's patches become one token."""
-        return (self.pool * self.unshuffle) ** 2
 
 
 class LLMConfig(Section):
@@ -77,7 +57,8 @@ class LoRAConfig(Section):
 class ModelConfig(Section):
     vision: VisionConfig | None = None
     """null trains a plain language model through the same code."""
-    projector: ProjectorConfig = ProjectorConfig()
+    projector: Annotated[ProjectorConfig, OneOf(PROJECTORS, default="linear")] = LinearProjectorConfig()
+    """From the encoder's features to the language model's width."""
     llm: LLMConfig
     lora: LoRAConfig | None = None
     """Adapters on the language model; null adds none."""

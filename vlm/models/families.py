@@ -29,6 +29,9 @@ class LLMParts:
     rotary: str = "model.rotary_emb"
     window: Literal["none", "every block", "layer_types"] = "none"
     """every block: where config.sliding_window is set. layer_types: in blocks that config.layer_types names so."""
+    leaves_out: bool = False
+    """Whether a block is y = x + self_attn(input_layernorm(x)), then what looks at single tokens of y, so that the last
+    one need not compute tokens that nothing reads (`vlm.models.last_block`)."""
 
 
 @dataclass(frozen=True)
@@ -143,15 +146,15 @@ _SINGLE = {
         packs_by_positions=True,
         head=HeadSettings(multiply=(*HeadSettings.multiply, "logits_scaling"), divide=HeadSettings.divide[1:]),
     ),
-    "internlm3": LLMFamily(packs_by_positions=True, parts=LLMParts()),
-    "llama": LLMFamily(packs_by_positions=True, parts=LLMParts()),  # SmolLM2 too
+    "internlm3": LLMFamily(packs_by_positions=True, parts=LLMParts(leaves_out=True)),
+    "llama": LLMFamily(packs_by_positions=True, parts=LLMParts(leaves_out=True)),  # SmolLM2 too
     "mamba": LLMFamily(uncalled=_FUSED),
     "mamba2": LLMFamily(uncalled=_FUSED),
-    "mistral": LLMFamily(packs_by_positions=True, parts=LLMParts(window="every block")),
+    "mistral": LLMFamily(packs_by_positions=True, parts=LLMParts(window="every block", leaves_out=True)),
     "mpt": LLMFamily(head=HeadSettings(multiply=("lm_head_multiplier",))),  # its logit_scale scales attention
     "nemotron_h": LLMFamily(uncalled=_FUSED),
-    "qwen2": LLMFamily(packs_by_positions=True, parts=LLMParts(window="layer_types")),  # Qwen2.5 too
-    "qwen3": LLMFamily(packs_by_positions=True, parts=LLMParts(window="layer_types")),
+    "qwen2": LLMFamily(packs_by_positions=True, parts=LLMParts(window="layer_types", leaves_out=True)),  # Qwen2.5 too
+    "qwen3": LLMFamily(packs_by_positions=True, parts=LLMParts(window="layer_types", leaves_out=True)),
     "xlstm": LLMFamily(generates=False),
 }
 

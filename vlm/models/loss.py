@@ -34,15 +34,27 @@ def select_supervised(
     Returns:
         hidden states [S, D] and targets int64 [S], row by row.
     """
-    row, at = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    row, before, at = find_supervised(labels, position_ids)
+    return hidden_states[row, before], labels[row, at]
+
+
+def find_supervised(labels: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each supervised label the row, the place that predicts it and its own place, int64 [S] each; arguments as for
+    `select_supervised`."""
+    row, before = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    at = before + 1
     if position_ids is None:
-        return hidden_states[row, at], labels[row, at + 1]
-    at = at + 1
+        return row, before, at
     starts = torch.where(position_ids == 0, torch.arange(labels.shape[1], device=labels.device), 0).cummax(1).values
     position = position_ids[row, at]
-    follows = position_ids[row, at - 1] + 1 == position
-    before = torch.where(follows | (position == 0), at - 1, starts[row, at] + position - 1)
-    return hidden_states[row, before], labels[row, at]
+    follows = position_ids[row, before] + 1 == position
+    return row, torch.where(follows | (position == 0), before, starts[row, at] + position - 1), at
+
+
+def predicts_supervised(labels: Tensor, position_ids: Tensor) -> Tensor:
+    """bool [B, L]: the places whose hidden states the loss reads."""
+    row, before, _ = find_supervised(labels, position_ids)
+    return torch.zeros_like(labels, dtype=torch.bool).index_put((row, before), torch.ones_like(row, dtype=torch.bool))
 
 
 def chunked_cross_entropy(

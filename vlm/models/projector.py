@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
-from vlm.models.config import ProjectorConfig
 
 _GELU_VARIANCE = 0.425  # of gelu(x) about 0 for x ~ N(0, 1); keeps the output's size right behind an activation
 
@@ -77,50 +75,6 @@ class Projector(nn.Module):
             self.register_buffer("feature_mean", torch.zeros(in_width))
             self.register_buffer("feature_std", torch.ones(in_width))
 
-    # what the program asks of a kind before one is built
-
-    @classmethod
-    def from_config(cls, config: ProjectorConfig, **sizes: Any) -> Projector:
-        """`sizes`: num_patches, in_width, out_width, output_std."""
-        return cls(
-            depth=cls.depth_of(config),
-            pool=config.pool,
-            unshuffle=config.unshuffle,
-            normalize=config.normalize,
-            **sizes,
-        )
-
-    @classmethod
-    def count_tokens(cls, config: ProjectorConfig, num_patches: int) -> int:
-        """T, of an image of P patches."""
-        return num_patches // config.patches_per_token
-
-    @classmethod
-    def depth_of(cls, config: ProjectorConfig) -> int:
-        """Number of linear layers."""
-        return 1 if config.kind == "linear" else config.depth
-
-    @classmethod
-    def widths(cls, config: ProjectorConfig, in_width: int, out_width: int) -> list[int]:
-        """What the first linear layer reads, and what each writes; for the memory estimate."""
-        return [in_width * config.unshuffle**2, *[out_width] * cls.depth_of(config)]
-
-    @classmethod
-    def describe(cls, config: ProjectorConfig) -> str:
-        """For people: "mlp, 2 layers, 2 x 2 patches a token"."""
-        kind = "linear" if config.kind == "linear" else f"{config.kind}, {config.depth} layers"
-        side = config.pool * config.unshuffle
-        return kind + (f", {side} x {side} patches a token" if side > 1 else "")
-
-    @classmethod
-    def why_not_llava(cls, config: ProjectorConfig) -> str | None:
-        """Why transformers' LLaVA class cannot hold it; None where it can."""
-        if config.patches_per_token > 1:
-            side = config.pool * config.unshuffle
-            return f"its projector merges {side} x {side} patches"
-        depth = cls.depth_of(config)
-        return f"its projector has {depth} layers; one or two can be expressed" if depth > 2 else None
-
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
@@ -180,15 +134,3 @@ def unshuffle_patches(features: Tensor, side: int) -> Tensor:
     grid = math.isqrt(num_patches)
     squares = features.reshape(num_images, grid // side, side, grid // side, side, channels)
     return squares.permute(0, 1, 3, 2, 4, 5).reshape(num_images, num_patches // side**2, channels * side**2)
-
-
-PROJECTORS: dict[str, type[Projector]] = {"linear": Projector, "mlp": Projector}  # by `model.projector.kind`
-
-
-def build_projector(
-    config: ProjectorConfig, *, num_patches: int, in_width: int, out_width: int, output_std: float
-) -> Projector:
-    kind = PROJECTORS[config.kind]
-    return kind.from_config(
-        config, num_patches=num_patches, in_width=in_width, out_width=out_width, output_std=output_std
-    )

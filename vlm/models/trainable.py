@@ -136,7 +136,7 @@ def merge_adapter(model: VisionLanguageModel, tensors: Mapping[str, Tensor], con
             add(layer, delta.T if is_transposed(model.get_submodule(place)) else delta)
 
 
-def trained_weights(model: VisionLanguageModel) -> dict[str, Tensor]:
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """Canonical name -> tensor [...] of all that trains, with the statistics (buffers) of each part that trains."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     parts = {part_of(name) for name in trained}
@@ -153,8 +153,8 @@ def part_weights(model: VisionLanguageModel, part: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], where: str, partial: bool = False) -> None:
-    """Copy whole tensors [...] into the model by canonical name, one at a time.
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str, partial: bool = False) -> None:
+    """Copy whole tensors [...] into the model, or a part of it under its name there, by canonical name, one at a time.
 
     Args:
         where: what the tensors come from, for the message.

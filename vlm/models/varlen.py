@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlm.compat import prepare
 from vlm.logs import warn
+from vlm.models.last_block import mark_read
 from vlm.models.segments import Segment, find_segments
 
 VARLEN = "varlen"  # the name that transformers knows it by
@@ -49,20 +50,29 @@ def lay_end_to_end(position_ids: Tensor) -> EndToEnd:
     return EndToEnd(index, positions[index][None], encode_layout(segments))
 
 
-def decode_end_to_end(forward: Decoder, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+def decode_end_to_end(
+    forward: Decoder, hidden_states: Tensor, position_ids: Tensor, read: Tensor | None = None
+) -> Tensor:
     """Hidden states [B, L, D] of packed rows, from a forward that sees one row of records; zeros at padding.
 
     Args:
         forward: of a decoder or some of its blocks; [1, T, D], position_ids [1, T] and a layout -> [1, T, D].
         hidden_states: [B, L, D] that enter it.
         position_ids: int64 [B, L], restarting with every record.
+        read: bool [B, L], tokens whose states are wanted, of a forward that leaves out the others; zeros stand there.
     """
     row = lay_end_to_end(position_ids)
     flat = hidden_states.flatten(0, 1)
     is_whole = len(row.tokens) == len(flat)  # no padding
+    places = row.tokens
+    if read is not None:
+        index = read.flatten()[row.tokens].nonzero().flatten()
+        index = index if len(index) else index.new_zeros(1)  # a graph through the last block all the same
+        mark_read(row.layout, index)
+        places = row.tokens[index]
     out = forward((flat if is_whole else flat[row.tokens])[None], row.position_ids, row.layout)[0]
-    if not is_whole:
-        out = out.new_zeros(len(flat), out.shape[-1]).index_copy(0, row.tokens, out)
+    if len(places) < len(flat):
+        out = out.new_zeros(len(flat), out.shape[-1]).index_copy(0, places, out)
     return out.view(*position_ids.shape, -1)
 
 
@@ -119,7 +129,8 @@ def _by_loop(
     out = []
     for own, k, v, (_, root, shared) in zip(queries, keys, values, segments, strict=True):
         if shared:
-            k, v = (torch.cat([all[root][:, :, :shared], part], dim=2) for all, part in ((keys, k), (values, v)))
+            k = torch.cat([keys[root][:, :, :shared], k], dim=2)
+            v = torch.cat([values[root][:, :, :shared], v], dim=2)
         out.append(_attend(own, k, v, window, settings).transpose(1, 2))
     return torch.cat(out, dim=1)
 
@@ -133,9 +144,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, setti
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
 
 
-@lru_cache(maxsize=64)
 def _mask(length: int, seen: int, window: int, device: torch.device) -> Tensor:
-    """bool [l, shared + l]: the last queries of a causal mask. Every block of a forward asks for the same."""
+    """bool [l, shared + l]: the last queries of a causal mask. Not kept: of long records it is large."""
     ones = torch.ones(length, seen, dtype=torch.bool, device=device)
     return ones.tril(seen - length).triu(seen - length + 1 - window)
 
@@ -171,6 +181,7 @@ class _Lay(NamedTuple):
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a later forward may need it for its backward
 def _lay(segments: Segments, device: torch.device) -> _Lay:
     """Every block of a forward asks for the same."""
     lengths = [length for length, *_ in segments]
@@ -194,6 +205,7 @@ def _kernel_serves(query: Tensor) -> bool:
 
 
 @lru_cache
+@torch.inference_mode(False)  # with gradients, whichever forward is the first to ask
 def _kernel_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether this GPU, this torch and this width give what SDPA gives record by record, in output and gradient.
 

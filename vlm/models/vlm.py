@@ -13,6 +13,7 @@ from vlm.models.decoders import accepts, find_decoder
 from vlm.models.entry import find_embedding_factor
 from vlm.models.families import packing_of
 from vlm.models.head import find_logits_rule, head_logits
+from vlm.models.last_block import can_cut, cut_last_block
 from vlm.models.llm import recomputing_blocks
 from vlm.models.projector import Projector
 from vlm.models.recompute import RECOMPUTES
@@ -46,6 +47,9 @@ class VisionLanguageModel(nn.Module):
         self.packing = packing_of(llm.config)
         self.logits_rule = find_logits_rule(llm)
         self.embedding_factor = find_embedding_factor(llm)
+        self._cuts_last_block = can_cut(llm)
+        if self._cuts_last_block:
+            cut_last_block(llm)
         self.always_encode = False  # run encoder and projector without an image too, so that all ranks call the same
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
@@ -104,6 +108,7 @@ class VisionLanguageModel(nn.Module):
         position_ids: Tensor,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, L, D] after the final norm, of packed rows.
 
@@ -112,8 +117,9 @@ class VisionLanguageModel(nn.Module):
             position_ids: int64 [B, L]; they restart with every example, and nothing attends across a restart.
             pixel_values: [N, 3, S, S], in the order of the placeholders; None for text alone.
             image_features: [N, P, C], what the encoder yields for them, instead of `pixel_values`.
+            read: bool [B, L], the tokens whose hidden states are read; others may be zeros. None for all.
         """
-        return self.decode(self.inputs_embeds(input_ids, pixel_values, image_features), position_ids)
+        return self.decode(self.inputs_embeds(input_ids, pixel_values, image_features), position_ids, read)
 
     def inputs_embeds(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None
@@ -135,7 +141,7 @@ class VisionLanguageModel(nn.Module):
         """[..., D] -> [..., V], scaled or capped as the language model does."""
         return head_logits(self.llm, hidden_states, self.logits_rule)
 
-    def decode(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
+    def decode(self, embeddings: Tensor, position_ids: Tensor, read: Tensor | None = None) -> Tensor:
         """Hidden states [B, L, D] after the final norm, of what `inputs_embeds` returns; positions as for `forward`."""
         longest = self.packing.longest
         if not self.packing.by_positions:
@@ -143,14 +149,16 @@ class VisionLanguageModel(nn.Module):
         # a longer record's rotations would be those of all records of its row
         if longest is not None and int(position_ids.max()) >= longest:
             return decode_one_by_one(self._decoder, embeddings, position_ids, most_tokens=1)
-        return self.end_to_end(self._decoder, embeddings, position_ids)
+        return self.end_to_end(self._decoder, embeddings, position_ids, read if self._cuts_last_block else None)
 
-    def end_to_end(self, forward: Decoder, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+    def end_to_end(
+        self, forward: Decoder, hidden_states: Tensor, position_ids: Tensor, read: Tensor | None = None
+    ) -> Tensor:
         """[B, L, D] -> [B, L, D] of packed rows, through a forward of the decoder or of some of its blocks, as its
         attention needs them; positions as for `forward`."""
         attention = self.llm.config._attn_implementation
         if attention == VARLEN:
-            return decode_end_to_end(forward, hidden_states, position_ids)
+            return decode_end_to_end(forward, hidden_states, position_ids, read)
         shape = hidden_states.shape
         if "flash" in attention:
             # FlashAttention sees restarts only in a batch of one row, else it lets examples look at each other without

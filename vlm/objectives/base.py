@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from vlm.schema import Section
+from vlm.schema import KindSection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +49,9 @@ class Objective(Protocol):
     def num_head_calls(self, batch: Batch) -> int:
         """How often `loss` calls the head, at least 1. With a larger `head.min_calls` it calls it that often."""
 
+    def reads(self, batch: Batch) -> Tensor | None:
+        """bool [B, L]: the places whose hidden states `loss` reads; others need not be computed. None for all."""
+
     def loss(self, hidden_states: Tensor, batch: Batch, head: Head) -> LossOutput:
         """The summed loss of a batch. It has a graph through the head even where nothing is supervised, so that every
         rank runs the same backward.
@@ -58,7 +61,7 @@ class Objective(Protocol):
         """
 
 
-class ObjectiveConfig(Section):
+class ObjectiveConfig(KindSection):
     """Base of the section `objective`; each kind has its own keys."""
 
     kind: str

@@ -25,6 +25,11 @@ class LanguageModeling:
 
         return count_chunks(batch.num_supervised)
 
+    def reads(self, batch: Batch) -> Tensor | None:
+        from vlm.models.loss import predicts_supervised
+
+        return predicts_supervised(batch.labels, batch.position_ids)
+
     def loss(self, hidden_states: Tensor, batch: Batch, head: Head) -> LossOutput:
         """hidden_states: [B, L, D]. The loss is a float32 scalar; see `Objective`."""
         from vlm.models.loss import chunked_cross_entropy

@@ -13,6 +13,7 @@ from vlm.models.config import LoRAConfig
 from vlm.plan.estimate import Plan, estimate
 from vlm.plan.memory import usable
 from vlm.plan.shapes import ModelShape, read_shapes
+from vlm.schema import KindSection, Section, annotation_of, one_of
 from vlm.train.engines.kind import EngineKind
 from vlm.train.engines.kinds import ENGINES, kind_of_launch
 
@@ -33,8 +34,8 @@ class Change:
         return Change(f"{self.name}, {other.name}", merged, self.world_size or other.world_size)
 
     def apply(self, config: RunConfig) -> RunConfig:
-        """Nothing is validated: what cannot be combined is left out where it is tried."""
-        sections = {name: getattr(config, name).model_copy(update=values) for name, values in self.values.items()}
+        """Raises ValueError, not everywhere: what cannot be combined is left out where it is tried."""
+        sections = {name: _changed(name, getattr(config, name), values) for name, values in self.values.items()}
         return config.model_copy(update=sections)
 
     def yaml_lines(self) -> list[str]:
@@ -52,6 +53,7 @@ class Change:
 class Alternative:
     change: Change
     plan: Plan
+    config: RunConfig  # with the change
 
 
 def alternatives(
@@ -69,7 +71,7 @@ def alternatives(
         for tried in _helped(change, config):
             plan = _try(config, tried, world_size, shape)
             if plan is not None and plan.peak <= usable(memory):
-                found[change.name] = Alternative(tried, plan)
+                found[change.name] = Alternative(tried, plan, tried.apply(config))
                 break
     unique = {(str(one.change.values), one.plan.world_size): one for one in reversed(found.values())}
     return list(reversed(unique.values()))[:limit]
@@ -89,8 +91,8 @@ def _helped(change: Change, config: RunConfig) -> Iterator[Change]:
 
 def largest_micro_batch(config: RunConfig, world_size: int, memory: int, shape: ModelShape) -> int | None:
     """Rows per forward that fit on every device: the largest number that divides the rows of a step on a data rank."""
-    stages = kind_of_launch(config.engine, world_size).num_stages
-    rows = max(1, config.train.global_batch_size // (world_size // stages))
+    place = kind_of_launch(config.engine, world_size).place(0, world_size)
+    rows = max(1, config.train.global_batch_size // place.num_data_ranks)
     for size in (size for size in range(rows, 0, -1) if rows % size == 0):
         plan = _try(config, Change("", {"train": {"micro_batch_size": size}}), world_size, shape)
         if plan is not None and plan.peak <= usable(memory):
@@ -107,7 +109,7 @@ def _changes(config: RunConfig, world_size: int, memory: int, shape: ModelShape)
         yield Change("gradient checkpointing", {"model": {"gradient_checkpointing": True}})
     if train.precision not in ("bf16", "fp16"):
         yield Change("frozen weights in bf16", {"train": {"precision": "bf16"}})
-    if train.optimizer == "adamw" and "optimizer" not in config.engine.offload:
+    if train.optimizer == "adamw" and not config.engine.keeps_optimizer_on_host:
         yield Change("8-bit optimizer state", {"train": {"optimizer": "adamw_8bit"}})
     if "llm" in model.trainable:
         parts = tuple("llm.lora" if part == "llm" else part for part in model.trainable)
@@ -129,6 +131,14 @@ def _other_engines(now: EngineKind, devices: int) -> Iterator[Change]:
             yield Change(variant.name, {"engine": variant.values}, devices)
 
 
+def _changed(name: str, section: Section, values: dict[str, Any]) -> Section:
+    """A section of the config with other values; one that is one of several is validated, as it may change its kind."""
+    union = one_of(annotation_of(RunConfig.model_fields[name]))
+    if union is None or not isinstance(section, KindSection):
+        return section.model_copy(update=values)
+    return union.build({**section.unused, **dict(section), **values})
+
+
 def _holds(change: Change, more: Change) -> bool:
     return all(
         change.values.get(section, {}).get(key) is not None for section in more.values for key in more.values[section]
@@ -137,8 +147,9 @@ def _holds(change: Change, more: Change) -> bool:
 
 def _try(config: RunConfig, change: Change, world_size: int, shape: ModelShape) -> Plan | None:
     """None where the engine cannot be cut that way, or not with that optimizer."""
-    changed, size = change.apply(config), change.world_size or world_size
+    size = change.world_size or world_size
     try:
+        changed = change.apply(config)
         return estimate(changed, size, shape=shape) if _optimizer_works(changed, size, shape) else None
     except (VLMError, ValueError):
         return None
@@ -148,7 +159,7 @@ def _optimizer_works(config: RunConfig, world_size: int, shape: ModelShape) -> b
     """Whether neither vlm.config nor the engine would refuse the combination."""
     train, kind = config.train, kind_of_launch(config.engine, world_size)
     tied = "the embedding" if "llm" in config.model.trainable and not shape.llm.head else None
-    is_paged_on_host = train.is_paged and "optimizer" in config.engine.offload
+    is_paged_on_host = train.is_paged and config.engine.keeps_optimizer_on_host
     return kind.why_not_optimizer(train, tied) is None and not is_paged_on_host
 
 

@@ -18,7 +18,7 @@ from vlm.plan.numerics import Numerics, Workload, full_rows, read_numerics
 from vlm.plan.shapes import ModelShape, read_shapes
 from vlm.plan.timeline import peak
 from vlm.train.config import TrainConfig
-from vlm.train.engines.kind import FLOAT32, EngineKind, States
+from vlm.train.engines.kind import FLOAT32, EngineKind, Place, States
 from vlm.train.engines.kinds import kind_of_launch
 
 GIB = 2**30
@@ -60,6 +60,10 @@ class Plan:
     shape: ModelShape | None = None
 
     @property
+    def num_stages(self) -> int:
+        return self.world_size // self.num_data_ranks
+
+    @property
     def peak(self) -> int:
         """Bytes on the fullest device."""
         return max(device.total for device in self.devices)
@@ -92,7 +96,7 @@ def estimate(
         CheckpointError: a model's config.json cannot be read.
     """
     kind = kind_of_launch(config.engine, world_size)
-    num_data_ranks = world_size // kind.num_stages
+    num_data_ranks = kind.place(0, world_size).num_data_ranks
     if workload is None:
         microbatches_per_step(config.train.global_batch_size, config.train.micro_batch_size, num_data_ranks)
     shape = shape or read_shapes(config.model)
@@ -106,7 +110,7 @@ def estimate(
     cuts: tuple[int, ...] = ()
     if kind.has_stages:
         layers[-1] = [_own_copy_of_a_tied_head(layers[-1][0], shape, config, numerics)]
-        cuts = config.engine.cuts or _balance(layers, kind, num_micro, num_data_ranks, config.train)
+        cuts = kind.layers_at_cuts or _balance(layers, kind, num_micro, kind.place(0, world_size), config.train)
         check_cuts(cuts, len(layers))
     bounds = list(pairwise([0, *cuts, len(layers)]))
     devices = []
@@ -114,7 +118,7 @@ def estimate(
         own = [part for layer in layers[first:stop] for part in layer]
         name = f"stage {stage}" if kind.has_stages else f"rank 0-{world_size - 1}" if world_size > 1 else "rank 0"
         in_flight = min(len(bounds) - stage, num_micro)
-        base = blocks.batch_bytes(shape, work, numerics, config.data.cache_features) * in_flight
+        base = blocks.batch_bytes(shape, work, numerics, config.data.cache_features is True) * in_flight
         if kind.has_stages:  # what is received and sent, and their gradients
             base += 2 * in_flight * work.tokens * shape.llm.width * numerics.residual
         states = kind.states(own, config.train, num_data_ranks, num_micro > 1)
@@ -123,7 +127,7 @@ def estimate(
                     first, stop - 1)
         )  # fmt: skip
     return Plan(
-        kind.name, world_size, num_data_ranks, work.rows, _num_parameters(config, shape),
+        kind.kind, world_size, num_data_ranks, work.rows, _num_parameters(config, shape),
         sum(part.trained for part in parts),
         tuple(devices), cuts, shape,
     )  # fmt: skip
@@ -139,7 +143,7 @@ def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics:
         inputs.append(
             blocks.vision(
                 shape.vision, work, numerics,
-                is_trained=trains_vision, is_cached=config.data.cache_features,
+                is_trained=trains_vision, is_cached=config.data.cache_features is True,
                 checkpointing=model.gradient_checkpointing,
             )
         )  # fmt: skip
@@ -210,18 +214,18 @@ def _own_copy_of_a_tied_head(part: Part, shape: ModelShape, config: RunConfig, n
 
 
 def _balance(
-    layers: Sequence[Sequence[Part]], kind: EngineKind, num_micro: int, num_data_ranks: int, train: TrainConfig
+    layers: Sequence[Sequence[Part]], kind: EngineKind, num_micro: int, place: Place, train: TrainConfig
 ) -> tuple[int, ...]:
     """Cuts that make the fullest stage as small as possible.
 
     How many micro-batches a layer holds depends on the stage it falls into, so the cuts are made again with the
     numbers of the cuts before, until nothing changes.
     """
-    num_stages = kind.num_stages
+    num_stages = place.num_stages
     held = [float(num_stages)] * len(layers)
     best: tuple[int, ...] = ()
     for _ in range(4):
-        costs = [_cost(layer, held[i], kind, num_data_ranks, train) for i, layer in enumerate(layers)]
+        costs = [_cost(layer, held[i], kind, place.num_data_ranks, train) for i, layer in enumerate(layers)]
         costs[-1] += layers[-1][0].backward  # logits; the other transients are alike on all stages
         cuts = tuple(balanced_cuts(costs, num_stages))
         if cuts == best:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from vlm.config import RunConfig
 from vlm.plan.alternatives import Alternative, alternatives, largest_micro_batch
 from vlm.plan.estimate import GIB, Plan, estimate
+from vlm.plan.machine import Machine
 from vlm.plan.memory import usable
 from vlm.plan.shapes import read_shapes
+from vlm.plan.step_time import WAITING_FOR_RANKS, Records, RunTime, run_time
 from vlm.train.engines.kinds import kind_of_launch
 
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
@@ -32,8 +34,17 @@ def describe_plan(config: RunConfig, gpus: int, memory_bytes: int) -> list[str]:
     return lines
 
 
-def full_report(config: RunConfig, gpus: int, memory_bytes: int, memory_name: str) -> list[str]:
-    """What `vlm plan` prints. Arguments as `describe_plan`; `memory_name` says what the memory is of."""
+def full_report(
+    config: RunConfig, gpus: int, memory_bytes: int, memory_name: str, machine: Machine | None = None,
+    records: Records | str = "",
+) -> list[str]:  # fmt: skip
+    """What `vlm plan` prints. Arguments as `describe_plan`.
+
+    Args:
+        memory_name: what the memory is of.
+        machine: how fast a device is; None tells no time.
+        records: what rows of the data hold, or why that is not known.
+    """
     shape = read_shapes(config.model)
     plan = estimate(config, gpus, shape=shape)
     size = largest_micro_batch(config, gpus, memory_bytes, shape)
@@ -45,8 +56,33 @@ def full_report(config: RunConfig, gpus: int, memory_bytes: int, memory_name: st
         lines.append(f"  largest micro-batch that fits: {size} row{'s' if size > 1 else ''} (now {now})")
     if kind_of_launch(config.engine, gpus).has_stages:
         lines.append(f"  cut: engine.cuts {list(plan.cuts)}, {_whose(config)}")
+    known = None if isinstance(records, str) else records
+    if machine is None:
+        lines.append("time: name the GPU to be told, as in --gpu H100")
+    else:
+        lines += time_lines(run_time(config, plan, machine, known), machine)
+        if isinstance(records, str):
+            lines.append(f"  taken for full rows of one record, all of its text supervised: {records}")
     if plan.peak > usable(memory_bytes):
-        lines += alternatives_table(alternatives(config, gpus, memory_bytes, shape))
+        found = alternatives(config, gpus, memory_bytes, shape)
+        times = None if machine is None else [run_time(each.config, each.plan, machine, known) for each in found]
+        lines += alternatives_table(found, times)
+    return lines
+
+
+def time_lines(time: RunTime, machine: Machine) -> list[str]:
+    """Step time, samples a second and hours, what the step consists of, and on what this rests."""
+    line = f"time: {_seconds(time.step)} a step"
+    if time.samples is not None:
+        line += f", {time.samples / time.step:,.3g} samples/s"
+    if time.hours is not None:
+        line += f", {_hours(time.hours)} for {time.num_steps:,} steps"
+    parts = sorted(time.parts.items(), key=lambda part: -part[1])
+    shares = ", ".join(f"{name} {seconds / time.step:.0%}" for name, seconds in parts if seconds > 0.005 * time.step)
+    lines = [line, f"  of it: {shares}", f"  machine: {machine.name}"]
+    lines += [f"  {machine.assumption}"] if machine.assumption else []
+    if machine.is_link_assumed and WAITING_FOR_RANKS in time.parts:
+        lines.append(f"  {machine.link / 1e9:g} GB/s between devices are assumed, not measured")
     return lines
 
 
@@ -88,17 +124,39 @@ def verdict(plan: Plan, memory: int) -> str:
     return f"DOES NOT FIT: {plan.peak / GIB:.1f} of {memory / GIB:.1f} GiB ({kept})"
 
 
-def alternatives_table(rows: list[Alternative]) -> list[str]:
-    """Changes that would fit, each with its lines for the YAML file."""
+def alternatives_table(rows: list[Alternative], times: list[RunTime] | None = None) -> list[str]:
+    """Changes that would fit, each with its lines for the YAML file; with their times, the fastest first."""
     if not rows:
         return ["nothing tried here would fit: take a smaller model, shorter rows (data.max_length), or more devices"]
     width = max(len(row.change.name) for row in rows)
-    lines = ["would fit:" + " " * max(0, width - 6) + "    GiB  devices  change"]
-    for row in rows:
+    unit = "" if times is None else f"  {'s/step' if any(time.hours is None for time in times) else 'hours':>8}"
+    lines = ["would fit:" + " " * max(0, width - 6) + f"    GiB  devices{unit}  change"]
+    order = range(len(rows)) if times is None else sorted(range(len(rows)), key=lambda at: times[at].step)
+    for row, time in ((rows[at], None if times is None else times[at]) for at in order):
         first, *others = row.change.yaml_lines()
-        lines.append(f"  {row.change.name:<{width}}  {row.plan.peak / GIB:>7.1f}  {row.plan.world_size:>7}  {first}")
-        lines += [" " * (width + 22) + line for line in others]
+        told = "" if time is None else f"  {time.step if 's/step' in unit else time.hours:>8.3g}"
+        line = f"  {row.change.name:<{width}}  {row.plan.peak / GIB:>7.1f}  {row.plan.world_size:>7}{told}  "
+        lines.append(line + first)
+        lines += [" " * len(line) + other for other in others]
     return lines
+
+
+def _seconds(seconds: float) -> str:
+    """
+    >>> _seconds(0.0123), _seconds(2.345)
+    ('12 ms', '2.3 s')
+    """
+    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _hours(hours: float) -> str:
+    """
+    >>> _hours(0.005), _hours(0.2), _hours(36.2)
+    ('18 s', '12 min', '36.2 h')
+    """
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:,.1f} h"
 
 
 def _millions(number: int, digits: int) -> str:
@@ -110,4 +168,4 @@ def _millions(number: int, digits: int) -> str:
 
 
 def _whose(config: RunConfig) -> str:
-    return "as the config says" if config.engine.cuts else "so that the fullest stage is as small as possible"
+    return "as the config says" if config.engine.layers_at_cuts else "so that the fullest stage is as small as possible"

@@ -17,7 +17,6 @@ from vlm.models.encoders.base import EncoderCost
 from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.families import family_of
 from vlm.models.llm import llm_from_config, pad_vocabulary, takes_varlen
-from vlm.models.projector import PROJECTORS
 from vlm.models.vision import build_vision
 
 
@@ -94,10 +93,9 @@ def read_shapes(config: ModelConfig) -> ModelShape:
     if config.vision is None:
         return ModelShape(llm, None, (), 0)
     vision = _read_vision(config.vision)
-    kind = PROJECTORS[config.projector.kind]
-    widths = kind.widths(config.projector, vision.width, llm.width)
+    widths = config.projector.widths(vision.width, llm.width)
     linears = tuple(Linear(str(i), *pair) for i, pair in enumerate(pairwise(widths)))
-    return ModelShape(llm, vision, linears, kind.count_tokens(config.projector, vision.num_patches))
+    return ModelShape(llm, vision, linears, config.projector.count_tokens(vision.num_patches))
 
 
 def _read_llm(config: ModelConfig) -> LLMShape:

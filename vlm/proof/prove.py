@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from vlm.proof.probe import LossProbe, StateProbe, relative
 from vlm.proof.records import Subject, choose, read_record
 from vlm.proof.state import unchanged
 from vlm.proof.text import check_batches, check_pixels, check_text, fresh_pixels
+from vlm.schema import chosen_kinds
 from vlm.version import __version__
 
 LEAST_SECONDS = 5.0  # a proof may take this long, or
@@ -306,8 +308,15 @@ def _facts(parts: Prepared, work: _Work) -> dict[str, object]:
 
 
 def digest(config: RunConfig) -> str:
-    """Changes with the program's version and any key of the config that training reads."""
+    """Changes with the program's version and any key of the config that training reads.
+
+    Keys of other kinds count with what was written, else their defaults, as when all kinds had one section.
+    """
     values: dict[str, Any] = config.model_dump(mode="json", exclude={"output_dir", "evaluation"})
+    for (first, *rest), union, section in chosen_kinds(config):
+        if first in values:
+            node = reduce(getitem, rest, values[first])
+            node.update(union.foreign_values(section))
     return hashlib.sha256(json.dumps([__version__, values], sort_keys=True).encode()).hexdigest()[:16]
 
 

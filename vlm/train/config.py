@@ -94,36 +94,3 @@ class TrainConfig(Section):
     @property
     def is_paged(self) -> bool:
         return self.optimizer.startswith("paged")
-
-
-class EngineConfig(Section):
-    kind: Literal["auto", "local", "ddp", "zero", "fsdp", "pipeline"] = "auto"
-    """auto: local in one process, ddp in several. zero: DeepSpeed's ZeRO. fsdp: torch's fully_shard."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU if there is one."""
-    timeout_seconds: PositiveFloat = 1800.0
-    """Ranks that wait longer than this for another one stop with an error that names where each of them was."""
-    stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """zero: what is spread over the ranks. 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
-    offload: tuple[Literal["optimizer", "parameters"], ...] = ()
-    """zero: what waits in host memory; parameters need stage 3."""
-    deepspeed: PathText | None = None
-    """zero: a DeepSpeed JSON file whose settings are added; what it contradicts in this config is an error."""
-    num_stages: PositiveInt = 2
-    """pipeline: parts that the model is cut into; the other ranks repeat them for more data."""
-    cuts: tuple[PositiveInt, ...] | None = None
-    """pipeline: index of the first layer of each stage but the first; null balances by cost."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> EngineConfig:
-        if self.offload and self.kind == "zero" and self.stage == 0:
-            raise ValueError("offload: stage 0 spreads nothing and offloads nothing; set stage to 1, 2 or 3")
-        if "parameters" in self.offload and self.stage < 3:
-            raise ValueError(f"offload: parameters can be offloaded at stage 3 only, stage is {self.stage}")
-        if self.cuts is not None and (
-            len(self.cuts) != self.num_stages - 1 or list(self.cuts) != sorted(set(self.cuts))
-        ):
-            raise ValueError(
-                f"cuts: {list(self.cuts)} must be {self.num_stages - 1} rising numbers for num_stages {self.num_stages}"
-            )
-        return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,9 @@ class RunEvents:
     def periodic(self) -> list[Every]:
         return [Every(self.settings.eval_every, self.evaluate), Every(self.settings.sample_every, self.sample)]
 
-    def report(self, step: int, batches: list[Batch], output: StepOutput, counts: StepCounts, seconds: float) -> None:
+    def report(
+        self, step: int, batches: list[Batch], output: StepOutput, counts: StepCounts, seconds: Mapping[str, float]
+    ) -> None:
         self.reporter.record(step, output, counts, seconds)
         skips: list[Skip] = []
         if counts.skipped:

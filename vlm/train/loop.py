@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,7 +35,7 @@ class StepCounts:
 
 class Report(Protocol):
     def __call__(
-        self, step: int, batches: list[Batch], output: StepOutput, counts: StepCounts, seconds: float
+        self, step: int, batches: list[Batch], output: StepOutput, counts: StepCounts, seconds: Mapping[str, float]
     ) -> None: ...
 
 
@@ -81,14 +80,14 @@ class TrainLoop:
             Preempted: SIGTERM or Ctrl-C; the step in work was finished and saved.
         """
         bad_steps = 0
+        timer = self.engine.timer
         batches = self.stream.iterate(start_step)
         for step in range(start_step, self.max_steps):
             set_step(step + 1)
             note(f"step {step + 1}: reading data")
             fault("step")
-            started = time.monotonic()
-            microbatches = next(batches)
-            data_seconds = time.monotonic() - started
+            with timer("data"):
+                microbatches = next(batches)
             note(f"step {step + 1}: computing")
             microbatches = self.engine.broadcast(microbatches)
             counts = self._count(microbatches)
@@ -96,14 +95,15 @@ class TrainLoop:
             if not output.applied and not output.overflowed:
                 bad_steps += 1
                 self._refuse(step + 1, output, microbatches, bad_steps)
-            self.report(step + 1, microbatches, output, counts, data_seconds)
+            self.report(step + 1, microbatches, output, counts, timer.read())
             for event in self.events:
                 event(step + 1)
             finished = step + 1 == self.max_steps
             stopping = self.stop_requested() is not None
             if finished or stopping or (step + 1) % self.save_every == 0:
                 note(f"step {step + 1}: saving")
-                saved = self.save(step + 1, finished or stopping)
+                with timer("save"):
+                    saved = self.save(step + 1, finished or stopping)
                 stopped = self.stop_requested()  # a signal may have arrived during the save
                 if stopped and not finished:
                     if not saved:

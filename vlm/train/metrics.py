@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vlm.train.config import TrainConfig
 from vlm.train.engines.base import StepOutput
 from vlm.train.loop import StepCounts
 from vlm.train.runfolder import RunFolder
+from vlm.train.timing import PHASES, describe_shares
 
 PLAIN_LINE_SECONDS = 10.0  # at most one progress line per this many seconds where there is no terminal
 
@@ -38,9 +39,11 @@ class Window:
     slots: float = 0.0  # tokens and padding
     bad_steps: int = 0
     overflowed_steps: int = 0
-    data_seconds: float = 0.0
+    steps: int = 0
+    phases: dict[str, float] = field(default_factory=dict)  # seconds
 
-    def add(self, output: StepOutput, counts: StepCounts, data_seconds: float) -> None:
+    def add(self, output: StepOutput, counts: StepCounts, seconds: Mapping[str, float]) -> None:
+        self.steps += 1
         self.overflowed_steps += output.overflowed
         self.bad_steps += not output.applied and not output.overflowed
         if output.applied:
@@ -52,7 +55,8 @@ class Window:
         self.slots += counts.slots
         self.tokens += counts.tokens
         self.images += counts.images
-        self.data_seconds += data_seconds
+        for phase, passed in seconds.items():
+            self.phases[phase] = self.phases.get(phase, 0.0) + passed
 
 
 class Reporter:
@@ -75,14 +79,17 @@ class Reporter:
         self._window = Window()
         self._board = _open_tensorboard(run.path) if settings.tensorboard and is_main() else None
 
-    def record(self, step: int, output: StepOutput, counts: StepCounts, data_seconds: float) -> None:
+    def record(self, step: int, output: StepOutput, counts: StepCounts, phases: Mapping[str, float]) -> None:
         """Add a finished step. Every `log_every` steps, a line: means over the steps since the last one.
 
         A step that was not applied counts in `bad_steps` or `overflowed_steps` and not in the loss.
+
+        Args:
+            phases: seconds since the step before, see `StepTimer`. So a save counts in the step after it.
         """
         window = self._window
         self.skipped += int(counts.skipped)
-        window.add(output, counts, data_seconds)
+        window.add(output, counts, phases)
         if step % self.log_every and step != self.max_steps:
             return
         seconds = max(time.monotonic() - window.started, 1e-9)
@@ -97,7 +104,9 @@ class Reporter:
             "tokens_per_second": round(window.tokens / seconds, 1),
             "images_per_second": round(window.images / seconds, 2),
             "fill": round(window.tokens / max(window.slots, 1), 4),
-            "data_share": round(window.data_seconds / seconds, 4),
+            "data_share": round(window.phases.get("data", 0.0) / seconds, 4),
+            "step_seconds": round(seconds / window.steps, 6),
+            **{f"{phase}_seconds": round(window.phases.get(phase, 0.0) / window.steps, 6) for phase in PHASES},
             "skipped": self.skipped,
             "bad_steps": window.bad_steps,
             "memory_gib": round(_memory_gib(), 2),
@@ -106,7 +115,7 @@ class Reporter:
         if output.loss_scale is not None:
             line |= {"loss_scale": output.loss_scale, "overflowed_steps": window.overflowed_steps}
         self.write(line)
-        self._show(line)
+        self._show(line, describe_shares(window.phases, seconds))
         self._window = Window()
 
     def write(self, line: dict[str, Any]) -> None:
@@ -122,13 +131,13 @@ class Reporter:
         if self._board is not None:
             self._board.close()
 
-    def _show(self, line: dict[str, Any]) -> None:
+    def _show(self, line: dict[str, Any], shares: str) -> None:
         step, done = line["step"], line["step"] - self._first_step
         left = (time.monotonic() - self._started) / max(done, 1) * (self.max_steps - step)
         text = (
             f"step {step}/{self.max_steps}  loss {_or_dash(line['loss'])}  lr {line['learning_rate']:.2e}  "
             f"{line['tokens_per_second']:,.0f} tok/s  {line['images_per_second']:.1f} img/s  fill {line['fill']:.0%}  "
-            f"skipped {line['skipped']}  {line['memory_gib']:.1f} GiB  ETA {format_seconds(left)}"
+            f"{shares}  skipped {line['skipped']}  {line['memory_gib']:.1f} GiB  ETA {format_seconds(left)}"
         )
         if sys.stderr.isatty():
             live(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from vlm.train.engines.base import Engine
 from vlm.train.fragments import save_tensors
 from vlm.version import __version__
 
-_BESIDE_CONFIG = {"model.vision.compute"}  # found by measuring; the checkpoint's own rules
+_BESIDE_CONFIG = {"model.vision.compute", "data.cache_features"}  # found by measuring; the checkpoint's own rules
 OPTIMIZER_STATE = ("any with float32 state", "any with 8-bit state")  # optimizers of one kind read each other's
 
 
@@ -101,16 +101,19 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     return _read_json(checkpoint / "progress.json")
 
 
-def refuse_other_run(checkpoint: Path, identity: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+def refuse_other_run(
+    checkpoint: Path, identity: dict[str, Any], defaults: Mapping[str, Any], unread: Collection[str] = ()
+) -> None:
     """Compare a checkpoint's run with this one before anything heavy is loaded.
 
     Args:
         defaults: of keys that a checkpoint of an earlier version does not have yet.
+        unread: keys that one of an earlier version may have and this run does not read.
 
     Raises:
         CheckpointError: lists every key that differs, checkpoint -> now.
     """
-    old = read_info(checkpoint)["identity"]
+    old = {key: value for key, value in read_info(checkpoint)["identity"].items() if key not in unread}
     missing = {key: value for key, value in defaults.items() if key in identity and key not in old}
     old = {**missing, **{key: value for key, value in old.items() if key in identity or key not in _BESIDE_CONFIG}}
     if differences := _differences(old, identity):

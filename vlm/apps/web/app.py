@@ -6,17 +6,19 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from vlm.apps.address import choose_port, in_use, is_loopback
+from vlm.apps.address import bind, is_loopback
 from vlm.apps.web.look import HEAD, theme
 from vlm.apps.web.models import ModelStore
 from vlm.apps.web.state import MAX_IMAGES
@@ -76,18 +78,15 @@ def serve(models: ModelStore, options: WebOptions) -> RunningPage:
         ConfigError: the port is in use or may not be taken.
         MissingPackageError: gradio is not installed.
     """
-    port = choose_port(options.host, options.port)
+    listener = bind(options.host, options.port)
     folder = Path(tempfile.mkdtemp(prefix="vlm-webui-")).resolve()
     try:
-        page = _launch(models, options, port, folder)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise ConfigError(in_use(options.host, port)) from error
+        page = _launch(models, options, listener, folder)
     except BaseException:
+        listener.close()
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    host = "localhost" if options.host == "0.0.0.0" else _in_url(options.host)
-    return RunningPage(page, f"http://{host}:{port}/", folder)
+    return RunningPage(page, _url(options.host, listener), folder)
 
 
 def run_web(models: ModelStore, options: WebOptions) -> None:
@@ -128,7 +127,7 @@ def find_examples(folder: Path) -> list[Example]:
     return asked
 
 
-def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) -> gr.Blocks:
+def _launch(models: ModelStore, options: WebOptions, listener: socket.socket, folder: Path) -> gr.Blocks:
     for name in _OVERRIDES:
         os.environ.pop(name, None)
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read when components are made and when the app is
@@ -139,8 +138,7 @@ def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) ->
         if error.name != "gradio":
             raise
         raise MissingPackageError("gradio", "the browser chat", "serve") from None
-    server: Any = gradio.http_server.Server  # its own wait ends after 5 seconds, too early on a busy machine
-    server.run_in_thread = _run_in_thread
+    gradio.http_server.start_server = partial(_start_server, listener, _url(options.host, listener))
     from vlm.apps.web.page import build_page
 
     uploads = Uploads(folder)
@@ -149,8 +147,6 @@ def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) ->
     max_file_size = options.max_file_mb * MEGABYTE
     local_only = is_loopback(options.host) and not options.share
     page.launch(
-        server_name=_in_url(options.host),
-        server_port=port,
         auth=options.auth,
         share=options.share,
         max_file_size=max_file_size,
@@ -171,19 +167,31 @@ def _launch(models: ModelStore, options: WebOptions, port: int, folder: Path) ->
     return page
 
 
-def _run_in_thread(server: Any) -> None:
-    """Start gradio's server and wait until it serves. Raises OSError if it ended instead: the port is taken."""
-    server.thread = threading.Thread(target=server.run, daemon=True)
+def _start_server(listener: socket.socket, url: str, app: Any, **_: Any) -> tuple[str, int, str, Any]:
+    """In place of gradio's, which lets go of the port before it serves, asks whether it is free on 127.0.0.1 whatever
+    the host, and waits 5 seconds, too few on a busy machine.
+
+    Returns:
+        as gradio's: host, port, address and server.
+    """
+    import uvicorn
+    from gradio.http_server import Server
+
+    server = Server(uvicorn.Config(app, log_level="warning"))
+    server.thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     server.thread.start()
     end = time.monotonic() + _START_SECONDS
     while not server.started:
         if not server.thread.is_alive() or time.monotonic() > end:
-            raise OSError("the server did not start")
+            raise RuntimeError("the page's server did not start; its log above says why")
         time.sleep(0.01)
+    host, port = listener.getsockname()[:2]
+    return host, port, url, server
 
 
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+def _url(host: str, listener: socket.socket) -> str:
+    name = "localhost" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listener.getsockname()[1]}/"
 
 
 def _copied(examples: Sequence[Example], folder: Path, uploads: Uploads) -> list[Example]:

@@ -23,6 +23,7 @@ from vlm.precision import autocast
 from vlm.train.bitsandbytes_adamw import QUANTIZED
 from vlm.train.fragments import Fragment, FragmentReader, state_files, write_fragments
 from vlm.train.scaling import LossScale
+from vlm.train.timing import StepTimer
 
 T = TypeVar("T")
 
@@ -41,6 +42,8 @@ class StepOutput:
 
 class Engine(ABC):
     """One call of `train_step` is one optimizer step. Every rank makes the same calls in the same order.
+
+    `timer` knows where the time of a step goes; subclasses tell it of "forward_backward" and "optimizer".
 
     Subclasses are final. What they yield as fragments are live views: writing into `values` changes their state.
     """
@@ -64,6 +67,9 @@ class Engine(ABC):
         self.autocast_dtype = autocast_dtype  # of the computation; None computes in the weights' own dtype
         self.loss_scale = loss_scale
         self.parameters = list(trained_names(model))
+        self.timer = StepTimer(device)
+        if model.vision is not None:
+            self.timer.watch(model.vision, "encode")
         self._used_factor: float | None = None
 
     @abstractmethod
@@ -179,7 +185,13 @@ class LossModule(nn.Module):
             min_head_calls: see `Head`.
         """
         with autocast(batch.input_ids.device.type, self.autocast_dtype):
-            hidden_states = self.model(batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_features)
+            hidden_states = self.model(
+                batch.input_ids,
+                batch.position_ids,
+                batch.pixel_values,
+                batch.image_features,
+                self.objective.reads(batch),
+            )
             output = self.objective.loss(hidden_states, batch, Head(self.model.logits, min_head_calls))
         return spoil(output.loss), stack_metrics(output, self.objective.metric_names)
 

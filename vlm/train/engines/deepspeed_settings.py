@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from vlm.errors import ConfigError
-from vlm.train.config import EngineConfig, TrainConfig
+from vlm.train.config import TrainConfig
 
 _AUTO = "auto"
 # parts of a DeepSpeed config that say what ours says already
@@ -15,28 +16,31 @@ _OURS = ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "amp")
 
 
 def deepspeed_settings(
-    config: EngineConfig,
     train: TrainConfig,
+    file: str | None,
     *,
+    stage: int,
+    offload: Collection[str],
     accumulation_steps: int,
     num_data_ranks: int,
     num_trained: int = 0,
-    stage: int | None = None,
 ) -> dict[str, Any]:
     """What deepspeed.initialize gets.
 
     Args:
+        file: the user's own JSON, as `engine.deepspeed` names it.
+        stage: ZeRO's.
+        offload: "optimizer" and "parameters" wait in the host's memory.
         accumulation_steps: micro-batches per optimizer step on each data rank.
         num_trained: elements of all that trains, which bounds the buffer that gradients are reduced in.
-        stage: ZeRO stage, where it is not the config's (a pipeline's is 1).
 
     Raises:
         ConfigError: engine.deepspeed is no readable JSON, or it contradicts the config; names every pair of values.
     """
-    zero: dict[str, Any] = {"stage": config.stage if stage is None else stage}
-    if "optimizer" in config.offload:
+    zero: dict[str, Any] = {"stage": stage}
+    if "optimizer" in offload:
         zero["offload_optimizer"] = {"device": "cpu"}
-    if "parameters" in config.offload:
+    if "parameters" in offload:
         zero["offload_param"] = {"device": "cpu"}
     settings: dict[str, Any] = {
         "train_batch_size": train.micro_batch_size * accumulation_steps * num_data_ranks,
@@ -50,9 +54,9 @@ def deepspeed_settings(
     }
     if num_trained:  # DeepSpeed's buffer is of 5e8 elements whatever trains
         zero["reduce_bucket_size"] = min(500_000_000, num_trained)
-    if config.deepspeed is not None:
-        own = read_json(config.deepspeed)
-        _refuse_contradictions(config, train, settings, own)
+    if file is not None:
+        own = read_json(file)
+        _refuse_contradictions(file, train, settings, own)
         _merge(settings, {key: value for key, value in own.items() if key not in _OURS})
     return settings
 
@@ -68,9 +72,8 @@ def read_json(path: str) -> dict[str, Any]:
     return values
 
 
-def _refuse_contradictions(
-    config: EngineConfig, train: TrainConfig, settings: dict[str, Any], own: dict[str, Any]
-) -> None:
+def _refuse_contradictions(file: str, train: TrainConfig, settings: dict[str, Any], own: dict[str, Any]) -> None:
+    zero = settings["zero_optimization"]
     bf16, fp16 = train.precision.startswith("bf16"), train.precision == "fp16"
     pairs: list[tuple[str, Any, str]] = [
         ("train_batch_size", settings["train_batch_size"], "train.global_batch_size"),
@@ -81,9 +84,13 @@ def _refuse_contradictions(
             "train.global_batch_size / (train.micro_batch_size x data ranks), which is",
         ),
         ("gradient_clipping", settings["gradient_clipping"], "train.max_grad_norm"),
-        ("zero_optimization.stage", settings["zero_optimization"]["stage"], "engine.stage"),
-        ("zero_optimization.offload_optimizer.device", _device("optimizer", config), "engine.offload, which gives"),
-        ("zero_optimization.offload_param.device", _device("parameters", config), "engine.offload, which gives"),
+        ("zero_optimization.stage", zero["stage"], "engine.stage"),
+        (
+            "zero_optimization.offload_optimizer.device",
+            _device(zero, "offload_optimizer"),
+            "engine.offload, which gives",
+        ),
+        ("zero_optimization.offload_param.device", _device(zero, "offload_param"), "engine.offload, which gives"),
         ("optimizer.type", "AdamW", "the optimizer here,"),
         ("optimizer.params.lr", train.learning_rate, "train.learning_rate"),
         ("optimizer.params.weight_decay", train.weight_decay, "train.weight_decay"),
@@ -100,13 +107,13 @@ def _refuse_contradictions(
             problems.append(f"  {path} {theirs!r}, but {name} {ours!r}")
     if problems:
         raise ConfigError(
-            f"engine.deepspeed: {config.deepspeed} contradicts the config:\n" + "\n".join(problems) + "\nMake them "
+            f"engine.deepspeed: {file} contradicts the config:\n" + "\n".join(problems) + "\nMake them "
             'agree, remove the setting from the JSON, or write "auto" there'
         ).on_every_rank()
 
 
-def _device(what: str, config: EngineConfig) -> str:
-    return "cpu" if what in config.offload else "none"
+def _device(zero: dict[str, Any], what: str) -> str:
+    return zero.get(what, {}).get("device", "none")
 
 
 def _look_up(values: Any, path: str) -> Any:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from vlm.train.config import EngineConfig, TrainConfig
+from pydantic import PositiveFloat
+
+from vlm.schema import KindSection
+from vlm.train.config import TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -108,23 +111,22 @@ class Variant:
     helps_one_device: bool = False
 
 
-class EngineKind(ABC):
-    """A way of spreading a model over processes, as `engine:` in the config asks for it.
+class EngineKind(KindSection, ABC):
+    """A way of spreading a model over processes: the section `engine` of the config, and what the program asks of it.
 
     What is answered here is right where every process holds the whole model and takes a share of the data of its own.
-
-    Args:
-        name: its key in `ENGINES`; `auto` resolved.
     """
+
+    kind: str
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
+    timeout_seconds: PositiveFloat = 1800.0
+    """Ranks that wait longer than this for another one stop with an error that names where each of them was."""
 
     needs_group: ClassVar[bool] = False  # a process group even for one process
     has_stages: ClassVar[bool] = False  # each process holds one stage of the model
     numbered_by: ClassVar[str | None] = None  # key of `engine:` that a digit stands for in names such as zero3
     proven_as: ClassVar[tuple[str, ...]] = ("*2",)  # digit and processes that scripts/prove_engines.py tries
-
-    def __init__(self, name: str, config: EngineConfig) -> None:
-        self.name = name
-        self.config = config
 
     @abstractmethod
     def build(self, inputs: EngineInputs) -> Engine:
@@ -146,12 +148,22 @@ class EngineKind(ABC):
         return False
 
     @property
-    def num_stages(self) -> int:
-        return 1
+    def keeps_optimizer_on_host(self) -> bool:
+        """Whether the optimizer and its state are in the host's memory."""
+        return False
+
+    @property
+    def layers_at_cuts(self) -> tuple[int, ...]:
+        """Index of the first layer of each stage but the first, as the config has it; empty balances by cost."""
+        return ()
+
+    def of_launch(self, num_processes: int) -> EngineKind:
+        """What it stands for in a launch of so many processes."""
+        return self
 
     def describe(self) -> str:
         """For people: "zero stage 2"."""
-        return self.name
+        return self.kind
 
     def why_not_processes(self, num_processes: int) -> str | None:
         """Why a launch of so many processes does not fit; None where it does."""
@@ -185,7 +197,7 @@ class EngineKind(ABC):
             accumulates: a step has several micro-batches.
         """
         found = self.resident_states(parts, train, num_data_ranks, accumulates)
-        if not train.is_paged or self.config.device == "cpu":
+        if not train.is_paged or self.device == "cpu":
             return found
         paged = int(adam_bytes(train) * num_trained(parts) / self.num_optimizer_shares(num_data_ranks))
         return replace(found, optimizer=found.optimizer - paged, host=found.host + paged)

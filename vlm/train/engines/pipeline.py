@@ -68,6 +68,7 @@ class PipelineEngine(Engine):
         self.optimizer = build_optimizer(self.model, train, groups)
         self._engine = initialize_deepspeed(module, self.optimizer, settings, device)
         self._zero: Any = self._engine.optimizer  # DeepSpeed's, around ours
+        self._zero.step = self.timer("optimizer")(self._zero.step)  # which `train_batch` calls
         self.data_rank = self._engine.grid.get_data_parallel_rank()
 
     def train_step(self, microbatches: list[Batch], normalizer: float, lr_factor: float) -> StepOutput:
@@ -78,7 +79,8 @@ class PipelineEngine(Engine):
         set_learning_rates(self.optimizer, lr_factor)
         scale_deepspeed(self._zero, self.start_step())
         self._run.start(microbatches, count * self.num_data_ranks / normalizer)  # DeepSpeed divides by both again
-        self._engine.train_batch(_nothing())
+        with self.timer("forward_backward"):
+            self._engine.train_batch(_nothing())
         applied = bool(self._engine.was_step_applied())
         grad_norm = float(self._engine.get_global_grad_norm()) if applied else math.inf
         sums = sum_over_ranks(self._run.sums.read())  # only last stages have some

@@ -66,16 +66,18 @@ class TorchEngine(Engine):
     def train_step(self, microbatches: list[Batch], normalizer: float, lr_factor: float) -> StepOutput:
         self.model.train()
         factor = self.start_step()
-        sums = self._backward(self.wrapped, microbatches, factor * self.num_data_ranks / normalizer)
-        grad_norm = self.grad_norm().item() / factor
-        finite = math.isfinite(sums[0]) and math.isfinite(grad_norm)
-        if finite:
-            clip = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (grad_norm + 1e-6))
-            self._scale_gradients(clip / factor)
-            set_learning_rates(self.optimizer, lr_factor)
-            self.optimizer.step()
-        # DistributedDataParallel's gradients are views of its buckets; dropping them would cost a second copy
-        self.optimizer.zero_grad(set_to_none=self.wrapped is self.loss_module)
+        with self.timer("forward_backward"):
+            sums = self._backward(self.wrapped, microbatches, factor * self.num_data_ranks / normalizer)
+        with self.timer("optimizer"):
+            grad_norm = self.grad_norm().item() / factor
+            finite = math.isfinite(sums[0]) and math.isfinite(grad_norm)
+            if finite:
+                clip = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (grad_norm + 1e-6))
+                self._scale_gradients(clip / factor)
+                set_learning_rates(self.optimizer, lr_factor)
+                self.optimizer.step()
+            # DistributedDataParallel's gradients are views of its buckets; dropping them would cost a second copy
+            self.optimizer.zero_grad(set_to_none=self.wrapped is self.loss_module)
         average_statistics(self.model)
         return self.step_output(sums, normalizer, grad_norm, finite)
 

@@ -69,11 +69,13 @@ class ZeroEngine(Engine):
         scale_deepspeed(self._zero, self.start_step())
         sums = Sums(self.objective, self.device)
         for batch, min_calls in zip(microbatches, self._agree_on_head_calls(microbatches), strict=True):
-            loss, metrics = self._engine(batch.to(self.device), min_calls)
-            sums.add(loss, metrics)
-            loss = poison(loss)  # then DeepSpeed leaves the weights as they are, on every rank
-            self._engine.backward(loss * (self.num_data_ranks / normalizer), scale_wrt_gas=False)
-            self._engine.step()  # updates after the last micro-batch only
+            with self.timer("forward_backward"):
+                loss, metrics = self._engine(batch.to(self.device), min_calls)
+                sums.add(loss, metrics)
+                loss = poison(loss)  # then DeepSpeed leaves the weights as they are, on every rank
+                self._engine.backward(loss * (self.num_data_ranks / normalizer), scale_wrt_gas=False)
+            with self.timer("optimizer"):
+                self._engine.step()  # updates after the last micro-batch only
         applied = bool(self._engine.was_step_applied())
         grad_norm = float(self._engine.get_global_grad_norm()) if applied else math.inf
         average_statistics(self.model)

@@ -1,0 +1,155 @@
+"""Rates of what the data goes through before and beside the steps: index, measure, decode, cache, load.
+
+    python scripts/bench_data.py --records 20000 --images 200 --patches 576 --width 1024
+
+Data is made up in a temporary folder: records of one image and one question with its answer, photographs as noise in
+JPEG. Prints a line per step. Files are in the page cache when they are read, so rates of reading are those of the
+program and not of the disk; --folder puts them on another disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+QUESTION = "What is in this image, and where in it?"
+WORDS = "a the red small wooden house stands lies beside under near two three of with and glass river tree dog"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=int, default=20_000, help="that are indexed and measured")
+    parser.add_argument("--words", type=int, default=60, help="of each answer")
+    parser.add_argument("--tokenizer", help="folder of one; default: a small one, made here")
+    parser.add_argument("--workers", type=int, default=0, help="processes that measure")
+    parser.add_argument("--images", type=int, default=200, help="that are decoded, kept and loaded")
+    parser.add_argument("--pixels", type=int, nargs=2, default=(640, 480), help="width and height of the images")
+    parser.add_argument("--size", type=int, default=336, help="S, pixels per side that the encoder sees")
+    parser.add_argument("--patches", type=int, default=576, help="P, CLIP-L/336 has 576")
+    parser.add_argument("--width", type=int, default=1024, help="C, CLIP-L has 1,024")
+    parser.add_argument("--entries", type=int, default=100_000, help="of a cache whose index is loaded")
+    parser.add_argument("--folder", help="where the files go; default: the system's temporary folder")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        print("| step | rate | |\n|---|---|---|")
+        bench_records(arguments, Path(folder))
+        bench_images(arguments, Path(folder))
+        bench_cache(arguments, Path(folder))
+
+
+def bench_records(arguments: argparse.Namespace, folder: Path) -> None:
+    """Spans of records, then their lengths, each also as a second run finds it in the cache."""
+    from vlm.data.build import build_conversation_tokenizer, build_reader
+    from vlm.data.config import DataConfig
+    from vlm.data.index import open_index
+    from vlm.data.scan import scan_records
+
+    path = write_records(folder, arguments.records, arguments.words)
+    megabytes = f"{path.stat().st_size / 1e6:,.0f} MB"
+    tell("index", arguments.records, "records", timed(lambda: open_index(path, folder / "cache")), megabytes)
+    tell("index, known", arguments.records, "records", timed(lambda: open_index(path, folder / "cache")))
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    sources = [{"path": str(path), "images": str(folder)}]
+    config = DataConfig.model_validate({"sources": sources, "cache": str(folder / "cache")})
+    # image tokens stand in the text as one more control word of the tokenizer
+    conversations = build_conversation_tokenizer(config, tokenizer, image_spec(arguments), tokenizer.pad_token_id)
+    reader = build_reader(config, config.sources, conversations)
+    for step in ("measure", "measure, known"):
+        seconds = timed(lambda: scan_records(reader, folder / "cache", arguments.workers))
+        tell(step, arguments.records, "records", seconds, f"{arguments.workers} processes beside")
+
+
+def bench_images(arguments: argparse.Namespace, folder: Path) -> None:
+    """From a JPEG file to the pixels that an encoder takes."""
+    from vlm.data.images import load_image, to_tiles
+
+    spec, paths = image_spec(arguments), write_images(folder, arguments)
+    seconds = timed(lambda: [to_tiles(load_image(path), spec) for path in paths])
+    width, height = arguments.pixels
+    tell("decode", len(paths), "images", seconds, f"{width} x {height} to {spec.size} x {spec.size}")
+
+
+def bench_cache(arguments: argparse.Namespace, folder: Path) -> None:
+    """Features of images: kept, loaded with their sums compared, and loaded again; then the index of many."""
+    import torch
+
+    from vlm.data.features import FeatureStore
+
+    def load(store: FeatureStore) -> None:
+        for path in paths:
+            torch.cat([store.get(path)])  # as the collator does
+
+    paths, features = write_images(folder, arguments), torch.randn(1, arguments.patches, arguments.width)
+    store, reader = (FeatureStore(folder / "features", "encoder") for _ in range(2))
+    size = f"{arguments.patches} x {arguments.width} in bf16, {features.numel() * 2 / 1e6:.2f} MB"
+    tell("cache, write", len(paths), "images", timed(lambda: [store.put(path, features) for path in paths]), size)
+    tell("cache, load", len(paths), "images", timed(lambda: load(reader)), "sums compared")
+    tell("cache, load again", len(paths), "images", timed(lambda: load(reader)))
+    many = FeatureStore(folder / "many", "encoder")
+    for number in range(arguments.entries):
+        many.put(b"%d" % number, features[:, :1, :2])
+    opened = timed(lambda: FeatureStore(folder / "many", "encoder").has(b"0"))
+    tell("cache, open", arguments.entries, "entries", opened, f"{opened * 1000:.0f} ms")
+
+
+def tell(step: str, count: int, unit: str, seconds: float, note: str = "") -> None:
+    print(f"| {step} | {count / seconds:,.0f} {unit}/s | {note} |", flush=True)
+
+
+def timed(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def load_tokenizer(path: str | None) -> Any:
+    if path is None:
+        from demo.tiny import tiny_tokenizer
+
+        return tiny_tokenizer([QUESTION, WORDS])
+    from vlm.models.llm import load_tokenizer as load
+
+    return load(path)
+
+
+def image_spec(arguments: argparse.Namespace) -> Any:
+    from vlm.batch import ImageSpec
+
+    return ImageSpec(size=arguments.size, mean=(0.5,) * 3, std=(0.5,) * 3, num_tokens=arguments.patches)
+
+
+def write_records(folder: Path, count: int, words: int) -> Path:
+    rng, path = random.Random(0), folder / "records.jsonl"
+    (folder / "0.jpg").touch()  # found, not read
+    with path.open("w") as file:
+        for _ in range(count):
+            answer = " ".join(rng.choices(WORDS.split(), k=words)) + "."
+            turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
+            file.write(json.dumps({"image": "0.jpg", "conversations": turns}) + "\n")
+    return path
+
+
+def write_images(folder: Path, arguments: argparse.Namespace) -> list[str]:
+    """Smooth noise, which JPEG packs as it does photographs."""
+    import numpy as np
+    from PIL import Image
+
+    rng, paths = np.random.default_rng(0), []
+    for number in range(arguments.images):
+        path = folder / "images" / f"{number}.jpg"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            small = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
+            small.resize(tuple(arguments.pixels), Image.Resampling.BICUBIC).save(path, quality=90)
+        paths.append(str(path))
+    return paths
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What the rows of a run hold, from some of its records: the time of a step depends on their lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from vlm.config import RunConfig
+from vlm.data.build import build_conversation_tokenizer, build_reader
+from vlm.data.packing import pack_in_windows
+from vlm.errors import RecordError, VLMError
+from vlm.models.build import build_image_spec
+from vlm.models.llm import IMAGE_TOKEN, load_tokenizer
+from vlm.plan.cost import Load
+from vlm.plan.step_time import Records
+
+SAMPLE = 512  # records that are read; one window of packing
+_BINS = 12  # lengths of records are counted in so many classes
+
+
+def read_some(config: RunConfig) -> Records | str:
+    """Means over a sample of the config's records, or one line that says why there are none.
+
+    Images that records share are counted for each of them.
+    """
+    try:
+        return _read_some(config)
+    except (VLMError, OSError) as error:
+        return str(error).partition("\n")[0]
+
+
+def _read_some(config: RunConfig) -> Records | str:
+    data = config.data
+    missing = [source.path for source in data.sources if not Path(source.path).exists()]
+    if missing:
+        return f"{missing[0]} does not exist"
+    spec = build_image_spec(config.model)
+    tokenizer = load_tokenizer(config.model.llm.path, config.model.trust_remote_code)
+    image_id = None if spec is None else tokenizer.get_vocab()[IMAGE_TOKEN]
+    reader = build_reader(data, data.sources, build_conversation_tokenizer(data, tokenizer, spec, image_id))
+    weights = np.concatenate([np.full(len(each), each.config.weight) for each in reader.sources])
+    rng = np.random.default_rng(config.seed)
+    chosen = rng.choice(len(weights), min(SAMPLE, len(weights)), replace=False, p=weights / weights.sum())
+    found = []
+    for number in chosen:
+        try:
+            example = reader.read(int(number))
+        except RecordError:
+            continue
+        found.append((len(example.input_ids), len(example.images), example.num_supervised))
+    if not found:
+        return "none of the records that were looked at can be used"
+    lengths, images, supervised = np.array(found, dtype=np.int64).T
+    num_records = float(weights.sum()) * (1 - data.held_out) * len(found) / len(chosen)
+    rows = len(found)
+    if data.packing:
+        order = np.arange(len(found))
+        packed = pack_in_windows(
+            order, lengths, images,
+            max_length=data.max_length, max_images=data.max_images, window=data.pack_window, seed=[0],
+        )  # fmt: skip
+        rows = len(packed)
+    row = Load(images.sum() / rows, supervised.sum() / rows, _histogram(lengths, rows))
+    return Records(num_records, num_records * rows / len(found), row)
+
+
+def _histogram(lengths: np.ndarray, rows: int) -> tuple[tuple[float, float], ...]:
+    """Mean length of each class of records, and how many of a row are in it."""
+    classes = np.array_split(np.sort(lengths), min(_BINS, len(lengths)))
+    return tuple((float(each.mean()), len(each) / rows) for each in classes)
