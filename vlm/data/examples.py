@@ -27,6 +27,7 @@ _SUM = struct.Struct("<i")
 _JSON = json.JSONEncoder(separators=(",", ":"))
 _START = b"vlmtok1\n"  # begins a shard, so that no place is 0
 _SHARD_BITS = 40  # of a place: above these the shard's number, below them the byte
+_IGNORED = array("i", [IGNORE_INDEX]).tobytes()
 _GUESS = 2048  # bytes read at once: a caption or a short conversation is shorter
 
 
@@ -147,7 +148,7 @@ def pack_example(number: int, example: Example, names: tuple[str, ...] | None, i
     """
     ids = example.input_ids
     images = [] if image_token_id is None else _runs(ids, image_token_id)
-    learned = _others(_runs(example.labels, IGNORE_INDEX), len(ids))
+    learned = _learned_runs(example.labels)
     kept, position = array("i"), 0
     for start, end in zip(images[::2], images[1::2], strict=True):
         kept.extend(ids[position:start])
@@ -231,15 +232,20 @@ def _runs(values: list[int], wanted: int) -> list[int]:
     return runs
 
 
-def _others(runs: list[int], length: int) -> list[int]:
-    """What stands between runs, as runs.
+def _learned_runs(labels: list[int]) -> list[int]:
+    """First and one past the last of every run of labels that are token ids.
 
-    >>> _others([0, 2, 4, 5], 9), _others([1, 3], 3)
-    ([2, 4, 5, 9], [0, 1])
+    >>> _learned_runs([-100, -100, 7, 8, -100, 9]), _learned_runs([-100])
+    ([2, 4, 5, 6], [])
     """
-    bounds = [0, *runs, length]
-    pairs = zip(bounds[::2], bounds[1::2], strict=True)
-    return [place for start, end in pairs if start < end for place in (start, end)]
+    content = array("i", labels).tobytes()
+    runs: list[int] = []
+    end = 0
+    while rest := content[4 * end :].lstrip(_IGNORED):  # the high byte of a token id is none of these bytes
+        start = len(labels) - -(-len(rest) // 4)
+        end = labels.index(IGNORE_INDEX, start) if IGNORE_INDEX in labels[start:] else len(labels)
+        runs += start, end
+    return runs
 
 
 def _path(folder: Path, shard: int) -> Path:

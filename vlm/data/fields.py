@@ -76,9 +76,11 @@ def has_content(value: Any) -> bool:
     >>> [has_content(value) for value in (None, " ", [], {"a": [None, ""]}, 0, False, "a", [[], ["a"]])]
     [False, False, False, False, True, True, True, True]
     """
+    if isinstance(value, str):
+        return not _is_blank(value)
     if isinstance(value, list | dict):
         return any(leaf is not None and not _is_blank(leaf) for leaf in leaves(value))
-    return value is not None and not _is_blank(value)
+    return value is not None
 
 
 def _is_blank(leaf: Any) -> bool:
@@ -110,6 +112,8 @@ def renamed(record: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     >>> renamed({"file": "a.png", "alt": "A dog."}, {"image": "file", "caption": "alt"})
     {'image': 'a.png', 'caption': 'A dog.'}
     """
+    if not columns:
+        return dict(record)
     ours = {theirs: key for key, theirs in columns.items() if theirs in record}
     result: dict[str, Any] = {}
     for key, value in record.items():
