@@ -2,8 +2,10 @@
 
 import base64
 import io
+import itertools
 import os
 import random
+import re
 import shutil
 
 import numpy as np
@@ -13,10 +15,11 @@ from PIL import Image
 from test_scan import GOOD, reader, write
 
 from vlm.batch import Example
-from vlm.data.build import build_conversation_tokenizer, build_reader
+from vlm.data.balance import RowWork
+from vlm.data.build import build_conversation_tokenizer, build_data, build_reader
 from vlm.data.config import DataConfig, SourceConfig
 from vlm.data.examples import ExampleStore, pack_example, unpack_example
-from vlm.data.scan import scan_records
+from vlm.data.scan import measure, scan_records
 from vlm.errors import RecordError
 
 IGNORE = -100
@@ -176,6 +179,109 @@ def test_a_cache_that_goes_while_a_run_reads_costs_time_only(tmp_path, bpe, spec
     tokenized = read_all(reader(path, bpe, spec))
     shutil.rmtree(tmp_path / "cache")
     assert read_all(scan.reader) == tokenized
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 40, "over_long": "cut"},
+        {"template": "llama2"},
+        {"system": "Be brief."},
+        {"image_placement": "exact"},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_what_was_kept_under_another_setting_is_not_read(change, records, bpe, spec, tmp_path):
+    path = records(12, longest=3)
+    before = scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    scan = scan_records(reader(path, bpe, spec, **change), tmp_path / "cache")
+    assert read_all(scan.reader) == read_all(reader(path, bpe, spec, **change))
+    assert read_all(before.reader) == read_all(reader(path, bpe, spec))
+    assert len(list((tmp_path / "cache/lengths").iterdir())) == 2
+
+
+def test_another_vocabulary_or_file_is_tokenized_anew(records, bpe, spec, tmp_path):
+    path = records(6)
+    scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    other = byte_tokenizer()
+    assert read_all(scan_records(reader(path, other, spec), tmp_path / "cache").reader) == read_all(
+        reader(path, other, spec)
+    )
+    path.write_text(path.read_text().replace("Answer 3", "Reply 3"))
+    scan = scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    assert "Reply 3." in bpe.decode(scan.reader.read(3).input_ids)
+
+
+def test_two_runs_that_scan_at_once_keep_an_example_each_and_read_both(records, bpe, spec, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm.data.scan.CHUNK", 4)
+    path, others = records(12), []
+
+    def scan_in_between(one, numbers):
+        if not others:
+            others.append(None)
+            others.append(scan_records(reader(path, bpe, spec), tmp_path / "cache"))
+        return measure(one, numbers)
+
+    monkeypatch.setattr("vlm.data.scan.measure", scan_in_between)
+    first = scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    monkeypatch.undo()
+    third = scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    assert len(list((tmp_path / "cache/lengths").glob("*/*.tokens"))) == 2
+    tokenized = read_all(reader(path, bpe, spec))
+    forbid_tokenizing(monkeypatch)
+    assert [read_all(scan.reader) for scan in (first, others[1], third)] == [tokenized] * 3
+
+
+def test_a_scan_that_goes_on_reads_what_was_kept_before(records, bpe, spec, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm.data.scan.CHUNK", 4)
+    monkeypatch.setattr("vlm.data.scan.STORE_SECONDS", 0.0)
+    path, done = records(12), []
+
+    def stop_at_the_third_chunk(one, numbers):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(numbers.tolist())
+        return measure(one, numbers)
+
+    monkeypatch.setattr("vlm.data.scan.measure", stop_at_the_third_chunk)
+    with pytest.raises(KeyboardInterrupt):
+        scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    monkeypatch.undo()
+    scan = scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    tokenized = read_all(reader(path, bpe, spec))
+    forbid_tokenizing(monkeypatch)
+    assert read_all(scan.reader) == tokenized
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shared_images_and_rows_dealt_by_work_are_read_as_kept(rank, records, bpe, spec, tmp_path, monkeypatch):
+    path = records(30)
+    path.write_text(re.sub(r'"image": "\d+\.png"', '"image": "1.png"', path.read_text()))
+
+    def batches():
+        config = DataConfig(sources=[SourceConfig(path=str(path))], cache=str(tmp_path / "cache"), max_length=96)
+        data = build_data(
+            config, bpe, spec, bpe.convert_tokens_to_ids("<image>"), seed=3, global_batch_size=4, micro_batch_size=1,
+            data_rank=rank, num_data_ranks=2, may_share=True, work=RowWork(10, 1, 500, 3),
+        )  # fmt: skip
+        assert data.train.order.num_shared(0)[0] > 5
+        steps = itertools.islice(data.train.iterate(), data.train.steps_in(2))
+        return [(batch.input_ids.tolist(), batch.labels.tolist(), batch.where) for step in steps for batch in step]
+
+    with monkeypatch.context() as from_text:
+        from_text.setattr("vlm.data.examples.ExampleStore.read", lambda *_: None)
+        tokenized = batches()
+    forbid_tokenizing(monkeypatch)
+    assert batches() == tokenized
+
+
+def test_nothing_is_written_where_all_that_is_left_is_skipped_again(tmp_path, bpe, spec):
+    path = write(tmp_path / "a.jsonl", GOOD, {"image": "gone.png", **GOOD})
+    scan_records(reader(path, bpe, spec), tmp_path / "cache")
+    (table,) = (tmp_path / "cache/lengths").glob("*/table.npy")
+    inode = table.stat().st_ino
+    assert len(scan_records(reader(path, bpe, spec), tmp_path / "cache").skips) == 1
+    assert table.stat().st_ino == inode
 
 
 @pytest.mark.slow  # two processes that import torch

@@ -158,16 +158,17 @@ def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) ->
     if len(again):
         table = np.array(table)  # the stored one is mapped and stays as it is
     skips: list[Skip] = []
-    written = time.monotonic()
+    written, is_new = time.monotonic(), loaded is None
     writing = replace(reader, store=store)
     for start, (columns, skipped, unread_there) in in_chunks(writing, again, measure, workers, "data: measured"):
         table[:, again[start : start + columns.shape[1]]] = columns
         skips += skipped
         unread.merge(unread_there)
+        is_new = is_new or bool(columns[0].any())
         if stored is not None and time.monotonic() - written > STORE_SECONDS:
             store_array(stored, table, _MEASURED, unread.to_json())
             written = time.monotonic()
-    if stored is not None and len(again):
+    if stored is not None and is_new:  # else all of them are skipped again
         store_array(stored, table, _MEASURED, unread.to_json())
     lengths, num_supervised, stems = (table[column].astype(np.int32) for column in (0, 2, 3))
     shares = Shares(keys=table[4], stems=stems)
