@@ -1,4 +1,5 @@
 import json
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -159,9 +160,24 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, bpe, spec, cap
 def test_a_damaged_table_in_the_cache_is_measured_again(tmp_path, bpe, spec):
     path = write(tmp_path / "a.jsonl", GOOD, GOOD)
     whole = scan_records(reader(path, bpe, spec), tmp_path / "cache")
-    (table,) = (tmp_path / "cache/lengths").glob("*.npz")
+    (table,) = (tmp_path / "cache/lengths").glob("*/table.npy")
     content = table.read_bytes()
     for damaged in (b"", content[:50], content[:-30], content[:150] + b"\xff" + content[151:], b"no table at all"):
         table.write_bytes(damaged)
         again = scan_records(reader(path, bpe, spec), tmp_path / "cache")
         assert np.array_equal(again.lengths, whole.lengths)
+
+
+def test_a_process_that_dies_unasked_for_costs_time_only(tmp_path, bpe, spec, monkeypatch, capsys):
+    def die_after_one(reader, work, chunks, count):
+        yield work(reader, chunks[0])
+        raise BrokenProcessPool
+
+    for name, value in (("CHUNK", 2), ("MANY", 8), ("_in_processes", die_after_one), ("usable_workers", lambda n: 2)):
+        monkeypatch.setattr(f"vlm.data.scan.{name}", value)
+    path = write(tmp_path / "a.jsonl", *[GOOD] * 9)
+    scan = scan_records(reader(path, bpe, spec), None)
+    assert (np.count_nonzero(scan.lengths), len(scan)) == (9, 9)
+    assert "the records are read in one process" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"Lower data\.workers \(now 2\)"):
+        scan_records(reader(path, bpe, spec), None, workers=2)

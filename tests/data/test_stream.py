@@ -8,7 +8,7 @@ import torch
 from vlm.batch import IGNORE_INDEX
 from vlm.data.build import build_data
 from vlm.data.config import DataConfig, SourceConfig
-from vlm.data.packing import pack_in_windows
+from vlm.data.packing import Rows, pack_in_windows
 from vlm.data.stream import RowOrder
 from vlm.errors import ConfigError, DataError
 
@@ -262,10 +262,42 @@ def test_records_of_similar_length_stand_in_one_step_and_little_is_padded(record
     assert flat(seen(grouped, steps)) == flat(seen(shuffled, steps))
     assert (padding(shuffled), padding(grouped)) == (pytest.approx(0.24, abs=0.02), pytest.approx(0.054, abs=0.02))
     lengths = grouped.train.order.scan.lengths
-    first = [int(lengths[row[0]]) for row in grouped.train.order.rows(0)[: 4 * 15]]
+    epochs = [[row.tolist() for row in grouped.train.order.rows(epoch)] for epoch in (0, 1)]
+    first = [int(lengths[row[0]]) for row in epochs[0][: 4 * 15]]
     spread = [max(first[i : i + 4]) - min(first[i : i + 4]) for i in range(0, len(first), 4)]
     assert np.mean(spread) < 0.1 * (max(first) - min(first))
     assert first != sorted(first), "steps come in a random order"
-    assert grouped.train.order.rows(0) != grouped.train.order.rows(1)
+    assert epochs[0] != epochs[1]
     with pytest.raises(ValueError, match="alternative to packing"):
         DataConfig(sources=[SourceConfig(path="x.json")], group_by_length=True)
+
+
+def test_rows_of_many_records_come_from_the_cache_the_second_time(records, bpe, spec, monkeypatch, capsys):
+    monkeypatch.setattr("vlm.data.stream._MANY", 10)
+    path = records(40)
+    first = build(path, bpe, spec).train
+    rows = [row.tolist() for row in first.order.rows(1)]
+    packed = []
+    monkeypatch.setattr("vlm.data.stream.pack_in_windows", lambda *a, **k: packed.append(1) or pack_in_windows(*a, **k))
+    again = build(path, bpe, spec).train
+    assert [row.tolist() for row in again.order.rows(1)] == rows
+    assert (again.fill, again.fingerprint, packed) == (first.fill, first.fingerprint, [])
+    other_seed = build(path, bpe, spec, seed=4).train
+    assert ([row.tolist() for row in other_seed.order.rows(1)] != rows, packed) == (True, [1, 1])  # epochs 0 and 1
+    for file in (path.parent / "cache/lengths").glob("*/rows-*.npy"):
+        file.write_bytes(file.read_bytes()[:-40])
+    assert [row.tolist() for row in build(path, bpe, spec).train.order.rows(1)] == rows
+    assert "rows are packed again" in capsys.readouterr().err
+
+
+def test_rows_are_two_arrays_that_know_which_records_stand_together():
+    rows = Rows.of([np.array([4, 7]), np.array([5]), np.array([1, 2, 3])])
+    assert (rows.numbers.tolist(), rows.ends.tolist()) == ([4, 7, 5, 1, 2, 3], [2, 3, 6])
+    assert [row.tolist() for row in rows] == [[4, 7], [5], [1, 2, 3]]
+    assert rows.follows.tolist() == [False, True, False, False, True, True]
+    assert rows.sums(np.array([1, 2, 3, 4, 5, 6])).tolist() == [3, 3, 15]
+    none = np.zeros(0, dtype=np.int64)
+    ragged = Rows.of([none, np.array([4, 7]), none, np.array([5]), none])
+    assert ragged.follows.tolist() == [False, True, False]
+    assert ragged.sums(np.array([1, 2, 3])).tolist() == [0, 3, 0, 3, 0]
+    assert (len(Rows.of([])), Rows.of([]).follows.tolist(), Rows.of([]).sums(none).tolist()) == (0, [], [])

@@ -198,7 +198,7 @@ def build_order(
         shares_images=shares_images,
         group_size=group_size,
     )
-    if not order.rows(0):
+    if not len(order.rows(0)):
         raise DataError("data: no record is left to train on; data.held_out or the sources' weights leave none")
     return order
 

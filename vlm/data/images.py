@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import os
+import stat
 import struct
 import unicodedata
 import warnings
@@ -83,6 +84,32 @@ def resolve_image(root: Path, name: str, links: Sequence[Path] = ()) -> Path:
     if not exists:
         raise RecordError("image_missing", f"image {name[:200]!r} is no file below {root.name}/")
     return path
+
+
+def plain_file(root: str, name: str) -> str | None:
+    """What `resolve_image` finds, in one system call, of a file that is no link; None says to ask that.
+
+    Folders are looked up once in a process, so this is for data files and not for what a stranger asks for.
+    """
+    parent, base = os.path.split(name)
+    if not name.strip() or os.path.isabs(name) or base in ("", ".", "..") or ".." in parent:
+        return None
+    folder = _real_folder(root, parent)
+    try:
+        is_file = folder is not None and stat.S_ISREG(os.lstat(f"{folder}{os.sep}{base}").st_mode)
+    except (OSError, ValueError):
+        return None
+    return f"{folder}{os.sep}{base}" if is_file else None
+
+
+@lru_cache(maxsize=1 << 16)
+def _real_folder(root: str, parent: str) -> str | None:
+    """A folder below the root with links followed; None if it leads elsewhere."""
+    try:
+        folder = os.path.realpath(os.path.join(root, parent))
+    except (OSError, ValueError):
+        return None
+    return folder if folder == root or folder.startswith(f"{root.rstrip(os.sep)}{os.sep}") else None
 
 
 def cache_links(root: Path) -> tuple[Path, ...]:

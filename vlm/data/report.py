@@ -192,12 +192,12 @@ def print_stats(config: DataConfig, tokenizer: ConversationTokenizer, *, seed: i
     _histogram(console, f"replies per record ({len(sample)} records)", np.array(turns))
     members, _ = split_held_out(scan, config.held_out, seed)
     rows = build_order(config, scan, members, seed).rows(0)
-    tokens = sum(int(scan.lengths[row].sum()) for row in rows)
-    images = sum(int(scan.num_images[row].sum()) for row in rows)
+    tokens = int(scan.lengths[rows.numbers].sum())
+    images = int(scan.num_images[rows.numbers].sum())
     console.print(
         f"rows of {config.max_length} tokens: {len(rows):,} an epoch, "
         f"{tokens / len(rows) / config.max_length:.1%} full, "
-        f"{sum(map(len, rows)) / len(rows):.1f} records and {images / len(rows):.1f} images a row"
+        f"{len(rows.numbers) / len(rows):.1f} records and {images / len(rows):.1f} images a row"
     )
 
 

@@ -10,13 +10,11 @@ import json
 import multiprocessing
 import os
 import time
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,17 +22,22 @@ import numpy as np
 
 from vlm.batch import IGNORE_INDEX, Example, Skip
 from vlm.data import skips as skip_rules
+from vlm.data.conversation import Conversation
+from vlm.data.examples import ExampleStore, KeptExample, image_names, pack_example
+from vlm.data.lengths import load_array, store_array
 from vlm.data.notes import UnreadLog
 from vlm.data.records import RecordSource
 from vlm.data.sharing import Shares, find_stem, stem_key
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError, RecordError
-from vlm.files import replacing
 from vlm.logs import Progress, log, warn
 
-COLUMNS = 5  # of the table: tokens, images, supervised tokens, tokens of the stem, its key
+COLUMNS = 6  # of the table: tokens, images, supervised tokens, tokens of the stem, its key, place in the store
 CHUNK = 2000  # records per task of a scanning process
+MANY = 50_000  # records that are spread over the cores though data.workers is 0: half a minute's work on one
 STORE_SECONDS = 30.0  # between writes of a table that is not finished; an interrupted scan goes on from there
+
+_MEASURED = "the records are measured"
 
 Result = TypeVar("Result")
 Work = Callable[["ExampleReader", np.ndarray], Result]  # done to the records of these numbers
@@ -49,6 +52,8 @@ class ExampleReader:
     max_length: int
     max_images: int
     over_long: str
+    store: ExampleStore | None = None  # of what the scan tokenized
+    places: np.ndarray | None = None  # int64 [n], in the store; 0 for records that are not in it
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
@@ -70,10 +75,29 @@ class ExampleReader:
         return counts
 
     def read(self, number: int) -> Example:
-        """Raises RecordError, see `RecordSource.conversation` and `ConversationTokenizer.fit`."""
+        """As the scan kept it, else from its text.
+
+        Raises:
+            RecordError: see `RecordSource.conversation` and `ConversationTokenizer.fit`.
+        """
+        if self.store is not None and self.places is not None and self.places[number]:
+            kept = self.store.read(int(self.places[number]), number)
+            if kept is not None:
+                return self._complete(number, kept)
         source, local = self.locate(number)
-        conversation = source.conversation(local)
+        return self.tokenize(source.conversation(local))
+
+    def tokenize(self, conversation: Conversation) -> Example:
         return self.tokenizer.fit(conversation, self.max_length, self.max_images, self.over_long)
+
+    def _complete(self, number: int, kept: KeptExample) -> Example:
+        source, local = self.locate(number)
+        where = source.where(local)
+        if kept.names is None:
+            images = source.conversation(local).images[: kept.num_images]
+        else:
+            images = source.find_images(kept.names, where)
+        return Example(kept.input_ids, kept.labels, images, where, kept.unread)
 
 
 @dataclass(frozen=True)
@@ -111,33 +135,45 @@ def usable_workers(wanted: int) -> int:
 def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) -> Scan:
     """Measure every record, from the cache where its file, the tokenizer and the settings are unchanged.
 
-    Records that were skipped are looked at again each time: the missing image may be there now. A scan that was
-    interrupted goes on where it last wrote its table. Nothing is kept where lengths depend on the images' own sizes.
+    What is tokenized is kept, and the scan's reader reads it. Records that were skipped are looked at again each time:
+    the missing image may be there now. A scan that was interrupted goes on where it last wrote its table. Nothing is
+    kept where lengths depend on the images' own sizes.
 
     Raises:
         DataError: no record has a supervised token; shows one record as it was tokenized.
     """
-    cache = None if reader.tokenizer.reads_images else cache
-    stored = cache / "lengths" / f"{_key(reader)}.npz" if cache is not None else None
-    loaded = None if stored is None else _load(stored, len(reader))
+    folder = None if cache is None or reader.tokenizer.reads_images else cache / "lengths" / _key(reader)
+    stored = None if folder is None else folder / "table.npy"
+    store = None if folder is None else ExampleStore(folder, reader.tokenizer.image_token_id)
+    loaded = None if stored is None else load_array(stored, _MEASURED)
+    if loaded is not None and loaded[0].shape != (COLUMNS, len(reader)):
+        loaded = None
+    if loaded is not None and store is not None and not store.holds(loaded[0][5]):
+        loaded = None
     if loaded is None:
         log(f"data: measuring {len(reader):,} records")
-    table, unread = loaded or (np.zeros((len(reader), COLUMNS), dtype=np.int64), UnreadLog())
-    again = np.flatnonzero(table[:, 0] == 0)
+    table = np.zeros((COLUMNS, len(reader)), dtype=np.int64) if loaded is None else loaded[0]
+    unread = UnreadLog() if loaded is None else UnreadLog.from_json(loaded[1])
+    again = np.flatnonzero(table[0] == 0)
+    if len(again):
+        table = np.array(table)  # the stored one is mapped and stays as it is
     skips: list[Skip] = []
-    written = time.monotonic()
-    for start, (rows, skipped, unread_there) in in_chunks(reader, again, measure, workers, "data: measured"):
-        table[again[start : start + len(rows)]] = rows
+    written, is_new = time.monotonic(), loaded is None
+    writing = replace(reader, store=store)
+    for start, (columns, skipped, unread_there) in in_chunks(writing, again, measure, workers, "data: measured"):
+        table[:, again[start : start + columns.shape[1]]] = columns
         skips += skipped
         unread.merge(unread_there)
+        is_new = is_new or bool(columns[0].any())
         if stored is not None and time.monotonic() - written > STORE_SECONDS:
-            _store(stored, table, unread)
+            store_array(stored, table, _MEASURED, unread.to_json())
             written = time.monotonic()
-    if stored is not None and len(again):
-        _store(stored, table, unread)
-    lengths, num_supervised, stems = (table[:, column].astype(np.int32) for column in (0, 2, 3))
-    shares = Shares(keys=table[:, 4].copy(), stems=stems)
-    scan = Scan(reader, lengths, table[:, 1].astype(np.int16), num_supervised, shares, skips, unread)
+    if stored is not None and is_new:  # else all of them are skipped again
+        store_array(stored, table, _MEASURED, unread.to_json())
+    lengths, num_supervised, stems = (table[column].astype(np.int32) for column in (0, 2, 3))
+    shares = Shares(keys=table[4], stems=stems)
+    reading = replace(reader, store=store, places=None if store is None else table[5])
+    scan = Scan(reading, lengths, table[1].astype(np.int16), num_supervised, shares, skips, unread)
     _refuse_unsupervised(scan)
     return scan
 
@@ -149,31 +185,40 @@ def refuse_too_many(scan: Scan, max_share: float) -> None:
 
 
 def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, list[Skip], UnreadLog]:
-    """The table of some records, int64 [len(numbers), COLUMNS]; the skipped ones, of zeros; what was not read."""
+    """The table of some records, int64 [COLUMNS, len(numbers)]; the skipped ones, of zeros; what was not read."""
     unread = UnreadLog()
-    table = np.zeros((len(numbers), COLUMNS), dtype=np.int64)
+    table = np.zeros((COLUMNS, len(numbers)), dtype=np.int64)
     skips: list[Skip] = []
-    for row, number in enumerate(numbers.tolist()):
+    entries: list[bytes] = []
+    image_token_id = reader.tokenizer.image_token_id
+    for column, number in enumerate(numbers.tolist()):
+        source, local = reader.locate(number)
         try:
-            example = reader.read(number)
+            parsed = source.parsed(local)
+            example = reader.tokenize(source.with_images(parsed))
         except RecordError as error:
             skips.append(Skip(error.rule, error.where, error.message))
             continue
-        stem = find_stem(example, reader.tokenizer.image_token_id)
+        stem = find_stem(example, image_token_id)
         key = stem_key(example, stem)
-        table[row] = len(example.input_ids), len(example.images), example.num_supervised, stem, key
+        table[:5, column] = len(example.input_ids), len(example.images), example.num_supervised, stem, key
         if example.unread:
-            unread.add(reader.locate(number)[0].name, example.where, example.unread)
+            unread.add(source.name, example.where, example.unread)
+        if reader.store is not None:
+            entries.append(pack_example(number, example, image_names(parsed, len(example.images)), image_token_id))
+    if reader.store is not None:
+        table[5, table[0] > 0] = reader.store.add(entries)
     return table, skips, unread
 
 
 def in_chunks(
     reader: ExampleReader, numbers: np.ndarray, work: Work[Result], workers: int, what: str, chunk: int | None = None
 ) -> Iterator[tuple[int, Result]]:
-    """Do `work` to `numbers`, `chunk` records at a time, in `workers` processes when there is enough of it.
+    """Do `work` to `numbers`, `chunk` records at a time, in several processes when there is enough of it.
 
     Args:
         work: a function that another process can import.
+        workers: processes; with 0, all cores are used for MANY records or more.
         what: begins the lines that tell the progress.
         chunk: None means CHUNK.
 
@@ -181,30 +226,36 @@ def in_chunks(
         (start, result) of `numbers[start : start + chunk]`, in order.
 
     Raises:
-        DataError: a process died.
+        DataError: one of the processes that `workers` asks for died.
     """
-    size, workers = chunk or CHUNK, usable_workers(workers)
+    size = chunk or CHUNK
     starts = range(0, len(numbers), size)
     chunks = [numbers[start : start + size] for start in starts]
-    if workers == 0 or len(chunks) < 2 * workers:  # a process takes seconds to start
-        with Progress(what, len(numbers), "records") as progress:
-            for start, some in zip(starts, chunks, strict=True):
-                yield start, work(reader, some)
-                progress.show(start + len(some))
-        return
-    context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads in a broken state
-    with (
-        Progress(what, len(numbers), "records") as progress,
-        ProcessPoolExecutor(workers, mp_context=context, initializer=_keep, initargs=(reader, work)) as pool,
-    ):
+    num_processes = usable_workers(workers or (len(numbers) if len(numbers) >= MANY else 0))
+    done = 0
+    with Progress(what, len(numbers), "records") as progress:
         try:
-            for start, result in zip(starts, pool.map(_do_kept, chunks), strict=True):
-                yield start, result
-                progress.show(min(start + size, len(numbers)))
+            # a process takes seconds to start
+            spread = num_processes > 1 if not workers else num_processes > 0
+            if spread and len(chunks) >= 2 * num_processes:
+                for result in _in_processes(reader, work, chunks, num_processes):
+                    yield starts[done], result
+                    done += 1
+                    progress.show(min(done * size, len(numbers)))
         except BrokenProcessPool:
-            raise DataError(
-                f"a process that reads records died, usually because memory ran out. Lower data.workers (now {workers})"
-            ) from None
+            died = "a process that reads records died, usually because memory ran out"
+            if workers:
+                raise DataError(f"{died}. Lower data.workers (now {num_processes})") from None
+            warn(f"{died}; the records are read in one process")
+        for start, some in zip(starts[done:], chunks[done:], strict=True):
+            yield start, work(reader, some)
+            progress.show(start + len(some))
+
+
+def _in_processes(reader: ExampleReader, work: Work[Result], chunks: list[np.ndarray], count: int) -> Iterator[Result]:
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads in a broken state
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_keep, initargs=(reader, work)) as pool:
+        yield from pool.map(_do_kept, chunks)
 
 
 _kept: list[tuple[ExampleReader, Work]] = []  # in a helping process: what it works on
@@ -227,30 +278,9 @@ def _key(reader: ExampleReader) -> str:
         ],
         "tokenizer": reader.tokenizer.fingerprint(),
         "limits": [reader.max_length, reader.max_images, reader.over_long],
-        "version": 4,  # of the table, and of how conversations become tokens
+        "version": 6,  # of the table, and of how conversations become tokens
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _load(path: Path, num_records: int) -> tuple[np.ndarray, UnreadLog] | None:
-    """The stored table and what was not read, or None when there is none or it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            table, unread = arrays["table"], UnreadLog.from_json(str(arrays["unread"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        warn(f"data.cache: {path.name} is damaged ({error}); the records are measured again")
-        return None
-    return (table, unread) if table.shape == (num_records, COLUMNS) and table.dtype == np.int64 else None
-
-
-def _store(path: Path, table: np.ndarray, unread: UnreadLog) -> None:
-    try:
-        with replacing(path) as temporary:
-            np.savez(temporary, table=table, unread=np.array(unread.to_json()))
-    except OSError as error:
-        warn(f"data.cache: cannot write to {path.parent} ({error.strerror}); records are measured again next time")
 
 
 def _refuse_unsupervised(scan: Scan) -> None:

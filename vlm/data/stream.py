@@ -9,6 +9,7 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlm.batch import Batch, Example, Skip, microbatches_per_step
 from vlm.data.balance import RowSizes, RowWork, deal
 from vlm.data.collate import Collator
-from vlm.data.packing import group_by_length, pack_in_windows
+from vlm.data.lengths import load_array, store_array
+from vlm.data.packing import Rows, group_by_length, pack_in_windows
 from vlm.data.scan import Scan, usable_workers
 from vlm.errors import RecordError
 
 _ORDER, _WEIGHTS = 1, 2  # separate the random numbers of different uses
+_MANY = 50_000  # records whose rows are kept in the cache; 0.1 s
+_PACKED = "rows are packed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +43,7 @@ class RowOrder:
     window: int
     shares_images: bool = False  # records that begin with one image share its tokens
     group_size: int = 0  # records of similar length that stand together, those of a step; 0 keeps them shuffled
-    _rows: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False)  # of the epochs asked for last
+    _rows: dict[int, Rows] = field(default_factory=dict, repr=False)  # of the epochs asked for last
     _num_rows: dict[int, int] = field(default_factory=dict, repr=False)
 
     @property
@@ -62,8 +66,11 @@ class RowOrder:
         records = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
         return records[np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(records))]
 
-    def rows(self, epoch: int) -> list[np.ndarray]:
-        """The epoch's rows of record numbers, in order. Two epochs are kept, so asking again costs nothing."""
+    def rows(self, epoch: int) -> Rows:
+        """The epoch's rows of record numbers, in order. Two epochs are kept, so asking again costs nothing.
+
+        Those of many records are kept in the cache too: a million take 2 s to pack.
+        """
         if epoch not in self._rows:
             while len(self._rows) > 1:
                 del self._rows[next(iter(self._rows))]
@@ -75,15 +82,37 @@ class RowOrder:
         """Kept for every epoch: a step is located by the numbers of all epochs before it."""
         return self._num_rows[epoch] if epoch in self._num_rows else len(self.rows(epoch))
 
-    def _make_rows(self, epoch: int) -> list[np.ndarray]:
-        order = self.order(epoch)
+    def _make_rows(self, epoch: int) -> Rows:
         if not self.packing:
+            order = self.order(epoch)
             if self.group_size:
                 seed = [self.seed, _ORDER, epoch]
                 order = group_by_length(order, self.scan.lengths, self.group_size, seed=seed)
-            return [order[i : i + 1] for i in range(len(order))]
+            return Rows(order, np.arange(1, len(order) + 1))
+        store = self.scan.reader.store
+        if store is None or sum(map(len, self.members)) < _MANY:
+            return Rows.of(self._pack(epoch))
+        path = store.folder / f"rows-{self._fingerprint}-{epoch}.npy"
+        if (loaded := load_array(path, _PACKED)) is not None:
+            num_rows = int(loaded[1])
+            return Rows(loaded[0][num_rows:], loaded[0][:num_rows])
+        rows = Rows.of(self._pack(epoch))
+        store_array(path, np.concatenate([rows.ends, rows.numbers]), _PACKED, str(len(rows)))
+        return rows
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of all that decides which record stands in which row."""
+        state = hashlib.sha256(
+            repr([self.weights, self.seed, self.max_length, self.max_images, self.window, self.shares_images]).encode()
+        )
+        for array in (*self.members, self.scan.lengths, self.scan.num_images, self.scan.shares.keys):
+            state.update(np.ascontiguousarray(array).data)
+        return state.hexdigest()[:16]
+
+    def _pack(self, epoch: int) -> list[np.ndarray]:
         return pack_in_windows(
-            order,
+            self.order(epoch),
             self.scan.lengths,
             self.scan.num_images,
             max_length=self.max_length,
@@ -97,32 +126,28 @@ class RowOrder:
         """Of an epoch: records that stand without the tokens they begin with, and how many tokens these are."""
         if not (self.packing and self.shares_images):
             return 0, 0
-        shared = [self._shared(row) for row in self.rows(epoch)]
-        return sum(int((tokens > 0).sum()) for tokens in shared), sum(int(tokens.sum()) for tokens in shared)
+        shared = self._shared(self.rows(epoch))
+        return int((shared > 0).sum()), int(shared.sum())
 
     def sizes(self, rows: Sequence[np.ndarray]) -> RowSizes:
         """What rows hold, counted from the scan alone. A row without records holds nothing."""
-        scan = self.scan
-        counts = np.zeros((len(rows), 4), dtype=np.int64)
-        for number, row in enumerate(rows):
-            if not len(row):
-                continue
-            shared = self._shared(row)
-            lengths = scan.lengths[row].astype(np.int64)
-            counts[number] = (
-                (lengths - shared).sum(),
-                (lengths**2 - shared**2).sum() // 2,
-                scan.num_images[row][shared == 0].sum(),
-                scan.num_supervised[row].sum(),
-            )
-        return RowSizes(*counts.T)
+        scan, packed = self.scan, Rows.of(rows)
+        numbers, shared = packed.numbers, self._shared(packed)
+        lengths = scan.lengths[numbers].astype(np.int64)
+        return RowSizes(
+            packed.sums(lengths - shared),
+            packed.sums(lengths**2 - shared**2) // 2,
+            packed.sums(np.where(shared == 0, scan.num_images[numbers], 0)),
+            packed.sums(scan.num_supervised[numbers]),
+        )
 
-    def _shared(self, row: np.ndarray) -> np.ndarray:
-        """Tokens that each record of a row leaves to the record before it, int64 [records]."""
-        shared = np.zeros(len(row), dtype=np.int64)
+    def _shared(self, rows: Rows) -> np.ndarray:
+        """Tokens that each record leaves to the record before it in its row, int64 [records]."""
+        shared = np.zeros(len(rows.numbers), dtype=np.int64)
         if self.packing and self.shares_images:
-            keys, stems = self.scan.shares.keys[row], self.scan.shares.stems[row]
-            shared[1:] = np.where((keys[1:] == keys[:-1]) & (keys[1:] != 0), stems[1:], 0)
+            keys, stems = self.scan.shares.keys[rows.numbers], self.scan.shares.stems[rows.numbers]
+            is_branch = rows.follows[1:] & (keys[1:] == keys[:-1]) & (keys[1:] != 0)
+            shared[1:] = np.where(is_branch, stems[1:], 0)
         return shared
 
 
@@ -185,7 +210,7 @@ class BatchStream:
     def fill(self) -> float:
         """Share of real tokens in the packed rows of the first epoch."""
         rows = self.order.rows(0)
-        tokens = sum(int(self.order.scan.lengths[row].sum()) for row in rows) - self.order.num_shared(0)[1]
+        tokens = int(self.order.scan.lengths[rows.numbers].sum()) - self.order.num_shared(0)[1]
         return tokens / max(1, len(rows) * self.order.max_length)
 
     def for_rank(self, data_rank: int, num_data_ranks: int) -> BatchStream:
@@ -254,8 +279,9 @@ class BatchStream:
         """This rank's rows of record numbers in a step; empty ones fill up the last step of an epoch."""
         epoch, within = self._locate(step)
         start = within * self.global_batch_size
-        rows = self.order.rows(epoch)[start : start + self.global_batch_size]
-        rows = rows + [np.zeros(0, dtype=np.int64)] * (self.global_batch_size - len(rows))
+        packed = self.order.rows(epoch)
+        rows = [packed[row] for row in range(start, min(start + self.global_batch_size, len(packed)))]
+        rows += [np.zeros(0, dtype=np.int64)] * (self.global_batch_size - len(rows))
         if self.work is None:
             places = np.arange(len(rows)).reshape(self.num_data_ranks, -1)
         else:

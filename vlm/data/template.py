@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jinja2
 
@@ -26,8 +26,7 @@ BOS, EOS = "{bos}", "{eos}"  # stand for the tokenizer's own tokens inside contr
 _CONTROL_WORD = re.compile(r"<\|\w+\|>")  # Llama 2's [INST] and <<SYS>> are plain text to its tokenizer too
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):  # made ten times a record, and cheaper than a dataclass
     text: str
     is_control: bool = False
     is_reply: bool = False
