@@ -200,13 +200,15 @@ class LossModule(nn.Module):
         Args:
             min_head_calls: see `Head`.
         """
-        with autocast(batch.input_ids.device.type, self.autocast_dtype):
+        device = batch.device or batch.input_ids.device
+        with autocast(device.type, self.autocast_dtype):
             hidden_states = self.model(
                 batch.input_ids,
                 batch.position_ids,
                 batch.pixel_values,
                 batch.image_features,
                 self.objective.reads(batch),
+                device,
             )
             output = self.objective.loss(hidden_states, batch, Head(self.model.logits, min_head_calls))
         return spoil(output.loss), stack_metrics(output, self.objective.metric_names)
