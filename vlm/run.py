@@ -51,6 +51,7 @@ from vlm.train.profile import StepProfile
 from vlm.train.resume import OPTIMIZER_STATE, RunState, flatten, read_progress, refuse_other_run
 from vlm.train.runfolder import RunFolder
 from vlm.train.sampling import SampleQuestions
+from vlm.train.saving import CheckpointWriter
 from vlm.train.switches import torch_switches
 
 # keys of data: that decide on rows and their order
@@ -119,7 +120,7 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
                 try:
                     loop.run(parts.start_step)
                 finally:
-                    events.reporter.close()
+                    events.close()
             if is_main():
                 _plot(run.path)
         elif parts.start_step > parts.max_steps:
@@ -267,6 +268,7 @@ def _build_loop(
         settings=settings,
         run=run,
         state=state,
+        writer=CheckpointWriter(state, settings),
         reporter=Reporter(run, settings, schedule, data.train.epoch_at, **steps),
         skips=skips,
         questions=SampleQuestions(
