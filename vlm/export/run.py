@@ -17,7 +17,8 @@ from vlm.artifacts.fingerprint import fingerprint_files
 from vlm.artifacts.folder import replace_folder
 from vlm.artifacts.manifest import Manifest, write_manifest
 from vlm.artifacts.older import finish_folder
-from vlm.artifacts.parts import LLM, Trained, check_shard_size, read_run, write_parts
+from vlm.artifacts.parts import LLM, Trained, read_run, write_parts
+from vlm.artifacts.shards import check_shard_size
 from vlm.artifacts.tokenizer import hand_over
 from vlm.compat import prepare
 from vlm.data.build import build_template
