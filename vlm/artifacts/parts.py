@@ -22,7 +22,7 @@ from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig
 from vlm.models.trainable import part_of
 from vlm.schema import PARTS
-from vlm.train.checkpoint import newest_verified, read_info
+from vlm.train.checkpoint import checkpoint_of, newest_verified, read_info
 from vlm.train.fragments import read_weights
 
 ADAPTER_CONFIG = "adapter/adapter_config.json"
@@ -44,15 +44,18 @@ class Trained:
         return {name: tensor for name, tensor in self.tensors.items() if part_of(name) == part}
 
 
-def read_run(run: Path) -> Trained:
-    """The newest intact checkpoint of a run, completed by the export that the run started from.
+def read_run(run: Path, step: int | None = None) -> Trained:
+    """A checkpoint of a run, completed by the export that the run started from.
+
+    Args:
+        step: of which checkpoint; None is the newest intact one.
 
     Raises:
-        CheckpointError: no run, no intact checkpoint, a projector that nothing trained; or what the run began with was
-            replaced.
+        CheckpointError: no run, no intact checkpoint or none of this step, a projector that nothing trained; or what
+            the run began with was replaced.
     """
     config = read_kept_config(run / "config.yaml")
-    checkpoint = newest_verified(run)
+    checkpoint = newest_verified(run) if step is None else checkpoint_of(run, step)
     if checkpoint is None:
         raise CheckpointError(f"{run} has no checkpoint yet, so there is nothing to export. Train first: vlm train")
     began = pin_start(config.model, config.init_from)

@@ -6,6 +6,7 @@ peft's own layers compute each sum, so rsLoRA, DoRA, biases, embeddings and conv
 from __future__ import annotations
 
 import re
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -290,13 +291,15 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 def read_plain(file: Path) -> dict[str, Tensor]:
     """Name -> tensor [...] of a .safetensors, or of a pickled file of tensors, which is never allowed to run code.
 
+    Those of dicts inside it have joined names. A pickled file's tensors stay on the disk until they are read.
+
     Raises:
         CheckpointError: damaged, or it holds more than tensors.
     """
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        values = torch.load(file, map_location="cpu", weights_only=True)
+        values = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise CheckpointError(
@@ -305,7 +308,19 @@ def read_plain(file: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} holds a {type(values).__name__}, expected tensors by name")
-    return {str(name): tensor for name, tensor in values.items() if isinstance(tensor, Tensor)}
+    return _flat(values)
+
+
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Tensors [...] of a dict and of dicts inside it, by joined names; of `model` alone, where training kept more."""
+    values = values["model"] if isinstance(values.get("model"), dict) else values
+    found: dict[str, Tensor] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def _sort_tensors(

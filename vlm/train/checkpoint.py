@@ -124,6 +124,24 @@ def newest_verified(run: Path) -> Path | None:
     return None
 
 
+def checkpoint_of(run: Path, step: int) -> Path:
+    """The checkpoint of a step.
+
+    Raises:
+        CheckpointError: it is not there, or damaged; says which are.
+    """
+    path = checkpoint_folder(run, step)
+    if not path.is_dir():
+        there = ", ".join(str(_step_of(each)) for each in _steps(run)) or "none"
+        raise CheckpointError(
+            f"{run} has no checkpoint of step {step}; there are: {there}. Older ones are removed while a run trains: "
+            "train.keep_last says how many stay"
+        )
+    if problems := verify(path):
+        raise CheckpointError(f"{path} is damaged ({'; '.join(problems[:3])}). Take another step: vlm ckpt ls {run}")
+    return path
+
+
 def list_checkpoints(run: Path) -> list[CheckpointInfo]:
     """All complete-looking checkpoints of a run, oldest first, each verified."""
     return [CheckpointInfo(path, _step_of(path), verify(path)) for path in _steps(run)]
