@@ -91,8 +91,8 @@ def open_store(cache: str, encoder: ImageEncoder, dtype: torch.dtype, size_gb: f
     """
     limit = None if size_gb is None else int(size_gb * 1e9)
     vision = encoder.encoder
-    extras = (vision.joins,) if vision.joins else ()  # what is off has no entry: earlier stores stay valid
-    extras += ("jpeg_draft",) if encoder.jpeg_draft else ()
+    # what is off has no entry: earlier stores stay valid
+    extras = (*((vision.joins,) if vision.joins else ()), *(("jpeg_draft",) if encoder.jpeg_draft else ()))
     return FeatureStore(Path(cache) / FOLDER, encoder_key(vision, (encoder.spec, str(dtype), *extras)), dtype, limit)
 
 
