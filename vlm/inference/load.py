@@ -25,6 +25,7 @@ from vlm.artifacts.manifest import Manifest, read_manifest
 from vlm.batch import ImageSpec
 from vlm.compat import prepare
 from vlm.data.build import build_template
+from vlm.data.config import template_of
 from vlm.data.conversation import Conversation
 from vlm.data.image_order import ImageOrder
 from vlm.data.images import load_image, to_tiles
@@ -332,6 +333,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _known_template(name: str) -> str:
+    name = template_of(name)
     if name != "tokenizer" and name not in TEMPLATES:
         known = [*TEMPLATES, "tokenizer"]
         near = difflib.get_close_matches(name, known, 1)
