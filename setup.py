@@ -81,6 +81,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vlm", "vlm.*"]),
+    package_data={"vlm.models": ["measured.json"]},
     install_requires=core,
     extras_require=extras,
     entry_points={"console_scripts": ["vlm=vlm.cli.main:main"]},

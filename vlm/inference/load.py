@@ -27,6 +27,7 @@ from vlm.artifacts.plain import describe, is_plain, read_model
 from vlm.batch import ImageSpec
 from vlm.compat import prepare
 from vlm.data.build import build_template
+from vlm.data.config import template_of
 from vlm.data.conversation import Conversation
 from vlm.data.image_order import ImageOrder
 from vlm.data.images import load_image, to_tiles
@@ -352,6 +353,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _known_template(name: str) -> str:
+    name = template_of(name)
     if name != "tokenizer" and name not in TEMPLATES:
         known = [*TEMPLATES, "tokenizer"]
         near = difflib.get_close_matches(name, known, 1)
