@@ -119,6 +119,7 @@ def test_sending_is_asked_for_and_says_where_to(monkeypatch):
         TrainConfig(max_steps=1, trackers_online=True)
 
 
+@pytest.mark.slow
 def test_a_run_reports_to_those_it_names_and_goes_on_when_one_fails(config_file, monkeypatch, capsys):
     wandb, swanlab = install("wandb", monkeypatch), install("swanlab", monkeypatch)
     trackio = install("trackio", monkeypatch)
