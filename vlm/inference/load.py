@@ -131,6 +131,11 @@ class LoadedModel:
         """
         settings = settings or GenerationSettings()
         input_ids = self.conversation_tokenizer.prompt(conversation)
+        if not input_ids:
+            raise ConfigError(
+                "the prompt has no tokens: template plain writes images only. Show an image, or choose another "
+                "template with --prompt-template"
+            )
         left = self.max_tokens - len(input_ids)
         if left < 1:
             raise ConfigError(
