@@ -5,7 +5,7 @@ Letters in shapes: B rows, L tokens, N tiles of images, S pixels per side, P pat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from vlm.errors import ConfigError
@@ -104,6 +104,9 @@ class Batch:
     `position_ids` restart at 0 with every example of a row (and at every padding token), so that nothing attends
     across. Padding has label IGNORE_INDEX. `image_token_id` stands in `input_ids` at each image placeholder; images
     are in the order in which their placeholders appear, row by row.
+
+    The integers decide what is computed, and reading them from a GPU would wait for all that it has yet to do. So they
+    stay in host memory: `to` moves the images, and the model sends the device what it computes with (`send`).
     """
 
     input_ids: Tensor  # int64 [B, L]
@@ -114,17 +117,15 @@ class Batch:
     where: list[str] = field(default_factory=list)  # file and record of every example, in order
     skipped: list[Skip] = field(default_factory=list)  # examples left out: an image of theirs could not be read
     num_padding: int = 0  # padding tokens among the B * L
+    device: torch.device | None = None  # that computes with it; None: that of its tensors
 
-    def to(self, device: torch.device | str) -> Batch:
-        return Batch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            pixel_values=None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True),
-            image_features=None if self.image_features is None else self.image_features.to(device, non_blocking=True),
-            where=self.where,
-            skipped=self.skipped,
-            num_padding=self.num_padding,
+    def to(self, device: torch.device) -> Batch:
+        """Images on the device that computes; the rest stays in host memory."""
+        return replace(
+            self,
+            pixel_values=None if self.pixel_values is None else send(self.pixel_values, device),
+            image_features=None if self.image_features is None else send(self.image_features, device),
+            device=device,
         )
 
     @property
@@ -137,3 +138,10 @@ class Batch:
     def num_supervised(self) -> int:
         """Tokens the loss counts. Position 0 of a row is never predicted, and never carries a label."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor [...] on a device, without waiting: a GPU takes it, once it comes to that, from pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -41,10 +41,15 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK") or 0)
 
 
+def local_size() -> int | None:
+    """Number of processes on this machine; None where the launcher does not say."""
+    size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun's, DeepSpeed's
+    return int(size) if size else None
+
+
 def is_on_one_machine() -> bool:
     """Whether the launcher says that all processes run here."""
-    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun's, DeepSpeed's
-    return local_size == str(launched_size())
+    return local_size() == launched_size()
 
 
 def is_of_torchrun() -> bool:

@@ -299,7 +299,8 @@ def _settle_cache(config: RunConfig, cached: bool, why: str) -> RunConfig:
 
 def image_encoder(config: RunConfig, vision: VisionEncoder, spec: ImageSpec, device: torch.device) -> ImageEncoder:
     dtype = precision.autocast_dtype(config.train.precision)
-    return ImageEncoder(vision, spec, config.data.max_pixels, device, dtype, config.data.workers)
+    data = config.data
+    return ImageEncoder(vision, spec, data.max_pixels, device, dtype, data.workers, data.jpeg_draft)
 
 
 def open_cache(config: RunConfig, encoder: ImageEncoder | None) -> FeatureStore:
@@ -307,7 +308,7 @@ def open_cache(config: RunConfig, encoder: ImageEncoder | None) -> FeatureStore:
     assert encoder is not None
     settings = config.data
     kept = precision.DTYPES[settings.cache_dtype]
-    return open_store(settings.cache, encoder.encoder, encoder.spec, kept, settings.cache_size_gb)
+    return open_store(settings.cache, encoder, kept, settings.cache_size_gb)
 
 
 def _choose_cache(

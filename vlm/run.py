@@ -38,7 +38,7 @@ from vlm.proof.checks import Proof
 from vlm.proof.prove import prove, prove_run
 from vlm.schema import chosen_kinds, section_defaults
 from vlm.settle import CACHE_FEATURES, FIRST_WITH_BALANCE, FIRST_WITH_SHARING, VISION_COMPUTE, settle_precision
-from vlm.train.checkpoint import newest_verified, read_info, set_later_aside, verified_at
+from vlm.train.checkpoint import checkpoint_of, newest_verified, read_info, set_later_aside
 from vlm.train.engines.device import choose_device
 from vlm.train.engines.kinds import kind_of_launch
 from vlm.train.events import RunEvents
@@ -51,6 +51,7 @@ from vlm.train.profile import StepProfile
 from vlm.train.resume import OPTIMIZER_STATE, RunState, flatten, read_progress, refuse_other_run
 from vlm.train.runfolder import RunFolder
 from vlm.train.sampling import SampleQuestions
+from vlm.train.saving import CheckpointWriter
 from vlm.train.switches import torch_switches
 
 # keys of data: that decide on rows and their order
@@ -87,7 +88,7 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
         RunFolder(config.output_dir) as run,
         _explain_out_of_memory(config),
     ):
-        checkpoint = on_main(lambda: _checkpoint_of(run.path, resume_step))
+        checkpoint = on_main(lambda: _resumed(run.path, resume_step))
         config = settle_precision(config, device, None if checkpoint is None else read_info(checkpoint)["identity"])
         identity = run_identity(config)
         if checkpoint is not None:
@@ -119,7 +120,7 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
                 try:
                     loop.run(parts.start_step)
                 finally:
-                    events.reporter.close()
+                    events.close()
             if is_main():
                 _plot(run.path)
         elif parts.start_step > parts.max_steps:
@@ -128,8 +129,8 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
         return run.path
 
 
-def _checkpoint_of(run: Path, step: int | None) -> Path | None:
-    return newest_verified(run) if step is None else verified_at(run, step)
+def _resumed(run: Path, step: int | None) -> Path | None:
+    return newest_verified(run) if step is None else checkpoint_of(run, step)
 
 
 def _pin_start(config: RunConfig, checkpoint: Path | None) -> Pins:
@@ -267,6 +268,7 @@ def _build_loop(
         settings=settings,
         run=run,
         state=state,
+        writer=CheckpointWriter(state, settings),
         reporter=Reporter(run, settings, schedule, data.train.epoch_at, **steps),
         skips=skips,
         questions=SampleQuestions(

@@ -29,7 +29,7 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "runs" / "a" / "export"
     folder.mkdir(parents=True)
     (folder / "vlm.json").write_text("{}")
-    monkeypatch.setattr("vlm.artifacts.manifest.read_manifest", lambda folder: None)
+    monkeypatch.setattr("vlm.artifacts.plain.read_model", lambda folder: None)
     return folder
 
 

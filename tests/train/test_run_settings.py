@@ -36,7 +36,7 @@ def test_a_run_goes_on_from_a_named_step_and_newer_checkpoints_are_set_aside(con
     losses = [[json.loads(line)["loss"] for line in text.splitlines()] for text in (
         first, (run / "metrics.jsonl").read_text())]  # fmt: skip
     assert losses[0] == losses[1]
-    with pytest.raises(CheckpointError, match=r"step-000003 does not exist; steps that have a checkpoint: 2, 4, 6"):
+    with pytest.raises(CheckpointError, match=r"has no checkpoint of step 3; there are: 2, 4, 6"):
         train(load_config(path), path.read_text(), resume_step=3)
     assert [info.step for info in list_checkpoints(run)] == [2, 4, 6]
 

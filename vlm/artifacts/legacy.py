@@ -12,15 +12,14 @@ import torch
 
 from vlm.artifacts.folder import replace_folder
 from vlm.artifacts.older import finish_folder
-from vlm.artifacts.parts import shard_bytes
-from vlm.artifacts.shards import stream_shards
+from vlm.artifacts.shards import check_shard_size, num_bytes, write_shards
 from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models.folder import config_json, misfit, why_no_tokenizer
 from vlm.models.legacy import LEGACY, LegacyFamily, why_not_converted
 from vlm.models.llm import load_tokenizer, refuse_beyond_embedding
 from vlm.models.native import is_native
-from vlm.models.pickled_weights import PickledWeights
+from vlm.models.pth_files import PthFolder
 from vlm.models.tokenizer_files import SETTINGS, find_vocabulary, read_json, write_converted
 from vlm.models.weight_adapter import AdaptedTensors
 from vlm.models.weight_files import LazyTensors, WeightFiles
@@ -48,7 +47,7 @@ def convert_legacy(folder: Path, out: Path, max_shard_size: str = "5GB") -> str:
             is taken.
         CheckpointError: a file is missing, damaged, or holds other tensors than the type has.
     """
-    largest = shard_bytes(max_shard_size)
+    check_shard_size(max_shard_size)
     settings, family = _read_config(folder)
     prepare()
     from transformers import AutoConfig
@@ -66,7 +65,8 @@ def convert_legacy(folder: Path, out: Path, max_shard_size: str = "5GB") -> str:
         config.dtype = tensors[next(iter(tensors))].dtype
         config.save_pretrained(written)
         _write_generation_config(folder, written, tokenizer.eos_token_id)
-        stream_shards(tensors, written, largest)
+        sizes = {name: num_bytes(shape, config.dtype) for name, shape in tensors.shapes.items()}
+        write_shards(sizes, tensors.__getitem__, written, max_shard_size)
         finish_folder(written)
     note = family.note(settings)
     return f"{out}: {family.title} as {family.becomes}, {len(tensors)} tensors" + (f"\nnote: {note}" if note else "")
@@ -90,7 +90,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], LegacyFamily]:
 def _open_weights(folder: Path) -> LazyTensors:
     if any(folder.glob("*.safetensors")):
         return WeightFiles(str(folder), "vlm convert legacy")
-    return PickledWeights(folder)
+    return PthFolder(folder)
 
 
 def _compare_shapes(config: Any, tensors: AdaptedTensors, folder: Path) -> str:

@@ -115,7 +115,9 @@ def _start_files(folder: Path, start: Manifest, trainable: Iterable[str]) -> lis
     if kept and start.layout == LLAVA:
         files = [*sorted(folder.glob("*.safetensors")), *_settings_in(str(folder), _SETTINGS)]
     elif LLM in kept:
-        files += sorted((folder / LLM).glob("*.safetensors"))
+        files += sorted((folder / start.model.llm.path).glob("*.safetensors"))
+    if "vision" in kept and not (folder / VISION).is_file():
+        files += sorted((folder / "vision").glob("*.safetensors"))
     return [file for file in (*files, folder / NAME) if file.is_file()]
 
 

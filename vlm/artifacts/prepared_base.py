@@ -10,7 +10,7 @@ import torch
 
 from vlm.artifacts.folder import replace_folder
 from vlm.artifacts.older import finish_folder
-from vlm.artifacts.parts import check_shard_size
+from vlm.artifacts.shards import check_shard_size
 from vlm.data.template import EOS, TEMPLATES, ChatTemplate, adds_bos, control_words
 from vlm.errors import ConfigError
 from vlm.models.config import LLMConfig

@@ -1,47 +1,65 @@
-"""Weights of a model folder, written while they are read: no more than one file's worth is in memory."""
+"""Weights as model.safetensors, or as numbered files and their index, written with no more than one file in memory."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm.models.weight_files import INDEX, SINGLE
+from vlm.compat import follow_umask
+from vlm.errors import ConfigError
+from vlm.models.weight_files import INDEX
 
 
-def stream_shards(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
-    """Write tensors [...] as model.safetensors, or numbered files and their index as transformers reads them.
+def write_shards(sizes: Mapping[str, int], read: Callable[[str], Tensor], folder: Path, max_shard_size: str) -> None:
+    """Write tensors [...] as transformers reads them, one file after the other.
 
     Args:
-        tensors: each is asked for once, in order.
-        max_shard_bytes: a file is closed before it would hold more; a larger tensor has a file of its own.
+        sizes: name -> bytes, in the order to write.
+        read: gives a tensor when it is asked for; it is let go once its file is written.
     """
-    parts: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    total = 0
+    from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
 
-    def close() -> None:
-        # contiguous and sharing memory with no other, as safetensors demands
-        save_file(held, folder / f"part-{len(parts)}.safetensors", metadata={"format": "pt"})
-        parts.append(list(held))
-        held.clear()
+    folder.mkdir(parents=True, exist_ok=True)
+    split = split_state_dict_into_shards_factory(
+        dict(sizes), get_storage_size=lambda size: size, max_shard_size=max_shard_size,
+        filename_pattern="model{suffix}.safetensors",
+    )  # fmt: skip
+    for name, members in split.filename_to_tensors.items():
+        save_plain(((member, read(member)) for member in members), folder / name)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if held and sum(each.numel() * each.element_size() for each in held.values()) + size > max_shard_bytes:
-            close()
-        held[name] = tensor.contiguous().clone()
-        total += size
-    close()
-    if len(parts) == 1:
-        (folder / "part-0.safetensors").rename(folder / SINGLE)
-        return
-    names = [f"model-{n:05}-of-{len(parts):05}.safetensors" for n in range(1, len(parts) + 1)]
-    for number, name in enumerate(names):
-        (folder / f"part-{number}.safetensors").rename(folder / name)
-    places = {name: file for file, members in zip(names, parts, strict=True) for name in members}
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+def save_plain(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
+    """Names and tensors of any shape [...] and device; on a disk that refuses, safetensors' own error."""
+    # contiguous, on the CPU and sharing memory with no other, as safetensors demands
+    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors}
+    save_file(plain, path, metadata={"format": "pt"})
+    follow_umask(path)
+
+
+def check_shard_size(text: str) -> None:
+    """Raises ConfigError unless it is written like 5GB or 200MB."""
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+    try:
+        size = parse_size_to_int(text)
+    except (ValueError, KeyError, TypeError):
+        size = 0
+    if size < 1:
+        raise ConfigError(f"--max-shard-size {text!r}: expected a size such as 5GB or 200MB")
+
+
+def num_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
+    """
+    >>> num_bytes((3, 5), torch.bfloat16)
+    30
+    """
+    return math.prod(shape) * dtype.itemsize

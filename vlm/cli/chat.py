@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm.cli.options import ImageOrderOption, image_order_of
+from vlm.cli.options import MODEL_HELP, AdapterOption, ImageOrderOption, TemplateOption, image_order_of
 from vlm.errors import CheckpointError, ConfigError
 from vlm.logs import warn
 
@@ -24,7 +24,7 @@ def _option(*names: str, help: str, **settings: Any) -> Any:
 
 
 def chat(
-    export: Annotated[Path, typer.Argument(help="An export folder. 导出的模型文件夹。")],
+    export: Annotated[Path, typer.Argument(help=MODEL_HELP)],
     image: Annotated[
         list[Path] | None, _option("--image", "-i", help="An image. Repeatable. 图片，可多次给出。")
     ] = None,
@@ -32,10 +32,7 @@ def chat(
         str | None, _option("--prompt", "-p", help="Ask this, print the answer, and end. 只问这一句，回答后退出。")
     ] = None,
     system: Annotated[str | None, _option("--system", help="System prompt. 系统提示。")] = None,
-    prompt_template: Annotated[
-        str | None,
-        _option("--prompt-template", help="Chat template instead of the export's. 替换导出时的对话模板。"),
-    ] = None,
+    prompt_template: TemplateOption = None,
     image_order: ImageOrderOption = "auto",
     bot_name: Annotated[
         str,
@@ -70,10 +67,7 @@ def chat(
     no_stream: Annotated[
         bool, _option("--no-stream", help="Show answers when they are finished. 回答完成后一次显示。")
     ] = False,
-    adapter: Annotated[
-        Path | None,
-        _option("--adapter", help="Add the LoRA of another export before merging. 合并前加上另一个导出的 LoRA。"),
-    ] = None,
+    adapter: AdapterOption = None,
     cpu_only: Annotated[bool, _option("--cpu-only", help="Do not use a GPU. 不使用 GPU。")] = False,
     device: Annotated[str, _option("--device", help="auto, cpu, cuda, cuda:1. 设备。")] = "auto",
     device_map: Annotated[

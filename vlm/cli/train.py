@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from vlm.cli.configs import Config, Options
+from vlm.cli.options import AdapterOption
 from vlm.config import resolve_for_log
 from vlm.config_checks import load_checked
 from vlm.errors import ConfigError, RunLocked, VLMError
@@ -76,8 +77,11 @@ def launched(
 
 def evaluate(
     config: Annotated[str, typer.Argument(help="A config, a run folder, or an export inside one.")],
-    export: Annotated[Path | None, typer.Option(help="Export to evaluate; default: output_dir/export.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Export or model folder to evaluate; default: output_dir/export.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the results go; default: beside the export.")] = None,
+    adapter: AdapterOption = None,
     options: Options = None,
 ) -> None:
     """Run the evaluation tasks of a config on an export: own images, shuffled images, baseline."""
@@ -85,7 +89,7 @@ def evaluate(
     checked = load_checked(path, options or (), ("evaluation",), ())  # the export names its models
     from vlm.evaluation.report import evaluate_run
 
-    evaluate_run(checked, export or found, out)
+    evaluate_run(checked, export or found, out, adapter)
 
 
 def plot(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:

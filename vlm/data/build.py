@@ -139,6 +139,7 @@ def build_data(
         config.max_pixels,
         pad_to,
         image_token_id=conversation_tokenizer.image_token_id if shares else None,
+        jpeg_draft=config.jpeg_draft,
     )
     order = build_order(config, scan, members, seed, shares, global_batch_size if config.group_by_length else 0)
     stream = BatchStream(

@@ -75,6 +75,9 @@ class DataConfig(Section):
     """Processes that decode images, at most one per core; 0 decodes in the training process."""
     max_pixels: PositiveInt = 50_000_000
     """An image with more is skipped; read from its header before decoding. Pillow itself refuses above 179 million."""
+    jpeg_draft: bool = False
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is at least twice the encoder's. Faster; pixels differ
+    slightly from those that chat, server and evaluation see."""
     image_placement: Literal["exact", "auto"] = "auto"
     """auto: one image and no <image> mark in the record puts the image first. exact: that is an error."""
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.05

@@ -184,8 +184,22 @@ def _way_out(root: Path, path: Path, stays: bool) -> str:
     )
 
 
+def load_tiles(
+    source: str | bytes | Path, spec: ImageSpec, max_pixels: int = DEFAULT_MAX_PIXELS, draft: bool = False
+) -> Tensor:
+    """What the encoder sees of an image: float32 [tiles, 3, S, S]. Raises RecordError as `load_image`.
+
+    Args:
+        draft: see `load_image`.
+    """
+    return to_tiles(load_image(source, max_pixels, spec.background, spec if draft else None), spec)
+
+
 def load_image(
-    source: str | bytes | Path, max_pixels: int = DEFAULT_MAX_PIXELS, background: tuple[int, int, int] = _WHITE
+    source: str | bytes | Path,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    background: tuple[int, int, int] = _WHITE,
+    draft_for: ImageSpec | None = None,
 ) -> Image.Image:
     """Open an image as upright RGB; of an animation, the first frame.
 
@@ -195,11 +209,13 @@ def load_image(
     Args:
         source: a file, or the bytes of one.
         max_pixels: read from the header, before anything is decoded. Pillow has its own limit above that, 179 million.
+        draft_for: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is at least twice what this encoder
+            sees. Not where the layout depends on the size of the image.
 
     Raises:
         RecordError: rules image_missing, image_unreadable, image_too_large.
     """
-    return _read_image(source, partial(_decode, max_pixels=max_pixels, background=background))
+    return _read_image(source, partial(_decode, max_pixels=max_pixels, background=background, draft_for=draft_for))
 
 
 def _read_image(source: str | bytes | Path, read: Callable[[str | bytes | Path, str], T]) -> T:
@@ -232,14 +248,31 @@ def _read_or_strip(source: str | bytes | Path, label: str, read: Callable[[str |
 
 
 def _decode(
-    source: str | bytes | Path, label: str, *, max_pixels: int, background: tuple[int, int, int]
+    source: str | bytes | Path,
+    label: str,
+    *,
+    max_pixels: int,
+    background: tuple[int, int, int],
+    draft_for: ImageSpec | None,
 ) -> Image.Image:
     with _open(source) as image:
         _check_size(image.size, max_pixels, label)
+        if draft_for is not None and not draft_for.reads_size:
+            image.draft(None, _draft_size(image.size, draft_for))  # of other formats than JPEG nothing changes
         image.load()
         rgb = _to_rgb(_upright(image), background)
         _tell_of_animation(image, label)  # looks at the second frame, so only now
         return rgb
+
+
+def _draft_size(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+    """Width and height that an image of `size` must have at least when it is decoded: twice those it is resized to, as
+    for Pillow's thumbnails."""
+    if spec.resize == "squash":
+        return 2 * spec.size, 2 * spec.size
+    shrunk = min(size) if spec.resize == "crop" else max(size)
+    width, height = (-(-2 * spec.size * side // shrunk) for side in size)
+    return width, height
 
 
 def _without_text(content: bytes) -> bytes:

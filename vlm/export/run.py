@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
+from torch import Tensor
 
 from vlm.artifacts.card import draft_card, public_name
 from vlm.artifacts.evidence import CARD, copy_proof, evidence_sections, read_figures
@@ -17,7 +19,8 @@ from vlm.artifacts.fingerprint import fingerprint_files
 from vlm.artifacts.folder import replace_folder
 from vlm.artifacts.manifest import Manifest, write_manifest
 from vlm.artifacts.older import finish_folder
-from vlm.artifacts.parts import LLM, Trained, check_shard_size, read_run, write_parts
+from vlm.artifacts.parts import LLM, Trained, read_run, write_parts
+from vlm.artifacts.shards import check_shard_size
 from vlm.artifacts.tokenizer import hand_over
 from vlm.compat import prepare
 from vlm.data.build import build_template
@@ -31,12 +34,12 @@ from vlm.models.build import Assembled, build_model
 from vlm.models.config import VisionConfig
 from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.llm import dtype_on_disk
-from vlm.models.trainable import cast_weights, load_weights, merge_lora, part_weights
+from vlm.models.trainable import cast_weights, load_weights, merge_lora, part_of, part_weights
 from vlm.models.vision import save_architecture
 from vlm.models.weight_files import WeightFiles
 from vlm.precision import DTYPES
 
-DType = Literal["auto", "fp32", "bf16"]
+DType = Literal["auto", "fp32", "bf16", "fp16"]
 _MEMORY_SHARE = 0.8  # of what is free, for the weights that are read back
 
 
@@ -46,18 +49,23 @@ def export_run(
     full: bool = False,
     max_shard_size: str = "5GB",
     dtype: DType = "auto",
+    step: int | None = None,
 ) -> Path:
     """Write what a run trained into a folder to use, publish, or start the next stage from.
 
     The folder appears complete or not at all; an older export at the same place is replaced at the very end.
 
     Args:
-        run: the output_dir of a run. Its newest intact checkpoint is taken.
-        out: the folder to write; None is `<run>/export`, or `<run>/export-full` with `full`.
+        run: the output_dir of a run.
+        out: the folder to write; None is `<run>/export`, or `<run>/export-full` with `full`, and ends with the step if
+            one is named.
         full: merge everything into a folder that needs no base models: in transformers' LLaVA layout if the encoder
-            and projector can be expressed in it, else as a vlm folder.
+            and projector can be expressed in it, else as a vlm folder. Without an encoder it is a language model of
+            transformers.
         max_shard_size: no weight file of the language model is larger, e.g. "5GB" or "200MB".
-        dtype: of a full export's weights; "auto" is that of the base language model.
+        dtype: of the weights of encoder and language model that are written; "auto" is, of a full export, that of the
+            base language model, else that of the training.
+        step: of the checkpoint; None takes the newest intact one.
 
     Returns:
         the export folder.
@@ -69,8 +77,8 @@ def export_run(
     prepare()
     check_shard_size(max_shard_size)
     run = Path(run)
-    trained = read_run(run)
-    final = Path(out) if out is not None else run / ("export-full" if full else "export")
+    trained = read_run(run, step)
+    final = Path(out) if out is not None else run / default_name(full, step)
     with replace_folder(final) as folder:
         write = _write_full if full else _write_trained
         written = write(folder, trained, max_shard_size, dtype)
@@ -93,6 +101,14 @@ def export_run(
     return final
 
 
+def default_name(full: bool, step: int | None) -> str:
+    """
+    >>> default_name(False, None), default_name(True, 500)
+    ('export', 'export-full-step-500')
+    """
+    return ("export-full" if full else "export") + ("" if step is None else f"-step-{step}")
+
+
 @dataclass(frozen=True)
 class _Written:
     """What a folder holds, and what it has to answer when it is read back with weights in `dtype`."""
@@ -105,6 +121,8 @@ class _Written:
 
 def _write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: DType) -> _Written:
     """The parts that trained; the base models stay where they are, with fingerprints to know them by."""
+    if dtype != "auto":
+        trained = replace(trained, tensors=rounded(trained.tensors, DTYPES[dtype]))
     included = write_parts(folder, trained, max_shard_size)
     precision = _precision_to_read(trained.model.llm.path)
     built = build_merged(trained, None, precision)
@@ -136,17 +154,24 @@ def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DTyp
         except NotLlavaError as error:
             reason = f"transformers' LLaVA class does not compute the same with its parts ({error})"
             built = build_merged(trained, dtype)  # the other one was taken apart
-    log(f"written as a vlm folder, not in transformers' LLaVA layout: {reason}")
-    tokens, llm = _build_tokens(trained, built), built.model.llm
+    notes = []
+    if trained.model.vision is not None:
+        log(f"written as a vlm folder, not in transformers' LLaVA layout: {reason}")
+        notes = [f"Not in transformers' LLaVA layout: {reason}."]
+    tokens, llm, place = (
+        _build_tokens(trained, built),
+        built.model.llm,
+        LLM if trained.model.vision is not None else ".",
+    )
     answers = ask(built, tokens)
     manifest = _manifest(trained, (), built, tokens)
     everything = {name: t for part in ("projector", "vision") for name, t in part_weights(built.model, part).items()}
     included = write_parts(folder, replace(trained, tensors=everything), max_shard_size)
     llm.generation_config = generation_config(built, tokens)
-    llm.save_pretrained(folder / LLM, max_shard_size=max_shard_size)
-    _write_llm_config(folder / LLM, built, tokens)
+    llm.save_pretrained(folder / place, max_shard_size=max_shard_size)
+    _write_llm_config(folder / place, built, tokens)
     changes: dict[str, Any] = {
-        "llm": trained.model.llm.model_copy(update={"path": LLM, "pad_vocab_to_multiple_of": None}),
+        "llm": trained.model.llm.model_copy(update={"path": place, "pad_vocab_to_multiple_of": None}),
         "lora": None,
         "trainable": ("projector" if included else "llm",),
     }
@@ -154,7 +179,7 @@ def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DTyp
         changes["vision"] = _write_encoder_config(folder, trained.model.vision, built)
     _write_tokenizer(folder, built, tokens)
     manifest = replace(manifest, included=(*included, LLM), model=trained.model.model_copy(update=changes))
-    return _Written(_without_places(manifest), answers, llm.dtype, [f"Not in transformers' LLaVA layout: {reason}."])
+    return _Written(_without_places(manifest), answers, llm.dtype, notes)
 
 
 def _write_llava(folder: Path, trained: Trained, built: Assembled, max_shard_size: str) -> _Written:
@@ -204,6 +229,15 @@ def build_merged(trained: Trained, dtype: DType | None, precision: str = "fp32")
         if part is not None and dtype is not None:
             cast_weights(part, dtype_on_disk(trained.model.llm.path) if dtype == "auto" else DTYPES[dtype])
     return built
+
+
+def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Canonical name -> tensor [...], those of encoder and language model in `dtype`."""
+    parts = ("llm", "vision")
+    return {
+        name: tensor.to(dtype) if part_of(name) in parts and tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _precision_to_read(path: str) -> Literal["fp32", "bf16", "fp16"]:

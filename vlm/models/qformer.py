@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.models.projector import Projector
-from vlm.models.pth_files import PICKLED, open_pth
+from vlm.models.pth_files import PICKLED, read_pth
 from vlm.models.weight_adapter import AdaptedTensors, WeightAdapter, drop, rename
 from vlm.models.weight_files import WeightFiles
 
@@ -101,5 +101,5 @@ def read_qformer(path: str) -> AdaptedTensors:
         CheckpointError: not there, not readable, or of another kind of model.
     """
     if Path(path).suffix in PICKLED:
-        return BLIP2_PTH.to_ours(open_pth(path, KEY))
+        return BLIP2_PTH.to_ours(read_pth(Path(path), KEY))
     return BLIP2_FOLDER.to_ours(WeightFiles(path, KEY))

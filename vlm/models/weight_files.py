@@ -70,6 +70,9 @@ class WeightFiles(LazyTensors):
     Args:
         key: of the config, or what else names the folder in messages.
 
+    Attributes:
+        dtypes: name -> number format, as safetensors writes it: "BF16".
+
     Raises:
         CheckpointError: there are no safetensors.
     """
@@ -78,6 +81,7 @@ class WeightFiles(LazyTensors):
         super().__init__({}, self.read)
         self.path = path
         self.key = key
+        self.dtypes: dict[str, str] = {}
         self._files: dict[str, Path] = {}
         for file in self._find():
             try:
@@ -85,7 +89,8 @@ class WeightFiles(LazyTensors):
                     names = list(opened.keys())
                     for name in names:
                         self._files[name] = file
-                        self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+                        part = opened.get_slice(name)
+                        self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} is damaged ({error}). Copy or download it again") from None
 

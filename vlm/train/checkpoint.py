@@ -124,21 +124,6 @@ def newest_verified(run: Path) -> Path | None:
     return None
 
 
-def verified_at(run: Path, step: int) -> Path:
-    """The checkpoint of a step. Raises CheckpointError: there is none, or it is damaged."""
-    path = checkpoint_folder(run, step)
-    if not path.is_dir():
-        there = ", ".join(str(_step_of(path)) for path in _steps(run)) or "none"
-        raise CheckpointError(
-            f"{path} does not exist; steps that have a checkpoint: {there}. train.keep_last keeps more"
-        )
-    if problems := verify(path):
-        raise CheckpointError(
-            f"{path} is damaged ({'; '.join(problems[:3])}). Leave --resume out for the newest intact one"
-        )
-    return path
-
-
 def set_later_aside(run: Path, checkpoint: Path) -> list[Path]:
     """Rename the checkpoints of a run that are newer than one, as the run goes on from there. Returns the new paths."""
     later = [path for path in _steps(run) if _step_of(path) > _step_of(checkpoint)]
@@ -146,6 +131,24 @@ def set_later_aside(run: Path, checkpoint: Path) -> list[Path]:
     if moved:
         write_atomically(checkpoint.parent / "latest", checkpoint.name)
     return moved
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    """The checkpoint of a step.
+
+    Raises:
+        CheckpointError: it is not there, or damaged; says which are.
+    """
+    path = checkpoint_folder(run, step)
+    if not path.is_dir():
+        there = ", ".join(str(_step_of(each)) for each in _steps(run)) or "none"
+        raise CheckpointError(
+            f"{run} has no checkpoint of step {step}; there are: {there}. Older ones are removed while a run trains: "
+            "train.keep_last says how many stay"
+        )
+    if problems := verify(path):
+        raise CheckpointError(f"{path} is damaged ({'; '.join(problems[:3])}). Take another step: vlm ckpt ls {run}")
+    return path
 
 
 def list_checkpoints(run: Path) -> list[CheckpointInfo]:

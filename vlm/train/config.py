@@ -63,6 +63,9 @@ class TrainConfig(Section):
     """Steps between checkpoints; one is written at the end too."""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; at least two, so that one stays if the newest is damaged."""
+    async_save: bool = True
+    """Copy a checkpoint to host memory in its step and write it while training goes on. A copy over half of the memory
+    that is free is not made: the step waits until the checkpoint is written, as with false."""
     on_save_failure: Literal["continue", "stop"] = "continue"
     """A full disk during a save: keep training with the old checkpoints, or stop with exit code 5."""
     eval_every: PositiveInt | None = None
