@@ -1,4 +1,6 @@
 import json
+import multiprocessing
+import time
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 
 from vlm.data.build import build_conversation_tokenizer, build_reader
 from vlm.data.config import DataConfig, SourceConfig
-from vlm.data.scan import measure, refuse_too_many, scan_records, usable_workers
+from vlm.data.scan import _keep, measure, refuse_too_many, scan_records, usable_workers
 from vlm.errors import DataError
 
 
@@ -181,3 +183,27 @@ def test_a_process_that_dies_unasked_for_costs_time_only(tmp_path, bpe, spec, mo
     assert "the records are read in one process" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"Lower data\.workers \(now 2\)"):
         scan_records(reader(path, bpe, spec), None, workers=2)
+
+
+def _help(pipe):
+    _keep(None, None)
+    pipe.send("here")
+    time.sleep(120)
+
+
+def _run(pipe):
+    multiprocessing.get_context("spawn").Process(target=_help, args=(pipe,)).start()
+    time.sleep(120)
+
+
+@pytest.mark.slow  # two processes that import torch
+def test_scanning_processes_end_with_a_run_that_is_killed():
+    ours, theirs = multiprocessing.Pipe()
+    run = multiprocessing.get_context("spawn").Process(target=_run, args=(theirs,))
+    run.start()
+    theirs.close()
+    assert ours.recv() == "here"
+    run.kill()
+    assert ours.poll(60)
+    with pytest.raises(EOFError):  # no process is left that could send anything
+        ours.recv()

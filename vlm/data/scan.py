@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -263,6 +264,15 @@ _kept: list[tuple[ExampleReader, Work]] = []  # in a helping process: what it wo
 
 def _keep(reader: ExampleReader, work: Work) -> None:
     _kept.append((reader, work))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A run that is killed cannot end its helping processes, and they would wait for it forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _do_kept(numbers: np.ndarray) -> Any:
