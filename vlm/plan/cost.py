@@ -100,6 +100,7 @@ class Load:
     supervised: float = 0  # tokens
     segments: tuple[tuple[float, float], ...] = ()  # lengths, and how many records have each
     padding: float = 0  # tokens that are computed too: none where attention goes record by record
+    image_pixels: float = 640 * 480  # of an image's file
 
     @property
     def tokens(self) -> float:
