@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.errors import CheckpointError, ConfigError
-from vlm.models.config import VisionConfig
+from vlm.models.config import EncoderConfig
 from vlm.models.encoders.base import VisionBackend
 from vlm.models.encoders.loading import check_class_token, check_name, load, without_weights, wrap
 from vlm.models.encoders.timm_folder import describe_timm
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Timm(VisionBackend):
     """`backend: timm`: a name that it knows, a folder, or a hub's `hf-hub:owner/name`."""
 
-    def build(self, config: VisionConfig, dtype: torch.dtype, weights: bool) -> VisionEncoder:
+    def build(self, config: EncoderConfig, dtype: torch.dtype, weights: bool) -> VisionEncoder:
         import timm
 
         folder = Path(config.path)
@@ -46,13 +46,13 @@ class Timm(VisionBackend):
         tower, num_prefix = timm_tower(model, config)
         return wrap(tower, config, size, settings["mean"], settings["std"], num_prefix)
 
-    def save_architecture(self, encoder: VisionEncoder, config: VisionConfig, folder: Path) -> VisionConfig:
+    def save_architecture(self, encoder: VisionEncoder, config: EncoderConfig, folder: Path) -> EncoderConfig:
         record = describe_timm(encoder.trunk.model, config.path)
         (folder / "config.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         return without_weights(config, path=folder.name)
 
 
-def timm_tower(model: Any, config: VisionConfig) -> tuple[nn.Module, int]:
+def timm_tower(model: Any, config: EncoderConfig) -> tuple[nn.Module, int]:
     """A network as a module that yields patch features, and how many tokens it has before its patches.
 
     Raises:
