@@ -132,7 +132,10 @@ def _encoders(vision: VisionConfig | None) -> dict[str, EncoderConfig]:
 
 def _encoder_weights(vision: EncoderConfig) -> list[Path]:
     kind = VISION_BACKENDS[vision.backend]
-    return _found(kind.weights_at(vision)) if kind.is_here(vision) else []
+    path = kind.weights_at(vision)
+    if path.endswith(kind.pickled):
+        return _whole(path)
+    return _found(path) if kind.is_here(vision) else []
 
 
 def _found(path: str) -> list[Path]:

@@ -19,7 +19,8 @@ class EncoderConfig(Section):
     path: PathText
     """A local folder or file, or a name that the backend resolves (and caches) itself."""
     pretrained: str | None = None
-    """open_clip: weight tag or file. timm: weight file (.safetensors) for an architecture named by `path`."""
+    """open_clip: weight tag or file. timm: weight file (.safetensors) for an architecture named by `path`; for
+    eva_giant_patch14_224 EVA's own eva_vit_g.pth too."""
     layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = -1
     """Which block's output is taken: -1 the last, -2 the one before (LLaVA). Of several, as [-3, -9], a patch has the
     channels of each, in this order."""

@@ -35,9 +35,11 @@ class VisionBackend:
     Attributes:
         settings: names of files beside the weights that say what the network and its images are. A run that is resumed
             must not find them changed.
+        pickled: endings of weight files beside .safetensors that it must not find changed either.
     """
 
     settings: tuple[str, ...] = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+    pickled: tuple[str, ...] = ()
 
     def build(self, config: EncoderConfig, dtype: torch.dtype, weights: bool) -> VisionEncoder:
         """The encoder that `config` names.

@@ -38,12 +38,14 @@ class TowerType:
     has_class_token: bool = True
     resamples: bool = False  # its position embeddings to any image size, unasked
     is_of_llava: bool = False  # transformers' LLaVA class was compared with it
+    prefix: str = ""  # of its weights in a whole model's files, where transformers does not know it
 
 
 TOWERS = {
     "clip_vision_model": TowerType("CLIPVisionModel", CLIP, is_of_llava=True),
     # SigLIP 2 at a fixed size too
     "siglip_vision_model": TowerType("SiglipVisionModel", HALF, has_class_token=False, is_of_llava=True),
+    "blip_2_vision_model": TowerType("Blip2VisionModel", CLIP, prefix="vision_model."),  # EVA-CLIP-g
     "dinov2": TowerType("Dinov2Model", IMAGENET, resamples=True),
     "dinov2_with_registers": TowerType("Dinov2WithRegistersModel", IMAGENET, resamples=True),
 }
@@ -125,9 +127,11 @@ def _read_weights(config: EncoderConfig, cls: Any, settings: Any, dtype: torch.d
     quiet_progress()
     if Path(config.path).is_dir() and (reason := why_no_weights(Path(config.path))):
         raise CheckpointError(f"model.vision.path {config.path}: cannot load its weights: {reason}")
+    prefix = TOWERS[settings.model_type].prefix
+    names = {"key_mapping": {f"^{prefix}": ""}} if prefix else {}
     model, report = load(
         lambda: cls.from_pretrained(
-            config.path, config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True
+            config.path, config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True, **names
         ),
         config,
     )

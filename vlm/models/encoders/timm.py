@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 class Timm(VisionBackend):
     """`backend: timm`: a name that it knows, a folder, or a hub's `hf-hub:owner/name`."""
 
+    pickled = (".pth",)
+
     def build(self, config: EncoderConfig, dtype: torch.dtype, weights: bool) -> VisionEncoder:
         import timm
+
+        from vlm.models.encoders.eva_pth import check_loaded, load_eva
 
         folder = Path(config.path)
         if folder.is_dir() and weights and not list(folder.glob("*.safetensors")):
@@ -33,17 +37,25 @@ class Timm(VisionBackend):
         if ":" not in name and "/" not in name:
             check_name(name.partition(".")[0], timm.list_models(), "timm")
         arguments: dict[str, Any] = {"pretrained": weights, "num_classes": 0}
-        file = config.pretrained
-        if file is not None and weights:
+        file = config.pretrained if weights else None
+        is_eva = file is not None and file.endswith(".pth") and name.startswith("eva_")
+        if file is not None and not is_eva:
             if not file.endswith(".safetensors"):
-                raise ConfigError(f"model.vision.pretrained {file}: timm weights are read from .safetensors files only")
+                raise ConfigError(
+                    f"model.vision.pretrained {file}: timm weights are read from .safetensors files only; those of EVA "
+                    "itself (path: eva_giant_patch14_224) from its .pth too"
+                )
             arguments["pretrained_cfg_overlay"] = {"file": file}
+        if is_eva:
+            arguments["pretrained"] = False
         model: Any = load(lambda: timm.create_model(name, **arguments), config)
+        missing = load_eva(model, str(file)) if is_eva else set[str]()
         settings = model.pretrained_cfg
         size = settings["input_size"][-1]
         if config.image_size is not None and config.image_size != size:
             resize(model, config.image_size)
         tower, num_prefix = timm_tower(model, config)
+        check_loaded(model, missing, str(file))
         return wrap(tower, config, size, settings["mean"], settings["std"], num_prefix)
 
     def save_architecture(self, encoder: VisionEncoder, config: EncoderConfig, folder: Path) -> EncoderConfig:
