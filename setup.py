@@ -32,7 +32,7 @@ core = [
     "psutil>=6",
     "jinja2>=3.1",
     "numpy>=1.26",
-    "httpx>=0.27",
+    "httpx>=0.27",  # vlm data make
 ]
 extras = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],

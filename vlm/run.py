@@ -105,8 +105,6 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
         if checkpoint is not None:
             parts = replace(parts, start_step=state.load(checkpoint))
             log(f"resuming after step {parts.start_step} from {checkpoint}")
-            for path in on_main(lambda: set_later_aside(run.path, checkpoint)):
-                log(f"{path.name}: set aside, as the run goes on from {checkpoint.name}; it may be removed")
         run.write_config(config_text)  # not before: a refused resume leaves the run as it was
         if parts.start_step < parts.max_steps:
             if config.train.prove:
@@ -248,13 +246,15 @@ def _run_state(parts: Prepared, run: RunFolder, identity: dict[str, Any], start:
 
 
 def _rewind(run: RunFolder, parts: Prepared, skips: SkipLog, checkpoint: Path | None) -> None:
-    """Drop what a killed run wrote after the checkpoint that this one goes on from."""
+    """Drop what was written after the checkpoint that this launch goes on from; set newer checkpoints aside."""
     for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
         run.rewind(name, parts.start_step or -1)  # -1: all of a run that was killed before its first checkpoint
     if parts.start_step == 0:
         skips.list_found([skip for scan in parts.data.scans for skip in scan.skips])
     if checkpoint is not None:
         skips.restore(read_progress(checkpoint))
+        for path in on_main(lambda: set_later_aside(run.path, checkpoint)):
+            log(f"{path.name}: set aside, as the run goes on from {checkpoint.name}; it may be removed")
 
 
 def _build_loop(
