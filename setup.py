@@ -32,6 +32,7 @@ core = [
     "psutil>=6",
     "jinja2>=3.1",
     "numpy>=1.26",
+    "httpx>=0.27",
 ]
 extras = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
@@ -81,6 +82,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vlm", "vlm.*"]),
+    package_data={"vlm.models": ["measured.json"]},
     install_requires=core,
     extras_require=extras,
     entry_points={"console_scripts": ["vlm=vlm.cli.main:main"]},

@@ -5,7 +5,7 @@ Letters in shapes: B rows, L tokens, N tiles of images, S pixels per side, P pat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from vlm.errors import ConfigError
@@ -53,7 +53,7 @@ class ImageSpec:
     """How images become pixels for one vision encoder, and how many tokens each takes in the text.
 
     Data, prompts, chat and server ask `layout`; the memory estimate asks `typical`. This is the kind whose images are
-    all one tile, the only one that a config can choose.
+    all one tile, for one encoder.
     """
 
     size: int  # S, pixels per side of the square the encoder sees
@@ -65,6 +65,11 @@ class ImageSpec:
 
     kind: ClassVar[str] = "square"
     reads_size: ClassVar[bool] = False  # whether `layout` depends on the image, so that its header must be read
+
+    @property
+    def members(self) -> tuple[ImageSpec, ...]:
+        """Of each encoder, in the order of the channels of `pixel_values`."""
+        return (self,)
 
     def layout(self, width: int, height: int) -> ImageLayout:
         """Of an upright image of that many pixels. Pure: the same everywhere, from the scan to the server."""
@@ -79,7 +84,25 @@ class ImageSpec:
         return self.num_tokens
 
 
-IMAGE_SPECS: dict[str, type[ImageSpec]] = {"square": ImageSpec}  # by the kind that an export names
+@dataclass(frozen=True)
+class FusedSpec(ImageSpec):
+    """Of several encoders, each of which sees the image in its own way. What `ImageSpec` has is the first one's; the
+    background and the tokens are of all."""
+
+    others: tuple[ImageSpec, ...] = ()
+
+    kind: ClassVar[str] = "fused"
+
+    @property
+    def members(self) -> tuple[ImageSpec, ...]:
+        first = ImageSpec(**{each.name: getattr(self, each.name) for each in fields(ImageSpec)})
+        return (first, *self.others)
+
+
+IMAGE_SPECS: dict[str, type[ImageSpec]] = {  # by the kind that an export names
+    "square": ImageSpec,
+    "fused": FusedSpec,
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +135,8 @@ class Batch:
     input_ids: Tensor  # int64 [B, L]
     labels: Tensor  # int64 [B, L]
     position_ids: Tensor  # int64 [B, L]
-    pixel_values: Tensor | None = None  # float32 [N, 3, S, S], a tile each; None when no row has an image
+    # float32 [N, 3, S, S], a tile each, of several encoders three channels for each; None when no row has an image
+    pixel_values: Tensor | None = None
     image_features: Tensor | None = None  # [N, P, C] of the frozen encoder, from the cache, instead of pixel_values
     where: list[str] = field(default_factory=list)  # file and record of every example, in order
     skipped: list[Skip] = field(default_factory=list)  # examples left out: an image of theirs could not be read

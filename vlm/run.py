@@ -80,7 +80,7 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
     device = choose_device(config.engine.device)
     check_available(config, device)
     if ignored := ignored_settings():
-        warn(f"the launcher's {', '.join(ignored)} change nothing: the config decides, by the keys in brackets")
+        warn(f"the launcher was told {', '.join(ignored)}: not used, the config's keys in brackets decide")
     with (
         log_level(config.train.log_level),
         torch_switches(config.train),

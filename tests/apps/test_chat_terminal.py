@@ -15,6 +15,7 @@ from vlm.apps.terminal.app import Terminal, run_terminal
 from vlm.apps.terminal.commands import COMMANDS
 from vlm.apps.terminal.screen import Screen, printable
 from vlm.apps.terminal.talk import Talk
+from vlm.errors import ConfigError
 from vlm.export.run import export_run
 from vlm.generation.generate import GenerationSettings
 from vlm.inference.load import LoadedModel, load
@@ -262,6 +263,12 @@ def test_an_over_long_question_says_so_and_the_chat_goes_on(
     text, talk = converse("", "one two three " * 50, "Hello")
     assert "the model reads at most 64" in text
     assert questions(talk) == ["Hello"]
+
+
+def test_a_question_without_an_image_under_a_template_of_images_alone_is_refused(root: Path):
+    loaded = load(root / "run" / "export", device="cpu", precision="fp32", template="plain")
+    with pytest.raises(ConfigError, match="no tokens: template plain writes images only"):
+        next(ChatSession(loaded).ask("Hello"))
 
 
 def test_out_of_memory_is_said_and_the_chat_goes_on(converse: Converse, monkeypatch: pytest.MonkeyPatch):

@@ -132,6 +132,20 @@ def test_what_a_layout_cannot_say_is_a_rule():
         assert (again.turns, again.images) == (conversation.turns, conversation.images)
 
 
+def test_a_new_layout_is_a_function_and_a_line(monkeypatch):
+    """The example of docs/extending.md."""
+
+    def pairs(conversation):
+        texts = [turn.text for turn in conversation.turns]
+        return {"instruction": texts[::2], "output": texts[1::2]}
+
+    monkeypatch.setitem(TARGETS, "pairs", pairs)
+    told = parse(llava("Who?", "I.", "Where?", "Here."))
+    assert convert_conversation(told, "pairs") == {"instruction": ["Who?", "Where?"], "output": ["I.", "Here."]}
+    with pytest.raises(RecordError, match="as pairs it would be refused"):
+        convert_conversation(parse(RECORDS["no answer"]), "pairs")
+
+
 def test_convert_takes_columns_and_says_what_it_left(tmp_path):
     records = [{"img": "a.png", "alt": "A dog.", "id": 5, "reason": "because it barks"}, {"img": "b.png"}]
     given = source(tmp_path, records, columns={"image": "img", "caption": "alt"}, prompt="What?")

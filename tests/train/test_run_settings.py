@@ -19,6 +19,7 @@ from vlm.train.fragments import read_weights
 from vlm.train.switches import torch_switches
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_named_step_and_newer_checkpoints_are_set_aside(config_file, capsys):
     path = config_file(train__max_steps=6, train__save_every=2, train__keep_last=9, train__prove=False)
     run = train(load_config(path), path.read_text())
@@ -49,6 +50,7 @@ def test_the_last_step_of_an_epoch_may_be_dropped_in_a_whole_run(config_file, ca
     assert "do not fill one step of train.global_batch_size 10000" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_work_dir_takes_the_place_of_output_dir_and_may_name_the_project(config_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = config_file(train__max_steps=1, train__prove=False)

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -14,7 +14,7 @@ from vlm.errors import ConfigError, MissingPackageError
 from vlm.run import train
 from vlm.train import trackers
 from vlm.train.config import TrainConfig
-from vlm.train.trackers import TRACKERS, Trackers, check_trackers
+from vlm.train.trackers import TRACKERS, TrackerKind, Trackers, check_trackers
 
 
 class Fake:
@@ -81,6 +81,33 @@ def install(name: str, monkeypatch: pytest.MonkeyPatch) -> Fake:
     return fake
 
 
+class Table:
+    """The example of docs/extending.md."""
+
+    def __init__(self, run: Path, online: bool) -> None:
+        self.file = (run / "table.tsv").open("a")
+
+    def log(self, step: int, values: dict) -> None:
+        self.file.writelines(f"{step}\t{name}\t{value}\n" for name, value in values.items())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_a_new_tracker_is_a_class_and_a_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(TRACKERS, "table", TrackerKind("csv", Table, "less {run}/table.tsv"))
+    opened = Trackers(["table"], tmp_path)
+    opened.log(1, {"step": 1, "loss": 2.5})
+    opened.close()
+    assert (tmp_path / "table.tsv").read_text() == "1\tloss\t2.5\n"
+    assert capsys.readouterr().err == f"tracker table: less {tmp_path}/table.tsv\n"
+
+
+def test_the_config_names_those_that_there_are():
+    (names, _) = get_args(TrainConfig.model_fields["trackers"].annotation)
+    assert get_args(names) == tuple(TRACKERS)
+
+
 PROGRAMS = [name for name in TRACKERS if name != "tensorboard"]
 
 
@@ -119,6 +146,7 @@ def test_sending_is_asked_for_and_says_where_to(monkeypatch):
         TrainConfig(max_steps=1, trackers_online=True)
 
 
+@pytest.mark.slow
 def test_a_run_reports_to_those_it_names_and_goes_on_when_one_fails(config_file, monkeypatch, capsys):
     wandb, swanlab = install("wandb", monkeypatch), install("swanlab", monkeypatch)
     trackio = install("trackio", monkeypatch)

@@ -22,7 +22,7 @@ from vlm.errors import CheckpointError
 from vlm.logs import warn
 from vlm.models.build import Assembled, assemble
 from vlm.models.config import ModelConfig
-from vlm.models.encoders.kinds import VISION_BACKENDS
+from vlm.models.encoders.kinds import encoder_weights
 from vlm.models.llm import choose_attention, load_llm, load_tokenizer, pad_vocabulary, settle_attention
 from vlm.models.trainable import cast_weights, load_weights, part_of, part_weights
 from vlm.models.vision import VisionEncoder, build_vision
@@ -201,9 +201,7 @@ def _language_model(whole: LlavaForConditionalGeneration) -> PreTrainedModel:
 
 def _check_base_models(folder: Path, manifest: Manifest, config: ModelConfig) -> None:
     """The base models must be the very ones that the parts were trained beside."""
-    paths = {"llm": config.llm.path}
-    if config.vision is not None:
-        paths["vision"] = VISION_BACKENDS[config.vision.backend].weights_at(config.vision)
+    paths = {"llm": config.llm.path, **encoder_weights(config.vision)}
     for part, path in paths.items():
         expected = manifest.base.get(part)
         if expected:

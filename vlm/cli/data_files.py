@@ -1,7 +1,8 @@
-"""`vlm data repeat | split | convert`: data files made of data files, without a config."""
+"""`vlm data repeat | split | convert`: data files made of data files, without a config; `vlm data make`, of images."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +26,7 @@ Roles = Annotated[list[str] | None, typer.Option("--role", help="Other names of 
 
 
 def register(app: typer.Typer) -> None:
-    for command in (repeat, split, convert):
+    for command in (repeat, split, convert, make):
         app.command()(command)
 
 
@@ -80,6 +81,42 @@ def convert(
     from vlm.data.rewrite import convert_records
 
     _tell(convert_records(source, output, to, image_placement))
+
+
+def make(
+    images: Annotated[Path, typer.Argument(help="A folder of images.")],
+    api_base: Annotated[str, typer.Option(help="An OpenAI-compatible API, such as http://127.0.0.1:8000/v1.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .jsonl file; an own one is gone on with.")],
+    prompt: Annotated[
+        Path | None, typer.Option(help="What is asked; default: OUTPUT.prompt.txt, to be edited.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Default: the server's first.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the API's key.")] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Questions about each image.")] = 3,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests of this start, tries included.")] = 100,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 1000,
+    max_side: Annotated[int, typer.Option(min=16, help="Pixels of the longer side of what is sent.")] = 1024,
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests at once.")] = 4,
+    temperature: Annotated[float, typer.Option(min=0, help="Of sampling.")] = 0.7,
+    free_form: Annotated[bool, typer.Option(help="Send no JSON schema, for servers that know none.")] = False,
+) -> None:
+    """Ask a vision model for question-answer pairs about your own images. The same command goes on where it ended."""
+    if not images.is_dir():
+        raise ConfigError(f"{images} is not a folder of images")
+    if output.suffix != ".jsonl":
+        raise ConfigError(f"{output}: records are appended one by one, so that it must be a .jsonl file")
+    key = None if api_key_env is None else os.environ.get(api_key_env)
+    if api_key_env is not None and not key:
+        raise ConfigError(f"--api-key-env {api_key_env}: that environment variable is not set")
+    from vlm.data.make import MakeSettings, make_records
+
+    settings = MakeSettings(
+        api_base, model, key, pairs, max_requests, max_tokens, max_side, parallel,
+        has_form=not free_form, temperature=temperature,
+    )  # fmt: skip
+    for line in make_records(images, output, prompt or output.with_suffix(".prompt.txt"), settings).lines():
+        print(line)
+    print(f"images are named from {images}: set data.sources[].images: {images}")
 
 
 def _source(

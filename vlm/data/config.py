@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from vlm.schema import PathText, Section
 
@@ -13,6 +21,29 @@ _RECORD_NAMES = (
     "conversations", "messages", "image", "images", "caption", "text", "instruction", "input", "output", "query",
     "response", "question", "answer", "prompt", "completion", "context", "history", "system", "label", "loss", "weight",
 )  # fmt: skip
+
+
+TemplateName = Literal[
+    "plain", "chatml", "internlm2", "llama2", "llama3", "vicuna", "alpaca", "vanilla", "default", "llama2_zh",
+    "belle", "linly", "billa", "ziya", "aquila", "intern", "baichuan", "starchat", "chatglm2", "xtuner", "zephyr",
+    "moss_sft", "chatglm3", "baichuan2", "wizardcoder", "deepseek_coder", "deepseek_moe", "mistral", "gemma",
+    "phi3", "cohere", "minicpm", "xverse", "glm4", "tokenizer",
+]  # fmt: skip
+# XTuner's and others' names of templates -> ours
+TEMPLATE_ALIASES = {
+    "internlm_chat": "intern", "internlm2_chat": "internlm2", "llama2_chat": "llama2", "code_llama_chat": "llama2",
+    "llama3_chat": "llama3", "qwen_chat": "chatml", "baichuan_chat": "baichuan", "baichuan2_chat": "baichuan2",
+    "wizardlm": "vicuna", "deepseekcoder": "deepseek_coder", "deepseek_v2": "deepseek_moe", "mixtral": "mistral",
+    "phi3_chat": "phi3", "cohere_chat": "cohere",
+}  # fmt: skip
+
+
+def template_of(name: Any) -> Any:
+    """
+    >>> template_of("internlm2_chat"), template_of("chatml")
+    ('internlm2', 'chatml')
+    """
+    return TEMPLATE_ALIASES.get(name, name) if isinstance(name, str) else name
 
 
 class SourceConfig(Section):
@@ -45,8 +76,9 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    template: Literal["plain", "chatml", "internlm2", "llama2", "llama3", "vicuna", "alpaca", "tokenizer"] = "chatml"
-    """"tokenizer" takes the tokenizer's own chat template, if one of ours renders the same."""
+    template: Annotated[TemplateName, BeforeValidator(template_of)] = "chatml"
+    """"tokenizer" takes the tokenizer's own chat template, if one of ours renders the same. XTuner's names are
+    read too, such as internlm2_chat."""
     system: str | None = None
     """System prompt for conversations that bring none; null means the template's default."""
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]

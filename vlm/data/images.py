@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlm.batch import ImageLayout, ImageSpec
 from vlm.data.sniff import HEAD, describe, describe_text
@@ -267,7 +268,12 @@ def _decode(
 
 def _draft_size(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
     """Width and height that an image of `size` must have at least when it is decoded: twice those it is resized to, as
-    for Pillow's thumbnails."""
+    for Pillow's thumbnails, for the encoder that sees most."""
+    widths, heights = zip(*(_twice_resized(size, member) for member in spec.members), strict=True)
+    return max(widths), max(heights)
+
+
+def _twice_resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
     if spec.resize == "squash":
         return 2 * spec.size, 2 * spec.size
     shrunk = min(size) if spec.resize == "crop" else max(size)
@@ -321,8 +327,13 @@ def to_pixels(tile: Image.Image, spec: ImageSpec) -> Tensor:
     """Resize one tile by `spec.resize` (bicubic, antialiased) and normalise.
 
     Returns:
-        float32 [3, S, S], (value / 255 - mean) / std per RGB channel.
+        float32 [3, S, S], (value / 255 - mean) / std per RGB channel. Of several encoders three channels for each, the
+        smaller ones' images in the upper left corner of zeros.
     """
+    if len(spec.members) > 1:
+        size = max(each.size for each in spec.members)
+        parts = [to_pixels(tile, each) for each in spec.members]
+        return torch.cat([pad(part, (0, size - part.shape[2], 0, size - part.shape[1])) for part in parts])
     values = torch.from_numpy(np.array(fit_square(tile, spec), dtype=np.float32))
     mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
     return ((values / 255 - mean) / std).permute(2, 0, 1).contiguous()
@@ -363,8 +374,9 @@ def _open(source: str | bytes | Path) -> Image.Image:
 
 
 def from_pixels(pixels: Tensor, spec: ImageSpec) -> Image.Image:
-    """[3, S, S], as `to_pixels` made it, as an image again: what the encoder sees."""
-    values = pixels.permute(1, 2, 0).float() * torch.tensor(spec.std) + torch.tensor(spec.mean)
+    """[3, S, S], as `to_pixels` made it, as an image again: what the encoder sees, of several the first."""
+    first = pixels[:3, : spec.size, : spec.size]
+    values = first.permute(1, 2, 0).float() * torch.tensor(spec.std) + torch.tensor(spec.mean)
     return Image.fromarray((values * 255).round().clamp(0, 255).to(torch.uint8).numpy())
 
 

@@ -32,7 +32,7 @@ from vlm.faults import fault
 from vlm.logs import log
 from vlm.models.build import Assembled, build_model
 from vlm.models.config import VisionConfig
-from vlm.models.encoders.kinds import VISION_BACKENDS
+from vlm.models.encoders.kinds import encoder_weights
 from vlm.models.llm import dtype_on_disk
 from vlm.models.trainable import cast_weights, load_weights, merge_lora, part_of, part_weights
 from vlm.models.vision import save_architecture
@@ -140,7 +140,7 @@ def _write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: D
     if model.vision is not None and "vision" in included:
         model = model.model_copy(update={"vision": _write_encoder_config(folder, model.vision, built)})
     elif model.vision is not None:
-        base["vision"] = fingerprint_files(VISION_BACKENDS[model.vision.backend].weights_at(model.vision))
+        base |= {name: fingerprint_files(path) for name, path in encoder_weights(model.vision).items()}
     _write_tokenizer(folder, built, tokens)
     return _Written(replace(manifest, base=base, model=model), answers, DTYPES[precision])
 
@@ -273,7 +273,9 @@ def _write_encoder_config(folder: Path, config: VisionConfig, built: Assembled) 
     assert vision is not None
     assert spec is not None
     named = save_architecture(vision, config, folder / "vision")
-    write_preprocessor(folder / "vision", spec)
+    for each, encoder in zip(spec.members, named.encoders, strict=True):
+        if (folder / encoder.path).is_dir():  # else a name whose shape its library knows
+            write_preprocessor(folder / encoder.path, each)
     return named
 
 
@@ -285,6 +287,7 @@ def _write_tokenizer(folder: Path, built: Assembled, tokens: ConversationTokeniz
 
 def _manifest(trained: Trained, included: tuple[str, ...], built: Assembled, tokens: ConversationTokenizer) -> Manifest:
     vision, bos = trained.model.vision, built.tokenizer.bos_token_id
+    fused = [] if vision is None else [each.path for each in vision.fuse_with]
     return Manifest(
         model=trained.model,
         template=trained.data.template,
@@ -297,6 +300,7 @@ def _manifest(trained: Trained, included: tuple[str, ...], built: Assembled, tok
             **trained.origin,
             "llm": trained.model.llm.path,
             "vision": None if vision is None else vision.path,
+            **({"fused_with": fused} if fused else {}),
         },
         stop_ids=tuple(sorted(tokens.stop_ids)),
         begins=bos is not None and adds_bos(built.tokenizer),

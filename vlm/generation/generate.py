@@ -150,11 +150,12 @@ def _generation_config(model: VisionLanguageModel, stop_ids: Collection[int], se
     do_sample = settings.do_sample and settings.temperature >= LEAST_TEMPERATURE
     if do_sample:
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    if settings.num_beams > 1:
+        sampling["length_penalty"] = settings.length_penalty
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=do_sample,
         num_beams=settings.num_beams,
-        length_penalty=settings.length_penalty,
         repetition_penalty=settings.repetition_penalty,
         # a token that does not exist, as None would take the model's own
         eos_token_id=sorted(stop_ids) or [model.llm.config.get_text_config(decoder=True).vocab_size],

@@ -27,6 +27,7 @@ from vlm.artifacts.plain import describe, is_plain, read_model
 from vlm.batch import ImageSpec
 from vlm.compat import prepare
 from vlm.data.build import build_template
+from vlm.data.config import template_of
 from vlm.data.conversation import Conversation
 from vlm.data.image_order import ImageOrder
 from vlm.data.images import load_image, to_tiles
@@ -130,6 +131,11 @@ class LoadedModel:
         """
         settings = settings or GenerationSettings()
         input_ids = self.conversation_tokenizer.prompt(conversation)
+        if not input_ids:
+            raise ConfigError(
+                "the prompt has no tokens: template plain writes images only. Show an image, or choose another "
+                "template with --prompt-template"
+            )
         left = self.max_tokens - len(input_ids)
         if left < 1:
             raise ConfigError(
@@ -352,6 +358,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _known_template(name: str) -> str:
+    name = template_of(name)
     if name != "tokenizer" and name not in TEMPLATES:
         known = [*TEMPLATES, "tokenizer"]
         near = difflib.get_close_matches(name, known, 1)

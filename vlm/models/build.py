@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from vlm.batch import ImageSpec
+from vlm.batch import FusedSpec, ImageSpec
 from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig, VisionConfig
 from vlm.models.entry import embedding_std
@@ -148,11 +148,8 @@ def start_projector(config: ModelConfig, model: VisionLanguageModel) -> None:
 
 
 def _image_spec(config: VisionConfig, vision: VisionEncoder, num_tokens: int) -> ImageSpec:
-    return ImageSpec(
-        size=vision.image_size,
-        mean=vision.mean,
-        std=vision.std,
-        num_tokens=num_tokens,
-        resize=config.resize,
-        background=config.background,
-    )
+    specs = [
+        ImageSpec(each.image_size, each.mean, each.std, num_tokens, named.resize, config.background)
+        for each, named in zip(vision.members, config.encoders, strict=True)
+    ]
+    return specs[0] if len(specs) == 1 else FusedSpec(**asdict(specs[0]), others=tuple(specs[1:]))

@@ -40,8 +40,6 @@ class LegacyFamily:
     """Why a folder of this type would compute something else as the native class."""
     note: Callable[[Settings], str | None] = lambda _: None
     """What the native class leaves out."""
-    templates: tuple[str, ...] = ()
-    """Chat templates of its chat models."""
 
 
 def why_not_converted(settings: Settings) -> str | None:
@@ -239,7 +237,7 @@ def _chatglm_settings(settings: Settings) -> dict[str, Any]:
         rms_norm_eps=settings["layernorm_epsilon"],
         rope_theta=10000.0 * (1 if stretches else ratio),
         partial_rotary_factor=0.5,
-        attention_bias=bool(settings.get("add_qkv_bias", False) or settings.get("add_bias_linear", False)),
+        attention_bias=bool(settings.get("add_qkv_bias", False)),
         hidden_act="silu",
         pad_token_id=settings.get("pad_token_id", 0),  # GLM's own default is of a larger vocabulary
     )
@@ -299,27 +297,33 @@ def _chatglm_adapter(settings: Settings) -> WeightAdapter:
 
 # by the model type of the old config.json
 LEGACY: dict[str, LegacyFamily] = {
-    "qwen": LegacyFamily(
-        "Qwen 1", "qwen2", _qwen_settings, _qwen_adapter, _why_not_qwen, _note_qwen, templates=("chatml",)
-    ),
+    "qwen": LegacyFamily("Qwen 1", "qwen2", _qwen_settings, _qwen_adapter, _why_not_qwen, _note_qwen),
     "internlm": LegacyFamily(
-        "InternLM 1", "llama", _internlm_settings, _llama_adapter("InternLM's layout"), _why_not_internlm,
-        templates=("intern",),
+        "InternLM 1",
+        "llama",
+        _internlm_settings,
+        _llama_adapter("InternLM's layout"),
+        _why_not_internlm,
     ),
     "internlm2": LegacyFamily(
-        "InternLM 2, 2.5", "llama",
+        "InternLM 2, 2.5",
+        "llama",
         lambda settings: _keep(settings, attention_bias=bool(settings.get("bias", False))),
-        _internlm2_adapter, templates=("internlm2",),
+        _internlm2_adapter,
     ),
     "baichuan": LegacyFamily(
-        "Baichuan, Baichuan2 7B", "llama",
+        "Baichuan, Baichuan2 7B",
+        "llama",
         lambda settings: _keep(settings, tie_word_embeddings=False),
         lambda settings: (_BAICHUAN2 if _is_baichuan2(settings) else _BAICHUAN)(settings),
-        _why_not_baichuan, templates=("baichuan", "baichuan2"),
+        _why_not_baichuan,
     ),
-    "xverse": LegacyFamily("XVERSE", "llama", _keep, _llama_adapter("XVERSE's layout"), templates=("xverse",)),
+    "xverse": LegacyFamily("XVERSE", "llama", _keep, _llama_adapter("XVERSE's layout")),
     "chatglm": LegacyFamily(
-        "ChatGLM2, ChatGLM3, GLM-4", "glm", _chatglm_settings, _chatglm_adapter, _why_not_chatglm,
-        templates=("chatglm2", "chatglm3", "glm4"),
+        "ChatGLM2, ChatGLM3, GLM-4",
+        "glm",
+        _chatglm_settings,
+        _chatglm_adapter,
+        _why_not_chatglm,
     ),
-}  # fmt: skip
+}

@@ -199,9 +199,8 @@ class VisionLanguageModel(nn.Module):
         assert self.vision is not None
         reference = next(self.vision.parameters())
         if not self.vision.is_frozen or self.always_encode:
-            size = self.vision.image_size
             with evaluating(self.vision):
-                features = self.vision(torch.zeros(1, 3, size, size, device=reference.device))
+                features = self.vision(self.vision.blank_image().float())
         elif any(parameter.requires_grad for parameter in self.projector.parameters()):
             features = torch.zeros(1, self.vision.num_patches, self.vision.width, device=reference.device)
         else:

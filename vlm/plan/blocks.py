@@ -261,7 +261,7 @@ def vision(
     if is_cached:
         return Part(name="vision", weights=shape.numel * weight)
     tokens = work.num_images * shape.num_tokens
-    pixels = work.num_images * 3 * shape.image_size**2
+    pixels = work.num_images * shape.num_pixels
     width, mlp, c = shape.block_width, shape.intermediate, numerics.compute
     running = tokens * (width * (2 * weight + FLOAT32 + c) + (shape.activation_copies + 1) * c * mlp)
     if not is_trained:
@@ -293,4 +293,4 @@ def batch_bytes(shape: ModelShape, work: Workload, numerics: Numerics, is_cached
         return text
     if is_cached:
         return text + work.num_images * shape.vision.num_patches * shape.vision.width * numerics.compute
-    return text + work.num_images * 3 * shape.vision.image_size**2 * FLOAT32
+    return text + work.num_images * shape.vision.num_pixels * FLOAT32

@@ -100,6 +100,7 @@ class Load:
     supervised: float = 0  # tokens
     segments: tuple[tuple[float, float], ...] = ()  # lengths, and how many records have each
     padding: float = 0  # tokens that are computed too: none where attention goes record by record
+    image_pixels: float = 640 * 480  # of an image's file
 
     @property
     def tokens(self) -> float:
@@ -114,7 +115,10 @@ def micro_batch(config: RunConfig, shape: ModelShape, load: Load) -> dict[str, C
     parts: dict[str, Cost] = {}
     if shape.vision is not None and shape.projector is not None:
         if not config.data.cache_features:
-            parts["encoder"] = _encoder(shape.vision, load.images, trains_vision, model.gradient_checkpointing)
+            parts["encoder"] = _sum(
+                _encoder(each, load.images, trains_vision, model.gradient_checkpointing)
+                for each in shape.vision.members
+            )
         parts["projector"] = _projector(shape.projector, load.images, trains_projector, trains_vision)
     lora = model.lora if "llm.lora" in trainable else None
     block = _decoder_block(

@@ -140,13 +140,14 @@ def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics:
     inputs: list[Part] = []
     if shape.vision is not None and shape.projector is not None:
         trains_vision = "vision" in trainable
-        inputs.append(
+        inputs += [
             blocks.vision(
-                shape.vision, work, numerics,
+                each, work, numerics,
                 is_trained=trains_vision, is_cached=config.data.cache_features is True,
                 checkpointing=model.gradient_checkpointing,
             )
-        )  # fmt: skip
+            for each in shape.vision.members
+        ]  # fmt: skip
         trains_projector = "projector" in trainable
         inputs.append(blocks.projector(shape.projector, work, numerics, trains_projector, trains_vision))
     inputs.append(blocks.embedding(shape.llm, work, numerics, is_trained))

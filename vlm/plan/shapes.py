@@ -5,7 +5,7 @@ Letters: D LLM width, V vocabulary, C vision width, P patches, T tokens per imag
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.families import family_of
 from vlm.models.llm import llm_from_config, pad_vocabulary, takes_varlen
 from vlm.models.projector_kinds import ProjectorConfig
-from vlm.models.vision import build_vision
+from vlm.models.vision import VisionEncoder, build_vision
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,16 @@ class VisionShape(EncoderCost):
     width: int  # C of a patch's feature
     num_patches: int  # P, what it yields per image
     image_size: int  # pixels per side
+    fused: tuple[VisionShape, ...] = ()  # where it is several encoders; the fields of `EncoderCost` are the first's
+
+    @property
+    def members(self) -> tuple[VisionShape, ...]:
+        return self.fused or (self,)
+
+    @property
+    def num_pixels(self) -> int:
+        """Numbers of an image's pixels."""
+        return 3 * len(self.members) * self.image_size**2
 
 
 @dataclass(frozen=True)
@@ -198,10 +208,20 @@ def _read_projector(config: ProjectorConfig, vision: VisionShape, out_width: int
 def _read_vision(config: VisionConfig) -> VisionShape:
     with torch.device("meta"):
         encoder = build_vision(config, torch.bfloat16, weights=False)
+    shapes = [
+        _vision_shape(each, VISION_BACKENDS[named.backend].cost(each))
+        for each, named in zip(encoder.members, config.encoders, strict=True)
+    ]
+    if len(shapes) == 1:
+        return shapes[0]
+    return replace(_vision_shape(encoder, shapes[0]), fused=tuple(shapes))
+
+
+def _vision_shape(encoder: VisionEncoder, cost: EncoderCost) -> VisionShape:
     return VisionShape(
         numel=sum(p.numel() for p in encoder.parameters()),
         width=encoder.width,
         num_patches=encoder.num_patches,
         image_size=encoder.image_size,
-        **asdict(VISION_BACKENDS[config.backend].cost(encoder)),
+        **{each.name: getattr(cost, each.name) for each in fields(EncoderCost)},
     )

@@ -112,7 +112,9 @@ class _Wandb:
         self.run = wandb.init(
             project=project, name=name, id=run_id(run), resume="allow", dir=str(run),
             mode="online" if online else "offline",
-            settings=wandb.Settings(save_code=False, disable_git=True, console="off", x_disable_stats=True),
+            settings=wandb.Settings(
+                save_code=False, disable_git=True, console="off", silent=True, x_disable_stats=True
+            ),
         )  # fmt: skip
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
