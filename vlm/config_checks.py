@@ -67,7 +67,8 @@ def config_problems(config: RunConfig, reads: Collection[str] = READS) -> list[P
     Args:
         reads: what the command will read of models' folders besides config.json.
     """
-    return [*missing_inputs(config), *model_problems(config, reads), *run_problems(config)]
+    missing = [(key, text) for key, text in missing_inputs(config) if "weights" in reads or key[-1] != "pretrained"]
+    return [*missing, *model_problems(config, reads), *run_problems(config)]
 
 
 def model_problems(config: RunConfig, reads: Collection[str] = READS) -> list[Problem]:
