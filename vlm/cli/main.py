@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from vlm.cli import chat, ckpt, configs, data, doctor, export, merge, plan, prove, serve, train, webui
+from vlm.cli import chat, ckpt, configs, data, doctor, export, importing, merge, plan, prove, serve, train, webui
 from vlm.cli.process import end, repeat_options, run, with_hyphens
 from vlm.version import __version__
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (configs, plan, prove, train, export, merge, chat, webui, serve):
+for module in (configs, plan, prove, train, export, merge, importing, chat, webui, serve):
     module.register(app)
 app.add_typer(data.app, name="data", help="Look at training data without a model; encode its images ahead.")
 app.add_typer(ckpt.app, name="ckpt", help="List and verify the checkpoints of a run.")
