@@ -98,8 +98,10 @@ def _official_lora(root: Path, folder: Path, whole: Any) -> None:
 
 def _official_whole(root: Path, folder: Path, whole: Any) -> None:
     text = _text_model(whole)
-    put(folder, {**text.config.to_dict(), **CLIP, "model_type": "llava_llama", "image_aspect_ratio": "pad"},
-        pytorch_model=text.state_dict() | projector(whole, "model.mm_projector."))  # fmt: skip
+    tower = whole.model.vision_tower.state_dict().items()  # not that of --vision
+    tower = {f"model.vision_tower.vision_tower.vision_model.{name}": tensor for name, tensor in tower}
+    put(folder, {**text.config.to_dict(), **CLIP, "model_type": "llava_llama", "unfreeze_mm_vision_tower": True},
+        pytorch_model=text.state_dict() | projector(whole, "model.mm_projector.") | tower)  # fmt: skip
     copy_tokenizer(root, folder)
 
 
@@ -136,7 +138,7 @@ CASES: dict[str, tuple[Callable[[Path, Path, Any], None], tuple[tuple[str, str],
     "transformers": (_hf, ()),
     "official projector": (_projector_only, (LLM, TOWER)),
     "official LoRA": (_official_lora, (LLM, TOWER)),
-    "official whole": (_official_whole, (TOWER,)),
+    "official whole": (_official_whole, (("--vision", "clip"),)),
     "TinyLLaVA": (_tiny_llava, ()),
     "XTuner": (_xtuner, (LLM, TOWER, ("--template", "chatml"))),
 }
@@ -159,11 +161,16 @@ def test_an_imported_model_has_the_logits_of_the_original_and_starts_a_run(
     assert loaded.chat("What?", [write_image(tmp_path / "image.png")], max_new_tokens=2) is not None
     said = capsys.readouterr().err
     assert f"init_from: {out}" in said
+    paths = [
+        Path(line.partition("path: ")[2].split(",")[0].rstrip("}")) for line in said.splitlines() if "path: " in line
+    ]
+    assert all(path.is_dir() for path in paths)
     model = loaded.config
     places = {"llm": out / "llm" if (out / "llm").is_dir() else root / "base"}
-    places["vision"] = out / "vision" if (out / "vision").is_dir() else root / "tower"
+    brings = any((out / "vision").glob("*.safetensors"))
+    places["vision"] = out / "vision" if brings else root / "tower"
     config = model_config(
-        tmp_path, vision=model.vision.model_copy(update={"path": str(places["vision"])}).model_dump(),
+        tmp_path, vision={"backend": "hf", "path": str(places["vision"]), "layer": -1 if brings else -2},
         llm={"path": str(places["llm"])}, projector={"kind": "mlp"},
         lora=None if model.lora is None else model.lora.model_dump(),
         trainable=["projector"] + (["llm.lora"] if model.lora else []),

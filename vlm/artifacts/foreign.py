@@ -5,6 +5,7 @@ Nothing of a folder is run, and pickles are read as plain tensors or refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ Resize = Literal["pad", "crop", "squash"]
 NEXT = "llava_next"
 _CLIP_MEAN_COLOUR = (122, 116, 104)  # of CLIP's image_mean, with which these programs pad
 _TOWER = "vision.trunk.model."
+_BLOCK = re.compile(r"vision\.trunk\.model\.encoder\.layers\.(\d+)\.")
 _ASPECTS: dict[str, Resize] = {"pad": "pad", "square": "crop"}  # LLaVA's image_aspect_ratio; others: one squashed tile
 _STRATEGIES: dict[str, Resize] = {"letterbox": "pad", "resize-naive": "squash", "resize-crop": "crop"}  # prismatic's
 _PRISMATIC_LLMS = {
@@ -160,7 +162,10 @@ def _llava_official(folder: Path, settings: Mapping[str, Any]) -> Foreign:
         rules += [rename("llm.{*rest}", "{*rest}")]
     found = WeightAdapter("official LLaVA's layout", tuple(rules)).to_ours(theirs)
     found.refuse_unread(str(folder))
-    tensors = found.only(name for name in found if not name.startswith("vision."))  # the encoder stayed frozen
+    kept = (
+        _kept_of_encoder(found, settings) if settings.get("unfreeze_mm_vision_tower") else set()
+    )  # else it was frozen
+    tensors = found.only(name for name in found if name in kept or not name.startswith("vision."))
     what = ", LoRA" if adapter else ", projector" if separate else ""
     aspect = str(settings.get("image_aspect_ratio", "square"))
     notes = [f"an image is one squashed tile here, not {aspect}"] if aspect not in _ASPECTS else []
@@ -172,6 +177,13 @@ def _llava_official(folder: Path, settings: Mapping[str, Any]) -> Foreign:
         text_config=None if separate else _text_of(settings), adapter=adapter, notes=notes,
         template="plain" if separate and not adapter else "vicuna",
     )  # fmt: skip
+
+
+def _kept_of_encoder(tensors: LazyTensors, settings: Mapping[str, Any]) -> set[str]:
+    """Names of the tensors [...] of an encoder that was trained too, without blocks after the one whose output is taken."""
+    blocks = {name: int(found[1]) for name in tensors if (found := _BLOCK.match(name))}
+    last = max(blocks.values(), default=0) + 1 + int(settings.get("mm_vision_select_layer", -2))
+    return {name for name in tensors if name.startswith(_TOWER) and blocks.get(name, 0) <= last}
 
 
 def _tiny_llava(folder: Path, settings: Mapping[str, Any]) -> Foreign:
@@ -327,5 +339,6 @@ def _nested(file: Path) -> LazyTensors:
 
 
 def _prefixed(tensors: LazyTensors, prefix: str) -> LazyTensors:
+    """[...] each, by longer names."""
     shapes = {prefix + name: shape for name, shape in tensors.shapes.items()}
     return LazyTensors(shapes, lambda name: tensors[name.removeprefix(prefix)])

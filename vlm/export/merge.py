@@ -190,7 +190,7 @@ def _tied_names(model: Any, files: WeightFiles) -> tuple[str, str] | None:
 
 
 def _changes(model: Any, files: WeightFiles, tensors: LazyTensors, dtype: str, is_untied: bool) -> dict[str, Any]:
-    """What config.json has to say otherwise than the base's."""
+    """What config.json has to say otherwise than the base's, as of a grown embedding [V, D]."""
     changes: dict[str, Any] = {"tie_word_embeddings": False} if is_untied else {}
     if dtype != "auto":
         changes |= {"dtype": str(DTYPES[dtype]).removeprefix("torch.")}

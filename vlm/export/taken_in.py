@@ -80,7 +80,7 @@ def import_folder(
     tell_export(final, written.manifest, f"taken from {source}, {found.layout}, template {written.manifest.template}")
     for note in found.notes:
         log(f"{final}: {note}")
-    log(_how_to_go_on(final, written.manifest.model, brought))
+    log(_how_to_go_on(final, config, brought))
     return final
 
 
@@ -190,12 +190,18 @@ def _with_brought(written: Written, brought: tuple[str, ...], found: Foreign, so
 
 
 def _how_to_go_on(final: Path, model: ModelConfig, brought: tuple[str, ...]) -> str:
-    """What the config of the next training says."""
+    """What the config of the next training says.
+
+    Args:
+        model: with the paths of its base models, where they are not `brought`.
+    """
     vision = model.vision
     assert vision is not None
     places = {part: final / part if part in brought else None for part in (LLM, VISION_PART)}
     keeps = ", keep_class_token: true" if vision.keep_class_token else ""
     depth = f", depth: {model.projector.num_layers}" if model.projector.num_layers > 1 else ""
+    multiple = model.llm.pad_vocab_to_multiple_of
+    padded = f", pad_vocab_to_multiple_of: {multiple}" if multiple else ""
     lines = [
         "to go on training, in a config:",
         f"  init_from: {final}",
@@ -203,7 +209,7 @@ def _how_to_go_on(final: Path, model: ModelConfig, brought: tuple[str, ...]) -> 
         f"    vision: {{backend: {vision.backend}, path: {places[VISION_PART] or vision.path}, layer: {vision.layer}, "
         f"resize: {vision.resize}, background: {list(vision.background)}{keeps}}}",
         f"    projector: {{kind: {model.projector.kind}{depth}}}",
-        f"    llm: {{path: {places[LLM] or model.llm.path}}}",
+        f"    llm: {{path: {places[LLM] or model.llm.path}{padded}}}",
     ]
     if model.lora is not None:
         lora = model.lora
