@@ -180,7 +180,7 @@ def _llava_official(folder: Path, settings: Mapping[str, Any]) -> Foreign:
 
 
 def _kept_of_encoder(tensors: LazyTensors, settings: Mapping[str, Any]) -> set[str]:
-    """Names of the tensors [...] of an encoder that was trained too, without blocks after the one whose output is taken."""
+    """Names of the tensors [...] of a trained encoder, without blocks after the one whose output is taken."""
     blocks = {name: int(found[1]) for name in tensors if (found := _BLOCK.match(name))}
     last = max(blocks.values(), default=0) + 1 + int(settings.get("mm_vision_select_layer", -2))
     return {name for name in tensors if name.startswith(_TOWER) and blocks.get(name, 0) <= last}
