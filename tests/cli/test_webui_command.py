@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 
-import vlm.artifacts.parts  # noqa: F401 - before `read_manifest` is replaced, of which it keeps the one it finds
+import vlm.inference.load  # noqa: F401 - before `read_model` is replaced, of which it keeps the one it finds
 from vlm.cli.main import app
 from vlm.cli.process import run
 

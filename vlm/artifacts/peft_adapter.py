@@ -175,7 +175,7 @@ def merged(
 
 
 def changed_names(base: LazyTensors, adapters: Sequence[PeftAdapter]) -> list[str]:
-    """Names of the tensors of `base` that `merged` changes."""
+    """Names of the tensors [...] of `base` that `merged` changes."""
     changes = [_Changes.of(adapter, base) for adapter in adapters]
     return [
         name
@@ -194,6 +194,7 @@ class _Changes:
 
     @classmethod
     def of(cls, adapter: PeftAdapter, base: LazyTensors) -> _Changes:
+        """Of an adapter to the tensors [...] of `base`."""
         modules = [name.removesuffix(".weight") for name in base if name.endswith(".weight")]
         layers, whole = match_names(adapter.layers, modules), match_names(adapter.replaced, base)
         missing = [name for name in (*adapter.layers, *adapter.replaced) if name not in layers and name not in whole]
@@ -281,6 +282,7 @@ def _why_not_added(settings: Mapping[str, Any]) -> str | None:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Name in the adapter's file -> tensor [...]."""
     file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{folder} holds neither {' nor '.join(_FILES)}. Usually the download is incomplete")
@@ -304,7 +306,7 @@ def read_plain(file: Path) -> dict[str, Tensor]:
 def _sort_tensors(
     tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Adapters by module, and whole tensors."""
+    """Adapters by module, lora_A [rank, in] and lora_B [out, rank]; and whole tensors [...]."""
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     replaced, unknown = {}, []
     for full, tensor in tensors.items():
@@ -326,7 +328,7 @@ def _sort_tensors(
 
 
 def _misfit(adapter: PeftAdapter, name: str, base: LazyTensors, module: str) -> str | None:
-    """A line about a linear layer whose shape is not the adapter's."""
+    """A line about a linear layer whose shape, [out, in] or [in, out], is not the adapter's."""
     shape, tensors = base.shapes[f"{module}.weight"], adapter.layers[name]
     if len(shape) != 2 or "lora_A.weight" not in tensors:
         return None

@@ -7,7 +7,23 @@ from collections.abc import Sequence
 
 import typer
 
-from vlm.cli import chat, ckpt, configs, convert, data, doctor, export, merge, models, plan, prove, serve, train, webui
+from vlm.cli import (
+    chat,
+    ckpt,
+    configs,
+    convert,
+    data,
+    doctor,
+    export,
+    importing,
+    merge,
+    models,
+    plan,
+    prove,
+    serve,
+    train,
+    webui,
+)  # fmt: skip
 from vlm.cli.process import end, repeat_options, run, with_hyphens
 from vlm.version import __version__
 
@@ -18,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (configs, models, plan, prove, train, export, merge, convert, chat, webui, serve):
+for module in (configs, models, plan, prove, train, export, merge, convert, importing, chat, webui, serve):
     module.register(app)
 app.add_typer(data.app, name="data", help="Look at training data without a model, rewrite it; encode its images ahead.")
 app.add_typer(convert.app, name="convert", help="Rewrite models of other programs and times as native ones.")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 DType = Literal["auto", "fp16", "bf16", "fp32"]
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TRAVELS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".yaml")
-_TOKENIZER = (
+TOKENIZER = (
     "tokenizer.json", VOCABULARY, SETTINGS, "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
@@ -190,7 +190,7 @@ def _tied_names(model: Any, files: WeightFiles) -> tuple[str, str] | None:
 
 
 def _changes(model: Any, files: WeightFiles, tensors: LazyTensors, dtype: str, is_untied: bool) -> dict[str, Any]:
-    """What config.json has to say otherwise than the base's."""
+    """What config.json has to say otherwise than the base's, as of a grown embedding [V, D]."""
     changes: dict[str, Any] = {"tie_word_embeddings": False} if is_untied else {}
     if dtype != "auto":
         changes |= {"dtype": str(DTYPES[dtype]).removeprefix("torch.")}
@@ -237,7 +237,7 @@ def _copy_files(base: Path, adapters: Sequence[PeftAdapter], target: Path) -> No
             shutil.copyfile(file, target / file.name)
     places = [place for adapter in adapters for place in _tokenizer_places(adapter)]
     if places:
-        for name in _TOKENIZER:
+        for name in TOKENIZER:
             (target / name).unlink(missing_ok=True)
             if (places[-1] / name).is_file():
                 shutil.copyfile(places[-1] / name, target / name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -80,25 +80,44 @@ def export_run(
     trained = read_run(run, step)
     final = Path(out) if out is not None else run / default_name(full, step)
     with replace_folder(final) as folder:
-        write = _write_full if full else _write_trained
+        write = _write_full if full else write_trained
         written = write(folder, trained, max_shard_size, dtype)
         fault("export:weights")
-        manifest = written.manifest
         evidence = evidence_sections(copy_proof(run, folder), read_figures(run, trained.origin.get("steps")))
-        (folder / CARD).write_text(draft_card(manifest, final.name, written.notes, evidence), encoding="utf-8")
-        write_manifest(folder, manifest)
-        if manifest.image_spec is not None:
-            write_preprocessor(folder, manifest.image_spec)
-        finish_folder(folder)
         trained.tensors.clear()
-        gc.collect()  # the trained model, before the other one comes
-        worst = check_readable(folder, written.answers, written.dtype)
-    size = sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
-    log(
-        f"{final}: {', '.join(manifest.included)}, {size / 1e6:,.1f} MB; read back: the trained model's answers "
-        f"(largest difference {worst:.0e}); try: vlm chat {final}"
-    )
+        worst = finish_export(folder, final, written, evidence)
+    tell_export(final, written.manifest, f"read back: the trained model's answers (largest difference {worst:.0e})")
     return final
+
+
+def finish_export(folder: Path, final: Path, written: Written, evidence: Sequence[str] = ()) -> float:
+    """Model card, manifest and what other programs need, beside the weights; then the folder is read back.
+
+    Args:
+        folder: where it lies until it is whole.
+        final: what it will be called.
+        evidence: sections of the model card.
+
+    Returns:
+        the largest difference, as `check_readable`.
+
+    Raises:
+        CheckpointError: it cannot be read back.
+    """
+    manifest = written.manifest
+    (folder / CARD).write_text(draft_card(manifest, final.name, written.notes, evidence), encoding="utf-8")
+    write_manifest(folder, manifest)
+    if manifest.image_spec is not None:
+        write_preprocessor(folder, manifest.image_spec)
+    finish_folder(folder)
+    gc.collect()  # the model that was written, before the other one comes
+    return check_readable(folder, written.answers, written.dtype)
+
+
+def tell_export(final: Path, manifest: Manifest, what: str) -> None:
+    """One line: what is in the folder, how large it is, and what to do with it."""
+    size = sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
+    log(f"{final}: {', '.join(manifest.included)}, {size / 1e6:,.1f} MB; {what}; try: vlm chat {final}")
 
 
 def default_name(full: bool, step: int | None) -> str:
@@ -110,7 +129,7 @@ def default_name(full: bool, step: int | None) -> str:
 
 
 @dataclass(frozen=True)
-class _Written:
+class Written:
     """What a folder holds, and what it has to answer when it is read back with weights in `dtype`."""
 
     manifest: Manifest
@@ -119,7 +138,7 @@ class _Written:
     notes: list[str] = field(default_factory=list)
 
 
-def _write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: DType) -> _Written:
+def write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: DType) -> Written:
     """The parts that trained; the base models stay where they are, with fingerprints to know them by."""
     if dtype != "auto":
         trained = replace(trained, tensors=rounded(trained.tensors, DTYPES[dtype]))
@@ -142,10 +161,10 @@ def _write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: D
     elif model.vision is not None:
         base |= {name: fingerprint_files(path) for name, path in encoder_weights(model.vision).items()}
     _write_tokenizer(folder, built, tokens)
-    return _Written(replace(manifest, base=base, model=model), answers, DTYPES[precision])
+    return Written(replace(manifest, base=base, model=model), answers, DTYPES[precision])
 
 
-def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DType) -> _Written:
+def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DType) -> Written:
     built = build_merged(trained, dtype)
     reason = why_not_llava(trained.model, built)
     if reason is None:
@@ -179,10 +198,10 @@ def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DTyp
         changes["vision"] = _write_encoder_config(folder, trained.model.vision, built)
     _write_tokenizer(folder, built, tokens)
     manifest = replace(manifest, included=(*included, LLM), model=trained.model.model_copy(update=changes))
-    return _Written(_without_places(manifest), answers, llm.dtype, notes)
+    return Written(_without_places(manifest), answers, llm.dtype, notes)
 
 
-def _write_llava(folder: Path, trained: Trained, built: Assembled, max_shard_size: str) -> _Written:
+def _write_llava(folder: Path, trained: Trained, built: Assembled, max_shard_size: str) -> Written:
     """Raises NotLlavaError before anything is written."""
     tokens, dtype = _build_tokens(trained, built), built.model.llm.dtype
     answers = ask(built, tokens)
@@ -191,7 +210,7 @@ def _write_llava(folder: Path, trained: Trained, built: Assembled, max_shard_siz
     if dtype != torch.float32:  # what was folded in has been rounded
         answers = ask(written, tokens)
     manifest = replace(manifest, model=model, image_spec=spec, layout="llava")
-    return _Written(_without_places(manifest), answers, dtype, notes)
+    return Written(_without_places(manifest), answers, dtype, notes)
 
 
 def _build_tokens(trained: Trained, built: Assembled) -> ConversationTokenizer:

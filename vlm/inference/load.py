@@ -262,7 +262,7 @@ def load(
     prepare()
     folder = Path(path)
     manifest = read_model(folder)
-    name = _known_template(template or manifest.template)
+    name = known_template(template or manifest.template)
     other = None if adapter is None else _read_adapter(Path(adapter), folder, manifest)
     found = with_bases_found(manifest, folder)
     built = assemble_export(folder, found, dtype, target, other, on_progress)
@@ -357,7 +357,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return DTYPES[resolve(precision, device)]
 
 
-def _known_template(name: str) -> str:
+def known_template(name: str) -> str:
     name = template_of(name)
     if name != "tokenizer" and name not in TEMPLATES:
         known = [*TEMPLATES, "tokenizer"]
