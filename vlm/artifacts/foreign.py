@@ -143,7 +143,7 @@ def _llava_hf(folder: Path, settings: Mapping[str, Any]) -> Foreign:
         layer=-1, keep_class_token=vision.keep_class_token,
         resize="squash" if is_next else vision.resize, background=vision.background,
         text_config={**config.text_config.to_dict(), "architectures": [type(llm).__name__]},
-        vision_config={**config.vision_config.to_dict(), "num_hidden_layers": vision.layer + 1},
+        vision_config={**config.vision_config.to_dict(), "num_hidden_layers": max(vision.layers) + 1},
         notes=notes if is_next else (), normalisation=(spec.mean, spec.std),
     )  # fmt: skip
 

@@ -25,6 +25,7 @@ from vlm.export.run import Written, finish_export, tell_export, write_trained
 from vlm.inference.load import known_template
 from vlm.logs import log
 from vlm.models.config import LLMConfig, ModelConfig, VisionConfig
+from vlm.models.projector_kinds import MLPProjectorConfig
 from vlm.models.tokenizer_files import read_json
 from vlm.models.trainable import part_of
 from vlm.models.vision import build_vision, save_architecture
@@ -199,7 +200,8 @@ def _how_to_go_on(final: Path, model: ModelConfig, brought: tuple[str, ...]) -> 
     assert vision is not None
     places = {part: final / part if part in brought else None for part in (LLM, VISION_PART)}
     keeps = ", keep_class_token: true" if vision.keep_class_token else ""
-    depth = f", depth: {model.projector.num_layers}" if model.projector.num_layers > 1 else ""
+    projector = model.projector
+    depth = f", depth: {projector.depth}" if isinstance(projector, MLPProjectorConfig) else ""
     multiple = model.llm.pad_vocab_to_multiple_of
     padded = f", pad_vocab_to_multiple_of: {multiple}" if multiple else ""
     lines = [
@@ -208,7 +210,7 @@ def _how_to_go_on(final: Path, model: ModelConfig, brought: tuple[str, ...]) -> 
         "  model:",
         f"    vision: {{backend: {vision.backend}, path: {places[VISION_PART] or vision.path}, layer: {vision.layer}, "
         f"resize: {vision.resize}, background: {list(vision.background)}{keeps}}}",
-        f"    projector: {{kind: {model.projector.kind}{depth}}}",
+        f"    projector: {{kind: {projector.kind}{depth}}}",
         f"    llm: {{path: {places[LLM] or model.llm.path}{padded}}}",
     ]
     if model.lora is not None:
