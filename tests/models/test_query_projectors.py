@@ -155,5 +155,9 @@ def test_a_file_that_holds_more_than_tensors_is_refused(tmp_path):
 def test_a_frozen_qformer_must_begin_with_weights_and_heads_share_its_width():
     with pytest.raises(ValueError, match="frozen: a Q-Former that never trains"):
         QFormerProjectorConfig(frozen=True)
+    with pytest.raises(ValueError, match="initialize: least_squares fits the layer after the Q-Former"):
+        QFormerProjectorConfig(initialize="least_squares")
+    fitted = QFormerProjectorConfig(initialize="least_squares", pretrained="blip2.pth", frozen=True)
+    assert fitted.exported() == QFormerProjectorConfig()  # all its weights are in the export
     with pytest.raises(ValueError, match="5 heads cannot share a width of 24"):
         built("resampler", num_heads=5)

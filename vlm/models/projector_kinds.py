@@ -198,6 +198,11 @@ class QFormerProjectorConfig(_FixedTokens):
             raise ValueError(
                 "frozen: a Q-Former that never trains must begin with weights; name a BLIP-2 file in pretrained"
             )
+        if self.initialize == "least_squares" and self.pretrained is None:
+            raise ValueError(
+                "initialize: least_squares fits the layer after the Q-Former, whose outputs say nothing of an image "
+                "before it has trained; name a BLIP-2 file in pretrained, or set it to random"
+            )
         return self
 
     def build(self, **sizes: Any) -> Projector:
@@ -220,7 +225,7 @@ class QFormerProjectorConfig(_FixedTokens):
         return read_qformer(self.pretrained)
 
     def exported(self) -> ProjectorConfig:
-        return self.model_copy(update={"pretrained": None, "frozen": False})
+        return self.model_copy(update={"pretrained": None, "frozen": False, "initialize": "random"})
 
 
 def _check_heads(width: int, num_heads: int) -> None:

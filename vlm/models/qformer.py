@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm.compat import prepare
 from vlm.models.projector import Projector
 from vlm.models.pth_files import PICKLED, read_pth
 from vlm.models.weight_adapter import AdaptedTensors, WeightAdapter, drop, rename
@@ -65,6 +66,7 @@ class QFormerProjector(Projector):
     def __init__(
         self, *, num_tokens: int, num_blocks: int, width: int, num_heads: int, frozen: bool = False, **settings: Any
     ) -> None:
+        prepare()
         from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
         super().__init__(layers_width=width, **settings)
