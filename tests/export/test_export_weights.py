@@ -147,6 +147,12 @@ def test_a_plain_language_model_exports_too(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_a_language_model_trained_on_plain_text_exports_although_its_template_writes_no_question(tmp_path: Path):
+    write_run(tmp_path / "run", model_config(tmp_path, vision=None, trainable=["llm"], lora=None), template="plain")
+    assert (export_run(tmp_path / "run") / "vlm.json").is_file()
+
+
+@pytest.mark.slow
 def test_the_second_stage_carries_over_what_only_the_first_trained(tmp_path: Path):
     write_run(tmp_path / "one", model_config(tmp_path, trainable=["projector"], lora=None))
     first = export_run(tmp_path / "one")
