@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from vlm.config import RunConfig, load_config, shipped_projects
+from vlm.config import load_config, shipped_projects
 from vlm.config_checks import load_checked
+from vlm.plan.kept_shapes import kept_line, with_kept_shapes
 
 REPOSITORY = Path(__file__).parents[1]
-CONFIGS = Path(__file__).parent / "fixtures/configs"  # config.json of models on the hub, no weights
 DEMOS = ("quickstart/", "tiny/")  # their models are made by scripts/
-SINGLE = ("minigpt4qwen/",)  # of one stage
+SINGLE = ("minigpt4qwen/", "internlm3_8b_text/")  # of one stage
+TEXT = ("internlm3_8b_text/", "llm_genie/", "yuren/text_sft")  # without images
+FIRST = ("/pretrain", "/pt", "/text_sft")  # stages
 RECIPES = [name for name in shipped_projects() if not name.startswith((*DEMOS, *SINGLE))]
 
 
@@ -27,7 +29,7 @@ def test_shipped_config_is_valid(name):
     assert config.output_dir == f"cache/runs/{name}"
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if not name.endswith("/pretrain")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.endswith(FIRST)])
 def test_second_stage_starts_from_the_first_ones_export_with_the_same_model(name):
     second = load_config(name)
     first = load_config(second.init_from.removeprefix("cache/runs/").removesuffix("/export"))
@@ -58,11 +60,77 @@ SHAPES = {
     "eva_clip_qwen2_5": (576, 7616),
     "eva02_qwen2_5": (256, 7616),
     "llava_qwen2_14b_pp2": (576, 14770),
+    "siglip2_qwen3_0_6b": (81, 596),
+    "eva_clip_linear_qwen3_0_6b": (576, 596),
+    "dinov2_siglip_qwen3": (81, 8191),
+    "yuren": (256, 7002),
+}
+# recipe -> parameters and trained ones, in millions; GiB of a card that it fits
+PLANS = {
+    "siglip2_qwen3_0_6b/finetune": (1021, 608, 24),
+    "eva_clip_linear_qwen3_0_6b/pretrain": (888, 1, 8),
+    "dinov2_siglip_qwen3/finetune_lora": (9342, 446, 40),
+    "yuren/pretrain": (7296, 4, 24),
+    "internlm3_8b_text/lora_alpaca_2k_e3": (9013, 209, 24),
+    "llm_genie/pt": (494, 494, 16),
+    "llm_genie/sft": (498, 4, 8),
 }
 
 
 def test_every_recipe_is_built_in_this_file():
-    assert {name.partition("/")[0] for name in RECIPES} == {*SHAPES, "deepspeed"}
+    text = {name.partition("/")[0] for name in PLANS}
+    assert {name.partition("/")[0] for name in RECIPES} == {*SHAPES, "deepspeed"} | text - {"internlm3_8b_text"}
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_projects() if not name.startswith(DEMOS)])
+def test_the_models_of_every_recipe_have_kept_shapes_so_that_plan_needs_no_network(name):
+    planned = load_checked(name, (), ("model",), (), with_kept_shapes)  # as `vlm plan` does
+    encoders = planned.model.vision.encoders if planned.model.vision else ()
+    folders = [planned.model.llm.path, *(each.path for each in encoders if each.backend == "hf")]
+    assert [folder for folder in folders if not Path(folder, "config.json").is_file()] == []
+    assert load_config(name).model.llm.path in kept_line(planned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANS)
+def test_the_plan_of_a_recipe_has_its_numbers_and_fits_its_card(name):
+    from vlm.plan.estimate import estimate
+    from vlm.plan.memory import parse_memory, usable
+
+    plan = estimate(load_checked(name, (), ("model",), (), with_kept_shapes))
+    parameters, trained, card = PLANS[name]
+    assert (round(plan.num_parameters / 1e6), round(plan.num_trained / 1e6)) == (parameters, trained)
+    assert plan.peak < usable(parse_memory(f"{card}GiB"))
+
+
+def test_a_model_that_is_here_is_planned_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "Qwen/Qwen3-0.6B" in kept_line(with_kept_shapes(load_config("siglip2_qwen3_0_6b/pretrain")))
+    Path("Qwen/Qwen3-0.6B").mkdir(parents=True)
+    planned = with_kept_shapes(load_config("siglip2_qwen3_0_6b/pretrain"))
+    assert planned.model.llm.path == "Qwen/Qwen3-0.6B"
+    assert kept_line(planned).endswith(": google/siglip2-so400m-patch14-384")
+
+
+def test_yuren_mixes_the_text_of_its_first_stage_into_the_last():
+    """And the last two read the language model of the first, whose full export is in transformers' layout."""
+    text, *others = (load_config(f"yuren/{stage}") for stage in ("text_sft", "pretrain", "finetune"))
+    assert {config.model.llm.path for config in others} == {f"{text.output_dir}/export-full"}
+    assert text.data.sources[0] in others[1].data.sources
+    assert [config.model.trainable for config in (text, *others)] == [("llm",), ("projector",), ("projector", "llm")]
+
+
+def test_one_linear_layer_is_the_projector_of_a_clip_and_of_an_eva_recipe():
+    kinds = {
+        name: load_config(name).model.projector.kind
+        for name in ("yuren/pretrain", "eva_clip_linear_qwen3_0_6b/pretrain")
+    }
+    assert set(kinds.values()) == {"linear"}
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_projects() if name.startswith(TEXT)])
+def test_text_recipes_have_no_encoder(name):
+    assert load_config(name).model.vision is None
 
 
 ZERO = {"zero0": (0, ()), "zero1": (1, ()), "zero2": (2, ()), "zero3": (3, ()),
@@ -84,7 +152,7 @@ def test_the_14b_recipe_fits_two_24_gb_cards_and_not_one(stage):
     from vlm.plan.memory import parse_memory, usable
     from vlm.train.engines.kinds import Local
 
-    config = with_local_configs(load_config(f"llava_qwen2_14b_pp2/{stage}"))
+    config = with_kept_shapes(load_config(f"llava_qwen2_14b_pp2/{stage}"))
     plan = estimate(config, 2, has_flash_attention=False)
     assert (plan.kind, plan.cuts) == ("pipeline", (25,))
     assert plan.peak < usable(parse_memory("24GiB"))
@@ -99,8 +167,8 @@ def test_minigpt4qwen_trains_one_linear_layer_and_fits_as_its_authors_say(llm, m
     from vlm.plan.estimate import estimate
     from vlm.plan.memory import parse_memory, usable
 
-    options = [f"model.llm.path={CONFIGS}/Qwen2.5-{llm}-Instruct", *(["engine.kind=pipeline"] * (cards > 1))]
-    plan = estimate(load_checked("minigpt4qwen/finetune", options, ("model",), ()), cards)  # as `vlm plan` does
+    options = [f"model.llm.path=Qwen/Qwen2.5-{llm}-Instruct", *(["engine.kind=pipeline"] * (cards > 1))]
+    plan = estimate(load_checked("minigpt4qwen/finetune", options, ("model",), (), with_kept_shapes), cards)
     assert plan.peak < usable(parse_memory(memory))
     width = plan.shape.llm.width
     assert plan.num_trained == 768 * width + width
@@ -114,7 +182,7 @@ def test_minigpt4qwen_trains_one_linear_layer_and_fits_as_its_authors_say(llm, m
 def test_recipe_has_the_shapes_of_its_models(project):
     from meta_models import build_on_meta
 
-    config = with_local_configs(load_config(f"{project}/pretrain"))
+    config = with_kept_shapes(load_config(f"{project}/pretrain"))
     model = build_on_meta(config.model)
     num_tokens, millions = SHAPES[project]
     assert model.projector.num_tokens == num_tokens
@@ -124,21 +192,11 @@ def test_recipe_has_the_shapes_of_its_models(project):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("project", sorted(SHAPES))
+@pytest.mark.parametrize("project", [name for name in sorted(SHAPES) if f"{name}/finetune_lora" in RECIPES])
 def test_adapters_of_a_recipe_sit_on_every_linear_of_the_language_model(project):
     from meta_models import build_on_meta
 
-    config = with_local_configs(load_config(f"{project}/finetune_lora"))
+    config = with_kept_shapes(load_config(f"{project}/finetune_lora"))
     model = build_on_meta(config.model)
     names = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_A." in name]
     assert len(names) == 7 * model.llm.config.num_hidden_layers  # q, k, v, o, gate, up, down
-
-
-def with_local_configs(config: RunConfig) -> RunConfig:
-    """Hub names -> folders of the same last name that hold config.json."""
-    model = config.model
-    llm = model.llm.model_copy(update={"path": str(CONFIGS / Path(model.llm.path).name)})
-    vision = model.vision
-    if vision.backend == "hf":
-        vision = vision.model_copy(update={"path": str(CONFIGS / Path(vision.path).name)})
-    return config.model_copy(update={"model": model.model_copy(update={"llm": llm, "vision": vision})})

@@ -5,7 +5,7 @@ Every command asks this before anything heavy is imported; neither torch nor tra
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,24 @@ _LLM, _TEMPLATE = ("model", "llm", "path"), ("data", "template")
 
 
 def load_checked(
-    config: str, options: Sequence[str] = (), sections: Collection[str] = (), reads: Collection[str] = READS
+    config: str,
+    options: Sequence[str] = (),
+    sections: Collection[str] = (),
+    reads: Collection[str] = READS,
+    change: Callable[[RunConfig], RunConfig] = lambda config: config,
 ) -> RunConfig:
     """Read a config and see whether its paths exist, as `vlm validate` does, before anything heavy is imported.
 
     Args:
         sections: check only paths below these keys, e.g. ("model", "data"), where a command reads no others.
         reads: of models' folders besides config.json, "weights" and "tokenizer".
+        change: what the command makes of the config before its paths are looked at.
 
     Raises:
         ConfigError: names every problem with its file and line.
     """
     try:
-        checked = load_config(config, options)
+        checked = change(load_config(config, options))
     except ConfigError as error:
         raise error.on_every_rank() from None
     source = read_source(config, options)

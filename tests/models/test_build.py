@@ -16,7 +16,7 @@ from vlm.models.build import build_image_spec, build_model
 from vlm.models.config import ModelConfig
 from vlm.models.trainable import part_of
 
-CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
+SHAPES = Path(__file__).parents[2] / "projects/shapes"
 
 
 def test_the_image_spec_says_what_images_must_look_like(config: ModelConfig):
@@ -76,7 +76,7 @@ def test_a_projector_that_does_not_fit_the_patches_is_refused_before_weights_are
 
 
 def real(name: str) -> str:
-    return str(CONFIGS / name)
+    return str(next(SHAPES.glob(f"*--{name}")))
 
 
 CLIP_L = {"backend": "hf", "path": real("clip-vit-large-patch14-336"), "layer": -2}
@@ -88,7 +88,8 @@ EVA_02 = {"backend": "timm", "path": "eva02_large_patch14_448.mim_in22k_ft_in22k
 @pytest.mark.parametrize(
     ("name", "count", "width"),
     [("Qwen2.5-7B-Instruct", 7_615_616_512, 3584), ("Qwen3-8B", 8_190_735_360, 4096),
-     ("internlm3-8b-instruct", 8_804_241_408, 4096)],
+     ("internlm3-8b-instruct", 8_804_241_408, 4096), ("Qwen3-0.6B", 596_049_920, 1024),
+     ("Qwen2.5-0.5B", 494_032_768, 896)],
 )  # fmt: skip
 def test_language_models_have_the_published_number_of_weights(name: str, count: int, width: int):
     model = build_on_meta(ModelConfig.model_validate({"llm": {"path": real(name)}, "trainable": ["llm"]}))

@@ -128,7 +128,7 @@ def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(config
 
 
 def test_a_family_that_is_not_known_is_named_with_what_to_do():
-    path = Path(__file__).parents[1] / "fixtures/configs/Qwen3-8B"
+    path = Path(__file__).parents[2] / "projects/shapes/Qwen--Qwen3-8B"
     model = build_on_meta(ModelConfig.model_validate({"llm": {"path": str(path)}, "trainable": ["llm"]}))
     model.llm.config.model_type = "bloom"
     with pytest.raises(ConfigError, match=r"pipeline: model type bloom .* give it `parts` in FAMILIES"):

@@ -108,8 +108,9 @@ def _files_of(name: str) -> list[Path]:
     """A shipped project's YAML files, or one of them."""
     for folder in project_folders():
         project = folder / name
-        if project.is_dir() and project.parent == folder:
-            return sorted(project.glob("*.yaml"))
+        files = sorted(project.glob("*.yaml"))
+        if files and project.parent == folder:
+            return files
     if name not in shipped_projects():
         find_config(name)  # raises for a name that is nothing, and names the nearest
     return [find_config(name)]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vlm.cli.configs import Config, Options
-from vlm.config import unused_settings
+from vlm.config import load_config, unused_settings
 from vlm.config_checks import load_checked
 from vlm.errors import ConfigError
 from vlm.launch import launched_size
@@ -30,7 +30,9 @@ def plan(
 
     Loads no weights. The first time, this machine's speed is measured for some 10 seconds, and kept.
     """
-    checked = load_checked(config, options or (), ("model",), ())  # the rest may be made later
+    from vlm.plan.kept_shapes import kept_line, with_kept_shapes
+
+    checked = load_checked(config, options or (), ("model",), (), with_kept_shapes)  # the rest may be made later
     for line in unused_settings(checked):
         warn(line)
     count = gpus if gpus is not None else launched_size()
@@ -61,5 +63,7 @@ def plan(
         size, name = int(sheet_of(gpu).memory * 1e9), f"one {gpu.upper()}, by its data sheet"
     else:
         size, name = device_memory(checked.engine.device, count)
-    records = "" if machine is None else read_some(checked)
-    print("\n".join(full_report(checked, count, size, name, machine, records)))
+    # by its own names: tokenizers are not among the kept shapes
+    records = "" if machine is None else read_some(load_config(config, options or ()))
+    lines = [line] if (line := kept_line(checked)) else []
+    print("\n".join(lines + full_report(checked, count, size, name, machine, records)))
