@@ -280,7 +280,7 @@ def _with_cached_features(
     wanted, vision, spec = config.data.cache_features, built.model.vision, built.image_spec
     if not wanted or spec is None:
         return config, data
-    if "vision" in config.model.trainable:  # only auto gets here
+    if config.model.trains_vision:  # only auto gets here
         return _settle_cache(config, False, "model.trainable names vision"), data
     own = None if vision is None else image_encoder(config, vision, spec, device)  # None on later stages of a pipeline
     store = on_main(lambda: open_cache(config, own))
@@ -340,7 +340,7 @@ def settle_encoder(config: RunConfig, vision: VisionEncoder | None, device: torc
         vision: None on later stages of a pipeline.
     """
     wanted = config.model.vision
-    if wanted is None or "vision" in config.model.trainable:
+    if wanted is None or config.model.trains_vision:
         return
     dtype = precision.autocast_dtype(config.train.precision) or torch.float32
     chosen = on_main(lambda: None if vision is None else vision.choose(wanted, dtype, device))

@@ -100,7 +100,7 @@ def _check_base(
 ) -> list[str]:
     """Whether the language model is the one that the export was trained beside. Of a stage the files are asked."""
     expected = {} if LLM in manifest.included else manifest.base.get("llm", {})
-    if isinstance(target, Stage):
+    if isinstance(target, Stage) or config.llm.quantization is not None:  # packed weights cannot be compared
         found = fingerprint_files(config.llm.path) if expected else {}
         other = [f"  {n}: {expected[n]} -> {found[n]}" for n in expected if n in found and found[n] != expected[n]]
     else:
@@ -120,9 +120,11 @@ def _refuse_other_alpha(before: LoRAConfig | None, now: LoRAConfig | None, where
     """Rank, and with it every shape, may agree while alpha does not; the adapter would then count for more or less."""
     assert before is not None
     assert now is not None
-    if before.rank == now.rank and before.alpha != now.alpha:
+    other = [key for key in ("alpha", "rslora", "dora") if getattr(before, key) != getattr(now, key)]
+    if before.rank == now.rank and other:
+        lines = "".join(f"  model.lora.{key}: {getattr(before, key)} -> {getattr(now, key)}\n" for key in other)
         raise CheckpointError(
-            f"{where} does not fit this model (file -> model):\n  model.lora.alpha: {before.alpha} -> {now.alpha}\n"
+            f"{where} does not fit this model (file -> model):\n{lines}"
             "Set it as it was, or remove model.lora and llm.lora from trainable to have the adapter merged"
         )
 

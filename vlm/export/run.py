@@ -30,7 +30,7 @@ from vlm.logs import log
 from vlm.models.build import Assembled, build_model
 from vlm.models.config import VisionConfig
 from vlm.models.encoders.kinds import VISION_BACKENDS
-from vlm.models.trainable import cast_weights, load_weights, merge_lora, part_weights
+from vlm.models.trainable import cast_weights, load_weights, merge_lora, part_of, part_weights
 from vlm.models.vision import save_architecture
 from vlm.models.weight_files import WeightFiles
 from vlm.precision import DTYPES
@@ -104,9 +104,10 @@ class _Written:
 
 def _write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: DType) -> _Written:
     """The parts that trained; the base models stay where they are, with fingerprints to know them by."""
-    included = write_parts(folder, trained, max_shard_size)
     precision = _precision_to_read(trained.model.llm.path)
     built = build_merged(trained, None, precision)
+    trained = _with_whole_parts(trained, built)
+    included = write_parts(folder, trained, max_shard_size)
     tokens = _build_tokens(trained, built)
     answers = ask(built, tokens)
     manifest = _manifest(trained, included, built, tokens)
@@ -114,7 +115,7 @@ def _write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: D
     if "llm" in included:
         built.model.llm.config.dtype = next(iter(trained.part("llm").values())).dtype
         _write_llm_config(folder / LLM, built, tokens)
-        llm = model.llm.model_copy(update={"path": LLM, "pad_vocab_to_multiple_of": None})
+        llm = model.llm.model_copy(update={"path": LLM, "pad_vocab_to_multiple_of": None, "quantization": None})
         model = model.model_copy(update={"llm": llm})
     else:
         base["llm"] = fingerprint_files(model.llm.path)
@@ -128,6 +129,7 @@ def _write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: D
 
 def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DType) -> _Written:
     built = build_merged(trained, dtype)
+    trained = _with_whole_parts(trained, built)
     reason = why_not_llava(trained.model, built)
     if reason is None:
         try:
@@ -145,7 +147,9 @@ def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DTyp
     llm.save_pretrained(folder / LLM, max_shard_size=max_shard_size)
     _write_llm_config(folder / LLM, built, tokens)
     changes: dict[str, Any] = {
-        "llm": trained.model.llm.model_copy(update={"path": LLM, "pad_vocab_to_multiple_of": None}),
+        "llm": trained.model.llm.model_copy(
+            update={"path": LLM, "pad_vocab_to_multiple_of": None, "quantization": None}
+        ),
         "lora": None,
         "trainable": ("projector" if included else "llm",),
     }
@@ -189,10 +193,11 @@ def build_merged(trained: Trained, dtype: DType | None, precision: str = "fp32")
             leaves them as they were loaded.
         precision: in which the language model is loaded and the adapters are added to it; the encoder in float32.
     """
-    changes: dict[str, Any] = {"trainable": ("llm.lora",) if trained.part("llm.lora") else ()}
+    adapters = tuple(part for part in ("llm.lora", "vision.lora") if trained.part(part))
+    changes: dict[str, Any] = {"trainable": adapters, "partial": {}}
     if trained.model.vision is not None:
         changes["vision"] = trained.model.vision.model_copy(update={"compute": "fp32"})
-    built = build_model(trained.model.model_copy(update=changes), precision=precision)
+    built = build_model(trained.model.model_copy(update=changes), precision=precision, packs=False)
     try:
         load_weights(built.model, trained.tensors, where="the checkpoint", partial=True)
     except CheckpointError as error:
@@ -203,6 +208,30 @@ def build_merged(trained: Trained, dtype: DType | None, precision: str = "fp32")
         if part is not None and dtype is not None:
             cast_weights(part, _dtype_on_disk(trained.model.llm.path) if dtype == "auto" else DTYPES[dtype])
     return built
+
+
+def _with_whole_parts(trained: Trained, built: Assembled) -> Trained:
+    """With all weights of a part of which some trained, and with the encoder in place of adapters on it.
+
+    Args:
+        built: the merged model. Its weights are float32; what did not train is written in the format of its files.
+    """
+    model, tensors = trained.model, dict(trained.tensors)
+    if "llm" in model.partial:
+        dtype = _dtype_on_disk(model.llm.path)
+        whole = part_weights(built.model, "llm")
+        tensors |= {name: tensor if name in tensors else tensor.to(dtype) for name, tensor in whole.items()}
+    if "vision" in model.partial or trained.part("vision.lora"):
+        tensors = {name: tensor for name, tensor in tensors.items() if part_of(name) != "vision.lora"}
+        tensors |= part_weights(built.model, "vision")
+    renamed = {"vision.lora": "vision"}
+    changes: dict[str, Any] = {
+        "partial": {},
+        "vision_lora": None,
+        "trainable": tuple(renamed.get(part, part) for part in model.trainable),
+    }
+    parts = tuple(renamed.get(part, part) for part in trained.trained)
+    return replace(trained, model=model.model_copy(update=changes), tensors=tensors, trained=parts)
 
 
 def _precision_to_read(path: str) -> Literal["fp32", "bf16", "fp16"]:
