@@ -73,8 +73,9 @@ class Answers:
 def make_question(built: Assembled, tokens: ConversationTokenizer) -> Question:
     """About an image, if the model has an encoder and room for one. Whatever is drawn and asked is always the same."""
     text = Conversation((Turn("user", (_QUESTION,)),))
-    if built.image_spec is None:
-        return Question(tokens.prompt(text), None)
+    if built.image_spec is None:  # the template plain writes no words of users: they are then a text to go on with
+        begun = Conversation((*text.turns, Turn("assistant", (_QUESTION,))))
+        return Question(tokens.prompt(text) or tokens.prompt(begun), None)
     encoded = io.BytesIO()
     _draw().save(encoded, format="PNG")  # read by those whose number of tokens depends on the size
     shown = Conversation((Turn("user", (IMAGE, f"\n{_QUESTION}")),), (encoded.getvalue(),))

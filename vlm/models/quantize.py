@@ -136,7 +136,7 @@ def _packed(linear: Any, config: QuantizationConfig, compute_dtype: torch.dtype)
         layer = _linear_8bit()(*shape, bias=has_bias, has_fp16_weights=False, threshold=6.0, device="meta")
         layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
-        kind = {"quant_type": config.format, "compress_statistics": config.double}
+        kind: dict[str, Any] = {"quant_type": config.format, "compress_statistics": config.double}
         layer = bnb.nn.Linear4bit(*shape, bias=has_bias, compute_dtype=compute_dtype, device="meta", **kind)
         layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, **kind)
         layer.weight.module = layer
