@@ -27,6 +27,7 @@ from vlm.models.build import Assembled, build_model, forked_random_state
 from vlm.models.entry import embedding_scale
 from vlm.models.families import describe_packing, has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
+from vlm.models.quantize import unpacked_shape
 from vlm.models.trainable import load_weights
 from vlm.models.vision import VisionEncoder
 from vlm.models.vlm import VisionLanguageModel, evaluating
@@ -107,7 +108,7 @@ def prepare_run(config: RunConfig, device: torch.device, *, calibrate: bool = Tr
         _calibrate_projector(config, built, data, device)
         _initialize_projector(config, built, data, device)
     if stage is None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in built.model.named_parameters()}
+        shapes = {name: unpacked_shape(parameter) for name, parameter in built.model.named_parameters()}
         trained = {name for name, parameter in built.model.named_parameters() if parameter.requires_grad}
     else:
         shapes, trained = dict(stage.shapes), set(stage.trained)

@@ -34,4 +34,4 @@ def check_bits(bits: int | None, device: torch.device) -> None:
 
 def quantize_linears(llm: Any, bits: int, compute_dtype: torch.dtype, device: torch.device) -> int:
     """Replace the linear layers of the decoder blocks by packed ones. Returns how many; see `pack_linears`."""
-    return pack_linears(llm, FORMATS[bits], compute_dtype, device, f"--bits {bits}")
+    return pack_linears(llm, FORMATS[bits], compute_dtype, device, f"--bits {bits}", rounds_inputs=True)

@@ -27,7 +27,13 @@ def require_bitsandbytes(what: str) -> None:
 
 
 def pack_linears(
-    llm: Any, config: QuantizationConfig, compute_dtype: torch.dtype, device: torch.device, what: str
+    llm: Any,
+    config: QuantizationConfig,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    what: str,
+    *,
+    rounds_inputs: bool = False,
 ) -> int:
     """Replace the linear layers of the decoder blocks, one after the other; embedding and head stay as they are.
 
@@ -35,6 +41,8 @@ def pack_linears(
         compute_dtype: what 4-bit weights are unpacked to.
         device: where the layers go; weights are rounded there.
         what: the setting that asks for it, for messages.
+        rounds_inputs: multiply in 8 bits, as LLM.int8 does: fast, but which inputs stay whole depends on all records of
+            the batch, so it is nothing to train with.
 
     Returns:
         the number of layers replaced.
@@ -42,7 +50,7 @@ def pack_linears(
     fitting, num_linears = _fitting(llm, config, device, what)
     for name, module in fitting.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(llm.get_submodule(parent), leaf, _packed(module, config, compute_dtype).to(device))
+        setattr(llm.get_submodule(parent), leaf, _packed(module, config, compute_dtype, rounds_inputs).to(device))
     _tell_the_rest(llm, what, len(fitting), num_linears)
     return len(fitting)
 
@@ -97,7 +105,7 @@ def _tell_the_rest(llm: Any, what: str, num_quantized: int, num_linears: int) ->
     """Say what keeps its precision, where that is more than norms and biases: a user asked for less memory."""
     blocks = find_blocks(llm).values()
     whole = sum(p.numel() for block in blocks for p in block.parameters() if p.is_floating_point() and p.dim() > 1)
-    total = sum(math.prod(_shape_of(p)) for block in blocks for p in block.parameters() if p.dim() > 1)
+    total = sum(math.prod(unpacked_shape(p)) for block in blocks for p in block.parameters() if p.dim() > 1)
     if num_quantized < num_linears or whole > total / 10:
         warn(
             f"{what}: {num_quantized} of {num_linears} linear layers of the blocks are quantized; "
@@ -106,7 +114,8 @@ def _tell_the_rest(llm: Any, what: str, num_quantized: int, num_linears: int) ->
         )
 
 
-def _shape_of(parameter: Any) -> tuple[int, ...]:
+def unpacked_shape(parameter: Any) -> tuple[int, ...]:
+    """Of a weight [...] that may be packed."""
     state = getattr(parameter, "quant_state", None)  # of 4-bit weights, which lie packed
     return tuple(parameter.shape if state is None else state.shape)
 
@@ -126,14 +135,50 @@ def _linear_8bit() -> type:
     return Linear8bitRows
 
 
-def _packed(linear: Any, config: QuantizationConfig, compute_dtype: torch.dtype) -> nn.Module:
+class _Product8bit(torch.autograd.Function):
+    """inputs @ weight.T, with the weight unpacked in both passes and kept in neither."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, layer: Any) -> Tensor:
+        """inputs [..., in] -> [..., out]."""
+        ctx.layer = layer
+        return inputs @ unpacked(layer).to(inputs.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """[..., out] -> [..., in]."""
+        return gradients[0] @ unpacked(ctx.layer).to(gradients[0].dtype), None
+
+
+@cache
+def _weights_8bit() -> type:
+    import bitsandbytes as bnb
+
+    class Linear8bitWeights(bnb.nn.Linear8bitLt):  # type: ignore[misc]
+        """Computes with the inputs as they are, so that no record depends on another one."""
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            """[..., in] -> [..., out]."""
+            device = inputs.device.type
+            if torch.is_autocast_enabled(device):
+                inputs = inputs.to(torch.get_autocast_dtype(device))
+            outputs: Tensor = _Product8bit.apply(inputs, self)
+            return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+
+    return Linear8bitWeights
+
+
+def _packed(
+    linear: Any, config: QuantizationConfig, compute_dtype: torch.dtype, rounds_inputs: bool = False
+) -> nn.Module:
     import bitsandbytes as bnb
 
     shape, has_bias = linear_shape(linear), linear.bias is not None
     weight = linear.weight.data.T.contiguous() if is_transposed(linear) else linear.weight.data
     layer: Any
     if config.bits == 8:
-        layer = _linear_8bit()(*shape, bias=has_bias, has_fp16_weights=False, threshold=6.0, device="meta")
+        kind_8bit = _linear_8bit() if rounds_inputs else _weights_8bit()
+        layer = kind_8bit(*shape, bias=has_bias, has_fp16_weights=False, threshold=6.0, device="meta")
         layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
         kind: dict[str, Any] = {"quant_type": config.format, "compress_statistics": config.double}
