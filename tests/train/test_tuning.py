@@ -15,6 +15,7 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.export.run import export_run
 from vlm.inference.load import load
 from vlm.models.build import build_model
+from vlm.models.config import QuantizationConfig
 from vlm.models.trainable import load_weights, part_of
 from vlm.run import train
 from vlm.train.checkpoint import list_checkpoints, newest_verified
@@ -232,3 +233,18 @@ def test_what_cannot_be_is_refused_by_name(tmp_path, engine, settings, train_set
     path.write_text(json.dumps(json.loads(path.read_text()) | {"engine": engine}))
     with pytest.raises(ConfigError, match=said):
         load_config(path)
+
+
+@pytest.mark.slow
+def test_adapters_that_start_from_replaced_weights_change_nothing_at_first(toys, tmp_path):
+    """DoRA's lengths and the copies of saved modules are those of the weights that init_from brings."""
+    export = export_run(trained(config_of(toys, tmp_path / "first", "pt of an LLM", METHODS["full"])))
+    lora = {**LORA, "dora": True, "modules_to_save": ["lm_head"]}
+    path = config_of(toys, tmp_path / "second", "pt of an LLM", {"trainable": ["llm.lora"], "lora": lora})
+    config = load_config(path).model
+    model = build_model(config).model
+    load_init(model, config, export)
+    assert apart(logits(model.eval()), logits(load(export, device="cpu", precision="fp32").model)) < BOUND
+    packed = config.model_copy(update={"llm": config.llm.model_copy(update={"quantization": QuantizationConfig()})})
+    with pytest.raises(CheckpointError, match="brings a language model of its own"):
+        load_init(model, packed, export)

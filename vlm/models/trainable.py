@@ -19,7 +19,7 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.models.config import LoRAConfig, PartialConfig
 from vlm.models.decoders import find_blocks, find_linears, is_transposed
 from vlm.models.encoders.blocks import blocks_of_encoder, linears_of_encoder
-from vlm.models.lora import SAVED, adapter_delta, is_adapter, names_chosen
+from vlm.models.lora import MAGNITUDE, SAVED, adapter_delta, is_adapter, names_chosen
 from vlm.models.partition import add, full_shape, write
 from vlm.models.quantize import is_packed
 from vlm.models.vlm import VisionLanguageModel
@@ -190,6 +190,28 @@ def merge_adapter(model: VisionLanguageModel, tensors: Mapping[str, Tensor], con
                 "start from a merged model: vlm export RUN --full, and its llm folder as model.llm.path"
             )
         add(layer, adapter_delta(model.get_submodule(place), tensors, stem, config))
+
+
+@torch.no_grad()
+def renew_adapters(model: VisionLanguageModel, brought: Collection[str]) -> None:
+    """Begin anew what adapters took from the weights beside them, where these were replaced: DoRA's lengths, and the
+    copies of `modules_to_save`.
+
+    Args:
+        brought: canonical names of what was loaded; what of adapters is among them stays.
+    """
+    for top, network in (("llm", model.llm), ("vision", model.vision)):
+        if network is None or not any(part_of(name) == top for name in brought):
+            continue
+        for name, module in network.named_modules():
+            place = f"{top}.lora.{name}"
+            if getattr(module, "lora_magnitude_vector", None) and f"{place}.{MAGNITUDE}" not in brought:
+                weight, axis = module.base_layer.weight.float(), 0 if is_transposed(module.base_layer) else 1
+                module.lora_magnitude_vector["default"].weight.copy_(weight.norm(dim=axis))
+            elif hasattr(module, "original_module") and hasattr(module, "modules_to_save"):
+                for leaf, parameter in module.modules_to_save["default"].named_parameters():
+                    if f"{place}{SAVED}{leaf}" not in brought:
+                        parameter.copy_(module.original_module.get_parameter(leaf))
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
