@@ -32,18 +32,25 @@ core = [
     "psutil>=6",
     "jinja2>=3.1",
     "numpy>=1.26",
+    "httpx>=0.27",  # vlm data make
 ]
 extras = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "serve": ["gradio>=6,<7", "fastapi>=0.115", "uvicorn>=0.34", "prometheus_client>=0.21", "httpx>=0.27"],
     "json": ["llguidance>=1.9,<2"],  # replies of a form that a request asks for
     "track": ["tensorboard>=2.18"],
+    "wandb": ["wandb>=0.20"],
+    "trackio": ["trackio>=0.20"],
+    "swanlab": ["swanlab>=0.10"],
+    "mlflow": ["mlflow>=3"],
     "quant": ["bitsandbytes>=0.49", "accelerate>=1.10"],
     # scripts/bench_train.py; LLaMA-Factory asks for other versions of transformers and peft: give it an environment of
     # its own and name that with --python-of
     "bench": ["trl>=0.24", "datasets>=4"],
     "demo": ["resvg-py==0.5.0", "emoji==2.16.0", "gguf>=0.17", "accelerate>=1.10"],
 }
+users = ("deepspeed", "serve", "json", "track", "quant")  # all that a user of the program may need
+extras["all"] = [package for name in users for package in extras[name]]
 extras["test"] = [
     *extras["demo"],
     *extras["track"],
@@ -75,6 +82,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vlm", "vlm.*"]),
+    package_data={"vlm.models": ["measured.json"]},
     install_requires=core,
     extras_require=extras,
     entry_points={"console_scripts": ["vlm=vlm.cli.main:main"]},

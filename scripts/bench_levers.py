@@ -34,6 +34,12 @@ LEVERS = (
     Lever("attention record by record", "J2", ("model.llm.attention=sdpa",), ("model.llm.attention=varlen",)),
     Lever("shared images", "J2-shared", ("data.share_images=false",), ("data.share_images=true",)),
     Lever("rows of 1,024 tokens, not 2,048", "J2", ("data.max_length=2048",), ("data.max_length=1024",)),
+    Lever(
+        "saving beside training, every step",
+        "J2",
+        ("train.save_every=1", "train.async_save=false"),
+        ("train.save_every=1", "train.async_save=true"),
+    ),
     Lever("cached features", "J1", ("data.cache_features=false",), ("data.cache_features=true",)),
 )
 

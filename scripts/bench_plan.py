@@ -287,7 +287,7 @@ def make_batch(case: Case, model: Any, device: str) -> Any:
     positions = torch.arange(case.length).repeat(case.rows, 1)
     if case.packed:
         positions[:, case.length // 2 :] -= case.length // 2
-    return Batch(ids, labels, positions, pixels).to(device)
+    return Batch(ids, labels, positions, pixels).to(torch.device(device))
 
 
 def step_loss(model: Any, batch: Any, case: Case, device: str) -> Tensor:
@@ -300,7 +300,7 @@ def step_loss(model: Any, batch: Any, case: Case, device: str) -> Tensor:
             received = torch.zeros(shape, dtype=torch.bfloat16, device=device, requires_grad=True)
             hidden = model.decode(received, batch.position_ids)
         else:
-            hidden = model(batch.input_ids, batch.position_ids, batch.pixel_values)
+            hidden = model(batch.input_ids, batch.position_ids, batch.pixel_values, device=batch.device)
         if case.stage and not case.stage[0]:
             return hidden.sum()
         return chunked_cross_entropy(hidden, batch.labels, model.logits) / batch.num_supervised

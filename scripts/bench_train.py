@@ -270,7 +270,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def bench_of(arguments: argparse.Namespace, pythons: tuple[tuple[str, str], ...] = ()) -> Bench:
     return Bench(
         arguments.shape, arguments.device, arguments.precision, arguments.threads, arguments.batch,
-        arguments.samples, arguments.warmup, arguments.folder, pythons,
+        arguments.samples, arguments.warmup, arguments.folder.resolve(), pythons,
     )  # fmt: skip
 
 

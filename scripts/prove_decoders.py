@@ -1,6 +1,6 @@
 """Is every decoder that transformers has trained, generated and quantized rightly? Measures each and writes a table.
 
-    python scripts/prove_decoders.py                          # all types, docs/models.md
+    python scripts/prove_decoders.py                          # all types, docs/models.md and what `vlm models` reads
     python scripts/prove_decoders.py llama mamba --out -      # some, printed
 
 Every type is built at toy size from its config class (scripts/toy_decoders.py), in a process of its own. A type whose
@@ -34,8 +34,10 @@ from vlm.generation.batched import BatchedGenerator, Reply
 from vlm.generation.generate import GenerationSettings, generate
 from vlm.generation.sampling import SamplingSettings
 from vlm.models.config import LLMConfig, LoRAConfig, ModelConfig
+from vlm.models.decoders import find_linears
 from vlm.models.families import FAMILIES, family_of, refuse_decoder
 from vlm.models.head import find_logits_rule
+from vlm.models.known import MEASURED
 from vlm.models.llm import enable_gradient_checkpointing, settle_attention
 from vlm.models.row_decoders import PlainDecoder, RowByRowDecoder
 from vlm.models.trainable import set_trainable
@@ -64,6 +66,7 @@ class Measured:
     reply: str = ""  # as `vlm chat` writes it, against one without a cache
     serve: str = ""  # the same for `vlm serve`
     lora: str = ""
+    targets: tuple[str, ...] = ()  # last parts of the names of those layers
     pipeline: str = ""
     plan: str = ""
     bits: str = ""
@@ -166,6 +169,7 @@ def _measure_lora(row: Measured, llm: Any) -> None:
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and "lora_B" in name}
 
     plain = gradients()
+    row.targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in find_linears(toy_decoder(row.type))))
     count = sum("lora_B" in name for name, _ in model.named_parameters())
     idle = count - sum(bool(gradient.any()) for gradient in plain.values())
     row.lora = f"{count}" + (f", {idle} idle" if idle else "")
@@ -262,6 +266,12 @@ def as_markdown(rows: Sequence[Measured], seconds: float) -> str:
     return "\n".join(lines) + "\n"
 
 
+def as_json(rows: Sequence[Measured]) -> str:
+    """What `vlm models` reads: one type a line, without what is empty."""
+    lines = [{key: value for key, value in asdict(row).items() if value not in ("", ())} for row in rows]
+    return "[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n"
+
+
 _COLUMNS = {
     "packed rows": "packing", "logits": "logits", "gradient": "gradient", "checkpointing": "checkpointing",
     "reply": "reply", "serve": "serve", "LoRA": "lora", "pipeline": "pipeline", "plan": "plan", "8 / 4 bits": "bits",
@@ -330,6 +340,7 @@ def main() -> None:
         print(text)
     else:
         Path(arguments.out).write_text(text, encoding="utf-8")
+        MEASURED.write_text(as_json(rows), encoding="utf-8")
     sys.exit(any(row.state == "wrong" for row in rows))
 
 

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from vlm.config import find_config, json_schema, load_config, resolve_for_log, shipped_projects
+from vlm.data.config import TemplateName
 from vlm.errors import ConfigError
 from vlm.layered_yaml import Loader, read_layers
 
@@ -111,15 +113,15 @@ def test_all_problems_of_all_files_are_reported_at_once_where_they_were_written(
         "  llm: {path: some/llm}\n"
         "  vision: {backend: hff, path: some/clip}\n"
         "data:\n"
-        "  template: chatlm\n"
+        "  template: chatmll\n"
         "  max_length: 0\n"
         "  sources:\n"
         "    - {pth: a.json}\n"
     )
     assert problems(path, "engine.devise=cpu") == [
         "a.yaml:5: model.vision.backend: expected 'hf', 'open_clip' or 'timm'; did you mean 'hf'? (found 'hff')",
-        "a.yaml:7: data.template: expected 'plain', 'chatml', 'internlm2', 'llama2', 'llama3', 'vicuna', 'alpaca' or "
-        "'tokenizer'; did you mean 'chatml'? (found 'chatlm')",
+        f"a.yaml:7: data.template: expected {', '.join(map(repr, get_args(TemplateName)[:-1]))} or 'tokenizer'; "
+        "did you mean 'chatml'? (found 'chatmll')",
         "a.yaml:10: data.sources[0].path: missing, and it has no default",
         "a.yaml:10: data.sources[0].pth: unknown key; did you mean path?",
         "a.yaml:8: data.max_length: expected more than 0 (found 0)",

@@ -100,6 +100,23 @@ def test_every_command_that_is_printed_parses(document: Path, monkeypatch: pytes
             assert is_key(override.partition("=")[0]), f"{override} in {shlex.join(words)}"
 
 
+def test_what_stands_beside_another_trainers_commands_is_ours(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "vlm.train.engines.deepspeed_settings.read_json", lambda path: {"zero_optimization": {"stage": 2}}
+    )
+    text = (ROOT / "docs/coming-from.md").read_text(encoding="utf-8")
+    ours = [row.split(" | ", 1)[1] for row in re.findall(r"^\| (`.*|[a-z.].*) \|$", text, re.MULTILINE) if " | " in row]
+    spans = [span for cell in ours for span in re.findall(r"`([^`]+)`", cell)]
+    commands = [span for span in spans if re.match(r"(NPROC_PER_NODE=8 )?vlm |python \w+\.py|torchrun ", span)]
+    assert len(commands) > 40
+    for command in commands:
+        overrides = check([word.replace("STEP", "600") for word in command.split()])
+        assert all(is_key(override.partition("=")[0]) for override in overrides), command
+    keys = [span.partition(":")[0] for span in spans if re.match(r"(model|data|train|engine)\.", span)]
+    assert len(keys) > 60
+    assert [key for key in keys if not is_key(key)] == []
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_every_link_leads_somewhere(document: Path):
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
@@ -115,7 +132,7 @@ def test_the_chinese_readme_has_the_blocks_and_documents_of_the_english_one():
     assert list(commands(chinese)) == list(commands(english))
     other = re.compile(r"^```(?!bash)\w+\n.*?^```", re.MULTILINE | re.DOTALL)
     assert other.findall(chinese) == other.findall(english)
-    listed = re.compile(r"^\| \[(docs/\w+\.md)\]", re.MULTILINE)
+    listed = re.compile(r"^\| \[(docs/[\w-]+\.md)\]", re.MULTILINE)
     assert listed.findall(chinese) == listed.findall(english)
     assert set(listed.findall(english)) == {f"docs/{path.name}" for path in ROOT.glob("docs/*.md")}
     assert chinese.count("\n## ") == english.count("\n## ")

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from vlm.config import RunConfig, load_config, shipped_projects
+from vlm.config_checks import load_checked
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = Path(__file__).parent / "fixtures/configs"  # config.json of models on the hub, no weights
 DEMOS = ("quickstart/", "tiny/")  # their models are made by scripts/
-RECIPES = [name for name in shipped_projects() if not name.startswith(DEMOS)]
+SINGLE = ("minigpt4qwen/",)  # of one stage
+RECIPES = [name for name in shipped_projects() if not name.startswith((*DEMOS, *SINGLE))]
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +90,23 @@ def test_the_14b_recipe_fits_two_24_gb_cards_and_not_one(stage):
     assert plan.peak < usable(parse_memory("24GiB"))
     one = config.model_copy(update={"engine": Local()})
     assert estimate(one, 1, has_flash_attention=False).peak > parse_memory("24GiB")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("llm", "memory", "cards"), [("7B", "24GiB", 1), ("14B", "24GiB", 2)])
+def test_minigpt4qwen_trains_one_linear_layer_and_fits_as_its_authors_say(llm, memory, cards):
+    """7B on one card of 24 GB, 14B on two; EVA-CLIP-g has 986 million parameters and the Q-Former 105."""
+    from vlm.plan.estimate import estimate
+    from vlm.plan.memory import parse_memory, usable
+
+    options = [f"model.llm.path={CONFIGS}/Qwen2.5-{llm}-Instruct", *(["engine.kind=pipeline"] * (cards > 1))]
+    plan = estimate(load_checked("minigpt4qwen/finetune", options, ("model",), ()), cards)  # as `vlm plan` does
+    assert plan.peak < usable(parse_memory(memory))
+    width = plan.shape.llm.width
+    assert plan.num_trained == 768 * width + width
+    assert (plan.shape.tokens_per_image, plan.shape.vision.num_tokens) == (32, 257)
+    millions = (plan.shape.vision.numel, plan.shape.projector.numel - plan.num_trained)
+    assert [round(each / 1e6) for each in millions] == [986, 105]
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def byte_level_bpe(texts: Iterable[str] = TEXTS, vocab_size: int = 400) -> PreTr
     return tokenizer
 
 
-def sentencepiece_like() -> PreTrainedTokenizerFast:
+def sentencepiece_like(texts: Iterable[str] = TEXTS) -> PreTrainedTokenizerFast:
     """Like Llama 2's: a blank before the text, <s> put in front by the tokenizer itself."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -45,7 +45,7 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     special = ["<unk>", "<s>", "</s>"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special + byte_tokens, show_progress=False)
-    backend.train_from_iterator(TEXTS, trainer)
+    backend.train_from_iterator(texts, trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"

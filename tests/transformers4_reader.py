@@ -52,7 +52,7 @@ def read_llava(folder: Path, asked: Any) -> dict[str, Any]:
 def read_language_model(folder: Path, asked: Any) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, report = AutoModelForCausalLM.from_pretrained(folder / "llm", dtype=torch.float32, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     ids = torch.tensor(asked["ids"])[None]
     with torch.no_grad():
         logits = model(ids).logits[0]

@@ -5,7 +5,7 @@ Letters in shapes: B rows, L tokens, N tiles of images, S pixels per side, P pat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from vlm.errors import ConfigError
@@ -53,7 +53,7 @@ class ImageSpec:
     """How images become pixels for one vision encoder, and how many tokens each takes in the text.
 
     Data, prompts, chat and server ask `layout`; the memory estimate asks `typical`. This is the kind whose images are
-    all one tile, the only one that a config can choose.
+    all one tile, for one encoder.
     """
 
     size: int  # S, pixels per side of the square the encoder sees
@@ -65,6 +65,11 @@ class ImageSpec:
 
     kind: ClassVar[str] = "square"
     reads_size: ClassVar[bool] = False  # whether `layout` depends on the image, so that its header must be read
+
+    @property
+    def members(self) -> tuple[ImageSpec, ...]:
+        """Of each encoder, in the order of the channels of `pixel_values`."""
+        return (self,)
 
     def layout(self, width: int, height: int) -> ImageLayout:
         """Of an upright image of that many pixels. Pure: the same everywhere, from the scan to the server."""
@@ -79,7 +84,25 @@ class ImageSpec:
         return self.num_tokens
 
 
-IMAGE_SPECS: dict[str, type[ImageSpec]] = {"square": ImageSpec}  # by the kind that an export names
+@dataclass(frozen=True)
+class FusedSpec(ImageSpec):
+    """Of several encoders, each of which sees the image in its own way. What `ImageSpec` has is the first one's; the
+    background and the tokens are of all."""
+
+    others: tuple[ImageSpec, ...] = ()
+
+    kind: ClassVar[str] = "fused"
+
+    @property
+    def members(self) -> tuple[ImageSpec, ...]:
+        first = ImageSpec(**{each.name: getattr(self, each.name) for each in fields(ImageSpec)})
+        return (first, *self.others)
+
+
+IMAGE_SPECS: dict[str, type[ImageSpec]] = {  # by the kind that an export names
+    "square": ImageSpec,
+    "fused": FusedSpec,
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +117,7 @@ class Example:
 
     @property
     def num_supervised(self) -> int:
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 @dataclass
@@ -104,27 +127,29 @@ class Batch:
     `position_ids` restart at 0 with every example of a row (and at every padding token), so that nothing attends
     across. Padding has label IGNORE_INDEX. `image_token_id` stands in `input_ids` at each image placeholder; images
     are in the order in which their placeholders appear, row by row.
+
+    The integers decide what is computed, and reading them from a GPU would wait for all that it has yet to do. So they
+    stay in host memory: `to` moves the images, and the model sends the device what it computes with (`send`).
     """
 
     input_ids: Tensor  # int64 [B, L]
     labels: Tensor  # int64 [B, L]
     position_ids: Tensor  # int64 [B, L]
-    pixel_values: Tensor | None = None  # float32 [N, 3, S, S], a tile each; None when no row has an image
+    # float32 [N, 3, S, S], a tile each, of several encoders three channels for each; None when no row has an image
+    pixel_values: Tensor | None = None
     image_features: Tensor | None = None  # [N, P, C] of the frozen encoder, from the cache, instead of pixel_values
     where: list[str] = field(default_factory=list)  # file and record of every example, in order
     skipped: list[Skip] = field(default_factory=list)  # examples left out: an image of theirs could not be read
     num_padding: int = 0  # padding tokens among the B * L
+    device: torch.device | None = None  # that computes with it; None: that of its tensors
 
-    def to(self, device: torch.device | str) -> Batch:
-        return Batch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            pixel_values=None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True),
-            image_features=None if self.image_features is None else self.image_features.to(device, non_blocking=True),
-            where=self.where,
-            skipped=self.skipped,
-            num_padding=self.num_padding,
+    def to(self, device: torch.device) -> Batch:
+        """Images on the device that computes; the rest stays in host memory."""
+        return replace(
+            self,
+            pixel_values=None if self.pixel_values is None else send(self.pixel_values, device),
+            image_features=None if self.image_features is None else send(self.image_features, device),
+            device=device,
         )
 
     @property
@@ -137,3 +162,10 @@ class Batch:
     def num_supervised(self) -> int:
         """Tokens the loss counts. Position 0 of a row is never predicted, and never carries a label."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor [...] on a device, without waiting: a GPU takes it, once it comes to that, from pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

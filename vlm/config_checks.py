@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.config import RunConfig, load_config, raise_problems, read_source, unused_settings
-from vlm.config_paths import Problem, missing_inputs, run_problems
+from vlm.config_paths import Problem, encoder_keys, missing_inputs, run_problems
 from vlm.errors import CheckpointError, ConfigError
 from vlm.launch import launched_rank, local_rank
 from vlm.layered_yaml import dotted
@@ -29,7 +29,7 @@ from vlm.models.native import is_native_decoder, why_not_a_decoder, why_not_nati
 
 READS = ("weights", "tokenizer")  # of models' folders, besides config.json
 
-_LLM, _VISION, _TEMPLATE = ("model", "llm", "path"), ("model", "vision", "path"), ("data", "template")
+_LLM, _TEMPLATE = ("model", "llm", "path"), ("data", "template")
 
 
 def load_checked(
@@ -67,7 +67,8 @@ def config_problems(config: RunConfig, reads: Collection[str] = READS) -> list[P
     Args:
         reads: what the command will read of models' folders besides config.json.
     """
-    return [*missing_inputs(config), *model_problems(config, reads), *run_problems(config)]
+    missing = [(key, text) for key, text in missing_inputs(config) if "weights" in reads or key[-1] != "pretrained"]
+    return [*missing, *model_problems(config, reads), *run_problems(config)]
 
 
 def model_problems(config: RunConfig, reads: Collection[str] = READS) -> list[Problem]:
@@ -93,9 +94,9 @@ def run_notes(config: RunConfig) -> list[str]:
         if template is not None:
             words = [word for word in control_words(template) if word not in vocabulary.ids]
             notes += [text for text in (warn_of_split(template, words),) if text]
-    vision = config.model.vision
-    if vision is not None:
-        notes += [f"model.vision.path {vision.path}: {note}" for note in VISION_BACKENDS[vision.backend].notes(vision)]
+    for encoder in config.model.vision.encoders if config.model.vision is not None else ():
+        kind = VISION_BACKENDS[encoder.backend]
+        notes += [f"model.vision.path {encoder.path}: {note}" for note in kind.notes(encoder)]
     return notes
 
 
@@ -119,10 +120,11 @@ def _language_model(config: RunConfig, reads: Collection[str]) -> Iterator[Probl
 
 
 def _encoder(config: RunConfig, reads: Collection[str]) -> Iterator[Problem]:
-    vision = config.model.vision
-    if vision is not None:
-        for problem in VISION_BACKENDS[vision.backend].problems(vision, reads):
-            yield _VISION, problem
+    if config.model.vision is None:
+        return
+    for key, encoder in zip(encoder_keys(config), config.model.vision.encoders, strict=True):
+        for problem in VISION_BACKENDS[encoder.backend].problems(encoder, reads):
+            yield (*key, "path"), problem
 
 
 def _vocabulary(config: RunConfig) -> Iterator[Problem]:

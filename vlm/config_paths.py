@@ -47,9 +47,18 @@ def model_paths(config: RunConfig) -> Iterator[tuple[Key, str]]:
     """Names or folders of models."""
     yield ("model", "llm", "path"), config.model.llm.path
     if config.model.vision is not None:
-        yield ("model", "vision", "path"), config.model.vision.path
-        if config.model.vision.pretrained is not None:
-            yield ("model", "vision", "pretrained"), config.model.vision.pretrained
+        for key, encoder in zip(encoder_keys(config), config.model.vision.encoders, strict=True):
+            yield (*key, "path"), encoder.path
+            if encoder.pretrained is not None:
+                yield (*key, "pretrained"), encoder.pretrained
+        if config.model.projector.start_path is not None:
+            yield ("model", "projector", "pretrained"), config.model.projector.start_path
+
+
+def encoder_keys(config: RunConfig) -> list[Key]:
+    """The key of each encoder, in the order of `model.vision.encoders`."""
+    others = 0 if config.model.vision is None else len(config.model.vision.fuse_with)
+    return [("model", "vision"), *(("model", "vision", "fuse_with", number) for number in range(others))]
 
 
 def _paths(config: RunConfig) -> Iterator[tuple[Key, str | None, str]]:

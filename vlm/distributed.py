@@ -6,6 +6,7 @@ Without a launcher's variables (`vlm.launch`) this is a world of one process, an
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
 import warnings
@@ -24,6 +25,8 @@ T = TypeVar("T")
 _timeout: timedelta | None = None  # of collectives
 _store: Any = None  # the key-value store of the launch; says where each rank was when one of them is lost
 _ended: list[Any] = []  # groups that were left, kept until the process ends: see `process_group`
+_beside: Any = None  # a group of all processes, for threads that work beside training
+_thread = threading.local()
 has_met_others = False  # whether this process was ever one of several
 _turns = 0  # how often the others waited for rank 0
 
@@ -54,7 +57,7 @@ def process_group(device: torch.device, timeout_seconds: float, *, always: bool 
         timeout_seconds: a collective that waits longer fails on every rank.
         always: make a group even in a world of one, as DeepSpeed and fully_shard demand.
     """
-    global _store, _timeout, has_met_others
+    global _store, _timeout, _beside, has_met_others
     size = launched_size()
     if dist.is_initialized() or (size == 1 and not always):
         yield
@@ -75,11 +78,13 @@ def process_group(device: torch.device, timeout_seconds: float, *, always: bool 
     _store = dist.PrefixStore(_agree_on_prefix(_store, own, size, timeout_seconds), _store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=_store, rank=own, world_size=size, timeout=timeout)
+    _beside = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
     try:
         with _name_the_lost():
             yield
     finally:
         _store = _timeout = None
+        _ended.append(_beside)
         # DistributedDataParallel would hold the last reference, and freeing it there can hang: the group waits for its
         # threads with Python's lock held, and a thread that frees a tensor waits for that lock
         _ended.append(dist.group.WORLD)
@@ -127,6 +132,23 @@ def sum_over_ranks(values: list[float], group: Any = None) -> list[float]:
     return tensor.tolist()
 
 
+@contextmanager
+def beside_training() -> Iterator[None]:
+    """In another thread than training's: what the processes tell each other in the block goes over a group of its own.
+
+    All processes make the same calls in the same order there too, whatever step each of them is at.
+    """
+    _thread.is_beside = True
+    try:
+        yield
+    finally:
+        _thread.is_beside = False
+
+
+def _is_beside() -> bool:
+    return getattr(_thread, "is_beside", False)
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
@@ -137,7 +159,7 @@ def gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=_beside if _is_beside() else None)
     return gathered
 
 
@@ -205,10 +227,11 @@ def _turn_of_main() -> Iterator[None]:
     """Rank 0 goes through the block, however long it takes; the others wait for that before they enter it.
 
     They wait outside of a collective, whose timeout is for ranks that hang: encoding all images of a run, or adding
-    up the hashes of a large checkpoint, takes longer. If rank 0 is lost, the launcher ends them.
+    up the hashes of a large checkpoint, takes longer. If rank 0 is lost, the launcher ends them. Beside training they
+    wait in a collective: a thread that never noticed would keep its process from ending.
     """
     global _turns
-    if world_size() == 1 or _store is None:
+    if world_size() == 1 or _store is None or _is_beside():
         yield
         return
     _turns += 1

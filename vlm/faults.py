@@ -12,18 +12,18 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextvars import ContextVar
 
 from vlm.launch import is_restarted, launched_rank
 
 ACTIONS = ("kill", "term", "raise", "oom", "nan", "sleep")
 _fired: set[str] = set()
-_step = 0
+_step = ContextVar("step", default=0)  # of each thread: a checkpoint is written while later steps are made
 
 
 def set_step(step: int) -> None:
-    """Tell the injector which optimizer step is being made."""
-    global _step
-    _step = step
+    """Tell the injector which optimizer step this thread is at."""
+    _step.set(step)
 
 
 def fault(point: str) -> str | None:
@@ -35,7 +35,8 @@ def fault(point: str) -> str | None:
         place, _, action = entry.partition("=")
         place, _, rank = place.partition("/")
         name, _, at = place.partition("@")
-        if name != point or entry in _fired or (at and int(at) != _step) or rank not in ("", str(launched_rank())):
+        is_here = name == point and (not at or int(at) == _step.get()) and rank in ("", str(launched_rank()))
+        if entry in _fired or not is_here:
             continue
         if action not in ACTIONS:
             raise ValueError(f"VLM_FAULT: action {action!r} in {entry!r}; known: {', '.join(ACTIONS)}")

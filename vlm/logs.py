@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from vlm.launch import launched_rank
 
+LEVELS = ("info", "warning", "error")
 PROGRESS_SECONDS = 15.0  # between the lines of a log file; a terminal has a live line instead
+_least = 0  # place in LEVELS of what is shown
 _live = ""  # the live line on screen now; rewritten after every ordinary line
 
 
@@ -18,22 +22,33 @@ def is_logging_rank() -> bool:
     return launched_rank() == 0
 
 
-def log(message: str) -> None:
+@contextmanager
+def log_level(name: str) -> Iterator[None]:
+    """Within the block, show lines of this level and those after it in LEVELS. Errors are printed by `vlm.cli`."""
+    global _least
+    before, _least = _least, LEVELS.index(name)
+    try:
+        yield
+    finally:
+        _least = before
+
+
+def log(message: str, level: str = "info") -> None:
     """Print a line on standard error, above the live line if there is one."""
-    if is_logging_rank():
+    if is_logging_rank() and LEVELS.index(level) >= _least:
         erase = "\r\033[K" if _live else ""
         sys.stderr.write(f"{erase}{message}\n{_live}")
         sys.stderr.flush()
 
 
 def warn(message: str) -> None:
-    log(f"warning: {message}")
+    log(f"warning: {message}", "warning")
 
 
 def live(line: str) -> None:
     """Replace the live line; an empty one ends it. Does nothing when standard error is no terminal."""
     global _live
-    if not is_logging_rank() or not sys.stderr.isatty():
+    if _least or not is_logging_rank() or not sys.stderr.isatty():
         return
     width = _columns()
     _live = line if len(line) < width else line[: width - 1]

@@ -48,6 +48,7 @@ from vlm.train.fragments import read_weights
 from vlm.train.initialize import CANDIDATES, fit_least_squares
 from vlm.train.optim import describe_sizes
 from vlm.train.scaling import loss_scale_for
+from vlm.train.trackers import check_trackers
 
 CALIBRATION_STEPS = 8  # optimizer steps whose images set the projector's channel statistics
 
@@ -76,8 +77,7 @@ def check_available(config: RunConfig, device: torch.device) -> None:
     check_installed(config.train)
     if config.train.precision != "auto":
         precision.resolve(config.train.precision, device, "train.precision")
-    if config.train.tensorboard and find_spec("tensorboard") is None:
-        raise MissingPackageError("tensorboard", "train.tensorboard", "track")
+    check_trackers(config.train)
     package = config.engine.package
     if package is not None and find_spec(package) is None:
         raise MissingPackageError(package, f"engine.kind {config.engine.kind}", package)
@@ -300,7 +300,8 @@ def _settle_cache(config: RunConfig, cached: bool, why: str) -> RunConfig:
 
 def image_encoder(config: RunConfig, vision: VisionEncoder, spec: ImageSpec, device: torch.device) -> ImageEncoder:
     dtype = precision.autocast_dtype(config.train.precision)
-    return ImageEncoder(vision, spec, config.data.max_pixels, device, dtype, config.data.workers)
+    data = config.data
+    return ImageEncoder(vision, spec, data.max_pixels, device, dtype, data.workers, data.jpeg_draft)
 
 
 def open_cache(config: RunConfig, encoder: ImageEncoder | None) -> FeatureStore:
@@ -308,7 +309,7 @@ def open_cache(config: RunConfig, encoder: ImageEncoder | None) -> FeatureStore:
     assert encoder is not None
     settings = config.data
     kept = precision.DTYPES[settings.cache_dtype]
-    return open_store(settings.cache, encoder.encoder, encoder.spec, kept, settings.cache_size_gb)
+    return open_store(settings.cache, encoder, kept, settings.cache_size_gb)
 
 
 def _choose_cache(

@@ -18,8 +18,8 @@ from vlm.data.image_order_counts import count_image_orders
 from vlm.data.skips import SkipLog
 from vlm.distributed import gather_objects, is_main, main_first, on_main, process_group, rank, world_size
 from vlm.errors import ConfigError, DataError, VLMError
-from vlm.launch import launched_size
-from vlm.logs import log, warn
+from vlm.launch import ignored_settings, launched_size
+from vlm.logs import log, log_level, warn
 from vlm.models.build import build_encoder
 from vlm.models.llm import IMAGE_TOKEN, load_tokenizer
 from vlm.objectives.lm import LanguageModelingConfig
@@ -38,7 +38,7 @@ from vlm.proof.checks import Proof
 from vlm.proof.prove import prove, prove_run
 from vlm.schema import chosen_kinds, section_defaults
 from vlm.settle import CACHE_FEATURES, FIRST_WITH_BALANCE, FIRST_WITH_SHARING, VISION_COMPUTE, settle_precision
-from vlm.train.checkpoint import newest_verified, read_info
+from vlm.train.checkpoint import checkpoint_of, newest_verified, read_info, set_later_aside
 from vlm.train.engines.device import choose_device
 from vlm.train.engines.kinds import kind_of_launch
 from vlm.train.events import RunEvents
@@ -51,21 +51,25 @@ from vlm.train.profile import StepProfile
 from vlm.train.resume import OPTIMIZER_STATE, RunState, flatten, read_progress, refuse_other_run
 from vlm.train.runfolder import RunFolder
 from vlm.train.sampling import SampleQuestions
+from vlm.train.saving import CheckpointWriter
+from vlm.train.switches import torch_switches
 
 # keys of data: that decide on rows and their order
 _DATA_SETTINGS = {
     "template", "system", "sources", "held_out", "max_length", "max_images", "over_long", "packing", "pack_window",
     "max_pixels", "image_placement",
 }  # fmt: skip
+_LATER_DATA_SETTINGS = {"drop_last", "group_by_length"}  # the same; false in checkpoints that do not name them
 
 
-def train(config: RunConfig, config_text: str, profile_steps: int = 0) -> Path:
+def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_step: int | None = None) -> Path:
     """Train as `config` says, resuming from the newest intact checkpoint of its output_dir.
 
     Args:
         config: the validated config.
         config_text: the YAML that is kept in the run folder, secrets left out.
         profile_steps: steps to profile, after the first two; 0 profiles none.
+        resume_step: of the checkpoint to go on from; newer ones are then set aside. None takes the newest.
 
     Returns:
         the run folder.
@@ -75,12 +79,16 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0) -> Path:
     """
     device = choose_device(config.engine.device)
     check_available(config, device)
+    if ignored := ignored_settings():
+        warn(f"the launcher was told {', '.join(ignored)}: not used, the config's keys in brackets decide")
     with (
+        log_level(config.train.log_level),
+        torch_switches(config.train),
         _process_group(config, device),
         RunFolder(config.output_dir) as run,
         _explain_out_of_memory(config),
     ):
-        checkpoint = on_main(lambda: newest_verified(run.path))
+        checkpoint = on_main(lambda: _resumed(run.path, resume_step))
         config = settle_precision(config, device, None if checkpoint is None else read_info(checkpoint)["identity"])
         identity = run_identity(config)
         if checkpoint is not None:
@@ -110,13 +118,17 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0) -> Path:
                 try:
                     loop.run(parts.start_step)
                 finally:
-                    events.reporter.close()
+                    events.close()
             if is_main():
                 _plot(run.path)
         elif parts.start_step > parts.max_steps:
             log(f"nothing to train: the run is beyond train.max_steps {parts.max_steps} already")
         log(f"done: {max(parts.start_step, parts.max_steps)} steps in {run.path}; next: vlm export {run.path}")
         return run.path
+
+
+def _resumed(run: Path, step: int | None) -> Path | None:
+    return newest_verified(run) if step is None else checkpoint_of(run, step)
 
 
 def _pin_start(config: RunConfig, checkpoint: Path | None) -> Pins:
@@ -227,19 +239,22 @@ def _run_state(parts: Prepared, run: RunFolder, identity: dict[str, Any], start:
     if vision is not None and vision.compute is not None:
         identity[VISION_COMPUTE] = vision.compute.name
     identity[CACHE_FEATURES] = parts.config.data.cache_features
-    settings = flatten(parts.config.data.model_dump(mode="json", include=_DATA_SETTINGS), "data")
+    chosen = {key for key in _LATER_DATA_SETTINGS if getattr(parts.config.data, key)}
+    settings = flatten(parts.config.data.model_dump(mode="json", include=_DATA_SETTINGS | chosen), "data")
     orders = count_image_orders(data.order.scan.reader, data.order.with_images) if is_main() else {}
     return RunState(run.path, parts.engine, data.fingerprint, identity, settings, start, skips.state, orders)
 
 
 def _rewind(run: RunFolder, parts: Prepared, skips: SkipLog, checkpoint: Path | None) -> None:
-    """Drop what a killed run wrote after the checkpoint that this one goes on from."""
+    """Drop what was written after the checkpoint that this launch goes on from; set newer checkpoints aside."""
     for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
         run.rewind(name, parts.start_step or -1)  # -1: all of a run that was killed before its first checkpoint
     if parts.start_step == 0:
         skips.list_found([skip for scan in parts.data.scans for skip in scan.skips])
     if checkpoint is not None:
         skips.restore(read_progress(checkpoint))
+        for path in on_main(lambda: set_later_aside(run.path, checkpoint)):
+            log(f"{path.name}: set aside, as the run goes on from {checkpoint.name}; it may be removed")
 
 
 def _build_loop(
@@ -253,6 +268,7 @@ def _build_loop(
         settings=settings,
         run=run,
         state=state,
+        writer=CheckpointWriter(state, settings),
         reporter=Reporter(run, settings, schedule, data.train.epoch_at, **steps),
         skips=skips,
         questions=SampleQuestions(

@@ -1,8 +1,9 @@
-"""vlm's own loop and engine, as `vlm train` runs them, without the proof and without checkpoints."""
+"""vlm's own loop and engine, as `vlm train` runs them, without the proof; with checkpoints if they are frequent."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -48,12 +49,16 @@ def measure(task: Task) -> Result:
 
     from vlm.config import load_config
     from vlm.prepare import prepare_run
-    from vlm.train.loop import TrainLoop
+    from vlm.train.loop import Every, TrainLoop
+    from vlm.train.resume import RunState
+    from vlm.train.saving import CheckpointWriter
 
     torch.manual_seed(0)
     run = prepare_run(load_config(task.config, task.options), torch.device(task.device))
     first_loss = loss_of_first(run)
     measurement = Measurement(task)
+    folder = tempfile.TemporaryDirectory(dir=task.parts)
+    writer = CheckpointWriter(RunState(Path(folder.name), run.engine, "", {}, {}), run.config.train)
     loop = TrainLoop(
         engine=run.engine,
         objective=run.objective,
@@ -61,11 +66,14 @@ def measure(task: Task) -> Result:
         schedule=lambda step: 1.0,
         max_steps=sys.maxsize,
         report=measurement,
-        save=lambda step, required: True,
-        save_every=sys.maxsize,
+        save=lambda step, required: writer.save(step, required) is not None,
+        events=[Every(1, writer.look)],
+        save_every=run.config.train.save_every,
     )
-    with suppress(Enough):
-        loop.run()
+    with folder:
+        with suppress(Enough):
+            loop.run()
+        writer.close()
     return Result(
         **measurement.counted,
         **measurement.spent,

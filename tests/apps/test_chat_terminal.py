@@ -15,6 +15,7 @@ from vlm.apps.terminal.app import Terminal, run_terminal
 from vlm.apps.terminal.commands import COMMANDS
 from vlm.apps.terminal.screen import Screen, printable
 from vlm.apps.terminal.talk import Talk
+from vlm.errors import ConfigError
 from vlm.export.run import export_run
 from vlm.generation.generate import GenerationSettings
 from vlm.inference.load import LoadedModel, load
@@ -107,12 +108,13 @@ def test_the_reply_is_written_behind_its_mark(converse: Converse):
     assert f"model> {talk.session.history[0][1]}" in text
 
 
-@pytest.mark.parametrize("leave", [":exit", ":quit", ":q", "/exit", "/q", "：q", EOFError])
+@pytest.mark.parametrize("leave", [":exit", ":quit", ":q", "/exit", "/q", "：q", "exit", "EXIT", EOFError])
 def test_every_way_to_leave(converse: Converse, leave: str | type[BaseException]):
     assert questions(converse("", leave, "never asked")[1]) == []
+    assert questions(converse(leave, "never asked")[1]) == []
 
 
-@pytest.mark.parametrize("command", [":clh", ":clear-his", "/clear_his", "：CLH"])
+@pytest.mark.parametrize("command", [":clh", ":clear-his", "/clear_his", "：CLH", "clear", "RESET"])
 def test_clh_forgets_the_conversation_and_keeps_the_image(converse: Converse, root: Path, command: str):
     text, talk = converse(str(root / "cat.png"), "", "What?", command, "/img")
     assert questions(talk) == []
@@ -173,6 +175,8 @@ def test_conf_shows_and_changes_settings_and_reset_brings_the_first_ones_back(co
         ("do_sample=maybe", "expected true or false"),
         ("max_new_tokens=0", "at least 1"),
         ("repetition_penalty=-1", "expected a number over 0"),
+        ("length_penalty=nan", "expected a number; 1 is"),
+        ("max_length=0", "max_length 0: expected"),
         ("seed=99999999999999999999", "below 2^63"),
         ("num_beams=4 seed=x", "expected a whole number, or -"),
     ],
@@ -186,6 +190,7 @@ def test_a_wrong_setting_is_said_and_changes_nothing(converse: Converse, change:
 def test_a_setting_of_sampling_without_sampling_says_that_it_does_nothing(converse: Converse):
     assert "temperature count only with :conf do_sample=true" in converse("", ":conf temperature=0.7")[0]
     assert "count only" not in converse("", ":conf do_sample=on temperature=0.7")[0]
+    assert "length_penalty count only with :conf num_beams=4" in converse("", ":conf length_penalty 0.5")[0]
 
 
 def test_seed_is_shown_set_and_unset(converse: Converse):
@@ -221,6 +226,10 @@ def test_a_path_typed_as_a_question_says_how_to_show_it(converse: Converse, root
     assert f"To show that image: :img {root / 'cat.png'}" in converse("", str(root / "cat.png"))[0]
 
 
+def test_words_that_are_commands_are_questions_after_a_blank_or_in_another_case(converse: Converse):
+    assert questions(converse("", " exit", "Clear", "reset", "EXIT")[1]) == ["exit", "Clear", "reset"]
+
+
 def test_a_question_may_begin_like_a_command_after_a_blank(converse: Converse):
     assert questions(converse("", " :) what is this?")[1]) == [":) what is this?"]
 
@@ -254,6 +263,12 @@ def test_an_over_long_question_says_so_and_the_chat_goes_on(
     text, talk = converse("", "one two three " * 50, "Hello")
     assert "the model reads at most 64" in text
     assert questions(talk) == ["Hello"]
+
+
+def test_a_question_without_an_image_under_a_template_of_images_alone_is_refused(root: Path):
+    loaded = load(root / "run" / "export", device="cpu", precision="fp32", template="plain")
+    with pytest.raises(ConfigError, match="no tokens: template plain writes images only"):
+        next(ChatSession(loaded).ask("Hello"))
 
 
 def test_out_of_memory_is_said_and_the_chat_goes_on(converse: Converse, monkeypatch: pytest.MonkeyPatch):

@@ -115,7 +115,7 @@ def test_through_a_pipe_it_is_plain_text(root: Path, environment: dict[str, str]
 def test_wrong_flags_end_before_a_model_is_loaded(root: Path, environment: dict[str, str]):
     for flags, message in (
         (["--bits", "3"], "--bits 3: bitsandbytes stores weights in 4 or 8 bits"),
-        (["--prompt_template", "chatlm"], "did you mean chatml?"),
+        (["--prompt_template", "chatmll"], "did you mean chatml?"),
         (["--image", "page.png"], "is an HTML page"),
     ):
         done = subprocess.run(

@@ -371,7 +371,7 @@ def test_an_image_that_became_unreadable_is_told_without_the_decoders_words(chat
 
 
 PANEL = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "num_beams": 1, "max_new_tokens": 64,
-         "repetition_penalty": 1.1, "seed": 7}  # fmt: skip
+         "repetition_penalty": 1.1, "seed": 7, "length_penalty": 1.0}  # fmt: skip
 
 
 def test_the_panel_becomes_settings():
@@ -383,7 +383,7 @@ def test_the_panel_becomes_settings():
     ("name", "value"),
     [("temperature", float("nan")), ("temperature", 0), ("top_p", 1.5), ("top_k", -1), ("top_k", 1.5),
      ("num_beams", 10**6), ("max_new_tokens", 10**9), ("max_new_tokens", "64"), ("max_new_tokens", None),
-     ("repetition_penalty", 0), ("seed", -2), ("seed", float("inf")), ("num_beams", True)],
+     ("repetition_penalty", 0), ("length_penalty", 9), ("seed", -2), ("seed", float("inf")), ("num_beams", True)],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_refused_by_name(name: str, value: Any):
     with pytest.raises(PageError) as raised:

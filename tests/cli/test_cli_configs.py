@@ -48,6 +48,7 @@ def test_ls_takes_a_part_of_a_name_or_a_pattern(vlm):
         "llava_qwen2_14b_pp2/finetune_lora",
         "llava_qwen2_5_7b/finetune_lora",
     ]
+    assert vlm("ls", "-p", "internlm3")[1] == vlm("ls", "internlm3")[1] != ""
     assert vlm("ls", "nothing")[0] == 2
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 
-import vlm.artifacts.parts  # noqa: F401 - before `read_manifest` is replaced, of which it keeps the one it finds
+import vlm.inference.load  # noqa: F401 - before `read_model` is replaced, of which it keeps the one it finds
 from vlm.cli.main import app
 from vlm.cli.process import run
 
@@ -29,7 +29,7 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "runs" / "a" / "export"
     folder.mkdir(parents=True)
     (folder / "vlm.json").write_text("{}")
-    monkeypatch.setattr("vlm.artifacts.manifest.read_manifest", lambda folder: None)
+    monkeypatch.setattr("vlm.artifacts.plain.read_model", lambda folder: None)
     return folder
 
 

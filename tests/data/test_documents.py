@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +9,8 @@ from vlm.data.build import build_conversation_tokenizer, build_data, build_reade
 from vlm.data.config import DataConfig, SourceConfig
 from vlm.data.documents import Pieces
 from vlm.data.report import check_records, print_stats
-from vlm.data.scan import scan_records
+from vlm.data.scan import measure, scan_records
+from vlm.data.tokenize import ConversationTokenizer
 
 SENTENCES = "".join(f"Sentence {number} of a long text.\n" for number in range(40))
 
@@ -18,10 +20,14 @@ def config_of(path, **settings):
     return DataConfig(sources=[SourceConfig(path=str(path))], **values)
 
 
-def scan_of(path, tokenizer, **settings):
+def scan_of(path, tokenizer, *, cache="cache", **settings):
     config = config_of(path, **settings)
     chat = build_conversation_tokenizer(config, tokenizer, None, None)
-    return scan_records(build_reader(config, config.sources, chat), path.parent / "cache")
+    return scan_records(build_reader(config, config.sources, chat), path.parent / cache)
+
+
+def read_all(scan):
+    return [scan.reader.read(number) for number in range(len(scan.lengths))]
 
 
 @pytest.fixture
@@ -69,6 +75,42 @@ def test_pieces_come_from_the_cache_too_and_belong_to_their_record(texts, bpe):
     assert of_record <= held_out or of_record <= trained
 
 
+def test_pieces_are_read_from_the_cache_on_a_second_start_and_from_their_text_if_it_is_gone(texts, bpe, monkeypatch):
+    first = scan_of(texts, bpe)
+    fresh = scan_records(replace(first.reader, store=None, places=None, pieces=Pieces()), None)
+    from_text = read_all(fresh)
+    assert len(from_text) > 5
+    with monkeypatch.context() as patched:
+        patched.setattr(ConversationTokenizer, "fit", lambda *_: pytest.fail("tokenized again"))
+        second = scan_of(texts, bpe)
+        assert read_all(second) == read_all(first) == from_text
+    assert (second.reader.places > 0).all()
+    for shard in texts.parent.glob("cache/lengths/*/*.tokens"):
+        shard.write_bytes(b"")
+    assert read_all(first) == from_text
+
+
+def test_a_scan_that_was_stopped_goes_on_with_the_pieces_it_has(texts, bpe, monkeypatch):
+    whole = scan_of(texts, bpe, cache="elsewhere")
+    done = []
+
+    def stop_at_the_third(reader, numbers):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(numbers.tolist())
+        return measure(reader, numbers)
+
+    for name, value in (("CHUNK", 1), ("STORE_SECONDS", 0.0)):
+        monkeypatch.setattr(f"vlm.data.scan.{name}", value)
+    monkeypatch.setattr("vlm.data.scan.measure", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        scan_of(texts, bpe)
+    monkeypatch.setattr("vlm.data.scan.measure", lambda *a: done.append(a[1].tolist()) or measure(*a))
+    scan = scan_of(texts, bpe)
+    assert done == [[0], [1], [2]]
+    assert (scan.digest(), read_all(scan)) == (whole.digest(), read_all(whole))
+
+
 def test_a_chat_template_cuts_nothing_and_says_what_would(texts, bpe):
     (skip,) = scan_of(texts, bpe, template="chatml").skips
     assert skip.rule == "over_long"
@@ -100,7 +142,7 @@ def test_check_and_stats_count_what_is_cut(texts, bpe, capsys):
 
 def test_a_span_of_a_record_and_of_its_pieces():
     """Records 0 to 4; 1 has three pieces, 3 has two."""
-    pieces = Pieces(np.array([[1, 10, 5, 5], [1, 20, 5, 5], [3, 7, 5, 5]]))
+    pieces = Pieces(np.array([[1, 10, 5, 5, 0], [1, 20, 5, 5, 0], [3, 7, 5, 5, 0]]))
     assert [pieces.span(number, 5) for number in (0, 1, 3, 5, 6, 7)] == [
         None, (1, 0, 10), (3, 0, 7), (1, 10, 20), (1, 20, None), (3, 7, None),
     ]  # fmt: skip

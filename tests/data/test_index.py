@@ -22,6 +22,7 @@ from vlm.data import index as index_module
 from vlm.data.index import open_index
 from vlm.data.spans import find_json_array, find_lines, find_rows
 from vlm.errors import DataError, RecordError
+from vlm.files import sha256
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 FUZZ = settings(
@@ -437,3 +438,19 @@ def test_every_table_is_read_back_as_csv_reads_it(rows, delimiter):
     spans = list(find_rows(text, delimiter))
     read = [next(csv.reader(io.StringIO(text[a:b].decode(), newline=""), delimiter=delimiter)) for a, b, _ in spans]
     assert read == rows
+
+
+def test_the_sum_of_a_file_is_read_once_as_long_as_it_is_the_same_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n')
+    before = path.stat()
+    digest = open_index(path, tmp_path / "cache").content_digest()
+    read = []
+    monkeypatch.setattr("vlm.data.index.sha256", lambda file: read.append(file.name) or sha256(file))
+    assert (open_index(path, tmp_path / "cache").content_digest(), read) == (digest, [])
+    path.write_text('{"text": "b"}\n')
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as long and as old as it was
+    assert (open_index(path, tmp_path / "cache").content_digest() != digest, read) == (True, ["a.jsonl"])
+    for kept in (tmp_path / "cache/index").glob("*.sha256.json"):
+        kept.write_text('{"file": 3')
+    assert open_index(path, tmp_path / "cache").content_digest() == sha256(path)

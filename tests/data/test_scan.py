@@ -1,11 +1,14 @@
 import json
+import multiprocessing
+import time
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
 
 from vlm.data.build import build_conversation_tokenizer, build_reader
 from vlm.data.config import DataConfig, SourceConfig
-from vlm.data.scan import measure, refuse_too_many, scan_records, usable_workers
+from vlm.data.scan import _keep, measure, refuse_too_many, scan_records, usable_workers
 from vlm.errors import DataError
 
 
@@ -159,9 +162,48 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, bpe, spec, cap
 def test_a_damaged_table_in_the_cache_is_measured_again(tmp_path, bpe, spec):
     path = write(tmp_path / "a.jsonl", GOOD, GOOD)
     whole = scan_records(reader(path, bpe, spec), tmp_path / "cache")
-    (table,) = (tmp_path / "cache/lengths").glob("*.npz")
+    (table,) = (tmp_path / "cache/lengths").glob("*/table.npy")
     content = table.read_bytes()
     for damaged in (b"", content[:50], content[:-30], content[:150] + b"\xff" + content[151:], b"no table at all"):
         table.write_bytes(damaged)
         again = scan_records(reader(path, bpe, spec), tmp_path / "cache")
         assert np.array_equal(again.lengths, whole.lengths)
+
+
+def test_a_process_that_dies_unasked_for_costs_time_only(tmp_path, bpe, spec, monkeypatch, capsys):
+    def die_after_one(reader, work, chunks, count):
+        yield work(reader, chunks[0])
+        raise BrokenProcessPool
+
+    for name, value in (("CHUNK", 2), ("MANY", 8), ("_in_processes", die_after_one), ("usable_workers", lambda n: 2)):
+        monkeypatch.setattr(f"vlm.data.scan.{name}", value)
+    path = write(tmp_path / "a.jsonl", *[GOOD] * 9)
+    scan = scan_records(reader(path, bpe, spec), None)
+    assert (np.count_nonzero(scan.lengths), len(scan)) == (9, 9)
+    assert "the records are read in one process" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"Lower data\.workers \(now 2\)"):
+        scan_records(reader(path, bpe, spec), None, workers=2)
+
+
+def _help(pipe):
+    _keep(None, None)
+    pipe.send("here")
+    time.sleep(120)
+
+
+def _run(pipe):
+    multiprocessing.get_context("spawn").Process(target=_help, args=(pipe,)).start()
+    time.sleep(120)
+
+
+@pytest.mark.slow  # two processes that import torch
+def test_scanning_processes_end_with_a_run_that_is_killed():
+    ours, theirs = multiprocessing.Pipe()
+    run = multiprocessing.get_context("spawn").Process(target=_run, args=(theirs,))
+    run.start()
+    theirs.close()
+    assert ours.recv() == "here"
+    run.kill()
+    assert ours.poll(60)
+    with pytest.raises(EOFError):  # no process is left that could send anything
+        ours.recv()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+
 import numpy as np
 import torch
 
@@ -35,6 +38,11 @@ def test_a_key_tells_images_and_what_stands_before_them_apart():
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3
     assert stem_key(example(5), 0) == 0
+
+
+def test_a_key_stays_the_same_as_a_run_that_goes_on_compares_it():
+    whole = array("q", [1, IMAGE, IMAGE]).tobytes() + hashlib.sha256(b"a.png").digest()
+    assert stem_key(example(5), 3) == int.from_bytes(hashlib.sha256(whole).digest()[:8], signed=True)
 
 
 def test_records_of_one_key_follow_its_first_and_a_repeated_one_does_not_meet_itself():

@@ -8,7 +8,7 @@ import torch
 from vlm.batch import IGNORE_INDEX
 from vlm.data.build import build_data
 from vlm.data.config import DataConfig, SourceConfig
-from vlm.data.packing import pack_in_windows
+from vlm.data.packing import Rows, pack_in_windows
 from vlm.data.stream import RowOrder
 from vlm.errors import ConfigError, DataError
 
@@ -234,3 +234,70 @@ def test_a_million_records_are_planned_in_seconds():
     )
     assert time.perf_counter() - started < 30  # 1.1 s on an idle core
     assert lengths.sum() / (len(rows) * 2048) > 0.98  # measured 0.9905
+
+
+def test_a_step_that_an_epoch_does_not_fill_may_be_left_out(records, bpe, spec):
+    path = records(31)
+    whole, dropped = build(path, bpe, spec, packing=False), build(path, bpe, spec, packing=False, drop_last=True)
+    assert [data.train.steps_in(2) for data in (whole, dropped)] == [16, 14]  # 31 rows, 4 a step
+    assert [data.train.epoch_at(7) for data in (whole, dropped)] == [7 / 8, 1.0]
+    assert seen(dropped, 7) == seen(whole, 7)
+    assert seen(dropped, 8)[7:] == seen(whole, 9)[8:], "the next epoch begins a step earlier"
+    assert whole.train.fingerprint != dropped.train.fingerprint
+    with pytest.raises(DataError, match="31 rows do not fill one step"):
+        build(path, bpe, spec, packing=False, drop_last=True, batch=32)
+
+
+def test_records_of_similar_length_stand_in_one_step_and_little_is_padded(records, bpe, spec):
+    path = records(63, longest=4)
+    shuffled, grouped = (
+        build(path, bpe, spec, packing=False, group_by_length=by, max_length=400) for by in (False, True)
+    )
+
+    def padding(data):
+        batches = [batch for step in itertools.islice(data.train.iterate(), data.train.steps_in(1)) for batch in step]
+        return sum(batch.num_padding for batch in batches) / sum(batch.input_ids.numel() for batch in batches)
+
+    steps = shuffled.train.steps_in(1)
+    assert flat(seen(grouped, steps)) == flat(seen(shuffled, steps))
+    assert (padding(shuffled), padding(grouped)) == (pytest.approx(0.24, abs=0.02), pytest.approx(0.054, abs=0.02))
+    lengths = grouped.train.order.scan.lengths
+    epochs = [[row.tolist() for row in grouped.train.order.rows(epoch)] for epoch in (0, 1)]
+    first = [int(lengths[row[0]]) for row in epochs[0][: 4 * 15]]
+    spread = [max(first[i : i + 4]) - min(first[i : i + 4]) for i in range(0, len(first), 4)]
+    assert np.mean(spread) < 0.1 * (max(first) - min(first))
+    assert first != sorted(first), "steps come in a random order"
+    assert epochs[0] != epochs[1]
+    with pytest.raises(ValueError, match="alternative to packing"):
+        DataConfig(sources=[SourceConfig(path="x.json")], group_by_length=True)
+
+
+def test_rows_of_many_records_come_from_the_cache_the_second_time(records, bpe, spec, monkeypatch, capsys):
+    monkeypatch.setattr("vlm.data.stream._MANY", 10)
+    path = records(40)
+    first = build(path, bpe, spec).train
+    rows = [row.tolist() for row in first.order.rows(1)]
+    packed = []
+    monkeypatch.setattr("vlm.data.stream.pack_in_windows", lambda *a, **k: packed.append(1) or pack_in_windows(*a, **k))
+    again = build(path, bpe, spec).train
+    assert [row.tolist() for row in again.order.rows(1)] == rows
+    assert (again.fill, again.fingerprint, packed) == (first.fill, first.fingerprint, [])
+    other_seed = build(path, bpe, spec, seed=4).train
+    assert ([row.tolist() for row in other_seed.order.rows(1)] != rows, packed) == (True, [1, 1])  # epochs 0 and 1
+    for file in (path.parent / "cache/lengths").glob("*/rows-*.npy"):
+        file.write_bytes(file.read_bytes()[:-40])
+    assert [row.tolist() for row in build(path, bpe, spec).train.order.rows(1)] == rows
+    assert "rows are packed again" in capsys.readouterr().err
+
+
+def test_rows_are_two_arrays_that_know_which_records_stand_together():
+    rows = Rows.of([np.array([4, 7]), np.array([5]), np.array([1, 2, 3])])
+    assert (rows.numbers.tolist(), rows.ends.tolist()) == ([4, 7, 5, 1, 2, 3], [2, 3, 6])
+    assert [row.tolist() for row in rows] == [[4, 7], [5], [1, 2, 3]]
+    assert rows.follows.tolist() == [False, True, False, False, True, True]
+    assert rows.sums(np.array([1, 2, 3, 4, 5, 6])).tolist() == [3, 3, 15]
+    none = np.zeros(0, dtype=np.int64)
+    ragged = Rows.of([none, np.array([4, 7]), none, np.array([5]), none])
+    assert ragged.follows.tolist() == [False, True, False]
+    assert ragged.sums(np.array([1, 2, 3])).tolist() == [0, 3, 0, 3, 0]
+    assert (len(Rows.of([])), Rows.of([]).follows.tolist(), Rows.of([]).sums(none).tolist()) == (0, [], [])

@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "squashed": {"vision": {"resize": "squash"}},
     "other image size": {"vision": {"image_size": 42}},
     "siglip": {"vision": {"path": "siglip", "layer": -1, "background": (10, 200, 30)}},
+    "two layers": {"vision": {"layer": [-2, -3]}},
     "head of its own": {"llm": {"path": "untied"}},
     "no adapter": {"trainable": ["projector"], "lora": None},
     "whole language model": {"trainable": ["projector", "llm"], "lora": None},
@@ -184,6 +185,7 @@ def test_the_whole_folder_needs_no_base_models(tmp_path: Path):
     [
         ({"projector": {"kind": "linear", "unshuffle": 2}}, "merges 2 x 2"),
         ({"projector": {"kind": "mlp", "depth": 3}}, "has 3 layers"),
+        ({"projector": {"kind": "mlp", "layer_norm": True}}, "begins with a LayerNorm"),
     ],
 )
 def test_what_llava_cannot_express_becomes_a_vlm_folder_and_says_why(

@@ -68,7 +68,7 @@ def test_a_trained_language_model_s_config_has_them_and_says_the_same_to_transfo
 
     write_decoder(tmp_path / "llm", "qwen2", rope_parameters=YARN)
     write_run(tmp_path / "run", model_config(tmp_path, vision=None, lora=None, trainable=["llm"]))
-    folder = export_run(tmp_path / "run", full=full) / "llm"
+    folder = export_run(tmp_path / "run", full=full) / ("." if full else "llm")
     values = read(folder / "config.json")
     assert values["rope_theta"] == 1e6
     assert values["rope_scaling"]["factor"] == 4.0

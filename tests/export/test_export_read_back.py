@@ -244,7 +244,7 @@ def test_a_trained_language_model_with_a_padded_vocabulary(family: str, tmp_path
 
 @pytest.mark.parametrize("full", [False, True])
 def test_the_language_model_s_own_folder_names_the_template_s_end(full: bool, tmp_path: Path):
-    """As a server that is given EXPORT/llm reads it; the base model ends with <|endoftext|>."""
+    """As a server that is given the language model's folder reads it; the base model ends with <|endoftext|>."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     write_decoder(tmp_path / "llm", "qwen2", eos="<|endoftext|>")
@@ -252,8 +252,9 @@ def test_the_language_model_s_own_folder_names_the_template_s_end(full: bool, tm
     export = export_run(tmp_path / "run", full=full)
     tokenizer = AutoTokenizer.from_pretrained(export)
     both = sorted(tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]))
-    assert GenerationConfig.from_pretrained(export / "llm").eos_token_id == both
-    assert AutoConfig.from_pretrained(export / "llm").eos_token_id == both
+    folder = export if full else export / "llm"
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == both
+    assert AutoConfig.from_pretrained(folder).eos_token_id == both
     assert tokenizer.eos_token == "<|im_end|>"
     assert load(export, "cpu", "fp32").conversation_tokenizer.stop_ids == set(both)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import changed
 
+from vlm.errors import ConfigError
 from vlm.generation.generate import GenerationSettings, generate
 from vlm.models.build import build_model
 from vlm.models.config import ModelConfig
@@ -117,6 +118,25 @@ def test_beams_hand_over_their_tokens_at_the_end(model: VisionLanguageModel):
     reply = generate(model, PROMPT, IMAGE, [0], settings, on_token=lambda t: seen.append(t) or True)
     assert reply == seen
     assert 0 < len(reply) <= 5
+
+
+def test_max_length_counts_the_prompt_too(model: VisionLanguageModel):
+    expected = likeliest(model, 8)
+    room = len(PROMPT) + 3
+    assert generate(model, PROMPT, IMAGE, [], GenerationSettings(8, max_length=room)) == expected[:3]
+    assert generate(model, PROMPT, IMAGE, [], GenerationSettings(2, max_length=room)) == expected[:2]
+    with pytest.raises(ConfigError, match="max_length 19: the prompt alone has 19 tokens"):
+        generate(model, PROMPT, IMAGE, [], GenerationSettings(8, max_length=len(PROMPT)))
+
+
+def test_a_length_penalty_chooses_between_short_and_long_beams(model: VisionLanguageModel):
+    """Each of 17 tokens may end the reply, so among beams there are short ones."""
+    stops = range(3, 20)
+    lengths = [
+        len(generate(model, PROMPT, IMAGE, stops, GenerationSettings(12, num_beams=4, length_penalty=penalty)))
+        for penalty in (-5.0, 5.0)
+    ]
+    assert lengths[0] < lengths[1]
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-39, 1e-5])

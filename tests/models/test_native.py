@@ -39,11 +39,11 @@ def test_every_successor_that_is_named_is_one_that_transformers_has():
 @pytest.mark.parametrize(
     ("kind", "advice"),
     [
-        ("qwen", "Take a model of type qwen2 or qwen3. Such code"),
-        ("internlm2", "type internlm3; tools/convert2llama.py of github.com/InternLM"),
-        ("baichuan", "qwen2, qwen3 or internlm3; 7B models that were rewritten as a Llama"),
+        ("qwen", "Take a model of type qwen2 or qwen3; `vlm convert legacy FOLDER OUT` writes the same weights"),
+        ("internlm2", "type internlm3; `vlm convert legacy FOLDER OUT` writes"),
+        ("baichuan", "qwen2, qwen3 or internlm3; 7B models: `vlm convert legacy"),
         ("chatglm", "Take a model of type glm or glm4; GLM-4 is published in native form too"),
-        ("xverse", "Take a model of type qwen3 or llama"),
+        ("xverse", "Take a model of type qwen3 or llama; `vlm convert legacy"),
         ("stablelm_epoch", "the same weights are published with model_type stablelm"),
         ("of_nobody", "Take a model of type qwen2, qwen3, llama, mistral or internlm3. Such code"),
     ],
@@ -64,7 +64,7 @@ def test_a_type_that_came_later_names_the_version(monkeypatch: pytest.MonkeyPatc
         message = why_not_native({"model_type": "internlm3", **settings}, trust_remote_code=False)
         assert "transformers has it from 5.23: pip install -U transformers" in message
     message = why_not_native({"model_type": "internlm2", **FOREIGN}, trust_remote_code=False)
-    assert "Take a model of type internlm3 (from transformers 5.23); tools/convert2llama.py" in message
+    assert "Take a model of type internlm3 (from transformers 5.23); `vlm convert legacy" in message
 
 
 def test_a_type_without_code_is_probably_too_new():

@@ -19,6 +19,7 @@ from vlm.models.encoders.towers import FeatureMapTower
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.vision_compute import read_compute
 
+OPEN_CLIP_SHAPE = {"layers": 3, "width": 24, "head_width": 12, "patch_size": 7, "image_size": 28, "mlp_ratio": 2.0}
 IMAGES = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
@@ -48,6 +49,22 @@ def test_layers_of_hf_are_its_hidden_states(tmp_path: Path, kind: str, num_prefi
     built = encoder("hf", folder, layer=layer)
     assert difference(built(IMAGES), expected[:, num_prefix:]) == 0
     assert (built.num_patches, built.width, built.image_size) == (16, 24, 28)
+
+
+@pytest.mark.parametrize(("layers", "keep"), [((-1, -3), False), ((-3, -2), True)])
+def test_several_layers_are_joined_by_channel_in_the_order_asked(tmp_path: Path, layers: tuple[int, ...], keep: bool):
+    hf = write_vision(tmp_path / "hf")
+    weights = open_clip_from_hf(load_file(hf / "model.safetensors"))
+    other = write_open_clip(tmp_path / "open_clip", OPEN_CLIP_SHAPE, weights, width=16)
+    timm = {"path": "vit_tiny_patch16_224", "pretrained": timm_file(tmp_path), "image_size": 32}
+    images = {"timm": torch.randn(2, 3, 32, 32)}
+    for backend, named in (("hf", {"path": hf}), ("open_clip", {"path": other}), ("timm", timm)):
+        pixels = images.get(backend, IMAGES)
+        alone = [encoder(backend, **named, layer=layer, keep_class_token=keep)(pixels) for layer in layers]
+        joined = encoder(backend, **named, layer=layers, keep_class_token=keep)
+        assert difference(joined(pixels), torch.cat(alone, dim=-1)) == 0
+        assert joined.width == 2 * alone[0].shape[-1]
+        assert len(set(joined.joins)) == 2
 
 
 def test_layer_minus_two_is_what_llava_takes(tmp_path: Path):
@@ -158,9 +175,8 @@ def write_open_clip(folder: Path, vision_cfg: dict[str, Any], visual: dict[str, 
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_the_same_clip_weights_give_the_same_features_through_hf_and_open_clip(tmp_path: Path, layer: int):
     hf = write_vision(tmp_path / "hf")
-    shape = {"layers": 3, "width": 24, "head_width": 12, "patch_size": 7, "image_size": 28, "mlp_ratio": 2.0}
     weights = open_clip_from_hf(load_file(hf / "model.safetensors"))
-    other = write_open_clip(tmp_path / "open_clip", shape, weights, width=16)
+    other = write_open_clip(tmp_path / "open_clip", OPEN_CLIP_SHAPE, weights, width=16)
     for keep in (False, True):
         a = encoder("hf", hf, layer=layer, keep_class_token=keep)(IMAGES)
         b = encoder("open_clip", other, layer=layer, keep_class_token=keep)(IMAGES)

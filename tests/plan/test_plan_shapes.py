@@ -23,7 +23,7 @@ def test_encoder_and_projector_by_hand(config):
     shape = read_shapes(config.model)
     assert (shape.vision.num_patches, shape.vision.num_tokens, shape.vision.num_blocks) == (16, 17, 2)  # layer -2 of 3
     assert (shape.vision.width, shape.vision.intermediate, shape.vision.activation_copies) == (12, 24, 2)
-    assert shape.projector_numel == (12 + 1) * 8 + (8 + 1) * 8
+    assert shape.projector.numel == shape.projector.trainable == (12 + 1) * 8 + (8 + 1) * 8
     assert shape.tokens_per_image == 16
 
 

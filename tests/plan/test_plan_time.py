@@ -16,6 +16,7 @@ from vlm.plan import measure
 from vlm.plan.alternatives import alternatives
 from vlm.plan.cost import Attention, Load, Product, Sweep
 from vlm.plan.estimate import GIB, Plan, estimate
+from vlm.plan.link import measure_link
 from vlm.plan.machine import DATA_SHEETS, Machine, machine_of_sheet
 from vlm.plan.report import alternatives_table, full_report, time_lines
 from vlm.plan.step_time import Records, RunTime, full_row, run_time, step_parts
@@ -27,7 +28,9 @@ MACHINE = Machine(
     sweeps=((1, 1e-6, 2e-6), (100, 1e-4, 2e-4)),
     attention=((64, 1e-3, 2e-3),),
     adam=1e-6,
-    decode=0.5,
+    decode=0.5 / (640 * 480),
+    fit=0.0,
+    image=0.0,
     link=1e9,
 )
 ROW = Load(images=1, supervised=4, segments=((20, 1),))
@@ -90,6 +93,32 @@ def test_hours_follow_from_steps_or_from_the_data(config, plan):
     assert (known.num_steps, known.samples) == (150, 20)  # 4 rows a step of 5 records each
 
 
+def test_an_image_is_read_by_the_pixels_of_its_file(config, plan):
+    tiny = replace(ROW, image_pixels=64 * 48)  # a hundredth of 640 x 480
+    assert step_parts(config, plan, MACHINE, tiny)["waiting for data"] == pytest.approx(0.005 * 4)
+    fitting = replace(MACHINE, image=1.0, fit=1e-3)
+    seen = plan.shape.vision.image_size**2
+    assert fitting.reading(64 * 48, plan.shape.vision.image_size) == pytest.approx(1 + 0.005 + 1e-3 * seen)
+
+
+def test_ranks_on_a_cpu_send_as_fast_as_two_of_them_were_measured_to(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("vlm.precision._remembered", {})
+    numbers = {"when": "today", "products": [], "sweeps": [], "attention": [], "adam": 1}
+    numbers |= {"image": 1, "decode": 1, "fit": 1}
+    monkeypatch.setattr(measure, "_measure", lambda *_: numbers)
+    monkeypatch.setattr(measure, "measure_link", lambda: 2e9)
+    cpu = torch.device("cpu")
+    alone, several = (measure.measured_machine(cpu, torch.float32, has_ranks=ranks) for ranks in (False, True))
+    assert (alone.link, alone.is_link_assumed) == (1e9, True)
+    assert (several.link, several.is_link_assumed) == (2e9, False)
+
+
+@pytest.mark.slow
+def test_two_processes_sum_a_tensor():
+    assert measure_link() > 1e7  # bytes a second; 1e9 is usual
+
+
 def test_without_data_a_row_is_taken_for_full(config, plan):
     assert full_row(config, plan.shape) == Load(images=1, supervised=4, segments=((20, 1),))
 
@@ -148,7 +177,8 @@ def test_a_machine_is_measured_once_and_again_when_asked(monkeypatch, tmp_path):
     monkeypatch.setenv("VLM_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("vlm.precision._remembered", {})
     calls = []
-    numbers = {"when": "today", "products": [[1, 1, 1, 1e9]], "sweeps": [], "attention": [], "adam": 1, "decode": 1}
+    numbers = {"when": "today", "products": [[1, 1, 1, 1e9]], "sweeps": [], "attention": [], "adam": 1}
+    numbers |= {"image": 1, "decode": 1, "fit": 1}
     monkeypatch.setattr(measure, "_measure", lambda *_: calls.append(1) or numbers)
     cpu = torch.device("cpu")
     for again in (False, False, True):

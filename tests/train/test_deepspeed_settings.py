@@ -55,6 +55,14 @@ def test_what_a_json_adds_is_taken_and_what_it_repeats_may_be_auto(tmp_path):
     assert "bf16" not in found
 
 
+def test_what_a_json_says_and_nothing_reads_is_named(tmp_path, capsys):
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 100, "warmup_max_lr": "auto"}}
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-4, "eps": 1e-6}}
+    settings(tmp_path, {"scheduler": scheduler, "optimizer": optimizer, "fp16": {"enabled": False, "loss_scale": 0}})
+    said = capsys.readouterr().err
+    assert "optimizer.params.eps, scheduler.type, scheduler.params.warmup_num_steps change nothing" in said
+
+
 @pytest.mark.parametrize(
     ("own", "message"),
     [

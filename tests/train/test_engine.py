@@ -14,7 +14,7 @@ from vlm.models.trainable import trained_weights
 from vlm.objectives.lm import LanguageModeling
 from vlm.train.engines.base import LossModule, poison
 from vlm.train.engines.local import LocalEngine
-from vlm.train.fragments import Fragment, FragmentReader, write_fragments
+from vlm.train.fragments import Fragment, FragmentReader, copy_to_host
 from vlm.train.optim import build_optimizer
 
 
@@ -125,5 +125,5 @@ def test_a_loss_that_is_not_finite_becomes_nan_and_any_other_stays_to_the_bit():
 def test_a_copy_is_read_and_not_written(tmp_path):
     own, copy_ = torch.arange(3.0), torch.full((3,), 9.0)
     fragments = [Fragment.whole("embed", own), replace(Fragment.whole("head", copy_), is_copy=True)]
-    write_fragments(fragments, tmp_path, 0)
+    copy_to_host(fragments).write(tmp_path, 0)
     assert set(FragmentReader(sorted(tmp_path.iterdir())).shapes) == {"embed"}

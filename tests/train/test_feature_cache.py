@@ -17,11 +17,12 @@ from vlm.data.shards import ENTRY, read_records
 from vlm.distributed import barrier, rank
 from vlm.errors import ConfigError, DataError
 from vlm.export.run import export_run
+from vlm.models.build import build_encoder
 from vlm.prepare import prepare_run
 from vlm.run import fill_cache, train
 from vlm.train import cache_choice, features
 from vlm.train.cache_choice import CacheCosts, choose
-from vlm.train.features import Share, _share_of_disk
+from vlm.train.features import Share, _share_of_disk, open_store
 
 CPU = torch.device("cpu")
 # 1,000 images seen three times: 0.05 s each without a cache
@@ -112,6 +113,16 @@ def test_auto_keeps_nothing_where_it_cannot_write_or_there_is_no_room(config_fil
     config = load_config(config_file(**changes, data__cache=str(tmp_path / "another")))
     assert prepare_run(config, CPU).config.data.cache_features is False
     assert "Read-only file system" in capsys.readouterr().err
+
+
+def test_the_same_layers_in_another_order_have_features_of_their_own(config_file):
+    """The weights of both are the same."""
+    stores = set()
+    for layer in (-1, [-1, -2], [-2, -1]):
+        config = load_config(config_file(model__vision__layer=layer))
+        encoder, spec = build_encoder(config.model)
+        stores.add(open_store(config.data.cache, encoder, spec, torch.float32).key)
+    assert len(stores) == 3
 
 
 def test_an_encoder_that_trains_is_never_cached(config_file, capsys):

@@ -49,7 +49,16 @@ def eight_things(count: int, noise: float = 0.1) -> tuple[Tensor, list[list[int]
 
 
 @pytest.mark.parametrize(
-    "settings", [{"pool": 2}, {"unshuffle": 2}, {"kind": "mlp", "depth": 2, "pool": 2}, {"unshuffle": 1}]
+    "settings",
+    [
+        {"pool": 2},
+        {"unshuffle": 2},
+        {"kind": "mlp", "depth": 2, "pool": 2},
+        {"unshuffle": 1},
+        {"kind": "mlp", "layer_norm": True, "unshuffle": 2},
+        {"kind": "average", "num_tokens": 1, "depth": 1},
+        {"kind": "resampler", "num_tokens": 2, "width": 128, "num_heads": 4},
+    ],
 )
 def test_the_tokens_of_an_unseen_image_are_nearest_to_the_word_said_about_its_kind(settings: dict[str, object]):
     projector = projector_of(**settings)

@@ -15,7 +15,7 @@ from vlm.data.template import TEMPLATES, ChatTemplate, RoleFormat, match_tokeniz
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.models.folder import read_vocabulary
 
-KNOWN = ("plain", "chatml", "internlm2", "llama2", "llama3", "vicuna", "alpaca", "tokenizer")
+KNOWN = get_args(DataConfig.model_fields["template"].annotation)
 END = "<|endoftext|>"  # of a reply; the tokenizer's own end token is <|im_end|>
 
 LETTER = ChatTemplate(

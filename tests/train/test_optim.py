@@ -25,6 +25,17 @@ def test_schedules_in_numbers():
     assert rates("linear") == [0.5, 1, 1, 0.75, 0.5, 0.25, 0]
     assert rates("cosine") == pytest.approx([0.5, 1, 1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
     assert rates("cosine", floor=0.2)[-1] == pytest.approx(0.2)
+    assert rates("step", decay_every=2, decay_factor=0.5) == [0.5, 1, 1, 1, 0.5, 0.5, 0.25]
+    assert rates("step", decay_every=1, floor=0.05) == pytest.approx([0.5, 1, 1, 0.1, 0.05, 0.05, 0.05])
+
+
+def test_the_warm_up_may_rise_from_more_than_nothing():
+    assert rates("constant", warmup_start=0.5)[:3] == [0.75, 1, 1]
+    assert rates("constant", warmup_start=0.2, warmup_steps=4)[:4] == pytest.approx([0.4, 0.6, 0.8, 1])
+    config = TrainConfig(
+        max_steps=9, schedule="step", decay_every=3, decay_factor=0.5, warmup_steps=2, warmup_start_ratio=0.1
+    )
+    assert build_schedule(config, 9) == Schedule("step", 0.0, 2, 9, 0.1, 3, 0.5)
 
 
 def test_warm_up_may_be_a_share_of_the_run():

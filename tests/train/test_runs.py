@@ -367,7 +367,8 @@ def test_damaged_features_cost_their_record_once_and_are_made_again(config_file,
     ],
 )
 def test_a_missing_package_is_named_before_anything_is_loaded(config_file, monkeypatch, tmp_path, option, message):
-    monkeypatch.setattr("vlm.prepare.find_spec", lambda name: None)
+    for module in ("vlm.prepare", "vlm.train.trackers"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
     config = load_config(config_file(model__llm={"path": "nowhere"}), [option])
     with pytest.raises(MissingPackageError, match=message):
         train(config, "")

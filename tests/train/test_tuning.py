@@ -119,9 +119,9 @@ def by_transformers(folder: Path, is_vlm: bool) -> torch.Tensor:
     """Of a full export, read by transformers alone."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    is_llava = is_vlm and (folder / "config.json").is_file()
-    kind = AutoModelForImageTextToText if is_llava else AutoModelForCausalLM
-    model = kind.from_pretrained(folder if is_llava else folder / "llm", dtype=torch.float32).eval()
+    at_top = (folder / "config.json").is_file()
+    kind = AutoModelForImageTextToText if is_vlm and at_top else AutoModelForCausalLM
+    model = kind.from_pretrained(folder if at_top else folder / "llm", dtype=torch.float32).eval()
     return model(IDS).logits[..., :VOCABULARY]  # LLaVA's layout has a row for the placeholder
 
 
@@ -248,3 +248,19 @@ def test_adapters_that_start_from_replaced_weights_change_nothing_at_first(toys,
     packed = config.model_copy(update={"llm": config.llm.model_copy(update={"quantization": QuantizationConfig()})})
     with pytest.raises(CheckpointError, match="brings a language model of its own"):
         load_init(model, packed, export)
+
+
+@pytest.mark.slow
+def test_some_of_a_language_model_trains_on_a_merged_adapter_only(toys, tmp_path):
+    """What trains is kept without the rest, so an adapter in the rest would be lost."""
+    first = trained(config_of(toys, tmp_path / "first", "sft of a VLM", METHODS["lora"]))
+    path = config_of(toys, tmp_path / "second", "sft of a VLM", METHODS["last block"])
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"init_from": str(export_run(first))}))
+    with pytest.raises(CheckpointError, match="vlm export RUN --full"):
+        trained(path)
+    path.write_text(json.dumps(settings | {"init_from": str(export_run(first, full=True, dtype="fp32"))}))
+    run = trained(path)
+    export, full = export_run(run), export_run(run, full=True, dtype="fp32")
+    found = logits(load(export, device="cpu", precision="fp32").model)
+    assert apart(by_transformers(full, is_vlm=True), found) < BOUND

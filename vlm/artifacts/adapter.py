@@ -13,11 +13,14 @@ from torch import Tensor
 from vlm.artifacts.fingerprint import differences
 from vlm.artifacts.layouts import open_parts
 from vlm.artifacts.manifest import NAME, Manifest, read_manifest
+from vlm.artifacts.peft_adapter import PeftAdapter, changed_names, merged
 from vlm.errors import CheckpointError
 from vlm.models.config import LoRAConfig
+from vlm.models.decoders import is_transposed
 from vlm.models.lora import SAVED, adapter_delta, adapter_shapes
 from vlm.models.trainable import adapted_linears, misfit, part_weights, saved_modules
 from vlm.models.vlm import VisionLanguageModel
+from vlm.models.weight_files import LazyTensors
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,35 @@ def fold_adapter(model: VisionLanguageModel, lora: LoRAConfig, tensors: Mapping[
             raise CheckpointError(f"{where}: llm.lora.{name} is not finite once added. The training diverged")
     for name, parameter in saved.items():
         parameter.copy_(tensors[name])
+
+
+@torch.no_grad()
+def fold_peft(model: VisionLanguageModel, adapter: PeftAdapter) -> None:
+    """Add an adapter that any program trained to a loaded model, as `vlm merge` adds it to files.
+
+    Raises:
+        CheckpointError: it does not fit the model, or brings tokens or a tied weight, which only `vlm merge` can do.
+    """
+    own = dict(model.named_parameters())
+    base = LazyTensors({name: tuple(tensor.shape) for name, tensor in own.items()}, own.__getitem__)
+    transposed = [name for name, module in model.named_modules() if is_transposed(module)]
+    tensors = merged(base, [adapter], transposed, "cpu")
+    names = changed_names(base, [adapter])
+    tied = model.llm.get_input_embeddings().weight is getattr(model.llm.get_output_embeddings(), "weight", None)
+    others = [name for name in names if tensors.shapes[name] != base.shapes[name]]
+    others += [name for name in names if tied and own[name] is model.llm.get_input_embeddings().weight]
+    if others:
+        raise CheckpointError(
+            f"--adapter {adapter.folder} changes {others[0]}, whose rows grow or which the head shares. Merge it "
+            f"first: vlm merge BASE {adapter.folder} OUT"
+        )
+    for name in names:
+        own[name].data = tensors[name].to(own[name].dtype)
+
+
+def is_of_export(folder: Path) -> bool:
+    """Whether an adapter's folder is an export of this program, or the folder `adapter` in one."""
+    return (folder / NAME).is_file() or (folder.parent / NAME).is_file()
 
 
 def check_loaded_base(model: VisionLanguageModel, adapter: Adapter, export: Path) -> None:

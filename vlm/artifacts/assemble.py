@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vlm.artifacts.adapter import Adapter, check_loaded_base, fold_adapter
+from vlm.artifacts.adapter import Adapter, check_loaded_base, fold_adapter, fold_peft
 from vlm.artifacts.fingerprint import fingerprint_files, refuse_other_base
 from vlm.artifacts.layouts import open_parts
 from vlm.artifacts.llava import LLAVA, llava_projector, llm_shape
 from vlm.artifacts.manifest import Manifest, inside
 from vlm.artifacts.parts import ADAPTER_CONFIG
+from vlm.artifacts.peft_adapter import PeftAdapter
 from vlm.errors import CheckpointError
 from vlm.logs import warn
 from vlm.models.build import Assembled, assemble
 from vlm.models.config import ModelConfig
-from vlm.models.encoders.kinds import VISION_BACKENDS
+from vlm.models.encoders.kinds import encoder_weights
 from vlm.models.llm import choose_attention, load_llm, load_tokenizer, pad_vocabulary, settle_attention
 from vlm.models.quantize import round_linears
 from vlm.models.trainable import cast_weights, load_weights, part_of, part_weights
@@ -42,7 +43,7 @@ def assemble_export(
     manifest: Manifest,
     dtype: torch.dtype,
     device: torch.device,
-    adapter: Adapter | None = None,
+    adapter: Adapter | PeftAdapter | None = None,
     on_progress: OnProgress = lambda fraction: None,
 ) -> Assembled:
     """Everything frozen, in evaluation mode, adapters merged; on the CPU still.
@@ -57,10 +58,13 @@ def assemble_export(
     if manifest.layout == LLAVA:
         built = _from_llava(folder, manifest, dtype, device)
     else:
-        has_own = "llm.lora" in manifest.included and not (adapter is not None and adapter.replaces_own)
+        replaces_own = isinstance(adapter, Adapter) and adapter.replaces_own
+        has_own = "llm.lora" in manifest.included and not replaces_own
         built = _from_parts(folder, manifest, dtype, device, has_own, on_progress)
     model = built.model
-    if adapter is not None:
+    if isinstance(adapter, PeftAdapter):
+        fold_peft(model, adapter)
+    elif adapter is not None:
         if "llm" in manifest.included:
             check_loaded_base(model, adapter, folder)
         fold_adapter(model, adapter.lora, adapter.tensors, f"--adapter {adapter.folder}")
@@ -122,7 +126,10 @@ def _from_llava(folder: Path, manifest: Manifest, dtype: torch.dtype, device: to
     whole = read_llava(folder, dtype, choose_attention(config.llm.attention, str(device)))
     assert config.vision is not None
     vision = build_vision(config.vision, dtype, weights=False)
-    vision.trunk.model = whole.model.vision_tower
+    trunk: Any = vision.trunk
+    num_blocks = len(trunk.blocks)
+    trunk.model = whole.model.vision_tower
+    del trunk.blocks[num_blocks:]  # of another program's folder, which holds them all
     llm = _language_model(whole)
     settle_attention(llm, config.llm.attention)
     return wrap_llava(whole, config, llm, vision, tokenizer)
@@ -197,9 +204,7 @@ def _language_model(whole: LlavaForConditionalGeneration) -> PreTrainedModel:
 
 def _check_base_models(folder: Path, manifest: Manifest, config: ModelConfig) -> None:
     """The base models must be the very ones that the parts were trained beside."""
-    paths = {"llm": config.llm.path}
-    if config.vision is not None:
-        paths["vision"] = VISION_BACKENDS[config.vision.backend].weights_at(config.vision)
+    paths = {"llm": config.llm.path, **encoder_weights(config.vision)}
     for part, path in paths.items():
         expected = manifest.base.get(part)
         if expected:

@@ -32,10 +32,13 @@ def with_bases_found(manifest: Manifest, folder: Path) -> Manifest:
         found = _find_base(model.llm.path, folder)
         changes["llm"] = model.llm.model_copy(update={"path": found})
     if model.vision is not None and "vision" not in manifest.included:
-        paths: dict[str, str] = {"path": _find_base(model.vision.path, folder)}
-        if model.vision.pretrained is not None:
-            paths["pretrained"] = _find_base(model.vision.pretrained, folder)
-        changes["vision"] = model.vision.model_copy(update=paths)
+        named = []
+        for encoder in model.vision.encoders:
+            paths: dict[str, str] = {"path": _find_base(encoder.path, folder)}
+            if encoder.pretrained is not None:
+                paths["pretrained"] = _find_base(encoder.pretrained, folder)
+            named.append(encoder.model_copy(update=paths))
+        changes["vision"] = model.vision.with_encoders(named)
     return replace(manifest, model=model.model_copy(update=changes))
 
 

@@ -115,8 +115,13 @@ def _vision_line(manifest: Manifest) -> str:
     vision, spec = manifest.model.vision, manifest.image_spec
     if vision is None or spec is None:
         return "none: a plain language model"
-    where = f"{public_name(manifest.origin.get('vision'))} ({VISION_BACKENDS[vision.backend].describe(vision)})"
-    return f"{where}, {spec.size} x {spec.size} pixels ({spec.resize}), {spec.num_tokens} tokens an image"
+    names = [manifest.origin.get("vision"), *manifest.origin.get("fused_with", [])]
+    parts = [
+        f"{public_name(name)} ({VISION_BACKENDS[each.backend].describe(each)}), {seen.size} x {seen.size} pixels "
+        f"({seen.resize})"
+        for name, each, seen in zip(names, vision.encoders, spec.members, strict=True)
+    ]
+    return f"{f' fused by {vision.fuse_by} with '.join(parts)}, {spec.num_tokens} tokens an image"
 
 
 def _order_line(counts: dict[str, int]) -> str:

@@ -2,8 +2,9 @@
 
 projector.safetensors                              projector.*
 adapter/adapter_model.safetensors + _config.json   llm.lora.*, as peft writes it
-llm/*.safetensors + config.json                    llm.*, as transformers writes it
+llm/*.safetensors + config.json                    llm.*, as transformers writes it; of a whole text model at the top
 vision.safetensors + vision/config.json            vision.*
+vision/*.safetensors + config.json                 vision.*, as transformers writes it, in folders that were imported
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vlm.artifacts.manifest import ADAPTER, LLM, PROJECTOR, VISION, Manifest
 from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig
 from vlm.models.trainable import part_of
-from vlm.models.weight_adapter import WeightAdapter, rename
+from vlm.models.weight_adapter import WeightAdapter, also, rename
 from vlm.models.weight_files import LazyTensors, WeightFiles, joined
 
 _CANONICAL = WeightAdapter("vlm's layout", (rename("{*name}", "{*name}"),))
@@ -39,6 +40,11 @@ ADAPTERS: dict[str, WeightAdapter] = {
     ),
     "llm": WeightAdapter("transformers' layout of a language model", (rename("llm.{*rest}", "{*rest}"),)),
 }
+TOWER = WeightAdapter(
+    "transformers' layout of an encoder",
+    (also("vision.trunk.model.{*rest}", "vision_model.{*rest}"), rename("vision.trunk.model.{*rest}", "{*rest}")),
+)
+VISION_PART = "vision"
 _FILES = {"projector": PROJECTOR, "vision": VISION, "llm.lora": ADAPTER}
 
 
@@ -58,13 +64,17 @@ def open_parts(folder: Path, manifest: Manifest, model: ModelConfig) -> LazyTens
 
 
 def _open_vlm(folder: Path, manifest: Manifest, model: ModelConfig) -> LazyTensors:
-    groups: list[Mapping[str, Tensor]] = [
-        ADAPTERS[part].to_ours(_read(folder / file)) for part, file in _FILES.items() if part in manifest.included
-    ]
+    parts = [part for part in _FILES if part in manifest.included]
+    groups: list[Mapping[str, Tensor]] = []
+    if VISION_PART in parts and not (folder / VISION).is_file() and any((folder / VISION_PART).glob("*.safetensors")):
+        parts.remove(VISION_PART)
+        groups.append(TOWER.to_ours(WeightFiles(str(folder / VISION_PART), "the export")))
+    groups += [ADAPTERS[part].to_ours(_read(folder / _FILES[part])) for part in parts]
     if LLM in manifest.included:
-        if not any((folder / LLM).glob("*.safetensors")):
-            raise CheckpointError(f"{folder / LLM} holds no .safetensors. The export is incomplete: export again")
-        groups.append(ADAPTERS[LLM].to_ours(WeightFiles(str(folder / LLM), "the export")))
+        place = folder / manifest.model.llm.path
+        if not any(place.glob("*.safetensors")):
+            raise CheckpointError(f"{place} holds no .safetensors. The export is incomplete: export again")
+        groups.append(ADAPTERS[LLM].to_ours(WeightFiles(str(place), "the export")))
     return joined(*groups)
 
 

@@ -86,17 +86,33 @@ def read_start(folder: Path) -> Manifest:
     """
     if (folder / NAME).is_file() or read_json(folder / "config.json").get("model_type") != LLAVA:
         return read_manifest(folder)
-    config = _read_config(folder)
+    return manifest_of(folder, read_llava_config(folder))
+
+
+def manifest_of(folder: Path, config: Any) -> Manifest:
+    """What a folder in transformers' LLaVA layout is, by its config.json.
+
+    Raises:
+        CheckpointError: our parts cannot express it.
+    """
     if reason := _why_not_ours(config):
         raise CheckpointError(f"{folder}: {reason}, which our parts cannot express")
+    spec = _image_spec(folder, config)
+    resize: Any = spec.resize
     keeps_class = TOWERS[_tower(config)] and config.vision_feature_select_strategy == "full"
     model = ModelConfig(
-        vision=VisionConfig(backend="hf", path=".", keep_class_token=keeps_class),
+        vision=VisionConfig(
+            backend="hf",
+            path=".",
+            keep_class_token=keeps_class,
+            layer=_kept_blocks(config) - 1,
+            resize=resize,
+            background=spec.background,
+        ),
         projector=PROJECTORS[_kind(config)].model_validate({}),
         llm=LLMConfig(path="."),
     )
     included = ("projector", "llm", "vision")
-    spec = _image_spec(folder, config)
     return Manifest(model, "tokenizer", None, spec, included, (), layout=LLAVA, full=True)
 
 
@@ -109,7 +125,7 @@ def open_llava(folder: Path, manifest: Manifest, model: ModelConfig) -> LazyTens
     Raises:
         CheckpointError: a tensor is none of LLaVA's. It and all others that are none are listed.
     """
-    config = _read_config(folder)
+    config = read_llava_config(folder)
     llm = llm_shape(config.text_config)
     tensors = llava_adapter(config, llm).to_ours(WeightFiles(str(folder), "the folder"))
     tensors.refuse_unread(str(folder))
@@ -142,6 +158,8 @@ def refuse_other_llava(
             f"{where}: LLaVA's projector neither pools nor standardises: remove model.projector.pool, unshuffle and "
             f"normalize. {_UNFOLDED}"
         )
+    if reason := model.projector.why_not_llava():
+        raise CheckpointError(f"{where}: LLaVA's projector is one or two linear layers, and of this config {reason}")
     pairs = zip((*spec.mean, *spec.std), (*mean, *std), strict=True)
     if any(abs(one - other) > 1e-4 for one, other in pairs):
         raise CheckpointError(
@@ -160,12 +178,13 @@ def llm_shape(text_config: Any) -> PreTrainedModel:
     return llm
 
 
-def _read_config(folder: Path) -> LlavaConfig:
+def read_llava_config(folder: Path) -> Any:
+    """config.json of a LLaVA, 1.5 or NeXT."""
     prepare()
-    from transformers import LlavaConfig
+    from transformers import AutoConfig
 
     try:
-        return LlavaConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: cannot read its config.json ({str(error)[:200]})") from None
 
@@ -201,16 +220,24 @@ def _image_spec(folder: Path, config: Any) -> ImageSpec:
             f"{folder}: nothing says how its images are normalised ({str(error)[:100]}). Usually "
             "preprocessor_config.json was not downloaded"
         ) from None
-    return ImageSpec(config.vision_config.image_size, mean, std, num_tokens=config.image_seq_length, resize="crop")
+    size = config.vision_config.image_size
+    resize = "pad" if settings.get("do_pad") else "crop" if settings.get("do_center_crop", True) else "squash"
+    red, green, blue = (int(255 * value) for value in mean)  # which transformers pads with
+    return ImageSpec(size, mean, std, num_tokens=config.image_seq_length, resize=resize, background=(red, green, blue))
 
 
 def _unread(config: Any) -> list[Rule]:
     """What files hold and no forward here reads."""
-    blocks, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
-    kept = layer if layer >= 0 else blocks + 1 + layer  # transformers counts the embeddings as layer 0
-    numbers = range(kept, blocks)
+    numbers = range(_kept_blocks(config), config.vision_config.num_hidden_layers)
     patterns = chain(_COMPUTED, (f"{{*outer}}.encoder.layers.{number}.{{*rest}}" for number in numbers))
     return [drop(pattern) for pattern in patterns]
+
+
+def _kept_blocks(config: Any) -> int:
+    """Blocks of the encoder up to the last one whose output is taken."""
+    blocks, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    layers = [layer] if isinstance(layer, int) else layer
+    return max(each if each >= 0 else blocks + 1 + each for each in layers)  # transformers' layer 0 is the embeddings
 
 
 def _num_rows(config: LLMConfig) -> int:

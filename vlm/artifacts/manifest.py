@@ -86,11 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     values = _migrated(_read_json(folder), folder)
     try:
-        spec = values["image_spec"]
-        if spec is not None:
-            tuples = {key: tuple(value) for key, value in spec.items() if isinstance(value, list)}
-            kind = IMAGE_SPECS[spec.get("kind", "square")]  # of one tile in exports of earlier versions
-            spec = kind(**{name: value for name, value in {**spec, **tuples}.items() if name != "kind"})
+        spec = None if values["image_spec"] is None else _read_spec(values["image_spec"])
         return Manifest(
             model=ModelConfig.model_validate(values["model"]),
             image_spec=spec,
@@ -114,13 +110,26 @@ def _spec_values(spec: ImageSpec) -> dict[str, Any]:
     return asdict(spec) if spec.kind == ImageSpec.kind else {"kind": spec.kind, **asdict(spec)}
 
 
+def _read_spec(values: dict[str, Any]) -> ImageSpec:
+    """What `_spec_values` wrote; several encoders' specs lie in that of the first."""
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    kind = IMAGE_SPECS[given.pop("kind", "square")]  # of one tile in exports of earlier versions
+    if "others" in given:
+        given["others"] = tuple(_read_spec(each) for each in given["others"])
+    return kind(**given)
+
+
 def inside(folder: Path, model: ModelConfig, included: tuple[str, ...]) -> ModelConfig:
     """The config with the paths of included parts pointing into `folder`."""
     changes: dict[str, Any] = {}
     if "llm" in included:
         changes["llm"] = model.llm.model_copy(update={"path": str(folder / model.llm.path)})
-    if "vision" in included and model.vision is not None and (folder / model.vision.path).exists():
-        changes["vision"] = model.vision.model_copy(update={"path": str(folder / model.vision.path)})
+    if "vision" in included and model.vision is not None:
+        named = [
+            each.model_copy(update={"path": str(folder / each.path)}) if (folder / each.path).exists() else each
+            for each in model.vision.encoders
+        ]
+        changes["vision"] = model.vision.with_encoders(named)
     return model.model_copy(update=changes)
 
 

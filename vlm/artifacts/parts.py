@@ -8,22 +8,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlm.artifacts.layouts import ADAPTERS, open_parts
 from vlm.artifacts.llava import read_start
 from vlm.artifacts.manifest import ADAPTER, LLM, PROJECTOR, VISION
 from vlm.artifacts.pins import pin_start, places_of, refuse_replaced
+from vlm.artifacts.shards import num_bytes, save_plain, write_shards
 from vlm.config import read_kept_config
 from vlm.data.config import DataConfig
 from vlm.data.image_order import ImageOrder, learned_order
-from vlm.errors import CheckpointError, ConfigError
+from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig
 from vlm.models.lora import SAVED
 from vlm.models.trainable import part_of
+from vlm.models.weight_files import prefixed
 from vlm.schema import PARTS
-from vlm.train.checkpoint import newest_verified, read_info
+from vlm.train.checkpoint import checkpoint_of, newest_verified, read_info
 from vlm.train.fragments import read_weights
 
 ADAPTER_CONFIG = "adapter/adapter_config.json"
@@ -45,15 +46,18 @@ class Trained:
         return {name: tensor for name, tensor in self.tensors.items() if part_of(name) == part}
 
 
-def read_run(run: Path) -> Trained:
-    """The newest intact checkpoint of a run, completed by the export that the run started from.
+def read_run(run: Path, step: int | None = None) -> Trained:
+    """A checkpoint of a run, completed by the export that the run started from.
+
+    Args:
+        step: of which checkpoint; None is the newest intact one.
 
     Raises:
-        CheckpointError: no run, no intact checkpoint, a projector that nothing trained; or what the run began with was
-            replaced.
+        CheckpointError: no run, no intact checkpoint or none of this step, a projector that nothing trained; or what
+            the run began with was replaced.
     """
     config = read_kept_config(run / "config.yaml")
-    checkpoint = newest_verified(run)
+    checkpoint = newest_verified(run) if step is None else checkpoint_of(run, step)
     if checkpoint is None:
         raise CheckpointError(f"{run} has no checkpoint yet, so there is nothing to export. Train first: vlm train")
     began = pin_start(config.model, config.init_from)
@@ -64,6 +68,9 @@ def read_run(run: Path) -> Trained:
     info = read_info(checkpoint)
     image_orders: dict[str, int] = info.get("image_orders", {})  # earlier versions did not count
     order = learned_order(image_orders)
+    if model.vision is not None:  # what of the projector is frozen, the checkpoint does not hold
+        tensors = {**prefixed(model.projector.start_weights(), "projector."), **tensors}
+        model = model.model_copy(update={"projector": model.projector.exported()})
     if config.init_from is not None:
         start = Path(config.init_from)
         manifest = read_start(start)
@@ -93,7 +100,7 @@ def write_parts(folder: Path, trained: Trained, max_shard_size: str) -> tuple[st
     for part, file in (("projector", PROJECTOR), ("vision", VISION)):
         tensors = trained.part(part)
         if tensors:
-            _save(tensors, folder / file)
+            save_plain(tensors.items(), folder / file)
     if trained.part("llm.lora"):
         _write_adapter(folder, trained.part("llm.lora"), trained.model)
     if trained.part("llm"):
@@ -103,27 +110,8 @@ def write_parts(folder: Path, trained: Trained, max_shard_size: str) -> tuple[st
 
 def save_sharded(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: str) -> None:
     """Write tensors [...] as model.safetensors, or numbered shards and their index as transformers reads them."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    folder.mkdir(parents=True, exist_ok=True)
-    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
-    for name, members in split.filename_to_tensors.items():
-        _save({member: tensors[member] for member in members}, folder / name)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-def check_shard_size(text: str) -> None:
-    """Raises ConfigError unless it is written like 5GB or 200MB."""
-    from huggingface_hub.serialization._base import parse_size_to_int
-
-    try:
-        size = parse_size_to_int(text)
-    except (ValueError, KeyError, TypeError):
-        size = 0
-    if size < 1:
-        raise ConfigError(f"--max-shard-size {text!r}: expected a size such as 5GB or 200MB")
+    sizes = {name: num_bytes(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    write_shards(sizes, tensors.__getitem__, folder, max_shard_size)
 
 
 def _complete(tensors: dict[str, Tensor], model: ModelConfig, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,6 +119,7 @@ def _complete(tensors: dict[str, Tensor], model: ModelConfig, before: Mapping[st
     replaced = {part for part in model.trainable if part not in model.partial}
     if "llm" in replaced:
         replaced.add("llm.lora")  # was merged before this training, which wrote down the sum
+    replaced.discard("projector")  # of which some may be frozen; all that trained is in `tensors`
     return {name: before[name] for name in before if part_of(name) not in replaced} | tensors
 
 
@@ -140,7 +129,7 @@ def _write_adapter(folder: Path, tensors: dict[str, Tensor], model: ModelConfig)
     assert lora is not None
     (folder / "adapter").mkdir()
     names = ADAPTERS["llm.lora"].from_ours(tensors)
-    _save(names, folder / ADAPTER)
+    save_plain(names.items(), folder / ADAPTER)
     adapted = {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in names if ".lora_" in name}
     saved = {name.removeprefix("llm.lora.").partition(SAVED)[0] for name in tensors if SAVED in name}
     targets = {name.rpartition(".")[2] for name in adapted} if lora.targets == "all-linear" else adapted
@@ -160,10 +149,3 @@ def _write_adapter(folder: Path, tensors: dict[str, Tensor], model: ModelConfig)
         "target_modules": sorted(targets),
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Tensors of any shape [...] and device; on a disk that refuses, safetensors' own error."""
-    # contiguous, on the CPU and sharing memory with no other, as safetensors demands
-    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    save_file(plain, path, metadata={"format": "pt"})

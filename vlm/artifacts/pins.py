@@ -21,7 +21,7 @@ from vlm.artifacts.manifest import ADAPTER, LLM, NAME, PROJECTOR, VISION, Manife
 from vlm.errors import CheckpointError
 from vlm.files import sha256
 from vlm.logs import Progress, log
-from vlm.models.config import ModelConfig, VisionConfig
+from vlm.models.config import EncoderConfig, ModelConfig, VisionConfig
 from vlm.models.encoders.base import VisionBackend
 from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.tokenizer_files import read_json
@@ -47,10 +47,12 @@ def pin_start(model: ModelConfig, init_from: str | None) -> Pins:
     files: dict[str, list[Path]] = {"model.llm.path": _settings_in(model.llm.path, _SETTINGS)}
     if not {"llm"} & {*model.trainable, *brought} or ("llm" in model.partial and "llm" not in brought):
         files["model.llm.path"] += _found(model.llm.path)
-    if model.vision is not None:
-        files["model.vision.path"] = _settings_in(model.vision.path, VISION_BACKENDS[model.vision.backend].settings)
+    for key, encoder in _encoders(model.vision).items():
+        files[key] = _settings_in(encoder.path, VISION_BACKENDS[encoder.backend].settings)
         if not {"vision"} & {*model.trainable, *brought} or ("vision" in model.partial and "vision" not in brought):
-            files["model.vision.path"] += _encoder_weights(model.vision)
+            files[key] += _encoder_weights(encoder)
+    if (path := model.projector.start_path) is not None and model.vision is not None:
+        files["model.projector.pretrained"] = [] if "projector" in brought else _whole(path)
     if start is not None:
         files["init_from"] = _start_files(Path(str(init_from)), start, model)
     sums = _sum_all({file for group in files.values() for file in group})
@@ -88,8 +90,13 @@ def refuse_replaced(checkpoint: Path, before: Pins | None, now: Pins, places: di
 
 
 def places_of(model: ModelConfig, init_from: str | None) -> dict[str, str | None]:
-    vision = None if model.vision is None else model.vision.pretrained or model.vision.path
-    return {"model.llm.path": model.llm.path, "model.vision.path": vision, "init_from": init_from}
+    return {
+        "model.llm.path": model.llm.path,
+        "model.vision.path": None,
+        **{key: each.pretrained or each.path for key, each in _encoders(model.vision).items()},
+        "model.projector.pretrained": model.projector.start_path,
+        "init_from": init_from,
+    }
 
 
 def _read_start(folder: Path) -> Manifest | None:
@@ -108,7 +115,9 @@ def _start_files(folder: Path, start: Manifest, model: ModelConfig) -> list[Path
     if kept and start.layout == LLAVA:
         files = [*sorted(folder.glob("*.safetensors")), *_settings_in(str(folder), _SETTINGS)]
     elif LLM in kept:
-        files += sorted((folder / LLM).glob("*.safetensors"))
+        files += sorted((folder / start.model.llm.path).glob("*.safetensors"))
+    if "vision" in kept and not (folder / VISION).is_file():
+        files += sorted((folder / "vision").glob("*.safetensors"))
     return [file for file in (*files, folder / NAME) if file.is_file()]
 
 
@@ -116,13 +125,28 @@ def _settings_in(path: str, names: Iterable[str]) -> list[Path]:
     return [file for name in names if (file := Path(path) / name).is_file()]
 
 
-def _encoder_weights(vision: VisionConfig) -> list[Path]:
+def _encoders(vision: VisionConfig | None) -> dict[str, EncoderConfig]:
+    """By the key of its path."""
+    encoders = () if vision is None else vision.encoders
+    keys = ("model.vision.path", *(f"model.vision.fuse_with.{number}.path" for number in range(len(encoders))))
+    return dict(zip(keys, encoders, strict=False))
+
+
+def _encoder_weights(vision: EncoderConfig) -> list[Path]:
     kind = VISION_BACKENDS[vision.backend]
-    return _found(kind.weights_at(vision)) if kind.is_here(vision) else []
+    path = kind.weights_at(vision)
+    if path.endswith(kind.pickled):
+        return _whole(path)
+    return _found(path) if kind.is_here(vision) else []
 
 
 def _found(path: str) -> list[Path]:
     return [file for file in weight_files(path) if file.is_file()]
+
+
+def _whole(path: str) -> list[Path]:
+    """A file of any kind, or the weights of a folder."""
+    return [Path(path)] if Path(path).is_file() else _found(path)
 
 
 def _name(file: Path, place: str | None) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm.cli.options import ImageOrderOption, image_order_of
+from vlm.cli.options import MODEL_HELP, AdapterOption, ImageOrderOption, TemplateOption, image_order_of
 from vlm.errors import CheckpointError, ConfigError
 from vlm.logs import warn
 
@@ -24,7 +24,7 @@ def _option(*names: str, help: str, **settings: Any) -> Any:
 
 
 def chat(
-    export: Annotated[Path, typer.Argument(help="An export folder. 导出的模型文件夹。")],
+    export: Annotated[Path, typer.Argument(help=MODEL_HELP)],
     image: Annotated[
         list[Path] | None, _option("--image", "-i", help="An image. Repeatable. 图片，可多次给出。")
     ] = None,
@@ -32,10 +32,7 @@ def chat(
         str | None, _option("--prompt", "-p", help="Ask this, print the answer, and end. 只问这一句，回答后退出。")
     ] = None,
     system: Annotated[str | None, _option("--system", help="System prompt. 系统提示。")] = None,
-    prompt_template: Annotated[
-        str | None,
-        _option("--prompt-template", help="Chat template instead of the export's. 替换导出时的对话模板。"),
-    ] = None,
+    prompt_template: TemplateOption = None,
     image_order: ImageOrderOption = "auto",
     bot_name: Annotated[
         str,
@@ -56,6 +53,12 @@ def chat(
     repetition_penalty: Annotated[
         float, _option("--repetition-penalty", min=0.1, help="Over 1 repeats less. 大于 1 时减少重复。")
     ] = 1.0,
+    length_penalty: Annotated[
+        float, _option("--length-penalty", help="With --num-beams; under 1 prefers short answers. 束搜索的长度惩罚。")
+    ] = 1.0,
+    max_length: Annotated[
+        int | None, _option("--max-length", min=1, help="Of question and answer, in tokens. 问题与回答的总长度上限。")
+    ] = None,
     seed: Annotated[int | None, _option("--seed", help="Of sampling. 随机种子。")] = None,
     stop_word: Annotated[
         list[str] | None,
@@ -64,10 +67,7 @@ def chat(
     no_stream: Annotated[
         bool, _option("--no-stream", help="Show answers when they are finished. 回答完成后一次显示。")
     ] = False,
-    adapter: Annotated[
-        Path | None,
-        _option("--adapter", help="Add the LoRA of another export before merging. 合并前加上另一个导出的 LoRA。"),
-    ] = None,
+    adapter: AdapterOption = None,
     cpu_only: Annotated[bool, _option("--cpu-only", help="Do not use a GPU. 不使用 GPU。")] = False,
     device: Annotated[str, _option("--device", help="auto, cpu, cuda, cuda:1. 设备。")] = "auto",
     device_map: Annotated[
@@ -101,10 +101,13 @@ def chat(
             "num_beams": num_beams,
             "repetition_penalty": repetition_penalty,
             "seed": seed,
+            "length_penalty": length_penalty,
+            "max_length": max_length,
         }
     )
-    if idle := without_effect(settings):
-        warn(f"without --do-sample, {', '.join(idle)} changes nothing. 没有 --do-sample，{', '.join(idle)} 不生效。")
+    for switch, idle in without_effect(settings).items():
+        flag, names = f"--{switch.replace('_', '-')}", ", ".join(idle)
+        warn(f"without {flag}, {names} changes nothing. 没有 {flag}，{names} 不生效。")
     model = partial(
         load,
         export,

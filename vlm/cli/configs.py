@@ -37,8 +37,14 @@ def register(app: typer.Typer) -> None:
     app.command("config-schema")(config_schema)
 
 
-def ls(pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern such as llava*.")] = "") -> None:
+def ls(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern such as llava*.")] = "",
+    part: Annotated[str, typer.Option("--pattern", "-p", help="The same.")] = "",
+) -> None:
     """List the shipped projects."""
+    if pattern and part:
+        raise ConfigError(f"{pattern} and --pattern {part}: give one of them")
+    pattern = pattern or part
     wanted = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     names = [name for name in shipped_projects() if fnmatch.fnmatch(name, wanted)]
     if not names:

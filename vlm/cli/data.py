@@ -1,4 +1,7 @@
-"""`vlm data check | preview | stats`: the data as training will see it, without a model; `vlm data cache`."""
+"""`vlm data check | preview | stats`: the data as training will see it, without a model; `vlm data cache`.
+
+Those that write data files are in `vlm.cli.data_files`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vlm.cli import data_files
 from vlm.cli.configs import Config, Options
 from vlm.cli.train import Endpoint, Nnodes, Nproc, launched
 from vlm.config import RunConfig
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from vlm.data.tokenize import ConversationTokenizer
 
 app = typer.Typer(no_args_is_help=True)
+data_files.register(app)
 _READ = ("model", "data")  # sections of the config whose paths must exist
 
 

@@ -7,7 +7,23 @@ from collections.abc import Sequence
 
 import typer
 
-from vlm.cli import chat, ckpt, configs, data, doctor, export, plan, prove, serve, train, webui
+from vlm.cli import (
+    chat,
+    ckpt,
+    configs,
+    convert,
+    data,
+    doctor,
+    export,
+    importing,
+    merge,
+    models,
+    plan,
+    prove,
+    serve,
+    train,
+    webui,
+)  # fmt: skip
 from vlm.cli.process import end, repeat_options, run, with_hyphens
 from vlm.version import __version__
 
@@ -18,9 +34,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (configs, plan, prove, train, export, chat, webui, serve):
+for module in (configs, models, plan, prove, train, export, merge, convert, importing, chat, webui, serve):
     module.register(app)
-app.add_typer(data.app, name="data", help="Look at training data without a model; encode its images ahead.")
+app.add_typer(data.app, name="data", help="Look at training data without a model, rewrite it; encode its images ahead.")
+app.add_typer(convert.app, name="convert", help="Rewrite models of other programs and times as native ones.")
 app.add_typer(ckpt.app, name="ckpt", help="List and verify the checkpoints of a run.")
 doctor.register(app)
 

@@ -54,7 +54,7 @@ def plan(
         checked = checked.model_copy(update={"train": checked.train.model_copy(update={"precision": chosen})})
     if not is_elsewhere:
         dtype = autocast_dtype(checked.train.precision) or torch.float32
-        machine = measured_machine(choose_device(checked.engine.device), dtype, measure)
+        machine = measured_machine(choose_device(checked.engine.device), dtype, measure, count > 1)
     if memory is not None:
         size, name = parse_memory(memory), "as --memory says"
     elif gpu is not None:

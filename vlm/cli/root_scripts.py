@@ -7,7 +7,7 @@ import sys
 
 from vlm.cli.main import app
 from vlm.cli.process import end, run, with_hyphens
-from vlm.cli.train import deepspeed_options, start_training
+from vlm.cli.train import deepspeed_options, resume_step, start_training, work_dir_options
 
 
 def main_train() -> None:
@@ -16,7 +16,8 @@ def main_train() -> None:
     def command() -> None:
         arguments = train_parser().parse_args(_arguments())
         options = [*arguments.options, *(["engine.kind=zero"] if arguments.use_deepspeed else [])]
-        start_training(arguments.cfg_path, [*options, *deepspeed_options(arguments.deepspeed)])
+        options += [*deepspeed_options(arguments.deepspeed), *work_dir_options(arguments.work_dir)]
+        start_training(arguments.cfg_path, options, resume=arguments.resume and resume_step(arguments.resume))
 
     end(run(command))
 
@@ -29,7 +30,8 @@ def main_train_pipeline() -> None:
         options = [*arguments.options, "engine.kind=pipeline"]
         if arguments.num_stages is not None:
             options.append(f"engine.num_stages={arguments.num_stages}")
-        start_training(arguments.cfg_path, options)
+        options += work_dir_options(arguments.work_dir)
+        start_training(arguments.cfg_path, options, resume=arguments.resume and resume_step(arguments.resume))
 
     end(run(command))
 
@@ -96,6 +98,8 @@ def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument(
         "--options", "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys"
     )
+    parser.add_argument("--work-dir", metavar="DIR", help="the run's folder instead of output_dir")
+    parser.add_argument("--resume", metavar="STEP", help="go on from this checkpoint, 600 or step-000600")
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # old launchers pass it
     return parser
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vlm.cli.options import ImageOrderOption, image_order_of
+from vlm.cli.options import MODEL_HELP, AdapterOption, ImageOrderOption, TemplateOption, image_order_of
 from vlm.errors import CheckpointError, ConfigError, MissingPackageError
 
 
@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    export: Annotated[Path, typer.Argument(help="An export folder. 导出的模型文件夹。")],
+    export: Annotated[Path, typer.Argument(help=MODEL_HELP)],
     host: Annotated[
         str,
         typer.Option(
@@ -78,6 +78,8 @@ def serve(
         bool, typer.Option("--access-log", help="A line for each request. 每个请求记一行日志。")
     ] = False,
     image_order: ImageOrderOption = "auto",
+    adapter: AdapterOption = None,
+    prompt_template: TemplateOption = None,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16. 计算精度。")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda. 设备。")] = "auto",
 ) -> int:
@@ -90,7 +92,8 @@ def serve(
     def load_model():  # type: ignore[no-untyped-def]
         from vlm.inference.load import load
 
-        return load(export, device, precision, image_order=image_order_of(image_order))  # type: ignore[arg-type]
+        settings = {"adapter": adapter, "template": prompt_template, "image_order": image_order_of(image_order)}
+        return load(export, device, precision, **settings)  # type: ignore[arg-type]
 
     return run_server(
         load_model,

@@ -12,10 +12,11 @@ from typing import Annotated
 import typer
 
 from vlm.cli.configs import Config, Options
+from vlm.cli.options import AdapterOption
 from vlm.config import resolve_for_log
 from vlm.config_checks import load_checked
 from vlm.errors import ConfigError, RunLocked, VLMError
-from vlm.launch import is_of_torchrun, is_restarted, launched_rank
+from vlm.launch import asked_processes, is_of_torchrun, is_restarted, launched_rank
 
 DeepSpeed = Annotated[
     str | None, typer.Option(help="zero0, zero1, zero2, zero3, or a DeepSpeed JSON: engine.kind zero with it.")
@@ -40,15 +41,19 @@ def train(
     rdzv_endpoint: Endpoint = None,
     max_restarts: Annotated[int, typer.Option(help="How often to start again when a process is lost.")] = 0,
     profile: Annotated[int, typer.Option(help="Steps to profile, after the first two: a trace and a table.")] = 0,
+    work_dir: Annotated[str | None, typer.Option(help="The run's folder instead of output_dir.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Go on from this checkpoint, 600 or step-000600.")] = None,
 ) -> int:
     """Train. The same command resumes from the newest intact checkpoint of its output_dir."""
-    chosen = [*(options or ()), *deepspeed_options(deepspeed)]
+    chosen = [*(options or ()), *deepspeed_options(deepspeed), *work_dir_options(work_dir)]
     if profile < 0:
         raise ConfigError(f"--profile {profile}: expected a number of steps, or 0 for none")
-    command = ["train", *(["--profile", str(profile)] if profile else []), config]
+    step = None if resume is None else resume_step(resume)
+    flags = [*(["--profile", str(profile)] if profile else []), *([] if step is None else ["--resume", str(step)])]
+    command = ["train", *flags, config]
     code = launched(command, chosen, nproc, nnodes, rdzv_endpoint, max_restarts)
     if code is None:
-        start_training(config, chosen, profile)
+        start_training(config, chosen, profile, step)
     return code or 0
 
 
@@ -60,6 +65,7 @@ def launched(
     for flag, number, least in (("--nproc", nproc, 1), ("--nnodes", nnodes, 1), ("--max-restarts", max_restarts, 0)):
         if number is not None and number < least:
             raise ConfigError(f"{flag} {number}: expected at least {least}")
+    nproc = asked_processes() if nproc is None else nproc
     if nproc is None and nnodes == 1:
         return None
     from vlm.cli.launch import Launch, launch
@@ -71,8 +77,11 @@ def launched(
 
 def evaluate(
     config: Annotated[str, typer.Argument(help="A config, a run folder, or an export inside one.")],
-    export: Annotated[Path | None, typer.Option(help="Export to evaluate; default: output_dir/export.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Export or model folder to evaluate; default: output_dir/export.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the results go; default: beside the export.")] = None,
+    adapter: AdapterOption = None,
     options: Options = None,
 ) -> None:
     """Run the evaluation tasks of a config on an export: own images, shuffled images, baseline."""
@@ -80,7 +89,7 @@ def evaluate(
     checked = load_checked(path, options or (), ("evaluation",), ())  # the export names its models
     from vlm.evaluation.report import evaluate_run
 
-    evaluate_run(checked, export or found, out)
+    evaluate_run(checked, export or found, out, adapter)
 
 
 def plot(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
@@ -90,14 +99,19 @@ def plot(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     print(plot_loss(run))
 
 
-def start_training(config: str, options: Sequence[str], profile_steps: int = 0) -> None:
-    """Validate, then train. Raises ConfigError before torch is imported when the config or a path in it is wrong."""
+def start_training(config: str, options: Sequence[str], profile_steps: int = 0, resume: int | None = None) -> None:
+    """Validate, then train. Raises ConfigError before torch is imported when the config or a path in it is wrong.
+
+    Args:
+        resume: step of the checkpoint to go on from; None takes the newest, and so do processes that torchrun has
+            started again.
+    """
     checked = load_checked(config, options)
     text = resolve_for_log(config, options)
     from vlm.run import train as train_run
 
     with _ending_once(Path(checked.output_dir)):
-        train_run(checked, text, profile_steps)
+        train_run(checked, text, profile_steps, None if is_restarted() else resume)
 
 
 @contextmanager
@@ -124,6 +138,25 @@ def _ending_once(run: Path) -> Iterator[None]:
         if is_main and is_ours and error.everywhere:
             marker.write_text(json.dumps({"launch": launch, "code": error.exit_code}), encoding="utf-8")
         raise
+
+
+def resume_step(text: str) -> int:
+    """
+    >>> resume_step("600"), resume_step("step-000600")
+    (600, 600)
+    """
+    number = text.removeprefix("step-")
+    if not number.isdecimal():
+        raise ConfigError(f"--resume {text}: expected a step, 600 or step-000600; `vlm ckpt ls RUN` lists them")
+    return int(number)
+
+
+def work_dir_options(folder: str | None) -> list[str]:
+    """
+    >>> work_dir_options("runs/${name}: 1")
+    ['output_dir="runs/${name}: 1"']
+    """
+    return [] if folder is None else [f"output_dir={json.dumps(folder, ensure_ascii=False)}"]
 
 
 def deepspeed_options(name: str | None) -> list[str]:

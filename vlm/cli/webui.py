@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vlm.cli.options import ImageOrderOption, image_order_of
+from vlm.cli.options import ImageOrderOption, TemplateOption, image_order_of
 from vlm.errors import CheckpointError, ConfigError
 
 DEFAULT_RUNS = Path("cache/runs")
@@ -21,7 +21,7 @@ def webui(
     export: Annotated[
         Path | None,
         typer.Argument(
-            help="An export folder; without one, all below --runs. 导出的模型文件夹；不给则用 --runs 下的全部。"
+            help="An export or model folder; without one, all below --runs. 模型文件夹；不给则用 --runs 下的全部。"
         ),
     ] = None,
     runs: Annotated[
@@ -60,6 +60,11 @@ def webui(
         int, typer.Option(min=1, max=4096, help="First value in the panel. 面板中回答长度的初始值。")
     ] = 256,
     image_order: ImageOrderOption = "auto",
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Offer EXPORT with this LoRA too, to compare. 同时提供加上此 LoRA 的模型，便于比较。"),
+    ] = None,
+    prompt_template: TemplateOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda. 设备。")] = "auto",
 ) -> None:
     """Chat in the browser. 在浏览器中与模型对话。"""
@@ -71,12 +76,14 @@ def webui(
     choose_port(host, port)  # before anything heavy
     from vlm.apps.web.app import WebOptions, find_examples, run_web
     from vlm.apps.web.models import ModelStore, find_exports
-    from vlm.artifacts.manifest import read_manifest
+    from vlm.artifacts.plain import read_model
     from vlm.generation.generate import GenerationSettings
 
     if export is not None:
-        read_manifest(export)
-    found = find_exports(export, runs)
+        read_model(export)
+    elif adapter is not None:
+        raise ConfigError("--adapter is added to one model: name its folder, vlm webui EXPORT --adapter LORA")
+    found = find_exports(export, runs, adapter)
     if not found:
         raise CheckpointError(
             f"no export below {runs}. `vlm export RUN` writes one; or name a folder: vlm webui EXPORT"
@@ -92,7 +99,8 @@ def webui(
         settings=GenerationSettings(max_new_tokens=max_new_tokens),
         examples=tuple(find_examples(examples)) if examples is not None else (),
     )
-    run_web(ModelStore(found, device, max_loaded, image_order=image_order_of(image_order)), options)
+    order = image_order_of(image_order)
+    run_web(ModelStore(found, device, max_loaded, image_order=order, template=prompt_template), options)
 
 
 def _login(host: str, auth: str | None, allow_anyone: bool, share: bool) -> tuple[str, str] | None:

@@ -139,8 +139,9 @@ def build_data(
         config.max_pixels,
         pad_to,
         image_token_id=conversation_tokenizer.image_token_id if shares else None,
+        jpeg_draft=config.jpeg_draft,
     )
-    order = build_order(config, scan, members, seed, shares)
+    order = build_order(config, scan, members, seed, shares, global_batch_size if config.group_by_length else 0)
     stream = BatchStream(
         order,
         collator,
@@ -150,7 +151,13 @@ def build_data(
         num_data_ranks=num_data_ranks,
         workers=config.workers,
         work=work,
+        drops_last=config.drop_last,
     )
+    if stream.steps_in_epoch(0) == 0:
+        raise DataError(
+            f"data.drop_last: {order.num_rows(0)} rows do not fill one step of train.global_batch_size "
+            f"{global_batch_size}, so that an epoch has none. Lower it, or leave data.drop_last out"
+        )
     if len(scans) > 1:
         evaluation = build_eval_batches(scans[1], np.flatnonzero(scans[1].lengths), config, stream)
     else:
@@ -176,8 +183,9 @@ def scan_sources(config: DataConfig, conversation_tokenizer: ConversationTokeniz
 
 
 def build_order(
-    config: DataConfig, scan: Scan, members: tuple[np.ndarray, ...], seed: int, shares_images: bool = False
-) -> RowOrder:
+    config: DataConfig, scan: Scan, members: tuple[np.ndarray, ...], seed: int, shares_images: bool = False,
+    group_size: int = 0,
+) -> RowOrder:  # fmt: skip
     """Raises DataError when no record is left to train on."""
     order = RowOrder(
         scan=scan,
@@ -189,8 +197,9 @@ def build_order(
         packing=config.packing,
         window=config.pack_window,
         shares_images=shares_images,
+        group_size=group_size,
     )
-    if not order.rows(0):
+    if not len(order.rows(0)):
         raise DataError("data: no record is left to train on; data.held_out or the sources' weights leave none")
     return order
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm.batch import IGNORE_INDEX, Batch, Example, ImageSpec, Skip
 from vlm.data.features import FeatureStore
-from vlm.data.images import load_image, to_tiles
+from vlm.data.images import load_tiles
 from vlm.data.sharing import find_stem, may_join
 from vlm.errors import RecordError
 
@@ -36,6 +36,7 @@ class Collator:
         pad_to: tokens of every row; None pads to the longest of the batch, rounded up to a multiple of 8.
         max_pixels: images with more are left out, with their example.
         features: where the encoder's features of every image are; then images are not decoded at all.
+        jpeg_draft: decode large JPEG files at reduced scale.
         image_token_id: given, a record that begins as the one before it does, with an image, shares its tokens.
     """
 
@@ -45,6 +46,7 @@ class Collator:
     pad_to: int | None = None
     features: FeatureStore | None = None
     image_token_id: int | None = None
+    jpeg_draft: bool = False
 
     def __call__(self, rows: Sequence[Sequence[Example]], skips: Sequence[Skip] = ()) -> Batch:
         """A batch of `len(rows)` rows. An example whose image cannot be read is left out and listed in `skipped`.
@@ -97,8 +99,7 @@ class Collator:
             return []
         if self.features is not None:
             return [self._features(self.features, image) for image in example.images]
-        background = self.image_spec.background
-        return [to_tiles(load_image(image, self.max_pixels, background), self.image_spec) for image in example.images]
+        return [load_tiles(image, self.image_spec, self.max_pixels, self.jpeg_draft) for image in example.images]
 
     def _features(self, store: FeatureStore, image: str | bytes) -> Tensor:
         """[tiles, P, C]. Raises RecordError: rule image_unreadable, or image_missing."""

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from vlm.schema import PathText, Section
 
@@ -13,6 +21,29 @@ _RECORD_NAMES = (
     "conversations", "messages", "image", "images", "caption", "text", "instruction", "input", "output", "query",
     "response", "question", "answer", "prompt", "completion", "context", "history", "system", "label", "loss", "weight",
 )  # fmt: skip
+
+
+TemplateName = Literal[
+    "plain", "chatml", "internlm2", "llama2", "llama3", "vicuna", "alpaca", "vanilla", "default", "llama2_zh",
+    "belle", "linly", "billa", "ziya", "aquila", "intern", "baichuan", "starchat", "chatglm2", "xtuner", "zephyr",
+    "moss_sft", "chatglm3", "baichuan2", "wizardcoder", "deepseek_coder", "deepseek_moe", "mistral", "gemma",
+    "phi3", "cohere", "minicpm", "xverse", "glm4", "tokenizer",
+]  # fmt: skip
+# XTuner's and others' names of templates -> ours
+TEMPLATE_ALIASES = {
+    "internlm_chat": "intern", "internlm2_chat": "internlm2", "llama2_chat": "llama2", "code_llama_chat": "llama2",
+    "llama3_chat": "llama3", "qwen_chat": "chatml", "baichuan_chat": "baichuan", "baichuan2_chat": "baichuan2",
+    "wizardlm": "vicuna", "deepseekcoder": "deepseek_coder", "deepseek_v2": "deepseek_moe", "mixtral": "mistral",
+    "phi3_chat": "phi3", "cohere_chat": "cohere",
+}  # fmt: skip
+
+
+def template_of(name: Any) -> Any:
+    """
+    >>> template_of("internlm2_chat"), template_of("chatml")
+    ('internlm2', 'chatml')
+    """
+    return TEMPLATE_ALIASES.get(name, name) if isinstance(name, str) else name
 
 
 class SourceConfig(Section):
@@ -45,8 +76,9 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    template: Literal["plain", "chatml", "internlm2", "llama2", "llama3", "vicuna", "alpaca", "tokenizer"] = "chatml"
-    """"tokenizer" takes the tokenizer's own chat template, if one of ours renders the same."""
+    template: Annotated[TemplateName, BeforeValidator(template_of)] = "chatml"
+    """"tokenizer" takes the tokenizer's own chat template, if one of ours renders the same. XTuner's names are
+    read too, such as internlm2_chat."""
     system: str | None = None
     """System prompt for conversations that bring none; null means the template's default."""
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
@@ -62,6 +94,10 @@ class DataConfig(Section):
     packing: bool = True
     pack_window: PositiveInt = 512
     """Records among which best-fit packing chooses."""
+    group_by_length: bool = False
+    """Without packing: the records of a step are of similar length, so that little is padded. Order stays random."""
+    drop_last: bool = False
+    """Leave the rows out that do not fill the last step of an epoch, others each time; else that step is smaller."""
     share_images: bool = True
     """Records about one image stand in one row and share its tokens, where attention is varlen: the same losses in less
     time. Needs packing."""
@@ -71,6 +107,9 @@ class DataConfig(Section):
     """Processes that decode images, at most one per core; 0 decodes in the training process."""
     max_pixels: PositiveInt = 50_000_000
     """An image with more is skipped; read from its header before decoding. Pillow itself refuses above 179 million."""
+    jpeg_draft: bool = False
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is at least twice the encoder's. Faster; pixels differ
+    slightly from those that chat, server and evaluation see."""
     image_placement: Literal["exact", "auto"] = "auto"
     """auto: one image and no <image> mark in the record puts the image first. exact: that is an error."""
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -85,3 +124,9 @@ class DataConfig(Section):
     """Number format of those features, whatever the encoder computes in; bf16 rounds them to 8 bits of mantissa."""
     cache_size_gb: PositiveFloat | None = None
     """Bound of the features of all encoders in `cache`, 10^9 bytes; those not used for longest go. null means none."""
+
+    @model_validator(mode="after")
+    def _one_way_to_fill_rows(self) -> DataConfig:
+        if self.group_by_length and self.packing:
+            raise ValueError("group_by_length is the alternative to packing: set packing to false, or leave it out")
+        return self

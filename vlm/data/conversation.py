@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from vlm.errors import RecordError
 
 Role = Literal["system", "user", "assistant"]
+_ROLES = get_args(Role)
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Turn:
     @property
     def text(self) -> str:
         """The turn as one string, images left out."""
+        if len(self.parts) == 1 and isinstance(self.parts[0], str):
+            return self.parts[0]
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
@@ -121,8 +124,8 @@ def check_conversation(conversation: Conversation) -> Conversation:
         raise RecordError("empty_conversation", "no user or assistant turn", where)
     expected: Role = "user"
     for number, turn in enumerate(spoken, first_number):
-        if turn.role not in get_args(Role):
-            raise RecordError("unknown_role", f"turn {number}: role {turn.role!r}, expected {get_args(Role)}", where)
+        if turn.role not in _ROLES:
+            raise RecordError("unknown_role", f"turn {number}: role {turn.role!r}, expected {_ROLES}", where)
         if turn.role == "system":
             raise RecordError("system_not_first", f"turn {number} is a system turn; it may only come first", where)
         if turn.role != expected:

@@ -14,7 +14,7 @@ import numpy as np
 from vlm.data.conversation import Conversation
 from vlm.data.tokenize import ConversationTokenizer
 
-PIECE_COLUMNS = 4  # of the table: number of the record, first character, tokens, supervised tokens
+PIECE_COLUMNS = 5  # of the table: number of the record, first character, tokens, supervised tokens, place in the store
 _CHARACTERS_PER_TOKEN = 6  # looked at first; more where that is not enough
 _LEAST_SHARE = 0.75  # of a piece that is kept when it is shortened to the end of a line or word
 

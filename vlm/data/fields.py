@@ -38,11 +38,11 @@ class Fields:
         self._inner: list[Fields] = []
 
     def __contains__(self, key: str) -> bool:
-        return has_content(self.values.get(key))
+        return key in self.values and has_content(self.values[key])
 
     def given(self, keys: tuple[str, ...]) -> list[str]:
         """Those of `keys` that have content."""
-        return [key for key in keys if key in self]
+        return [] if self.values.keys().isdisjoint(keys) else [key for key in keys if key in self]
 
     def take(self, *keys: str) -> Any:
         """The value of the first of `keys` that has content, which counts as read; None without any."""
@@ -76,7 +76,15 @@ def has_content(value: Any) -> bool:
     >>> [has_content(value) for value in (None, " ", [], {"a": [None, ""]}, 0, False, "a", [[], ["a"]])]
     [False, False, False, False, True, True, True, True]
     """
-    return any(leaf is not None and not (isinstance(leaf, str) and not leaf.strip()) for leaf in leaves(value))
+    if isinstance(value, str):
+        return not _is_blank(value)
+    if isinstance(value, list | dict):
+        return any(leaf is not None and not _is_blank(leaf) for leaf in leaves(value))
+    return value is not None
+
+
+def _is_blank(leaf: Any) -> bool:
+    return isinstance(leaf, str) and (not leaf or leaf.isspace())
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -104,6 +112,8 @@ def renamed(record: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     >>> renamed({"file": "a.png", "alt": "A dog."}, {"image": "file", "caption": "alt"})
     {'image': 'a.png', 'caption': 'A dog.'}
     """
+    if not columns:
+        return dict(record)
     ours = {theirs: key for key, theirs in columns.items() if theirs in record}
     result: dict[str, Any] = {}
     for key, value in record.items():

@@ -34,7 +34,7 @@ class FolderIndex:
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder = folder.resolve()
         self.name = name or self.folder.name
-        names, num_litter = _images(self.folder)
+        names, num_litter = image_names(self.folder)
         self.names = sorted(names)
         if num_litter:
             log(f"data: {self.name}: {num_litter} images in hidden files or folders are left out")
@@ -83,7 +83,7 @@ class FolderIndex:
         return f". It has {', '.join(names)}: name that file as the path, {{path: {found[0]}, images: ...}}"
 
 
-def _images(folder: Path) -> tuple[list[str], int]:
+def image_names(folder: Path) -> tuple[list[str], int]:
     """Names of the images below a folder, and how many more are hidden or litter."""
     names, num_litter = [], 0
     for path in _files(folder):

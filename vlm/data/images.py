@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import os
+import stat
 import struct
 import unicodedata
 import warnings
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlm.batch import ImageLayout, ImageSpec
 from vlm.data.sniff import HEAD, describe, describe_text
@@ -83,6 +85,32 @@ def resolve_image(root: Path, name: str, links: Sequence[Path] = ()) -> Path:
     if not exists:
         raise RecordError("image_missing", f"image {name[:200]!r} is no file below {root.name}/")
     return path
+
+
+def plain_file(root: str, name: str) -> str | None:
+    """What `resolve_image` finds, in one system call, of a file that is no link; None says to ask that.
+
+    Folders are looked up once in a process, so this is for data files and not for what a stranger asks for.
+    """
+    parent, base = os.path.split(name)
+    if not name.strip() or os.path.isabs(name) or base in ("", ".", "..") or ".." in parent:
+        return None
+    folder = _real_folder(root, parent)
+    try:
+        is_file = folder is not None and stat.S_ISREG(os.lstat(f"{folder}{os.sep}{base}").st_mode)
+    except (OSError, ValueError):
+        return None
+    return f"{folder}{os.sep}{base}" if is_file else None
+
+
+@lru_cache(maxsize=1 << 16)
+def _real_folder(root: str, parent: str) -> str | None:
+    """A folder below the root with links followed; None if it leads elsewhere."""
+    try:
+        folder = os.path.realpath(os.path.join(root, parent))
+    except (OSError, ValueError):
+        return None
+    return folder if folder == root or folder.startswith(f"{root.rstrip(os.sep)}{os.sep}") else None
 
 
 def cache_links(root: Path) -> tuple[Path, ...]:
@@ -157,8 +185,22 @@ def _way_out(root: Path, path: Path, stays: bool) -> str:
     )
 
 
+def load_tiles(
+    source: str | bytes | Path, spec: ImageSpec, max_pixels: int = DEFAULT_MAX_PIXELS, draft: bool = False
+) -> Tensor:
+    """What the encoder sees of an image: float32 [tiles, 3, S, S]. Raises RecordError as `load_image`.
+
+    Args:
+        draft: see `load_image`.
+    """
+    return to_tiles(load_image(source, max_pixels, spec.background, spec if draft else None), spec)
+
+
 def load_image(
-    source: str | bytes | Path, max_pixels: int = DEFAULT_MAX_PIXELS, background: tuple[int, int, int] = _WHITE
+    source: str | bytes | Path,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    background: tuple[int, int, int] = _WHITE,
+    draft_for: ImageSpec | None = None,
 ) -> Image.Image:
     """Open an image as upright RGB; of an animation, the first frame.
 
@@ -168,11 +210,13 @@ def load_image(
     Args:
         source: a file, or the bytes of one.
         max_pixels: read from the header, before anything is decoded. Pillow has its own limit above that, 179 million.
+        draft_for: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is at least twice what this encoder
+            sees. Not where the layout depends on the size of the image.
 
     Raises:
         RecordError: rules image_missing, image_unreadable, image_too_large.
     """
-    return _read_image(source, partial(_decode, max_pixels=max_pixels, background=background))
+    return _read_image(source, partial(_decode, max_pixels=max_pixels, background=background, draft_for=draft_for))
 
 
 def _read_image(source: str | bytes | Path, read: Callable[[str | bytes | Path, str], T]) -> T:
@@ -205,14 +249,36 @@ def _read_or_strip(source: str | bytes | Path, label: str, read: Callable[[str |
 
 
 def _decode(
-    source: str | bytes | Path, label: str, *, max_pixels: int, background: tuple[int, int, int]
+    source: str | bytes | Path,
+    label: str,
+    *,
+    max_pixels: int,
+    background: tuple[int, int, int],
+    draft_for: ImageSpec | None,
 ) -> Image.Image:
     with _open(source) as image:
         _check_size(image.size, max_pixels, label)
+        if draft_for is not None and not draft_for.reads_size:
+            image.draft(None, _draft_size(image.size, draft_for))  # of other formats than JPEG nothing changes
         image.load()
         rgb = _to_rgb(_upright(image), background)
         _tell_of_animation(image, label)  # looks at the second frame, so only now
         return rgb
+
+
+def _draft_size(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+    """Width and height that an image of `size` must have at least when it is decoded: twice those it is resized to, as
+    for Pillow's thumbnails, for the encoder that sees most."""
+    widths, heights = zip(*(_twice_resized(size, member) for member in spec.members), strict=True)
+    return max(widths), max(heights)
+
+
+def _twice_resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+    if spec.resize == "squash":
+        return 2 * spec.size, 2 * spec.size
+    shrunk = min(size) if spec.resize == "crop" else max(size)
+    width, height = (-(-2 * spec.size * side // shrunk) for side in size)
+    return width, height
 
 
 def _without_text(content: bytes) -> bytes:
@@ -261,8 +327,13 @@ def to_pixels(tile: Image.Image, spec: ImageSpec) -> Tensor:
     """Resize one tile by `spec.resize` (bicubic, antialiased) and normalise.
 
     Returns:
-        float32 [3, S, S], (value / 255 - mean) / std per RGB channel.
+        float32 [3, S, S], (value / 255 - mean) / std per RGB channel. Of several encoders three channels for each, the
+        smaller ones' images in the upper left corner of zeros.
     """
+    if len(spec.members) > 1:
+        size = max(each.size for each in spec.members)
+        parts = [to_pixels(tile, each) for each in spec.members]
+        return torch.cat([pad(part, (0, size - part.shape[2], 0, size - part.shape[1])) for part in parts])
     values = torch.from_numpy(np.array(fit_square(tile, spec), dtype=np.float32))
     mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
     return ((values / 255 - mean) / std).permute(2, 0, 1).contiguous()
@@ -303,8 +374,9 @@ def _open(source: str | bytes | Path) -> Image.Image:
 
 
 def from_pixels(pixels: Tensor, spec: ImageSpec) -> Image.Image:
-    """[3, S, S], as `to_pixels` made it, as an image again: what the encoder sees."""
-    values = pixels.permute(1, 2, 0).float() * torch.tensor(spec.std) + torch.tensor(spec.mean)
+    """[3, S, S], as `to_pixels` made it, as an image again: what the encoder sees, of several the first."""
+    first = pixels[:3, : spec.size, : spec.size]
+    values = first.permute(1, 2, 0).float() * torch.tensor(spec.std) + torch.tensor(spec.mean)
     return Image.fromarray((values * 255).round().clamp(0, 255).to(torch.uint8).numpy())
 
 

@@ -17,6 +17,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,7 +90,20 @@ class RecordIndex:
         return self._fingerprint
 
     def content_digest(self) -> str:
-        return sha256(self.path)
+        """Remembered beside the spans, as long as the file is the same to the file system."""
+        status = self.path.stat()
+        identity = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        if self.stored is None:
+            return sha256(self.path)
+        kept = self.stored.with_suffix(".sha256.json")
+        with suppress(OSError, ValueError, TypeError, KeyError):  # not there, or damaged
+            remembered = json.loads(kept.read_bytes())
+            if remembered["file"] == identity and len(remembered["sha256"]) == 64:
+                return str(remembered["sha256"])
+        digest = sha256(self.path)
+        with suppress(OSError), replacing(kept) as temporary:  # it is read again next time
+            temporary.write_text(json.dumps({"file": identity, "sha256": digest}))
+        return digest
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The parsed record.

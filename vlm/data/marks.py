@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 IMAGE_MARK = "<image>"
@@ -104,6 +105,8 @@ def find_marks(text: str) -> list[Piece]:
     ['ours', '\\nIs ', 'sure', '?']
     """
     tokens = _tokens(text)
+    if not tokens:
+        return [text] if text else []
     pieces: list[Piece] = []
     position, number, is_first = 0, 0, True
     while number < len(tokens):
@@ -131,12 +134,13 @@ def without_marks(text: str) -> str:
 
 
 def _tokens(text: str) -> list[_Token]:
-    if not any(sign in text for sign in "<[{"):
+    if "<" not in text and "[" not in text and "{" not in text:
         return []
     found = ((match, _kind(match[0])) for match in _TOKEN.finditer(text))
     return [_Token(match[0], match.start(), match.end(), *kind) for match, kind in found if kind is not None]
 
 
+@lru_cache(maxsize=4096)
 def _kind(token: str) -> tuple[Medium, Strength] | None:
     """What a word in brackets stands for, and how surely; None if it has nothing to do with media."""
     if token in _CHATML:

@@ -6,8 +6,9 @@ import base64
 import binascii
 import re
 from collections.abc import Collection, Iterator
+from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm.data.fields import Fields, has_content, short
 from vlm.errors import RecordError
@@ -96,22 +97,43 @@ def find_medium(key: str, value: Any, images: Collection[str]) -> str:
         images: names of the record's images that are read. Beside them, `image_id`, `coco_url` and the like only say
             more of the same images.
     """
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
-    if not images and _MEDIUM_NAME.fullmatch(words) and not isinstance(value, bool | float):
+    says = _read_key(key)
+    if not images and says.is_name and not isinstance(value, bool | float):
         return f"the name of a medium ({short(value)})"
-    known = {PurePosixPath(name).name for name in images}
-    is_link = _LINK.search(words) is not None
-    may_repeat = bool(images) and (_METADATA.search(words) or (isinstance(value, str) and _REPEATS.search(words)))
+    is_link = says.is_link
+    may_repeat = bool(images) and (says.is_metadata or (isinstance(value, str) and says.repeats))
     for inner in _values(value):
         named = _named(inner, is_link)
         is_source = bool(images) and is_link and named.startswith("a link")
-        if named and (may_repeat or is_source or PurePosixPath(inner).name in known):
+        if named and (may_repeat or is_source or _is_known(inner, images)):
             named = ""
         if found := _held(inner) or named:
             return found
-    is_about = _ABOUT.search(words) or (images and is_link)
-    names_medium = _MEDIUM_KEY.search(words) and not is_about
+    names_medium = says.is_medium and not says.is_about and not (images and is_link)
     return short(value) if names_medium and not isinstance(value, bool | int | float) else ""
+
+
+def _is_known(name: str, images: Collection[str]) -> bool:
+    base = PurePosixPath(name).name
+    return any(PurePosixPath(image).name == base for image in images)
+
+
+class _KeySays(NamedTuple):
+    """What the words of a key say of its value."""
+
+    is_name: bool
+    is_link: bool
+    is_metadata: bool
+    repeats: bool
+    is_about: bool
+    is_medium: bool
+
+
+@lru_cache(maxsize=4096)
+def _read_key(key: str) -> _KeySays:
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
+    searched = (_LINK, _METADATA, _REPEATS, _ABOUT, _MEDIUM_KEY)
+    return _KeySays(bool(_MEDIUM_NAME.fullmatch(words)), *(bool(pattern.search(words)) for pattern in searched))
 
 
 def named_medium(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vlm.data.conversation import IMAGE, ImageSlot, Role, Turn, join_texts
 from vlm.data.marks import IMAGE_MARK, Mark
@@ -19,8 +20,7 @@ class Shown:
     index: int | None = None
 
 
-@dataclass(frozen=True)
-class RawTurn:
+class RawTurn(NamedTuple):
     """A turn as it was read, its marks not yet decided on."""
 
     role: Role

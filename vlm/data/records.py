@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from vlm.data.config import SourceConfig
 from vlm.data.conversation import Conversation
 from vlm.data.dataset_info import resolve_dataset_info
 from vlm.data.folder import FolderIndex
-from vlm.data.images import cache_links, near_name, resolve_image
+from vlm.data.images import cache_links, near_name, plain_file, resolve_image
 from vlm.data.index import open_index
 from vlm.data.media import IMAGE_SUFFIXES, decode_data_url
 from vlm.data.parse import ROLES, parse_record
@@ -78,23 +78,44 @@ class RecordSource:
         Raises:
             RecordError: see `parse_record`, `resolve_image`, `RecordIndex.__getitem__`.
         """
+        return self.with_images(self.parsed(number))
+
+    def parsed(self, number: int) -> Conversation:
+        """Record `number` with its images still as it names them. Raises RecordError."""
         try:
             record = self.index[number]
         except RecordError as error:
             raise error.at(self.where(number)) from None
-        return self.read(number, record)
+        return self._parse(number, record)
 
     def read(self, number: int, record: dict[str, Any]) -> Conversation:
         """A record in place of record `number`, such as that one without the keys that are not for training."""
+        return self.with_images(self._parse(number, record))
+
+    def with_images(self, parsed: Conversation) -> Conversation:
+        """The conversation with its images found. Raises RecordError: see `resolve_image`."""
+        if not parsed.images:
+            return parsed
+        return Conversation(parsed.turns, self.find_images(parsed.images, parsed.where), parsed.where, parsed.unread)
+
+    def find_images(self, images: Iterable[str | bytes], where: str) -> tuple[str | bytes, ...]:
+        """Absolute paths of images, as a record names them; those that it embeds as they are."""
+        try:
+            return tuple(image if isinstance(image, bytes) else self._find(image) for image in images)
+        except RecordError as error:
+            raise error.at(where) from None
+
+    def _parse(self, number: int, record: dict[str, Any]) -> Conversation:
         where = self.where(number)
         try:
             parsed = parse_record(record, self.config, self.image_placement)
-            images = tuple(image if isinstance(image, bytes) else self._find(image) for image in parsed.images)
         except RecordError as error:
             raise error.at(where) from None
-        return replace(parsed, images=images, where=where)
+        return Conversation(parsed.turns, parsed.images, where, parsed.unread)
 
     def _find(self, image: str) -> str:
+        if (path := plain_file(str(self.images_root), image)) is not None:
+            return path
         try:
             return str(resolve_image(self.images_root, image, self.links))
         except RecordError as error:

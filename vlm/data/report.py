@@ -103,7 +103,7 @@ def _decode_all(reader: ExampleReader, numbers: np.ndarray, *, max_pixels: int, 
     for place, number in enumerate(numbers.tolist()):
         source, local = reader.locate(number)
         try:
-            (_, example), *more = reader.cut(number)
+            (_, example), *more = reader.cut(source.conversation(local))
             if more:
                 checked.num_cut, checked.num_pieces = checked.num_cut + 1, checked.num_pieces + 1 + len(more)
             if spec is not None:
@@ -203,12 +203,12 @@ def print_stats(config: DataConfig, tokenizer: ConversationTokenizer, *, seed: i
     _histogram(console, f"replies per record ({len(sample)} records)", np.array(turns))
     members, _ = split_held_out(scan, config.held_out, seed)
     rows = build_order(config, scan, members, seed).rows(0)
-    tokens = sum(int(scan.lengths[row].sum()) for row in rows)
-    images = sum(int(scan.num_images[row].sum()) for row in rows)
+    tokens = int(scan.lengths[rows.numbers].sum())
+    images = int(scan.num_images[rows.numbers].sum())
     console.print(
         f"rows of {config.max_length} tokens: {len(rows):,} an epoch, "
         f"{tokens / len(rows) / config.max_length:.1%} full, "
-        f"{sum(map(len, rows)) / len(rows):.1f} records and {images / len(rows):.1f} images a row"
+        f"{len(rows.numbers) / len(rows):.1f} records and {images / len(rows):.1f} images a row"
     )
 
 
@@ -239,7 +239,7 @@ def _first_usable(reader: ExampleReader, number: int) -> tuple[list[Example], li
         for source, start in zip(reader.sources, starts, strict=False):
             if offset < len(source):
                 try:
-                    found.append(reader.cut(int(start) + offset)[0][1])
+                    found.append(reader.cut(reader.conversation(int(start) + offset))[0][1])
                 except RecordError as error:
                     skips.append(Skip(error.rule, error.where, error.message))
                 if len(found) == number:

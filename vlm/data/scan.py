@@ -9,9 +9,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 import time
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,17 +25,21 @@ from vlm.batch import IGNORE_INDEX, Example, Skip
 from vlm.data import skips as skip_rules
 from vlm.data.conversation import Conversation
 from vlm.data.documents import PIECE_COLUMNS, Pieces, cut_document, may_cut, piece_of
+from vlm.data.examples import ExampleStore, KeptExample, image_names, pack_example
+from vlm.data.lengths import load_array, store_array
 from vlm.data.notes import UnreadLog
 from vlm.data.records import RecordSource
 from vlm.data.sharing import Shares, find_stem, stem_key
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError, RecordError
-from vlm.files import replacing
 from vlm.logs import Progress, log, warn
 
-COLUMNS = 5  # of the table: tokens, images, supervised tokens, tokens of the stem, its key
+COLUMNS = 6  # of the table: tokens, images, supervised tokens, tokens of the stem, its key, place in the store
 CHUNK = 2000  # records per task of a scanning process
+MANY = 50_000  # records that are spread over the cores though data.workers is 0: half a minute's work on one
 STORE_SECONDS = 30.0  # between writes of a table that is not finished; an interrupted scan goes on from there
+
+_MEASURED = "the records are measured"
 
 Result = TypeVar("Result")
 Work = Callable[["ExampleReader", np.ndarray], Result]  # done to the records of these numbers
@@ -52,14 +55,15 @@ class ExampleReader:
     max_images: int
     over_long: str
     pieces: Pieces = field(default_factory=Pieces)  # of records that were cut, once they were measured
+    store: ExampleStore | None = None  # of what the scan tokenized
+    places: np.ndarray | None = None  # int64 [n + m], in the store; 0 for what is not in it
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
     def locate(self, number: int) -> tuple[RecordSource, int]:
         """The source that a record, or a piece of one, is from, and its number there."""
-        if len(self) <= number < len(self) + len(self.pieces):
-            number = int(self.pieces.table[number - len(self), 0])
+        number = self._record_of(number)
         for source in self.sources:
             if number < len(source):
                 return source, number
@@ -76,8 +80,16 @@ class ExampleReader:
         return counts
 
     def read(self, number: int) -> Example:
-        """Raises RecordError, see `RecordSource.conversation` and `ConversationTokenizer.fit`."""
-        return self._fit(self.conversation(number))
+        """As the scan kept it, else from its text.
+
+        Raises:
+            RecordError: see `RecordSource.conversation` and `ConversationTokenizer.fit`.
+        """
+        if self.store is not None and self.places is not None and self.places[number]:
+            kept = self.store.read(int(self.places[number]), self._record_of(number))
+            if kept is not None:
+                return self._complete(number, kept)
+        return self.tokenize(self.conversation(number))
 
     def conversation(self, number: int) -> Conversation:
         """A record, or a piece of one. Raises RecordError, see `RecordSource.conversation`."""
@@ -86,22 +98,35 @@ class ExampleReader:
         span = self.pieces.span(number, len(self)) if len(self.pieces) else None
         return conversation if span is None else piece_of(conversation, *span[1:])
 
-    def cut(self, number: int) -> list[tuple[int, Example]]:
-        """Of a record that is not cut yet: the first character of each piece that fits a row, and the piece.
+    def cut(self, conversation: Conversation) -> list[tuple[int, Example]]:
+        """Of a whole record: the first character of each piece that fits a row, and the piece.
 
-        Raises RecordError as `read` does, for the whole record.
+        Raises:
+            RecordError: see `ConversationTokenizer.fit`, for the whole record.
         """
-        conversation = self.conversation(number)
-        if not conversation.turns or not may_cut(conversation, self.tokenizer):
-            return [(0, self._fit(conversation))]
-        starts = cut_document(conversation, self.tokenizer, self.max_length)
+        starts = [0]
+        if conversation.turns and may_cut(conversation, self.tokenizer):
+            starts = cut_document(conversation, self.tokenizer, self.max_length)
         if len(starts) < 2:
-            return [(0, self._fit(conversation))]
+            return [(0, self.tokenize(conversation))]
         spans = zip(starts, [*starts[1:], None], strict=True)
-        return [(start, self._fit(piece_of(conversation, start, stop))) for start, stop in spans]
+        return [(start, self.tokenize(piece_of(conversation, start, stop))) for start, stop in spans]
 
-    def _fit(self, conversation: Conversation) -> Example:
+    def tokenize(self, conversation: Conversation) -> Example:
         return self.tokenizer.fit(conversation, self.max_length, self.max_images, self.over_long)
+
+    def _record_of(self, number: int) -> int:
+        """The record that a piece is of, else the record itself."""
+        return number if number < len(self) else int(self.pieces.table[number - len(self), 0])
+
+    def _complete(self, number: int, kept: KeptExample) -> Example:
+        source, local = self.locate(number)
+        where = source.where(local)
+        if kept.names is None:
+            images = source.conversation(local).images[: kept.num_images]
+        else:
+            images = source.find_images(kept.names, where)
+        return Example(kept.input_ids, kept.labels, images, where, kept.unread)
 
 
 @dataclass(frozen=True)
@@ -152,36 +177,42 @@ def usable_workers(wanted: int) -> int:
 def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) -> Scan:
     """Measure every record, from the cache where its file, the tokenizer and the settings are unchanged.
 
-    Records that were skipped are looked at again each time: the missing image may be there now. A scan that was
-    interrupted goes on where it last wrote its table. Nothing is kept where lengths depend on the images' own sizes.
+    What is tokenized is kept, and the scan's reader reads it. Records that were skipped are looked at again each time:
+    the missing image may be there now. A scan that was interrupted goes on where it last wrote its table. Nothing is
+    kept where lengths depend on the images' own sizes.
 
     Raises:
         DataError: no record has a supervised token; shows one record as it was tokenized.
     """
-    cache = None if reader.tokenizer.reads_images else cache
-    stored = cache / "lengths" / f"{_key(reader)}.npz" if cache is not None else None
-    loaded = None if stored is None else _load(stored, len(reader))
+    folder = None if cache is None or reader.tokenizer.reads_images else cache / "lengths" / _key(reader)
+    stored = None if folder is None else folder / "table.npy"
+    store = None if folder is None else ExampleStore(folder, reader.tokenizer.image_token_id)
+    loaded = None if stored is None or store is None else _load(stored, len(reader), store)
     if loaded is None:
         log(f"data: measuring {len(reader):,} records")
     table, pieces, unread = loaded or (
-        np.zeros((len(reader), COLUMNS), dtype=np.int64),
+        np.zeros((COLUMNS, len(reader)), dtype=np.int64),
         np.zeros((0, PIECE_COLUMNS), dtype=np.int64),
         UnreadLog(),
     )
-    again = np.flatnonzero(table[:, 0] == 0)
+    again = np.flatnonzero(table[0] == 0)
+    if len(again):
+        table = np.array(table)  # the stored one is mapped and stays as it is
     skips: list[Skip] = []
-    written = time.monotonic()
-    for start, measured in in_chunks(reader, again, measure, workers, "data: measured"):
-        table[again[start : start + len(measured.table)]] = measured.table
-        pieces = np.concatenate([pieces, measured.pieces])
+    written, is_new = time.monotonic(), loaded is None
+    writing = replace(reader, store=store)
+    for start, measured in in_chunks(writing, again, measure, workers, "data: measured"):
+        table[:, again[start : start + measured.table.shape[1]]] = measured.table
+        pieces = np.concatenate([pieces, measured.pieces]) if len(measured.pieces) else pieces
         skips += measured.skips
         unread.merge(measured.unread)
+        is_new = is_new or bool(measured.table[0].any())
         if stored is not None and time.monotonic() - written > STORE_SECONDS:
             _store(stored, table, pieces, unread)
             written = time.monotonic()
-    if stored is not None and len(again):
+    if stored is not None and is_new:  # else all of them are skipped again
         _store(stored, table, pieces, unread)
-    scan = _scan_of(reader, table, pieces, skips, unread)
+    scan = _scan_of(replace(reader, store=store), table, pieces, skips, unread)
     _refuse_unsupervised(scan)
     return scan
 
@@ -189,15 +220,16 @@ def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) ->
 def _scan_of(
     reader: ExampleReader, table: np.ndarray, pieces: np.ndarray, skips: list[Skip], unread: UnreadLog
 ) -> Scan:
-    """Of the tables of records [n, COLUMNS] and of pieces [m, PIECE_COLUMNS]."""
+    """Of the tables of records [COLUMNS, n] and of pieces [m, PIECE_COLUMNS]."""
     pieces = pieces[np.argsort(pieces[:, 0], kind="stable")]  # a record that was skipped once comes after later ones
-    more = np.zeros((len(pieces), COLUMNS), dtype=np.int64)
-    more[:, (0, 2)] = pieces[:, (2, 3)]
-    table = np.concatenate([table, more])
-    lengths, num_supervised, stems = (table[:, column].astype(np.int32) for column in (0, 2, 3))
-    shares = Shares(keys=table[:, 4].copy(), stems=stems)
-    reader = replace(reader, pieces=Pieces(pieces))
-    return Scan(reader, lengths, table[:, 1].astype(np.int16), num_supervised, shares, skips, unread)
+    if len(pieces):  # else the table stays mapped
+        more = np.zeros((COLUMNS, len(pieces)), dtype=np.int64)
+        more[[0, 2, 5]] = pieces[:, 2:].T
+        table = np.concatenate([table, more], axis=1)
+    lengths, num_supervised, stems = (table[column].astype(np.int32) for column in (0, 2, 3))
+    shares = Shares(keys=table[4], stems=stems)
+    reader = replace(reader, pieces=Pieces(pieces), places=None if reader.store is None else table[5])
+    return Scan(reader, lengths, table[1].astype(np.int16), num_supervised, shares, skips, unread)
 
 
 def refuse_too_many(scan: Scan, max_share: float) -> None:
@@ -207,9 +239,9 @@ def refuse_too_many(scan: Scan, max_share: float) -> None:
 
 
 class Measured(NamedTuple):
-    """Some records."""
+    """Some records, k of them, and the m pieces after the first of those that were cut."""
 
-    table: np.ndarray  # int64 [k, COLUMNS]; zeros of those that are skipped
+    table: np.ndarray  # int64 [COLUMNS, k]; zeros of those that are skipped
     pieces: np.ndarray  # int64 [m, PIECE_COLUMNS]
     skips: list[Skip]
     unread: UnreadLog
@@ -217,31 +249,52 @@ class Measured(NamedTuple):
 
 def measure(reader: ExampleReader, numbers: np.ndarray) -> Measured:
     unread = UnreadLog()
-    table = np.zeros((len(numbers), COLUMNS), dtype=np.int64)
+    table = np.zeros((COLUMNS, len(numbers)), dtype=np.int64)
     skips: list[Skip] = []
-    pieces: list[tuple[int, int, int, int]] = []
-    for row, number in enumerate(numbers.tolist()):
+    pieces = [np.zeros((0, PIECE_COLUMNS), dtype=np.int64)]
+    entries: list[bytes] = []
+    image_token_id = reader.tokenizer.image_token_id
+    for column, number in enumerate(numbers.tolist()):
+        source, local = reader.locate(number)
         try:
-            (_, example), *more = reader.cut(number)
+            parsed = source.parsed(local)
+            (_, example), *more = reader.cut(source.with_images(parsed))
         except RecordError as error:
             skips.append(Skip(error.rule, error.where, error.message))
             continue
-        pieces += [(number, start, len(piece.input_ids), piece.num_supervised) for start, piece in more]
-        stem = find_stem(example, reader.tokenizer.image_token_id)
+        stem = find_stem(example, image_token_id)
         key = stem_key(example, stem)
-        table[row] = len(example.input_ids), len(example.images), example.num_supervised, stem, key
+        table[:5, column] = len(example.input_ids), len(example.images), example.num_supervised, stem, key
         if example.unread:
-            unread.add(reader.locate(number)[0].name, example.where, example.unread)
-    return Measured(table, np.array(pieces, dtype=np.int64).reshape(-1, PIECE_COLUMNS), skips, unread)
+            unread.add(source.name, example.where, example.unread)
+        if more:
+            pieces.append(_measure_pieces(reader, number, more))
+        if reader.store is not None:
+            entries.append(pack_example(number, example, image_names(parsed, len(example.images)), image_token_id))
+    if reader.store is not None:
+        table[5, table[0] > 0] = reader.store.add(entries)
+    return Measured(table, np.concatenate(pieces), skips, unread)
+
+
+def _measure_pieces(reader: ExampleReader, number: int, pieces: list[tuple[int, Example]]) -> np.ndarray:
+    """The table of the pieces after the first of record `number`, int64 [m, PIECE_COLUMNS]; they are kept at once, as
+    a document may be long."""
+    rows = [(number, start, len(piece.input_ids), piece.num_supervised, 0) for start, piece in pieces]
+    table = np.array(rows, dtype=np.int64)
+    if reader.store is not None:
+        image_token_id = reader.tokenizer.image_token_id
+        table[:, 4] = reader.store.add([pack_example(number, piece, (), image_token_id) for _, piece in pieces])
+    return table
 
 
 def in_chunks(
     reader: ExampleReader, numbers: np.ndarray, work: Work[Result], workers: int, what: str, chunk: int | None = None
 ) -> Iterator[tuple[int, Result]]:
-    """Do `work` to `numbers`, `chunk` records at a time, in `workers` processes when there is enough of it.
+    """Do `work` to `numbers`, `chunk` records at a time, in several processes when there is enough of it.
 
     Args:
         work: a function that another process can import.
+        workers: processes; with 0, all cores are used for MANY records or more.
         what: begins the lines that tell the progress.
         chunk: None means CHUNK.
 
@@ -249,30 +302,36 @@ def in_chunks(
         (start, result) of `numbers[start : start + chunk]`, in order.
 
     Raises:
-        DataError: a process died.
+        DataError: one of the processes that `workers` asks for died.
     """
-    size, workers = chunk or CHUNK, usable_workers(workers)
+    size = chunk or CHUNK
     starts = range(0, len(numbers), size)
     chunks = [numbers[start : start + size] for start in starts]
-    if workers == 0 or len(chunks) < 2 * workers:  # a process takes seconds to start
-        with Progress(what, len(numbers), "records") as progress:
-            for start, some in zip(starts, chunks, strict=True):
-                yield start, work(reader, some)
-                progress.show(start + len(some))
-        return
-    context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads in a broken state
-    with (
-        Progress(what, len(numbers), "records") as progress,
-        ProcessPoolExecutor(workers, mp_context=context, initializer=_keep, initargs=(reader, work)) as pool,
-    ):
+    num_processes = usable_workers(workers or (len(numbers) if len(numbers) >= MANY else 0))
+    done = 0
+    with Progress(what, len(numbers), "records") as progress:
         try:
-            for start, result in zip(starts, pool.map(_do_kept, chunks), strict=True):
-                yield start, result
-                progress.show(min(start + size, len(numbers)))
+            # a process takes seconds to start
+            spread = num_processes > 1 if not workers else num_processes > 0
+            if spread and len(chunks) >= 2 * num_processes:
+                for result in _in_processes(reader, work, chunks, num_processes):
+                    yield starts[done], result
+                    done += 1
+                    progress.show(min(done * size, len(numbers)))
         except BrokenProcessPool:
-            raise DataError(
-                f"a process that reads records died, usually because memory ran out. Lower data.workers (now {workers})"
-            ) from None
+            died = "a process that reads records died, usually because memory ran out"
+            if workers:
+                raise DataError(f"{died}. Lower data.workers (now {num_processes})") from None
+            warn(f"{died}; the records are read in one process")
+        for start, some in zip(starts[done:], chunks[done:], strict=True):
+            yield start, work(reader, some)
+            progress.show(start + len(some))
+
+
+def _in_processes(reader: ExampleReader, work: Work[Result], chunks: list[np.ndarray], count: int) -> Iterator[Result]:
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads in a broken state
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_keep, initargs=(reader, work)) as pool:
+        yield from pool.map(_do_kept, chunks)
 
 
 _kept: list[tuple[ExampleReader, Work]] = []  # in a helping process: what it works on
@@ -280,6 +339,15 @@ _kept: list[tuple[ExampleReader, Work]] = []  # in a helping process: what it wo
 
 def _keep(reader: ExampleReader, work: Work) -> None:
     _kept.append((reader, work))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A run that is killed cannot end its helping processes, and they would wait for it forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _do_kept(numbers: np.ndarray) -> Any:
@@ -295,31 +363,31 @@ def _key(reader: ExampleReader) -> str:
         ],
         "tokenizer": reader.tokenizer.fingerprint(),
         "limits": [reader.max_length, reader.max_images, reader.over_long],
-        "version": 5,  # of the table, and of how conversations become tokens
+        "version": 7,  # of the table, and of how conversations become tokens
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _load(path: Path, num_records: int) -> tuple[np.ndarray, np.ndarray, UnreadLog] | None:
-    """The stored tables and what was not read, or None when there is none or it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            table, pieces, unread = arrays["table"], arrays["pieces"], UnreadLog.from_json(str(arrays["unread"]))
-    except FileNotFoundError:
+def _load(path: Path, num_records: int, store: ExampleStore) -> tuple[np.ndarray, np.ndarray, UnreadLog] | None:
+    """The tables of records [COLUMNS, n] and of pieces [m, PIECE_COLUMNS], and what was not read; None when there are
+    none, they are damaged, or what was tokenized is gone."""
+    loaded = load_array(path, _MEASURED)
+    if loaded is None:
         return None
-    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        warn(f"data.cache: {path.name} is damaged ({error}); the records are measured again")
+    numbers, unread = loaded
+    num_pieces, rest = divmod(numbers.size - COLUMNS * num_records, PIECE_COLUMNS)
+    if numbers.ndim != 1 or num_pieces < 0 or rest:
         return None
-    fits = table.shape == (num_records, COLUMNS) and pieces.shape[1:] == (PIECE_COLUMNS,)
-    return (table, pieces, unread) if fits and table.dtype == pieces.dtype == np.int64 else None
+    table = numbers[: COLUMNS * num_records].reshape(COLUMNS, num_records)
+    pieces = numbers[COLUMNS * num_records :].reshape(num_pieces, PIECE_COLUMNS)
+    if not (store.holds(table[5]) and store.holds(pieces[:, 4])):
+        return None
+    return table, pieces, UnreadLog.from_json(unread)
 
 
 def _store(path: Path, table: np.ndarray, pieces: np.ndarray, unread: UnreadLog) -> None:
-    try:
-        with replacing(path) as temporary:
-            np.savez(temporary, table=table, pieces=pieces, unread=np.array(unread.to_json()))
-    except OSError as error:
-        warn(f"data.cache: cannot write to {path.parent} ({error.strerror}); records are measured again next time")
+    """In one file, so that a kill cannot leave the one without the other."""
+    store_array(path, np.concatenate([table.ravel(), pieces.ravel()]), _MEASURED, unread.to_json())
 
 
 def _refuse_unsupervised(scan: Scan) -> None:

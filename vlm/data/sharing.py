@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -28,8 +29,8 @@ def find_stem(example: Example, image_token_id: int | None) -> int:
         return 0
     first, count = ids.index(image_token_id), ids.count(image_token_id)
     stem = first + count
-    is_alone = ids[stem - 1] == image_token_id and set(ids[first:stem]) == {image_token_id}
-    if not is_alone or stem == len(ids) or any(label != IGNORE_INDEX for label in example.labels[:stem]):
+    is_alone = ids[first:stem] == [image_token_id] * count
+    if not is_alone or stem == len(ids) or example.labels[:stem].count(IGNORE_INDEX) != stem:
         return 0
     return stem
 
@@ -38,10 +39,17 @@ def stem_key(example: Example, stem: int) -> int:
     """Equal for examples with the same stem and the same images; 0 only where the stem is."""
     if not stem:
         return 0
-    state = hashlib.sha256(array("q", example.input_ids[:stem]).tobytes())
+    first = example.input_ids.index(example.input_ids[stem - 1])
+    state = _hash_stem(tuple(example.input_ids[: first + 1]), stem - first).copy()
     for image in example.images:
         state.update(hashlib.sha256(image if isinstance(image, bytes) else image.encode()).digest())
     return int.from_bytes(state.digest()[:8], signed=True) or 1
+
+
+@lru_cache(maxsize=256)
+def _hash_stem(ids: tuple[int, ...], count: int) -> hashlib._Hash:
+    """Of ids whose last one is a placeholder and stands `count` times. Most records of a source have the same."""
+    return hashlib.sha256(array("q", [*ids[:-1], *ids[-1:] * count]).tobytes())
 
 
 def may_join(first: Example, other: Example, stem: int) -> bool:

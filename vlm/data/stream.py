@@ -9,6 +9,7 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlm.batch import Batch, Example, Skip, microbatches_per_step
 from vlm.data.balance import RowSizes, RowWork, deal
 from vlm.data.collate import Collator
-from vlm.data.packing import pack_in_windows
+from vlm.data.lengths import load_array, store_array
+from vlm.data.packing import Rows, group_by_length, pack_in_windows
 from vlm.data.scan import Scan, usable_workers
 from vlm.errors import RecordError
 
 _ORDER, _WEIGHTS = 1, 2  # separate the random numbers of different uses
+_MANY = 50_000  # records whose rows are kept in the cache; 0.1 s
+_PACKED = "rows are packed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +42,8 @@ class RowOrder:
     packing: bool
     window: int
     shares_images: bool = False  # records that begin with one image share its tokens
-    _rows: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False)  # of the epochs asked for last
+    group_size: int = 0  # records of similar length that stand together, those of a step; 0 keeps them shuffled
+    _rows: dict[int, Rows] = field(default_factory=dict, repr=False)  # of the epochs asked for last
     _num_rows: dict[int, int] = field(default_factory=dict, repr=False)
 
     @property
@@ -61,8 +66,11 @@ class RowOrder:
         records = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
         return records[np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(records))]
 
-    def rows(self, epoch: int) -> list[np.ndarray]:
-        """The epoch's rows of record numbers, in order. Two epochs are kept, so asking again costs nothing."""
+    def rows(self, epoch: int) -> Rows:
+        """The epoch's rows of record numbers, in order. Two epochs are kept, so asking again costs nothing.
+
+        Those of many records are kept in the cache too: a million take 2 s to pack.
+        """
         if epoch not in self._rows:
             while len(self._rows) > 1:
                 del self._rows[next(iter(self._rows))]
@@ -74,12 +82,37 @@ class RowOrder:
         """Kept for every epoch: a step is located by the numbers of all epochs before it."""
         return self._num_rows[epoch] if epoch in self._num_rows else len(self.rows(epoch))
 
-    def _make_rows(self, epoch: int) -> list[np.ndarray]:
-        order = self.order(epoch)
+    def _make_rows(self, epoch: int) -> Rows:
         if not self.packing:
-            return [order[i : i + 1] for i in range(len(order))]
+            order = self.order(epoch)
+            if self.group_size:
+                seed = [self.seed, _ORDER, epoch]
+                order = group_by_length(order, self.scan.lengths, self.group_size, seed=seed)
+            return Rows(order, np.arange(1, len(order) + 1))
+        store = self.scan.reader.store
+        if store is None or sum(map(len, self.members)) < _MANY:
+            return Rows.of(self._pack(epoch))
+        path = store.folder / f"rows-{self._fingerprint}-{epoch}.npy"
+        if (loaded := load_array(path, _PACKED)) is not None:
+            num_rows = int(loaded[1])
+            return Rows(loaded[0][num_rows:], loaded[0][:num_rows])
+        rows = Rows.of(self._pack(epoch))
+        store_array(path, np.concatenate([rows.ends, rows.numbers]), _PACKED, str(len(rows)))
+        return rows
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of all that decides which record stands in which row."""
+        state = hashlib.sha256(
+            repr([self.weights, self.seed, self.max_length, self.max_images, self.window, self.shares_images]).encode()
+        )
+        for array in (*self.members, self.scan.lengths, self.scan.num_images, self.scan.shares.keys):
+            state.update(np.ascontiguousarray(array).data)
+        return state.hexdigest()[:16]
+
+    def _pack(self, epoch: int) -> list[np.ndarray]:
         return pack_in_windows(
-            order,
+            self.order(epoch),
             self.scan.lengths,
             self.scan.num_images,
             max_length=self.max_length,
@@ -93,39 +126,36 @@ class RowOrder:
         """Of an epoch: records that stand without the tokens they begin with, and how many tokens these are."""
         if not (self.packing and self.shares_images):
             return 0, 0
-        shared = [self._shared(row) for row in self.rows(epoch)]
-        return sum(int((tokens > 0).sum()) for tokens in shared), sum(int(tokens.sum()) for tokens in shared)
+        shared = self._shared(self.rows(epoch))
+        return int((shared > 0).sum()), int(shared.sum())
 
     def sizes(self, rows: Sequence[np.ndarray]) -> RowSizes:
         """What rows hold, counted from the scan alone. A row without records holds nothing."""
-        scan = self.scan
-        counts = np.zeros((len(rows), 4), dtype=np.int64)
-        for number, row in enumerate(rows):
-            if not len(row):
-                continue
-            shared = self._shared(row)
-            lengths = scan.lengths[row].astype(np.int64)
-            counts[number] = (
-                (lengths - shared).sum(),
-                (lengths**2 - shared**2).sum() // 2,
-                scan.num_images[row][shared == 0].sum(),
-                scan.num_supervised[row].sum(),
-            )
-        return RowSizes(*counts.T)
+        scan, packed = self.scan, Rows.of(rows)
+        numbers, shared = packed.numbers, self._shared(packed)
+        lengths = scan.lengths[numbers].astype(np.int64)
+        return RowSizes(
+            packed.sums(lengths - shared),
+            packed.sums(lengths**2 - shared**2) // 2,
+            packed.sums(np.where(shared == 0, scan.num_images[numbers], 0)),
+            packed.sums(scan.num_supervised[numbers]),
+        )
 
-    def _shared(self, row: np.ndarray) -> np.ndarray:
-        """Tokens that each record of a row leaves to the record before it, int64 [records]."""
-        shared = np.zeros(len(row), dtype=np.int64)
+    def _shared(self, rows: Rows) -> np.ndarray:
+        """Tokens that each record leaves to the record before it in its row, int64 [records]."""
+        shared = np.zeros(len(rows.numbers), dtype=np.int64)
         if self.packing and self.shares_images:
-            keys, stems = self.scan.shares.keys[row], self.scan.shares.stems[row]
-            shared[1:] = np.where((keys[1:] == keys[:-1]) & (keys[1:] != 0), stems[1:], 0)
+            keys, stems = self.scan.shares.keys[rows.numbers], self.scan.shares.stems[rows.numbers]
+            is_branch = rows.follows[1:] & (keys[1:] == keys[:-1]) & (keys[1:] != 0)
+            shared[1:] = np.where(is_branch, stems[1:], 0)
         return shared
 
 
 class BatchStream:
     """Micro-batches of one data rank, step by step, over any number of epochs. Its whole state is the step number.
 
-    A step takes `global_batch_size` rows of the epoch; the last step of an epoch is filled up with empty rows.
+    A step takes `global_batch_size` rows of the epoch; the last step of an epoch is filled up with empty rows, or left
+    out where the stream `drops_last`.
     Rank r of R takes the r-th of R equal parts of the step's rows, so that all ranks together always see the same
     rows in the same step, whatever R and the number of workers. With `work` the parts are equal in work too.
 
@@ -146,6 +176,7 @@ class BatchStream:
         num_data_ranks: int = 1,
         workers: int = 0,
         work: RowWork | None = None,
+        drops_last: bool = False,
     ) -> None:
         self.microbatches_per_step = microbatches_per_step(global_batch_size, micro_batch_size, num_data_ranks)
         self.order = order
@@ -156,6 +187,7 @@ class BatchStream:
         self.num_data_ranks = num_data_ranks
         self.workers = usable_workers(workers)
         self.work = work
+        self.drops_last = drops_last
         self._dealt: tuple[int, list[np.ndarray]] = (-1, [])  # the step asked for last, and this rank's rows of it
 
     @property
@@ -170,13 +202,15 @@ class BatchStream:
         ]  # fmt: skip
         if order.shares_images:
             state.append(hashlib.sha256(order.scan.shares.keys.tobytes()).hexdigest())
+        state += [f"groups of {order.group_size}"] if order.group_size else []
+        state += ["drops last"] if self.drops_last else []
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
 
     @property
     def fill(self) -> float:
         """Share of real tokens in the packed rows of the first epoch."""
         rows = self.order.rows(0)
-        tokens = sum(int(self.order.scan.lengths[row].sum()) for row in rows) - self.order.num_shared(0)[1]
+        tokens = int(self.order.scan.lengths[rows.numbers].sum()) - self.order.num_shared(0)[1]
         return tokens / max(1, len(rows) * self.order.max_length)
 
     def for_rank(self, data_rank: int, num_data_ranks: int) -> BatchStream:
@@ -197,11 +231,13 @@ class BatchStream:
             "num_data_ranks",
             "workers",
             "work",
+            "drops_last",
         )
         return BatchStream(**{name: getattr(self, name) for name in names} | changes)
 
     def steps_in_epoch(self, epoch: int) -> int:
-        return -(-self.order.num_rows(epoch) // self.global_batch_size)
+        rows = self.order.num_rows(epoch)
+        return rows // self.global_batch_size if self.drops_last else -(-rows // self.global_batch_size)
 
     def steps_in(self, epochs: float) -> int:
         """Optimizer steps of so many epochs; a part of an epoch is rounded up to a step."""
@@ -243,8 +279,9 @@ class BatchStream:
         """This rank's rows of record numbers in a step; empty ones fill up the last step of an epoch."""
         epoch, within = self._locate(step)
         start = within * self.global_batch_size
-        rows = self.order.rows(epoch)[start : start + self.global_batch_size]
-        rows = rows + [np.zeros(0, dtype=np.int64)] * (self.global_batch_size - len(rows))
+        packed = self.order.rows(epoch)
+        rows = [packed[row] for row in range(start, min(start + self.global_batch_size, len(packed)))]
+        rows += [np.zeros(0, dtype=np.int64)] * (self.global_batch_size - len(rows))
         if self.work is None:
             places = np.arange(len(rows)).reshape(self.num_data_ranks, -1)
         else:

@@ -11,11 +11,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jinja2
 
 from vlm.data.conversation import IMAGE, Conversation, ImageSlot, Role, Turn, join_texts
+from vlm.data.family_templates import FAMILY_TEMPLATES
 from vlm.data.image_order import ImageOrder, arrange_images
 from vlm.errors import ConfigError
 
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BOS, EOS = "{bos}", "{eos}"  # stand for the tokenizer's own tokens inside control pieces
+ROUND = "{round}"  # in what stands before a user's turn: its number, from 1
 _CONTROL_WORD = re.compile(r"<\|\w+\|>")  # Llama 2's [INST] and <<SYS>> are plain text to its tokenizer too
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):  # made ten times a record, and cheaper than a dataclass
     text: str
     is_control: bool = False
     is_reply: bool = False
@@ -55,7 +56,11 @@ class ChatTemplate:
     default_system: str | None = None
     system_in_first_user: bool = False  # llama2: the system text stands inside the first user turn
     only_images_of_user: bool = False  # plain: what the user says is left out, images stay
-    # where the images of a user turn are put; not part of the text, so no fingerprint of old runs changes
+    # without repr: fingerprints of runs from before these fields stay
+    start: str = field(default="", repr=False)  # control text before everything but the begin token
+    tokens: tuple[str, ...] | None = field(default=None, repr=False)
+    """Control words that are single tokens of the family; None: all that look like <|word|>."""
+    # where the images of a user turn are put
     image_order: ImageOrder = field(default="keep", repr=False)
 
     def render(
@@ -73,12 +78,15 @@ class ChatTemplate:
         elif system is None:
             system = self.default_system
         pieces: list[Piece | ImageSlot] = [Piece(BOS, is_control=True)] if self.bos != "never" else []
+        pieces.append(Piece(self.start, is_control=True))
         head = [] if system is None or self.only_images_of_user else self._system(system)
         if not self.system_in_first_user:
             pieces += head
             head = []
+        num_users = 0
         for turn in turns:
-            pieces += self._turn(turn, head)
+            num_users += turn.role == "user"
+            pieces += self._turn(turn, head, num_users)
             head = []
         if conversation.goes_on:  # without what ends the last reply
             del pieces[-2:]
@@ -152,7 +160,7 @@ class ChatTemplate:
             Piece(self.system.after, is_control=True),
         ]
 
-    def _turn(self, turn: Turn, head: list[Piece | ImageSlot]) -> Iterator[Piece | ImageSlot]:
+    def _turn(self, turn: Turn, head: list[Piece | ImageSlot], number: int) -> Iterator[Piece | ImageSlot]:
         if turn.role == "assistant":
             yield Piece(self.assistant.before, is_control=True)
             yield Piece(self.assistant.prefix + turn.text, is_reply=turn.is_learned)
@@ -162,7 +170,7 @@ class ChatTemplate:
         if turn.role == "system":  # not the first turn: `why_not` says where that can be written
             yield from self._system(turn.text)
             return
-        yield Piece(self.user.before, is_control=True)
+        yield Piece(self.user.before.replace(ROUND, str(number)), is_control=True)
         yield from head
         prefix = self.user.prefix
         for part in join_texts(arrange_images(turn.parts, self.image_order)):
@@ -181,6 +189,13 @@ def _im(role: str) -> RoleFormat:
 
 def _llama3(role: str) -> RoleFormat:
     return RoleFormat(f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>")
+
+
+def _of_family(name: str, values: dict[str, Any]) -> ChatTemplate:
+    roles: dict[str, Any] = {
+        role: RoleFormat(*values[role]) for role in ("user", "assistant", "system") if role in values
+    }
+    return ChatTemplate(name, **{**values, **roles})
 
 
 _CHATML_REPLY = RoleFormat("<|im_start|>assistant\n", "<|im_end|>")
@@ -222,6 +237,7 @@ TEMPLATES: dict[str, ChatTemplate] = {
                 "Write a response that appropriately completes the request."
             ),
         ),
+        *(_of_family(name, values) for name, values in FAMILY_TEMPLATES.items()),
     )
 }
 
@@ -300,6 +316,8 @@ def control_words(template: ChatTemplate) -> list[str]:
     >>> control_words(TEMPLATES["chatml"]), control_words(TEMPLATES["llama2"])
     (['<|im_start|>', '<|im_end|>'], [])
     """
+    if template.tokens is not None:
+        return list(template.tokens)
     formats = (template.system, template.user, template.assistant)
     control = "".join(text for form in formats for text in (form.before, form.after))
     return list(dict.fromkeys(_CONTROL_WORD.findall(control)))
@@ -386,11 +404,16 @@ _FLAT: dict[ImageOrder, str] = {
 }
 
 
+_COUNT = "ns.round"
+
+
 def _jinja(template: ChatTemplate, start: str, bos_token: str, eos_token: str) -> str:
     def text(value: str) -> str:
         return json.dumps(value.replace(BOS, bos_token).replace(EOS, eos_token), ensure_ascii=False)
 
     user, assistant, system = template.user, template.assistant, template.system
+    counts = ROUND in user.before
+    opening = f" ~ {_COUNT} ~ ".join(text(part) for part in user.before.split(ROUND))
     default = "none" if template.default_system is None else text(template.default_system)
     head = f"{text(system.before + system.prefix)} + ns.system + {text(system.after)}"
     inside = template.system_in_first_user
@@ -398,10 +421,10 @@ def _jinja(template: ChatTemplate, start: str, bos_token: str, eos_token: str) -
         "{%- macro flat(content, images_only) -%}",
         "{%- if content is string -%}{%- if not images_only -%}{{ content }}{%- endif -%}",
         f"{{%- else -%}}{_FLAT[template.image_order]}{{%- endif -%}}{{%- endmacro -%}}",
-        f"{{%- set ns = namespace(system={default}, head='') -%}}",
+        f"{{%- set ns = namespace(system={default}, head=''{', round=0' if counts else ''}) -%}}",
         "{%- if messages and messages[0]['role'] == 'system' -%}",
         "{%- set ns.system = flat(messages[0]['content'], false) -%}{%- endif -%}",
-        f"{{{{- {text(start)} -}}}}",
+        f"{{{{- {text(start + template.start)} -}}}}",
     ]
     if not template.only_images_of_user:
         lines.append(f"{{%- if ns.system is not none -%}}{{%- set ns.head = {head} -%}}{{%- endif -%}}")
@@ -412,7 +435,8 @@ def _jinja(template: ChatTemplate, start: str, bos_token: str, eos_token: str) -
     lines += [
         "{%- for message in messages -%}",
         "{%- if message['role'] == 'user' -%}",
-        f"{{{{- {text(user.before)} + {first}{text(user.prefix)} + flat(message['content'], {images_only})"
+        f"{{%- set {_COUNT} = {_COUNT} + 1 -%}}" if counts else "",
+        f"{{{{- {opening} + {first}{text(user.prefix)} + flat(message['content'], {images_only})"
         f" + {text(user.after)} -}}}}",
         "{%- set ns.head = '' -%}",
         "{%- elif message['role'] == 'assistant' -%}",

@@ -56,6 +56,7 @@ class ConversationTokenizer:
         self._control = _encoder(backend, keep_added_tokens=True, keep_prefix=False)
         self._added = frozenset(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
         self._decoder = tokenizer
+        self._control_ids: dict[tuple[str, bool], list[int]] = {}
         self._bos = self._bos_ids(tokenizer)
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.pad_token_id = next(
@@ -73,7 +74,7 @@ class ConversationTokenizer:
         ids, labels = self.encode(conversation)
         replies = [turn for turn in conversation.turns if turn.role == "assistant" and turn.is_learned]
         empty = [not turn.text.strip() for turn in replies]
-        if all(empty) or all(label == IGNORE_INDEX for label in labels):
+        if all(empty) or labels.count(IGNORE_INDEX) == len(labels):
             raise RecordError("no_supervised_tokens", "no reply to learn from", conversation.where)
         if any(empty):
             raise RecordError(
@@ -207,8 +208,15 @@ class ConversationTokenizer:
         return ids, labels
 
     def _encode_control(self, text: str, is_first: bool = False) -> list[int]:
+        """Kept, as a template has few control texts; the list is not to be changed."""
         if text == BOS:
-            return list(self._bos)
+            return self._bos
+        key = text, is_first
+        if key not in self._control_ids:
+            self._control_ids[key] = self._make_control(text, is_first)
+        return self._control_ids[key]
+
+    def _make_control(self, text: str, is_first: bool) -> list[int]:
         before, eos, after = text.partition(EOS)
         ids = self._control.encode(before, add_special_tokens=False).ids
         if is_first and self._added.isdisjoint(ids):  # "USER:" begins the text as any word would

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any
 
 from vlm.data.fields import Fields, Unread, has_content, leaves, short
@@ -126,11 +127,19 @@ def _as_flag(value: Any) -> bool | None:
     return bool(value) if isinstance(value, bool) or value in (0, 1) else None
 
 
+@lru_cache(maxsize=4096)
+def _most_words(key: str) -> int | None:
+    """That a value under a key of bookkeeping may have; None under another key."""
+    if not _BOOKKEEPING.fullmatch(key):
+        return None
+    return 1 if _SENTENCE_KEYS.fullmatch(key) else _MOST_WORDS
+
+
 def _is_bookkeeping(unread: Unread) -> bool:
     """Names, counts and dates: short, and not a sentence that may belong to what is learned."""
-    if not _BOOKKEEPING.fullmatch(unread.key):
+    most = _most_words(unread.key)
+    if most is None:
         return False
-    most = 1 if _SENTENCE_KEYS.fullmatch(unread.key) else _MOST_WORDS
     given = [leaf for leaf in leaves(unread.value) if has_content(leaf)]
     is_said = any(isinstance(leaf, str) and len(leaf.split()) > most for leaf in given)
     return not is_said and sum(len(leaf) if isinstance(leaf, str) else 8 for leaf in given) <= _SHORT

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm.artifacts.evidence import FIGURES, figures_table, with_error, write_figures
-from vlm.artifacts.manifest import read_manifest
+from vlm.artifacts.plain import is_plain, read_model
 from vlm.config import RunConfig, unused_settings
 from vlm.errors import ConfigError
 from vlm.evaluation.config import EvaluationConfig
@@ -66,12 +66,15 @@ class Row:
         }
 
 
-def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None = None) -> list[dict[str, Any]]:
+def evaluate_run(
+    config: RunConfig, export: Path | None = None, out: Path | None = None, adapter: Path | None = None
+) -> list[dict[str, Any]]:
     """Score the config's tasks, print the table, and write evaluation.json.
 
     Args:
-        export: what to score; None is the run's own, `<output_dir>/export`.
+        export: what to score, an export or a plain model folder; None is the run's own, `<output_dir>/export`.
         out: a folder or a .json file; None is beside the export.
+        adapter: a LoRA that is added to it.
 
     Raises:
         ConfigError: the config has no tasks.
@@ -87,8 +90,13 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
     for line in unused_settings(config.evaluation, "evaluation."):
         warn(line)
     folder = Path(config.output_dir) / "export" if export is None else export
+    if out is None and (adapter is not None or is_plain(folder)):
+        raise ConfigError(
+            f"{folder}{' with an adapter' * (adapter is not None)} is no export of a run, beside which the "
+            "results would go: say where with --out"
+        )
     started = time.monotonic()
-    loaded = load(folder, image_order="keep")  # records are read as training reads them
+    loaded = load(folder, image_order="keep", adapter=adapter)  # records are read as training reads them
     log(f"evaluation: {folder} {loaded.describe_compute()}")
     rows = [row.as_json() for row in run_tasks(loaded, config.evaluation, Path(config.data.cache))]
     target = folder.parent if out is None else out
@@ -96,7 +104,8 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
     target.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "export": str(folder),
-        "steps": read_manifest(folder).origin.get("steps"),
+        **({} if adapter is None else {"adapter": str(adapter)}),
+        "steps": read_model(folder).origin.get("steps"),
         "vlm_version": __version__,
         "seed": config.evaluation.seed,
         "dtype": str(loaded.compute_dtype).removeprefix("torch."),
@@ -105,7 +114,8 @@ def evaluate_run(config: RunConfig, export: Path | None = None, out: Path | None
     }
     write_atomically(target, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     print_table(rows)
-    write_figures(folder, rows)
+    if adapter is None:
+        write_figures(folder, rows)
     log(f"written to {target}")
     return rows
 

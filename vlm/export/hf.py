@@ -49,6 +49,8 @@ def why_not_llava(config: ModelConfig, built: Assembled) -> str | None:
     model, vision = built.model, built.model.vision
     if vision is None or config.vision is None:
         return "it has no vision encoder"
+    if config.vision.fuse_with:
+        return f"it has {len(config.vision.encoders)} encoders"
     reason = VISION_BACKENDS[config.vision.backend].why_not_llava(config.vision, vision)
     if reason is not None:
         return reason
@@ -116,7 +118,7 @@ def write_llava(
     model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=dict(weights))
     _processor(built, model.config, spec, tokens).save_pretrained(folder)
     changes = {
-        "vision": config.vision.model_copy(update={"path": ".", "layer": -1, "image_size": None}),
+        "vision": config.vision.model_copy(update={"path": ".", "layer": vision.trunk.layer, "image_size": None}),
         "projector": config.projector.model_copy(update={"normalize": False}),
         "llm": config.llm.model_copy(update={"path": ".", "pad_vocab_to_multiple_of": None}),
         "lora": None,
@@ -163,7 +165,7 @@ def _build_llava(built: Assembled, keep_class_token: bool) -> LlavaForConditiona
         image_seq_length=vision.num_patches,
         projector_hidden_act="linear" if len(_linears(projector)) == 1 else "gelu",
         vision_feature_select_strategy="full" if keep_class_token or not _has_class_token(tower) else "default",
-        vision_feature_layer=-1,
+        vision_feature_layer=trunk.layer if isinstance(trunk.layer, int) else list(trunk.layer),
         tie_word_embeddings=llm.config.tie_word_embeddings,
         dtype=llm.dtype,
     )

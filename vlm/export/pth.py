@@ -19,25 +19,30 @@ from torch import Tensor
 from vlm.artifacts.parts import read_run
 from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
-from vlm.export.run import DType, build_merged
+from vlm.export.run import DType, build_merged, default_name, rounded
 from vlm.faults import fault
 from vlm.logs import log
 from vlm.models.trainable import part_weights
+from vlm.precision import DTYPES
 from vlm.schema import PARTS
 
 _CHUNK = 1 << 24
 
 
-def export_pth(run: str | Path, out: str | Path | None = None, full: bool = False, dtype: DType = "auto") -> Path:
+def export_pth(
+    run: str | Path, out: str | Path | None = None, full: bool = False, dtype: DType = "auto", step: int | None = None
+) -> Path:
     """Write a plain dict, canonical name -> tensor on the CPU, with torch.save.
 
     The file appears complete or not at all; an older one at the same place is replaced at the very end.
 
     Args:
-        run: the output_dir of a run. Its newest intact checkpoint is taken.
+        run: the output_dir of a run.
         out: the file to write; None is `<run>/export.pth`, or `<run>/export-full.pth` with `full`.
         full: everything, adapters merged into the language model, instead of what trained.
-        dtype: of a full export's encoder and language model; "auto" is that of the base language model.
+        dtype: of encoder and language model; "auto" is, of a full export, that of the base language model, else that of
+            the training.
+        step: of the checkpoint; None takes the newest intact one.
 
     Returns:
         the file.
@@ -48,11 +53,11 @@ def export_pth(run: str | Path, out: str | Path | None = None, full: bool = Fals
     """
     prepare()
     run = Path(run)
-    final = Path(out) if out is not None else run / ("export-full.pth" if full else "export.pth")
+    final = Path(out) if out is not None else run / f"{default_name(full, step)}.pth"
     if final.suffix != ".pth" or final.is_dir():
         raise ConfigError(f"{final}: --format pth writes one file, whose name ends in .pth")
-    trained = read_run(run)
-    tensors = trained.tensors
+    trained = read_run(run, step)
+    tensors = trained.tensors if dtype == "auto" else rounded(trained.tensors, DTYPES[dtype])
     if full:
         model = build_merged(trained, dtype).model
         tensors = {name: tensor for part in PARTS for name, tensor in part_weights(model, part).items()}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
+from torch import Tensor
 
 from vlm.artifacts.card import draft_card, public_name
 from vlm.artifacts.evidence import CARD, copy_proof, evidence_sections, read_figures
@@ -17,7 +19,8 @@ from vlm.artifacts.fingerprint import fingerprint_files
 from vlm.artifacts.folder import replace_folder
 from vlm.artifacts.manifest import Manifest, write_manifest
 from vlm.artifacts.older import finish_folder
-from vlm.artifacts.parts import LLM, Trained, check_shard_size, read_run, write_parts
+from vlm.artifacts.parts import LLM, Trained, read_run, write_parts
+from vlm.artifacts.shards import check_shard_size
 from vlm.artifacts.tokenizer import hand_over
 from vlm.compat import prepare
 from vlm.data.build import build_template
@@ -29,13 +32,14 @@ from vlm.faults import fault
 from vlm.logs import log
 from vlm.models.build import Assembled, build_model
 from vlm.models.config import VisionConfig
-from vlm.models.encoders.kinds import VISION_BACKENDS
+from vlm.models.encoders.kinds import encoder_weights
+from vlm.models.llm import dtype_on_disk
 from vlm.models.trainable import cast_weights, load_weights, merge_lora, part_of, part_weights
 from vlm.models.vision import save_architecture
 from vlm.models.weight_files import WeightFiles
 from vlm.precision import DTYPES
 
-DType = Literal["auto", "fp32", "bf16"]
+DType = Literal["auto", "fp32", "bf16", "fp16"]
 _MEMORY_SHARE = 0.8  # of what is free, for the weights that are read back
 
 
@@ -45,18 +49,23 @@ def export_run(
     full: bool = False,
     max_shard_size: str = "5GB",
     dtype: DType = "auto",
+    step: int | None = None,
 ) -> Path:
     """Write what a run trained into a folder to use, publish, or start the next stage from.
 
     The folder appears complete or not at all; an older export at the same place is replaced at the very end.
 
     Args:
-        run: the output_dir of a run. Its newest intact checkpoint is taken.
-        out: the folder to write; None is `<run>/export`, or `<run>/export-full` with `full`.
+        run: the output_dir of a run.
+        out: the folder to write; None is `<run>/export`, or `<run>/export-full` with `full`, and ends with the step if
+            one is named.
         full: merge everything into a folder that needs no base models: in transformers' LLaVA layout if the encoder
-            and projector can be expressed in it, else as a vlm folder.
+            and projector can be expressed in it, else as a vlm folder. Without an encoder it is a language model of
+            transformers.
         max_shard_size: no weight file of the language model is larger, e.g. "5GB" or "200MB".
-        dtype: of a full export's weights; "auto" is that of the base language model.
+        dtype: of the weights of encoder and language model that are written; "auto" is, of a full export, that of the
+            base language model, else that of the training.
+        step: of the checkpoint; None takes the newest intact one.
 
     Returns:
         the export folder.
@@ -68,32 +77,59 @@ def export_run(
     prepare()
     check_shard_size(max_shard_size)
     run = Path(run)
-    trained = read_run(run)
-    final = Path(out) if out is not None else run / ("export-full" if full else "export")
+    trained = read_run(run, step)
+    final = Path(out) if out is not None else run / default_name(full, step)
     with replace_folder(final) as folder:
-        write = _write_full if full else _write_trained
+        write = _write_full if full else write_trained
         written = write(folder, trained, max_shard_size, dtype)
         fault("export:weights")
-        manifest = written.manifest
         evidence = evidence_sections(copy_proof(run, folder), read_figures(run, trained.origin.get("steps")))
-        (folder / CARD).write_text(draft_card(manifest, final.name, written.notes, evidence), encoding="utf-8")
-        write_manifest(folder, manifest)
-        if manifest.image_spec is not None:
-            write_preprocessor(folder, manifest.image_spec)
-        finish_folder(folder)
         trained.tensors.clear()
-        gc.collect()  # the trained model, before the other one comes
-        worst = check_readable(folder, written.answers, written.dtype)
-    size = sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
-    log(
-        f"{final}: {', '.join(manifest.included)}, {size / 1e6:,.1f} MB; read back: the trained model's answers "
-        f"(largest difference {worst:.0e}); try: vlm chat {final}"
-    )
+        worst = finish_export(folder, final, written, evidence)
+    tell_export(final, written.manifest, f"read back: the trained model's answers (largest difference {worst:.0e})")
     return final
 
 
+def finish_export(folder: Path, final: Path, written: Written, evidence: Sequence[str] = ()) -> float:
+    """Model card, manifest and what other programs need, beside the weights; then the folder is read back.
+
+    Args:
+        folder: where it lies until it is whole.
+        final: what it will be called.
+        evidence: sections of the model card.
+
+    Returns:
+        the largest difference, as `check_readable`.
+
+    Raises:
+        CheckpointError: it cannot be read back.
+    """
+    manifest = written.manifest
+    (folder / CARD).write_text(draft_card(manifest, final.name, written.notes, evidence), encoding="utf-8")
+    write_manifest(folder, manifest)
+    if manifest.image_spec is not None:
+        write_preprocessor(folder, manifest.image_spec)
+    finish_folder(folder)
+    gc.collect()  # the model that was written, before the other one comes
+    return check_readable(folder, written.answers, written.dtype)
+
+
+def tell_export(final: Path, manifest: Manifest, what: str) -> None:
+    """One line: what is in the folder, how large it is, and what to do with it."""
+    size = sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
+    log(f"{final}: {', '.join(manifest.included)}, {size / 1e6:,.1f} MB; {what}; try: vlm chat {final}")
+
+
+def default_name(full: bool, step: int | None) -> str:
+    """
+    >>> default_name(False, None), default_name(True, 500)
+    ('export', 'export-full-step-500')
+    """
+    return ("export-full" if full else "export") + ("" if step is None else f"-step-{step}")
+
+
 @dataclass(frozen=True)
-class _Written:
+class Written:
     """What a folder holds, and what it has to answer when it is read back with weights in `dtype`."""
 
     manifest: Manifest
@@ -102,11 +138,13 @@ class _Written:
     notes: list[str] = field(default_factory=list)
 
 
-def _write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: DType) -> _Written:
+def write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: DType) -> Written:
     """The parts that trained; the base models stay where they are, with fingerprints to know them by."""
+    if dtype != "auto":
+        trained = replace(trained, tensors=rounded(trained.tensors, DTYPES[dtype]))
     precision = _precision_to_read(trained.model.llm.path)
     built = build_merged(trained, None, precision)
-    trained = _with_whole_parts(trained, built)
+    trained = _with_whole_parts(trained, built, dtype)
     included = write_parts(folder, trained, max_shard_size)
     tokens = _build_tokens(trained, built)
     answers = ask(built, tokens)
@@ -122,12 +160,12 @@ def _write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: D
     if model.vision is not None and "vision" in included:
         model = model.model_copy(update={"vision": _write_encoder_config(folder, model.vision, built)})
     elif model.vision is not None:
-        base["vision"] = fingerprint_files(VISION_BACKENDS[model.vision.backend].weights_at(model.vision))
+        base |= {name: fingerprint_files(path) for name, path in encoder_weights(model.vision).items()}
     _write_tokenizer(folder, built, tokens)
-    return _Written(replace(manifest, base=base, model=model), answers, DTYPES[precision])
+    return Written(replace(manifest, base=base, model=model), answers, DTYPES[precision])
 
 
-def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DType) -> _Written:
+def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DType) -> Written:
     built = build_merged(trained, dtype)
     trained = _with_whole_parts(trained, built)
     reason = why_not_llava(trained.model, built)
@@ -137,18 +175,25 @@ def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DTyp
         except NotLlavaError as error:
             reason = f"transformers' LLaVA class does not compute the same with its parts ({error})"
             built = build_merged(trained, dtype)  # the other one was taken apart
-    log(f"written as a vlm folder, not in transformers' LLaVA layout: {reason}")
-    tokens, llm = _build_tokens(trained, built), built.model.llm
+    notes = []
+    if trained.model.vision is not None:
+        log(f"written as a vlm folder, not in transformers' LLaVA layout: {reason}")
+        notes = [f"Not in transformers' LLaVA layout: {reason}."]
+    tokens, llm, place = (
+        _build_tokens(trained, built),
+        built.model.llm,
+        LLM if trained.model.vision is not None else ".",
+    )
     answers = ask(built, tokens)
     manifest = _manifest(trained, (), built, tokens)
     everything = {name: t for part in ("projector", "vision") for name, t in part_weights(built.model, part).items()}
     included = write_parts(folder, replace(trained, tensors=everything), max_shard_size)
     llm.generation_config = generation_config(built, tokens)
-    llm.save_pretrained(folder / LLM, max_shard_size=max_shard_size)
-    _write_llm_config(folder / LLM, built, tokens)
+    llm.save_pretrained(folder / place, max_shard_size=max_shard_size)
+    _write_llm_config(folder / place, built, tokens)
     changes: dict[str, Any] = {
         "llm": trained.model.llm.model_copy(
-            update={"path": LLM, "pad_vocab_to_multiple_of": None, "quantization": None}
+            update={"path": place, "pad_vocab_to_multiple_of": None, "quantization": None}
         ),
         "lora": None,
         "trainable": ("projector" if included else "llm",),
@@ -157,10 +202,10 @@ def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DTyp
         changes["vision"] = _write_encoder_config(folder, trained.model.vision, built)
     _write_tokenizer(folder, built, tokens)
     manifest = replace(manifest, included=(*included, LLM), model=trained.model.model_copy(update=changes))
-    return _Written(_without_places(manifest), answers, llm.dtype, [f"Not in transformers' LLaVA layout: {reason}."])
+    return Written(_without_places(manifest), answers, llm.dtype, notes)
 
 
-def _write_llava(folder: Path, trained: Trained, built: Assembled, max_shard_size: str) -> _Written:
+def _write_llava(folder: Path, trained: Trained, built: Assembled, max_shard_size: str) -> Written:
     """Raises NotLlavaError before anything is written."""
     tokens, dtype = _build_tokens(trained, built), built.model.llm.dtype
     answers = ask(built, tokens)
@@ -169,7 +214,7 @@ def _write_llava(folder: Path, trained: Trained, built: Assembled, max_shard_siz
     if dtype != torch.float32:  # what was folded in has been rounded
         answers = ask(written, tokens)
     manifest = replace(manifest, model=model, image_spec=spec, layout="llava")
-    return _Written(_without_places(manifest), answers, dtype, notes)
+    return Written(_without_places(manifest), answers, dtype, notes)
 
 
 def _build_tokens(trained: Trained, built: Assembled) -> ConversationTokenizer:
@@ -206,24 +251,29 @@ def build_merged(trained: Trained, dtype: DType | None, precision: str = "fp32")
     built.model.eval()
     for part in (built.model.llm, built.model.vision):
         if part is not None and dtype is not None:
-            cast_weights(part, _dtype_on_disk(trained.model.llm.path) if dtype == "auto" else DTYPES[dtype])
+            cast_weights(part, dtype_on_disk(trained.model.llm.path) if dtype == "auto" else DTYPES[dtype])
     return built
 
 
-def _with_whole_parts(trained: Trained, built: Assembled) -> Trained:
+def _with_whole_parts(trained: Trained, built: Assembled, dtype: DType = "auto") -> Trained:
     """With all weights of a part of which some trained, and with the encoder in place of adapters on it.
 
     Args:
-        built: the merged model. Its weights are float32; what did not train is written in the format of its files.
+        built: the merged model. What of it did not train is written in the number format of its files.
+        dtype: of all that is added; `built` is rounded to it too. "auto" leaves it.
     """
-    model, tensors = trained.model, dict(trained.tensors)
+    model, whole = trained.model, dict[str, Tensor]()
+    kept = {name: tensor for name, tensor in trained.tensors.items() if part_of(name) != "vision.lora"}
     if "llm" in model.partial:
-        dtype = _dtype_on_disk(model.llm.path)
-        whole = part_weights(built.model, "llm")
-        tensors |= {name: tensor if name in tensors else tensor.to(dtype) for name, tensor in whole.items()}
+        on_disk = dtype_on_disk(model.llm.path)
+        llm = part_weights(built.model, "llm")
+        whole |= {name: tensor if name in kept else tensor.to(on_disk) for name, tensor in llm.items()}
     if "vision" in model.partial or trained.part("vision.lora"):
-        tensors = {name: tensor for name, tensor in tensors.items() if part_of(name) != "vision.lora"}
-        tensors |= part_weights(built.model, "vision")
+        whole |= part_weights(built.model, "vision")
+    if dtype != "auto":
+        whole = rounded(whole, DTYPES[dtype])
+        load_weights(built.model, whole, where="the merged model", partial=True)
+    tensors = kept | whole
     renamed = {"vision.lora": "vision"}
     changes: dict[str, Any] = {
         "partial": {},
@@ -232,6 +282,15 @@ def _with_whole_parts(trained: Trained, built: Assembled) -> Trained:
     }
     parts = tuple(renamed.get(part, part) for part in trained.trained)
     return replace(trained, model=model.model_copy(update=changes), tensors=tensors, trained=parts)
+
+
+def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Canonical name -> tensor [...], those of encoder and language model in `dtype`."""
+    parts = ("llm", "vision")
+    return {
+        name: tensor.to(dtype) if part_of(name) in parts and tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _precision_to_read(path: str) -> Literal["fp32", "bf16", "fp16"]:
@@ -245,18 +304,11 @@ def _precision_to_read(path: str) -> Literal["fp32", "bf16", "fp16"]:
     if 4 * num_weights < _MEMORY_SHARE * free:
         return "fp32"
     if 2 * num_weights < _MEMORY_SHARE * free:
-        return "fp16" if _dtype_on_disk(path) == torch.float16 else "bf16"
+        return "fp16" if dtype_on_disk(path) == torch.float16 else "bf16"
     raise CheckpointError(
         f"an export is read back before it is called one, which takes {2 * num_weights / 2**30:.1f} GiB of memory for "
         f"{path}; {free / 2**30:.1f} GiB are free. Export on a machine that can hold the language model"
     )
-
-
-def _dtype_on_disk(path: str) -> torch.dtype:
-    from transformers import AutoConfig
-
-    named = getattr(AutoConfig.from_pretrained(path), "dtype", None)
-    return named if named in (torch.bfloat16, torch.float16, torch.float32) else torch.float32
 
 
 def _write_llm_config(folder: Path, built: Assembled, tokens: ConversationTokenizer) -> None:
@@ -274,7 +326,9 @@ def _write_encoder_config(folder: Path, config: VisionConfig, built: Assembled) 
     assert vision is not None
     assert spec is not None
     named = save_architecture(vision, config, folder / "vision")
-    write_preprocessor(folder / "vision", spec)
+    for each, encoder in zip(spec.members, named.encoders, strict=True):
+        if (folder / encoder.path).is_dir():  # else a name whose shape its library knows
+            write_preprocessor(folder / encoder.path, each)
     return named
 
 
@@ -286,6 +340,7 @@ def _write_tokenizer(folder: Path, built: Assembled, tokens: ConversationTokeniz
 
 def _manifest(trained: Trained, included: tuple[str, ...], built: Assembled, tokens: ConversationTokenizer) -> Manifest:
     vision, bos = trained.model.vision, built.tokenizer.bos_token_id
+    fused = [] if vision is None else [each.path for each in vision.fuse_with]
     return Manifest(
         model=trained.model,
         template=trained.data.template,
@@ -298,6 +353,7 @@ def _manifest(trained: Trained, included: tuple[str, ...], built: Assembled, tok
             **trained.origin,
             "llm": trained.model.llm.path,
             "vision": None if vision is None else vision.path,
+            **({"fused_with": fused} if fused else {}),
         },
         stop_ids=tuple(sorted(tokens.stop_ids)),
         begins=bos is not None and adds_bos(built.tokenizer),

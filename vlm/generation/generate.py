@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class GenerationSettings:
     repetition_penalty: float = 1.0
     num_beams: int = 1
     seed: int | None = None  # of sampling; None draws a fresh one
+    length_penalty: float = 1.0  # of beams: scores are divided by length to this power; below 1 prefers short replies
+    max_length: int | None = None  # tokens of prompt and reply together, beside max_new_tokens; the lower bound counts
 
 
 @torch.no_grad()
@@ -58,8 +60,13 @@ def generate(
 
     Returns:
         the new tokens, without the stop token.
+
+    Raises:
+        ConfigError: the prompt is as long as `max_length`; beams, where the class is decoded without.
     """
     from transformers import StoppingCriteriaList
+
+    settings = _within_length(settings, len(input_ids))
 
     # that the penalty counts for the reply's words only is said in docs/chat.md, not in the middle of an answer
     warnings.filterwarnings("ignore", message="Passing `repetition_penalty`")
@@ -86,6 +93,18 @@ def generate(
             if not on_token(token):
                 return new_ids[: kept + 1]
     return new_ids[:end]
+
+
+def _within_length(settings: GenerationSettings, num_prompt: int) -> GenerationSettings:
+    if settings.max_length is None:
+        return settings
+    left = settings.max_length - num_prompt
+    if left < 1:
+        raise ConfigError(
+            f"max_length {settings.max_length}: the prompt alone has {num_prompt} tokens, images included. Raise "
+            "max_length, or bound the reply alone with max_new_tokens"
+        )
+    return replace(settings, max_new_tokens=min(settings.max_new_tokens, left))
 
 
 def _can_generate(llm: Any) -> bool:
@@ -131,6 +150,8 @@ def _generation_config(model: VisionLanguageModel, stop_ids: Collection[int], se
     do_sample = settings.do_sample and settings.temperature >= LEAST_TEMPERATURE
     if do_sample:
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    if settings.num_beams > 1:
+        sampling["length_penalty"] = settings.length_penalty
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=do_sample,

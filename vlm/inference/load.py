@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from vlm.artifacts.adapter import read_adapter
+from vlm.artifacts.adapter import Adapter, is_of_export, read_adapter
 from vlm.artifacts.assemble import OnProgress, assemble_export
 from vlm.artifacts.base_models import with_bases_found, with_start_found
-from vlm.artifacts.manifest import Manifest, read_manifest
+from vlm.artifacts.manifest import Manifest
+from vlm.artifacts.peft_adapter import PeftAdapter, is_peft, read_peft
+from vlm.artifacts.plain import describe, is_plain, read_model
 from vlm.batch import ImageSpec
 from vlm.compat import prepare
 from vlm.data.build import build_template
+from vlm.data.config import template_of
 from vlm.data.conversation import Conversation
 from vlm.data.image_order import ImageOrder
 from vlm.data.images import load_image, to_tiles
@@ -36,6 +39,7 @@ from vlm.generation.streaming import CONTEXT, TextStream
 from vlm.inference.messages import ImageInput, Messages, to_conversation
 from vlm.inference.placement import check_device_map, spread
 from vlm.inference.quantize import check_bits, quantize_linears
+from vlm.logs import log
 from vlm.models.build import Assembled
 from vlm.models.config import ModelConfig
 from vlm.models.vlm import VisionLanguageModel
@@ -127,6 +131,11 @@ class LoadedModel:
         """
         settings = settings or GenerationSettings()
         input_ids = self.conversation_tokenizer.prompt(conversation)
+        if not input_ids:
+            raise ConfigError(
+                "the prompt has no tokens: template plain writes images only. Show an image, or choose another "
+                "template with --prompt-template"
+            )
         left = self.max_tokens - len(input_ids)
         if left < 1:
             raise ConfigError(
@@ -212,15 +221,16 @@ def load(
     offload_folder: str | Path | None = None,
     on_progress: OnProgress = lambda fraction: None,
 ) -> LoadedModel:
-    """Load an export: what a run trained beside its base models, or a full one by itself.
+    """Load an export: what a run trained beside its base models, or a full one by itself. Or a plain model folder.
 
     Args:
-        path: the folder that `vlm export` wrote. Base models that it names by relative paths are looked for below
-            the current folder, then below the folders above the export.
+        path: the folder that `vlm export` wrote; or a language model in transformers' layout, or a LLaVA in it. Base
+            models that an export names by relative paths are looked for below the current folder, then below the
+            folders above the export.
         device: "cpu", "cuda", "cuda:1"; "auto" takes the GPU if there is one.
         precision: "auto" computes in bfloat16 where the hardware does so natively, else in float32.
-        adapter: another export, whose LoRA adapter is added to this one's before both are merged. If it went on
-            training this one's adapter (init_from), it replaces that.
+        adapter: a LoRA folder that peft wrote. Or another export, whose LoRA adapter is added to this one's before both
+            are merged; if it went on training this one's adapter (init_from), it replaces that.
         template: chat template, by name, instead of the export's.
         image_order: where the images of a user turn are put, before its words ("first"), after them ("last"), or as
             they come ("keep"); None does as the training data did, which the export says.
@@ -231,8 +241,8 @@ def load(
         on_progress: called with the share that is done, 0..1, after each part.
 
     Raises:
-        CheckpointError: no export; damaged; of another format version; a base model is missing or holds other weights;
-            a tensor does not fit (each is listed).
+        CheckpointError: no export and no model; damaged; of another format version; a base model is missing or holds
+            other weights; a tensor does not fit (each is listed).
         ConfigError: options that contradict each other, or that this machine cannot do.
 
     >>> import vlm
@@ -251,9 +261,9 @@ def load(
     check_device_map(device_map, offload_folder, device)
     prepare()
     folder = Path(path)
-    manifest = read_manifest(folder)
-    name = _known_template(template or manifest.template)
-    other = None if adapter is None else with_start_found(read_adapter(adapter, folder, manifest), folder, manifest)
+    manifest = read_model(folder)
+    name = known_template(template or manifest.template)
+    other = None if adapter is None else _read_adapter(Path(adapter), folder, manifest)
     found = with_bases_found(manifest, folder)
     built = assemble_export(folder, found, dtype, target, other, on_progress)
     if bits is not None:
@@ -262,8 +272,14 @@ def load(
         target = spread(built.model, offload_folder, only_cpu=target.type == "cpu")
     else:
         built.model.to(target)
-    tokens = build_tokens(built, manifest, name, image_order)
+    try:
+        tokens = build_tokens(built, manifest, name, image_order)
+    except ConfigError as error:  # of an export the template is known
+        raise ConfigError(f"{folder}: {error}. With a command: --prompt-template NAME") from None
     on_progress(1.0)
+    if is_plain(folder) or isinstance(other, PeftAdapter):
+        kind = f"{describe(manifest)}, template {tokens.template.name}" if is_plain(folder) else "an export"
+        log(f"{folder}: {kind}" + (f"; with the adapter {other.describe()}" if isinstance(other, PeftAdapter) else ""))
     return LoadedModel(
         model=built.model,
         tokenizer=built.tokenizer,
@@ -275,6 +291,12 @@ def load(
         device=target,
         compute_dtype=dtype,
     )
+
+
+def _read_adapter(adapter: Path, folder: Path, manifest: Manifest) -> Adapter | PeftAdapter:
+    if is_peft(adapter) and not is_of_export(adapter):
+        return read_peft(adapter)
+    return with_start_found(read_adapter(adapter, folder, manifest), folder, manifest)
 
 
 def build_tokens(
@@ -305,6 +327,10 @@ def make_settings(values: dict[str, Any]) -> GenerationSettings:
     settings = GenerationSettings(**values)
     if settings.max_new_tokens < 1 or settings.num_beams < 1:
         raise ConfigError("max_new_tokens and num_beams must be at least 1")
+    if settings.max_length is not None and settings.max_length < 1:
+        raise ConfigError(f"max_length {settings.max_length}: expected a number of tokens, at least 1")
+    if not math.isfinite(settings.length_penalty):
+        raise ConfigError(f"length_penalty {settings.length_penalty:g}: expected a number; 1 is the usual one")
     if not 0 < settings.repetition_penalty < math.inf:
         raise ConfigError(f"repetition_penalty {settings.repetition_penalty:g}: expected a number over 0; 1 is none")
     if settings.seed is not None and not 0 <= settings.seed < 1 << 63:
@@ -331,7 +357,8 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return DTYPES[resolve(precision, device)]
 
 
-def _known_template(name: str) -> str:
+def known_template(name: str) -> str:
+    name = template_of(name)
     if name != "tokenizer" and name not in TEMPLATES:
         known = [*TEMPLATES, "tokenizer"]
         near = difflib.get_close_matches(name, known, 1)

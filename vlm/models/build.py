@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from vlm.batch import ImageSpec
+from vlm.batch import FusedSpec, ImageSpec
+from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig, VisionConfig
 from vlm.models.entry import embedding_std
 from vlm.models.llm import (
@@ -22,9 +24,10 @@ from vlm.models.llm import (
 )
 from vlm.models.quantize import pack_linears, round_linears
 from vlm.models.recompute import checkpoint_blocks
-from vlm.models.trainable import set_trainable
+from vlm.models.trainable import load_weights, misfit, set_trainable
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.vlm import VisionLanguageModel
+from vlm.models.weight_files import prefixed
 from vlm.precision import frozen_dtype
 
 if TYPE_CHECKING:
@@ -73,6 +76,7 @@ def build_model(
     with forked_random_state():
         torch.manual_seed(seed)
         model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
+    start_projector(config, model)
     return Assembled(model.to(device), tokenizer, spec, image_token_id)
 
 
@@ -137,12 +141,26 @@ def assemble(
     return model, spec, image_token_id
 
 
+def start_projector(config: ModelConfig, model: VisionLanguageModel) -> None:
+    """Give the projector the weights that its config names, if it names any.
+
+    Raises:
+        CheckpointError: they are not there, or of another shape.
+    """
+    projector, path = model.projector, config.projector.start_path
+    if projector is None or path is None:
+        return
+    where = f"model.projector.pretrained {path}"
+    tensors = config.projector.start_weights()
+    missing = [f"  projector.{name}: missing" for name in sorted(projector.pretrained_names() - tensors.keys())]
+    if missing:
+        raise CheckpointError(misfit(where, missing))
+    load_weights(nn.ModuleDict({"projector": projector}), prefixed(tensors, "projector."), where, partial=True)
+
+
 def _image_spec(config: VisionConfig, vision: VisionEncoder, num_tokens: int) -> ImageSpec:
-    return ImageSpec(
-        size=vision.image_size,
-        mean=vision.mean,
-        std=vision.std,
-        num_tokens=num_tokens,
-        resize=config.resize,
-        background=config.background,
-    )
+    specs = [
+        ImageSpec(each.image_size, each.mean, each.std, num_tokens, named.resize, config.background)
+        for each, named in zip(vision.members, config.encoders, strict=True)
+    ]
+    return specs[0] if len(specs) == 1 else FusedSpec(**asdict(specs[0]), others=tuple(specs[1:]))

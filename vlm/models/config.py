@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -10,26 +11,55 @@ from vlm.models.projector_kinds import PROJECTORS, LinearProjectorConfig, Projec
 from vlm.schema import OneOf, PathText, Section, TrainablePart
 
 
-class VisionConfig(Section):
+class EncoderConfig(Section):
+    """One encoder."""
+
     backend: Literal["hf", "open_clip", "timm"]
     """The library whose network it is; hf is transformers."""
     path: PathText
     """A local folder or file, or a name that the backend resolves (and caches) itself."""
     pretrained: str | None = None
-    """open_clip: weight tag or file. timm: weight file (.safetensors) for an architecture named by `path`."""
-    layer: int = -1
-    """Which block's output is taken: -1 the last, -2 the one before (LLaVA)."""
+    """open_clip: weight tag or file. timm: weight file (.safetensors) for an architecture named by `path`; for
+    eva_giant_patch14_224 EVA's own eva_vit_g.pth too."""
+    layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = -1
+    """Which block's output is taken: -1 the last, -2 the one before (LLaVA). Of several, as [-3, -9], a patch has the
+    channels of each, in this order."""
     keep_class_token: bool = False
     """Give the class token to the projector too, before the patches."""
     image_size: PositiveInt | None = None
     """Pixels per side; null takes the encoder's own. Position embeddings are interpolated; windows (Swin) stay."""
     resize: Literal["pad", "crop", "squash"] = "pad"
     """How an image becomes a square: padded, its middle cut out, or squashed."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """`layer`, whether one or several."""
+        return (self.layer,) if isinstance(self.layer, int) else self.layer
+
+
+class VisionConfig(EncoderConfig):
+    """The only encoder, or the first of several."""
+
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB, 0-255, under transparent pixels and around padded images."""
+    fuse_with: tuple[EncoderConfig, ...] = ()
+    """More encoders, whose features are joined to this one's. Each sees the image as its own keys say."""
+    fuse_by: Literal["channel", "token"] = "channel"
+    """With fuse_with. channel: a patch has the channels of all, other grids interpolated to the first encoder's. token:
+    the patches of one after those of another."""
     compute: Literal["auto", "fp32", "fp32_channels_last", "bf16", "bf16_channels_last"] = "auto"
     """How it computes while it is frozen. auto: as train.precision says, but a convolutional network in the number and
     memory format that is fastest here, measured once per machine."""
+
+    @property
+    def encoders(self) -> tuple[EncoderConfig, ...]:
+        """This one, and those that it is fused with."""
+        return (self, *self.fuse_with)
+
+    def with_encoders(self, encoders: Sequence[EncoderConfig]) -> VisionConfig:
+        """Others in the place of `encoders`, which keep what belongs to all of them."""
+        first = {name: getattr(encoders[0], name) for name in EncoderConfig.model_fields}
+        return self.model_copy(update={**first, "fuse_with": tuple(encoders[1:])})
 
 
 class QuantizationConfig(Section):
@@ -82,9 +112,9 @@ class PartialConfig(Section):
     """Which of a part's weights train; what several keys name is put together."""
 
     first_blocks: NonNegativeInt = 0
-    """So many blocks from the input on."""
+    """So many blocks from the input on; of fused encoders, of each."""
     last_blocks: NonNegativeInt = 0
-    """So many blocks before the output."""
+    """So many blocks before the output; of fused encoders, of each."""
     modules: tuple[str, ...] = ()
     """Modules by the last part of their name, whole path or pattern, as [lm_head, mlp, "*.layers.0.self_attn"]."""
 
@@ -120,9 +150,17 @@ class ModelConfig(Section):
             raise ValueError(
                 "trainable: empty, so nothing would be trained; name projector, llm, llm.lora, vision or vision.lora"
             )
-        if self.vision is not None and self.vision.keep_class_token and self.projector.patches_per_token > 1:
+        encoders = () if self.vision is None else self.vision.encoders
+        if any(each.keep_class_token for each in encoders) and self.projector.needs_square:
             raise ValueError(
-                "vision.keep_class_token excludes projector.pool and projector.unshuffle: no square of patches"
+                "vision.keep_class_token excludes projector.pool, projector.unshuffle and kind average: no square of "
+                "patches"
+            )
+        joins_tokens = self.vision is not None and self.vision.fuse_by == "token" and len(encoders) > 1
+        if joins_tokens and self.projector.needs_square:
+            raise ValueError(
+                "vision.fuse_by token excludes projector.pool, projector.unshuffle and kind average: the patches of "
+                "several encoders form no square"
             )
         if self.vision is None and {"projector", "vision", "vision.lora"} & set(self.trainable):
             raise ValueError("trainable: names projector or vision, but model.vision is null")

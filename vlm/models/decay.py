@@ -36,8 +36,9 @@ def _is_matrix(name: str, module: nn.Module, shape: tuple[int, ...]) -> bool:
         return _OF_POSITIONS.search(owner.rpartition(".")[2].lower()) is None
     if leaf.endswith("weight"):
         return True
-    # what is no module's weight: in an encoder a token or a table, in a decoder a vector of many axes, or experts
-    return part_of(name) != "vision" and leaf not in _STATES and sum(size > 1 for size in shape) > 1
+    # what is no module's weight: in an encoder or projector a token or a table, in a decoder a vector of many axes, or
+    # experts
+    return part_of(name) not in ("vision", "projector") and leaf not in _STATES and sum(size > 1 for size in shape) > 1
 
 
 def _named_by_libraries(model: nn.Module) -> Iterator[str]:

@@ -14,8 +14,10 @@ from typing import Any
 from vlm.models.spm import pieces
 from vlm.models.tokenizer_files import (
     SETTINGS,
+    VOCABULARIES,
     VOCABULARY,
     added_tokens,
+    find_vocabulary,
     named_tokens,
     read_json,
     why_not_converted,
@@ -24,8 +26,8 @@ from vlm.models.tokenizer_files import (
 _SWAPPED = "Usually model.llm.path and model.vision.path are swapped"
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
-    "tokenizer.json", VOCABULARY, "vocab.json", "vocab.txt", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
-    "tiktoken.model",
+    "tokenizer.json", *VOCABULARIES, "vocab.json", "vocab.txt", "tekken.json", "spiece.model",
+    "sentencepiece.bpe.model", "tiktoken.model",
 )  # fmt: skip
 _RESIZE = (
     "Usually tokens were added and the embedding was not resized: do both once in transformers "
@@ -75,9 +77,10 @@ def why_no_tokenizer(folder: Path, trust_remote_code: bool = False) -> str | Non
             "the folder holds none (tokenizer.json, tokenizer.model, or vocab.json and merges.txt). Usually the "
             "download is incomplete, or the model was saved without its tokenizer"
         )
-    if (folder / "tokenizer.json").is_file() or not (folder / VOCABULARY).is_file():
+    vocabulary = find_vocabulary(folder)
+    if (folder / "tokenizer.json").is_file() or vocabulary is None:
         return None
-    return why_not_converted(folder / VOCABULARY)
+    return why_not_converted(vocabulary)
 
 
 def encoder_type(settings: Mapping[str, Any]) -> object:

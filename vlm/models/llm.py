@@ -24,7 +24,7 @@ from vlm.models.head import find_logits_rule
 from vlm.models.hub import check_hub
 from vlm.models.native import why_not_a_decoder, why_not_native
 from vlm.models.spm import differences
-from vlm.models.tokenizer_files import COMPANIONS, VOCABULARY, why_not_converted, write_converted
+from vlm.models.tokenizer_files import COMPANIONS, VOCABULARIES, why_not_converted, write_converted
 from vlm.models.varlen import VARLEN, register
 
 if TYPE_CHECKING:
@@ -34,12 +34,15 @@ IMAGE_TOKEN = "<image>"  # its id marks the place of an image; its embedding is 
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers sets it on every block: forward, arguments -> output
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str, trust_remote_code: bool = False, *, image_token: bool = True) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder, with one more special token for image placeholders, and with a padding token.
 
     Neither needs a row in the embedding: placeholders are masked before the lookup, and padding is a token it has.
     A folder with `tokenizer.model` alone needs no code of its own: the vocabulary is converted (see
     `vlm.models.tokenizer_files`).
+
+    Args:
+        image_token: add that special token, if the tokenizer has it not.
 
     Raises:
         CheckpointError: it cannot be loaded without running its own code, or at all.
@@ -53,7 +56,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         raise _cannot_load(path, error, "its tokenizer") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ConfigError(f"model.llm.path {path}: its tokenizer has no fast version (tokenizer.json)")
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
+    if image_token and IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([_special(IMAGE_TOKEN)])
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
@@ -125,6 +128,14 @@ def _settings(path: str) -> dict[str, Any]:
 
     settings: dict[str, Any] = PretrainedConfig.get_config_dict(path)[0]
     return settings
+
+
+def dtype_on_disk(path: str) -> torch.dtype:
+    """The number format that a model's config.json says its weights have; float32 if it says none."""
+    from transformers import AutoConfig
+
+    named = getattr(AutoConfig.from_pretrained(path), "dtype", None)
+    return named if named in (torch.bfloat16, torch.float16, torch.float32) else torch.float32
 
 
 def refuse_foreign_code(path: str, trust_remote_code: bool) -> None:
@@ -246,16 +257,17 @@ def _in_evaluation(block: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
         block.training = was_training
 
 
-def pad_vocabulary(llm: Any, num_real: int, multiple: int) -> None:
+def pad_vocabulary(llm: Any, num_real: int, multiple: int, *, at_least: int = 0) -> None:
     """Grow the embedding to a multiple, for faster matrix products. New rows are the mean of the real ones.
 
     Args:
         num_real: rows that stand for tokens of the tokenizer; rows beyond are padding already.
+        at_least: rows that there are to be.
     """
     old = llm.get_input_embeddings().weight.shape[0]
-    if old % multiple == 0:
+    if old % multiple == 0 and old >= at_least:
         return
-    llm.resize_token_embeddings(-(-old // multiple) * multiple, mean_resizing=False)
+    llm.resize_token_embeddings(-(-max(old, at_least) // multiple) * multiple, mean_resizing=False)
     with torch.no_grad():
         for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
             for rows in (module.weight, getattr(module, "bias", None)):
@@ -268,7 +280,9 @@ def _read_tokenizer(path: str, trust_remote_code: bool) -> Any:
 
     if Path(path).is_dir() and (reason := why_no_tokenizer(Path(path), trust_remote_code)):
         raise CheckpointError(f"model.llm.path {path}: cannot load its tokenizer: {reason}")
-    vocabulary = None if _find_file(path, "tokenizer.json") else _find_file(path, VOCABULARY)
+    vocabulary = None
+    if not _find_file(path, "tokenizer.json"):
+        vocabulary = next((file for name in VOCABULARIES if (file := _find_file(path, name))), None)
     if vocabulary is None:
         try:
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -286,7 +300,7 @@ def _read_tokenizer(path: str, trust_remote_code: bool) -> Any:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.name_or_path = path
     if texts := differences(vocabulary, tokenizer.backend_tokenizer):
-        warn(f"model.llm.path {path}: converted from {VOCABULARY}, its tokenizer writes {texts[0]!r} with other ids")
+        warn(f"model.llm.path {path}: its tokenizer, made of {vocabulary.name}, writes {texts[0]!r} with other ids")
     return tokenizer
 
 

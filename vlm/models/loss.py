@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vlm.batch import IGNORE_INDEX
+from vlm.batch import IGNORE_INDEX, send
 
 CHUNK_TOKENS = 1024  # supervised positions whose logits exist at a time
 LogitsFn = Callable[[Tensor], Tensor]  # [S, D] -> [S, V]
@@ -28,14 +28,15 @@ def select_supervised(
 
     Args:
         hidden_states: [B, L, D], after the final norm.
-        labels: int64 [B, L], not shifted.
+        labels: int64 [B, L], not shifted. In host memory, nothing waits for the device.
         position_ids: int64 [B, L], as in `Batch`; None where no record shares its beginning.
 
     Returns:
-        hidden states [S, D] and targets int64 [S], row by row.
+        hidden states [S, D] and targets int64 [S], row by row, on the device of `hidden_states`.
     """
     row, before, at = find_supervised(labels, position_ids)
-    return hidden_states[row, before], labels[row, at]
+    row, before, targets = (send(each, hidden_states.device) for each in (row, before, labels[row, at]))
+    return hidden_states[row, before], targets
 
 
 def find_supervised(labels: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

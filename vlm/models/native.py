@@ -17,14 +17,15 @@ from typing import Any
 _CONFIGS, _DECODERS = "CONFIG_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 # the first transformers that has the type, where setup.py admits older ones
 _SINCE = {"internlm3": "5.23", "exaone": "5.24"}
+_CONVERTED = "`vlm convert legacy FOLDER OUT` writes the same weights for a class that transformers has"
 # type that needs the Python files beside its weights -> (native types to take instead, a conversion there is)
 _SUCCESSORS: dict[str, tuple[tuple[str, ...], str]] = {
-    "qwen": (("qwen2", "qwen3"), ""),
-    "internlm": (("internlm3", "qwen3"), ""),
-    "internlm2": (("internlm3",), "tools/convert2llama.py of github.com/InternLM/InternLM writes it as a Llama"),
-    "baichuan": (("qwen2", "qwen3", "internlm3"), "7B models that were rewritten as a Llama (model_type llama) load"),
-    "chatglm": (("glm", "glm4"), "GLM-4 is published in native form too, in folders whose names end with -hf"),
-    "xverse": (("qwen3", "llama"), ""),
+    "qwen": (("qwen2", "qwen3"), _CONVERTED),
+    "internlm": (("internlm3", "qwen3"), _CONVERTED),
+    "internlm2": (("internlm3",), _CONVERTED),
+    "baichuan": (("qwen2", "qwen3", "internlm3"), f"7B models: {_CONVERTED}"),
+    "chatglm": (("glm", "glm4"), f"GLM-4 is published in native form too, and ChatGLM2 and 3: {_CONVERTED}"),
+    "xverse": (("qwen3", "llama"), _CONVERTED),
     "aquila": (("qwen3", "llama"), ""),
     "orion": (("qwen3", "llama"), ""),
     "skywork": (("qwen3", "llama"), ""),

@@ -41,7 +41,7 @@ class InputsLayer(PipelineLayer):
     def forward(self, batch: Batch) -> Tensor:
         """[B, L, D] in the embedding's dtype."""
         (model,) = self._model
-        return model.inputs_embeds(batch.input_ids, batch.pixel_values, batch.image_features)
+        return model.inputs_embeds(batch.input_ids, batch.pixel_values, batch.image_features, batch.device)
 
 
 class BlockLayer(PipelineLayer):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlm.compat import prepare
 from vlm.errors import CheckpointError, ConfigError
 from vlm.logs import Progress
-from vlm.models.build import Assembled, assemble, forked_random_state
+from vlm.models.build import Assembled, assemble, forked_random_state, start_projector
 from vlm.models.config import ModelConfig
 from vlm.models.decay import undecayed
 from vlm.models.families import llm_parts
@@ -156,6 +156,8 @@ def build_stage(
     with forked_random_state():
         torch.manual_seed(seed)
         model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
+    if number == 0:
+        start_projector(config, model)
     shapes, trained, left_alone = _describe(model, is_tied)
     _remove_other_stages(model, own, keep_vision=number == 0)
     if spread is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from vlm.errors import ConfigError
 
@@ -22,9 +24,16 @@ class Projector(nn.Module):
         depth: linear layers; 1 is a plain linear projector.
         pool: side of the square of patches that is averaged first.
         unshuffle: side of the square of (averaged) patches that becomes one token.
+        layer_norm: a LayerNorm before the first linear layer.
         normalize: keep per-channel statistics and standardise with them; see `calibrate`.
         output_std: standard deviation that the output starts with, for inputs of unit variance. Take that of the token
             embeddings as the decoder reads them, so that images neither outweigh words nor vanish among them.
+        layers_width: what the linear layers read, of a class that puts something between; None for the merged patches.
+
+    Attributes:
+        num_tokens: T.
+        merged_width: channels of a merged patch.
+        frozen: names of its weights that stay as they are where the projector trains.
 
     Raises:
         ConfigError: the patches do not form a square that `pool` times `unshuffle` divides.
@@ -42,8 +51,10 @@ class Projector(nn.Module):
         depth: int = 1,
         pool: int = 1,
         unshuffle: int = 1,
+        layer_norm: bool = False,
         normalize: bool = False,
         output_std: float = 1.0,
+        layers_width: int | None = None,
     ) -> None:
         super().__init__()
         grid = math.isqrt(num_patches)
@@ -59,8 +70,10 @@ class Projector(nn.Module):
         self.unshuffle = unshuffle
         self.num_tokens = num_patches // side**2
         self.in_width = in_width
-        width = in_width * unshuffle**2
-        layers: list[nn.Module] = [nn.Linear(width, out_width)]
+        self.merged_width = in_width * unshuffle**2
+        self.frozen: frozenset[str] = frozenset()
+        width = self.merged_width if layers_width is None else layers_width
+        layers: list[nn.Module] = [*([nn.LayerNorm(width)] if layer_norm else []), nn.Linear(width, out_width)]
         for _ in range(depth - 1):
             layers += [nn.GELU(), nn.Linear(out_width, out_width)]
         self.layers = nn.Sequential(*layers)
@@ -79,6 +92,10 @@ class Projector(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def pretrained_names(self) -> frozenset[str]:
+        """Of the weights that `pretrained` of the config brings; no kind of linear layers alone has any."""
+        return frozenset()
+
     @torch.no_grad()
     def calibrate(self, features: Tensor) -> None:
         """Take each channel's mean and standard deviation from features [N, P, C] of training images, averaged."""
@@ -92,11 +109,35 @@ class Projector(nn.Module):
         return self.layers(self.inputs(features))
 
     def inputs(self, features: Tensor) -> Tensor:
-        """[N, P, C], any float dtype -> what the first linear layer reads, [N, T, C * unshuffle**2]."""
+        """[N, P, C], any float dtype -> what `layers` read, here [N, T, C * unshuffle**2]."""
         features = pool_patches(features, self.pool)
         if self.normalize:
             features = (features.float() - self.feature_mean) / self.feature_std
         return unshuffle_patches(features, self.unshuffle).to(self.dtype)
+
+
+class AverageProjector(Projector):
+    """Averages the merged patches to a square of `num_tokens` cells; arguments as `Projector`.
+
+    Raises:
+        ConfigError: `num_tokens` is not a square number, or more than the merged patches, which must form a square too.
+    """
+
+    def __init__(self, *, num_tokens: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.grid, self.cells = math.isqrt(self.num_tokens), math.isqrt(num_tokens)
+        if self.grid**2 != self.num_tokens or self.cells**2 != num_tokens or self.cells > self.grid:
+            raise ConfigError(
+                f"model.projector.num_tokens {num_tokens}: kind average makes a square grid of the {self.num_tokens} "
+                "patches smaller, so both must be square numbers, and num_tokens at most the patches. Take another "
+                "number, or kind resampler, which makes any"
+            )
+        self.num_tokens = num_tokens
+
+    def inputs(self, features: Tensor) -> Tensor:
+        """[N, P, C], any float dtype -> [N, T, C * unshuffle**2]."""
+        merged = super().inputs(features).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return adaptive_avg_pool2d(merged, self.cells).flatten(2).transpose(1, 2)
 
 
 def pool_patches(features: Tensor, side: int) -> Tensor:

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vlm.batch import send
+
 Forward = Callable[[Tensor, Tensor], Tensor]  # [S, l, D] and position_ids [S, l] -> hidden states [S, l, D]
 
 
@@ -88,7 +90,7 @@ def decode_one_by_one(
     Args:
         forward: the decoder.
         embeddings: [B, L, D].
-        position_ids: int64 [B, L], restarting with every record.
+        position_ids: int64 [B, L], restarting with every record. In host memory, nothing waits for the device.
         most_tokens: of one forward, padding counted; None takes as many as the batch has, 1 a forward for each record.
 
     Returns:
@@ -98,16 +100,17 @@ def decode_one_by_one(
     segments = find_segments(position_ids)
     states, places = [], []
     for group in group_segments(segments, most_tokens or len(flat)):
-        index, is_own = _rows(group, [segments[segment.root].start for segment in group], embeddings.device)
-        hidden = forward(flat[index], torch.arange(index.shape[1], device=flat.device).expand_as(index))
-        states.append(hidden[is_own])
-        places.append(index[is_own])
+        index, is_own = _rows(group, [segments[segment.root].start for segment in group])
+        steps = send(torch.arange(index.shape[1]), flat.device)
+        hidden = forward(flat[send(index, flat.device)], steps.expand_as(index))
+        states.append(hidden.flatten(0, 1)[send(is_own.flatten().nonzero().flatten(), flat.device)])
+        places.append(send(index[is_own], flat.device))
     joined = torch.cat(states)
     out = joined.new_zeros(len(flat), joined.shape[-1]).index_copy(0, torch.cat(places), joined)
     return out.view(*position_ids.shape, -1)
 
 
-def _rows(group: Sequence[Segment], roots: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def _rows(group: Sequence[Segment], roots: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Which token stands where in the rows of a group, int64 [S, l], and which are the segment's own, bool [S, l].
 
     A branch begins with what it shares. Padding is the segment's last token once more: any vector would do, if its norm
@@ -120,4 +123,4 @@ def _rows(group: Sequence[Segment], roots: Sequence[int], device: torch.device) 
     steps = torch.arange(int((lengths + shared).max()))
     own = starts + torch.minimum(steps - shared, lengths - 1)
     index = torch.where(steps < shared, torch.tensor(roots)[:, None] + steps, own)
-    return index.to(device), ((steps >= shared) & (steps < lengths + shared)).to(device)
+    return index, (steps >= shared) & (steps < lengths + shared)

@@ -78,6 +78,9 @@ def set_trainable(
         trains = part in parts and (part not in partial or name in chosen)
         if parameter.is_floating_point():
             parameter.requires_grad_(trains)
+    if model.projector is not None:
+        for name in model.projector.frozen:
+            model.projector.get_parameter(name).requires_grad_(False)
     keep_trained_in_float32(model)
     if model.vision is not None:
         if "vision" in parts:
@@ -324,13 +327,14 @@ def partial_names(network: nn.Module, chosen: PartialConfig, part: str) -> list[
         ConfigError: more blocks than there are, or a module that is not there.
     """
     is_llm = hasattr(network, "get_decoder")
-    blocks = [*(find_blocks(network) if is_llm else blocks_of_encoder(network))]
-    asked = chosen.first_blocks + chosen.last_blocks
-    if asked > len(blocks):
-        raise ConfigError(
-            f"model.partial.{part}: {asked} blocks, but there are {len(blocks)}; leave partial out for all"
-        )
-    kept = blocks[: chosen.first_blocks] + blocks[len(blocks) - chosen.last_blocks :]
+    kept: list[str] = []
+    for blocks in map(list, [find_blocks(network)] if is_llm else blocks_of_encoder(network)):  # of each network
+        asked = chosen.first_blocks + chosen.last_blocks
+        if asked > len(blocks):
+            raise ConfigError(
+                f"model.partial.{part}: {asked} blocks, but there are {len(blocks)}; leave partial out for all"
+            )
+        kept += blocks[: chosen.first_blocks] + blocks[len(blocks) - chosen.last_blocks :]
     if chosen.modules:
         modules = [name for name, module in network.named_modules() if name and any(True for _ in module.parameters())]
         kept += names_chosen(modules, chosen.modules, f"model.partial.{part}.modules", "module")

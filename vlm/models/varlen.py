@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlm.batch import send
 from vlm.compat import prepare
 from vlm.logs import warn
 from vlm.models.last_block import mark_read
@@ -31,7 +32,7 @@ _LARGEST_ERROR = 0.02  # of the kernel for GPUs, relative to the largest value, 
 
 
 class EndToEnd(NamedTuple):
-    """The tokens of a micro-batch that are no padding, as one row."""
+    """The tokens of a micro-batch that are no padding, as one row: on the device of the positions it was made from."""
 
     tokens: Tensor  # int64 [T], where each stands in the row-major order of all tokens
     position_ids: Tensor  # int64 [1, T]
@@ -58,19 +59,20 @@ def decode_end_to_end(
     Args:
         forward: of a decoder or some of its blocks; [1, T, D], position_ids [1, T] and a layout -> [1, T, D].
         hidden_states: [B, L, D] that enter it.
-        position_ids: int64 [B, L], restarting with every record.
+        position_ids: int64 [B, L], restarting with every record. In host memory, nothing waits for the device.
         read: bool [B, L], tokens whose states are wanted, of a forward that leaves out the others; zeros stand there.
+            Where `position_ids` are.
     """
-    row = lay_end_to_end(position_ids)
+    row, device = lay_end_to_end(position_ids), hidden_states.device
     flat = hidden_states.flatten(0, 1)
-    is_whole = len(row.tokens) == len(flat)  # no padding
-    places = row.tokens
+    tokens = places = send(row.tokens, device)
     if read is not None:
         index = read.flatten()[row.tokens].nonzero().flatten()
         index = index if len(index) else index.new_zeros(1)  # a graph through the last block all the same
-        mark_read(row.layout, index)
-        places = row.tokens[index]
-    out = forward((flat if is_whole else flat[row.tokens])[None], row.position_ids, row.layout)[0]
+        mark_read(row.layout, send(index, device))
+        places = send(row.tokens[index], device)
+    is_whole = len(tokens) == len(flat)  # no padding
+    out = forward((flat if is_whole else flat[tokens])[None], send(row.position_ids, device), row.layout)[0]
     if len(places) < len(flat):
         out = out.new_zeros(len(flat), out.shape[-1]).index_copy(0, places, out)
     return out.view(*position_ids.shape, -1)
@@ -194,8 +196,9 @@ def _lay(segments: Segments, device: torch.device) -> _Lay:
             torch.cat([torch.arange(shared) + starts[root], torch.arange(length) + start])
             for (length, root, shared), start in zip(segments, starts, strict=False)
         ]
-        keys = torch.cat(parts).to(device)
-    return _Lay(ends.to(device, torch.int32), key_ends.to(device, torch.int32), max(lengths), max(seen), keys)
+        keys = send(torch.cat(parts), device)
+    ends, key_ends = (send(each.int(), device) for each in (ends, key_ends))
+    return _Lay(ends, key_ends, max(lengths), max(seen), keys)
 
 
 def _kernel_serves(query: Tensor) -> bool:

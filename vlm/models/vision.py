@@ -15,9 +15,9 @@ import torch
 from vlm.compat import prepare
 from vlm.models.config import VisionConfig
 from vlm.models.encoders.encoder import VisionEncoder
+from vlm.models.encoders.fused import fuse
 from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.hub import quiet_retries
-from vlm.models.vision_compute import is_convolutional
 
 __all__ = ["VisionEncoder", "build_vision", "save_architecture"]
 
@@ -36,15 +36,25 @@ def build_vision(config: VisionConfig, dtype: torch.dtype = torch.float32, *, we
     quiet_retries()
     if config.compute != "auto":
         dtype = torch.float32
-    encoder = VISION_BACKENDS[config.backend].build(config, dtype, weights)
-    return encoder if is_convolutional(encoder.trunk) else encoder.to(dtype)
+    built = []
+    for each in config.encoders:
+        encoder = VISION_BACKENDS[each.backend].build(each, dtype, weights)
+        built.append(encoder if encoder.is_convolutional else encoder.to(dtype))
+    return built[0] if len(built) == 1 else fuse(built, config)
 
 
 def save_architecture(encoder: VisionEncoder, config: VisionConfig, folder: Path) -> VisionConfig:
     """Write what `build_vision(..., weights=False)` needs to make the same shape again, without the original files.
 
+    Args:
+        folder: of the only or first encoder; further ones are written beside it, with a number behind its name.
+
     Returns:
         the config that names it; a folder is named relative to `folder`'s parent.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    return VISION_BACKENDS[config.backend].save_architecture(encoder, config, folder)
+    named = []
+    for number, (part, each) in enumerate(zip(encoder.members, config.encoders, strict=True)):
+        place = folder if number == 0 else folder.with_name(f"{folder.name}-{number}")
+        place.mkdir(parents=True, exist_ok=True)
+        named.append(VISION_BACKENDS[each.backend].save_architecture(part, each, place))
+    return config.with_encoders(named)

@@ -58,12 +58,15 @@ def is_convolutional(trunk: nn.Module) -> bool:
     return sum(isinstance(module, nn.Conv2d) for module in trunk.modules()) >= _FEWEST_CONVOLUTIONS
 
 
-def choose_compute(trunk: nn.Module, image_size: int, dtype: torch.dtype, device: torch.device) -> EncoderCompute:
+def choose_compute(
+    trunk: nn.Module, image_size: int, dtype: torch.dtype, device: torch.device, channels: int = 3
+) -> EncoderCompute:
     """The fastest format for a convolutional network on this device, timed once per machine and network.
 
     Args:
         trunk: with float32 weights, on the CPU; left as it was.
         image_size: S.
+        channels: of the pixels; three for each encoder.
         dtype: what the rest of the model computes in; float32 leaves the memory format to choose alone.
     """
     candidates = [EncoderCompute(torch.float32, channels_last) for channels_last in (False, True)]
@@ -72,16 +75,17 @@ def choose_compute(trunk: nn.Module, image_size: int, dtype: torch.dtype, device
     names = [candidate.name for candidate in candidates]
     shapes = hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in trunk.named_parameters()]).encode()).hexdigest()
     what = f"encoder {shapes[:16]} at {image_size} on {device.type}, one of {', '.join(names)}"
-    seconds: dict[str, float] = remember(what, lambda: _time(trunk, image_size, candidates, device))
+    seconds: dict[str, float] = remember(what, lambda: _time(trunk, (channels, image_size), candidates, device))
     return read_compute(min(seconds, key=lambda name: seconds[name]))
 
 
 @torch.no_grad()
 def _time(
-    trunk: nn.Module, image_size: int, candidates: list[EncoderCompute], device: torch.device
+    trunk: nn.Module, shape: tuple[int, int], candidates: list[EncoderCompute], device: torch.device
 ) -> dict[str, float]:
-    """Seconds of a forward by name of the format."""
-    pixels = torch.zeros(1 if device.type == "cpu" else _IMAGES_ON_GPU, 3, image_size, image_size, device=device)
+    """Seconds of a forward by name of the format; `shape` is channels and pixels per side."""
+    (channels, size), count = shape, 1 if device.type == "cpu" else _IMAGES_ON_GPU
+    pixels = torch.zeros(count, channels, size, size, device=device)
 
     def forward(candidate: EncoderCompute) -> Any:
         candidate.run(trunk, pixels)  # autocast: the weights stay as they are

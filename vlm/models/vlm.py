@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vlm.batch import send
 from vlm.models.decoders import accepts, find_decoder
 from vlm.models.entry import find_embedding_factor
 from vlm.models.families import packing_of
@@ -78,13 +79,16 @@ class VisionLanguageModel(nn.Module):
         assert self.projector is not None
         return self.projector(self.vision(pixel_values))
 
-    def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, image_features: Tensor | None = None, device: torch.device | None = None
+    ) -> Tensor:
         """Token embeddings with image features at the placeholders.
 
         Args:
             input_ids: int64 [B, L].
             image_features: [N, T, D] of all images, or [tokens, D] of images of several sizes, in the order of their
                 placeholders; None for text alone.
+            device: that of the embedding, where `input_ids` are in host memory.
 
         Returns:
             [B, L, D] in the embedding's dtype.
@@ -92,9 +96,9 @@ class VisionLanguageModel(nn.Module):
         if self.image_token_id is None:
             if image_features is not None:
                 raise ValueError("images for a model without a placeholder token; give image_token_id")
-            return self._words(input_ids)
+            return self._words(send(input_ids, device or input_ids.device))
         is_image = input_ids == self.image_token_id
-        embeddings = self._words(input_ids.masked_fill(is_image, 0))
+        embeddings = self._words(send(input_ids.masked_fill(is_image, 0), device or input_ids.device))
         features = embeddings.new_zeros(0, embeddings.shape[-1]) if image_features is None else image_features
         return splice_image_features(embeddings, features.flatten(0, -2), is_image)
 
@@ -110,8 +114,12 @@ class VisionLanguageModel(nn.Module):
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
         read: Tensor | None = None,
+        device: torch.device | None = None,
     ) -> Tensor:
         """Hidden states [B, L, D] after the final norm, of packed rows.
+
+        `input_ids`, `position_ids` and `read` decide what is computed: where they are in host memory, no forward waits
+        for the device.
 
         Args:
             input_ids: int64 [B, L].
@@ -119,11 +127,16 @@ class VisionLanguageModel(nn.Module):
             pixel_values: [N, 3, S, S], in the order of the placeholders; None for text alone.
             image_features: [N, P, C], what the encoder yields for them, instead of `pixel_values`.
             read: bool [B, L], the tokens whose hidden states are read; others may be zeros. None for all.
+            device: that computes; None: that of `input_ids`.
         """
-        return self.decode(self.inputs_embeds(input_ids, pixel_values, image_features), position_ids, read)
+        return self.decode(self.inputs_embeds(input_ids, pixel_values, image_features, device), position_ids, read)
 
     def inputs_embeds(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        device: torch.device | None = None,
     ) -> Tensor:
         """What the decoder reads, [B, L, D]; arguments as `forward`."""
         features: Tensor | None = None
@@ -135,7 +148,7 @@ class VisionLanguageModel(nn.Module):
             features = self.encode_images(pixel_values)
         elif self.projector is not None and (self.training or self.always_encode):
             zero = self._zero_from_a_dummy_image()  # before the embedding, as an image: ranks agree on the order
-        embeddings = self.embed(input_ids, features)
+        embeddings = self.embed(input_ids, features, device)
         return embeddings if zero is None else embeddings + zero
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -161,6 +174,7 @@ class VisionLanguageModel(nn.Module):
         if attention == VARLEN:
             return decode_end_to_end(forward, hidden_states, position_ids, read)
         shape = hidden_states.shape
+        position_ids = send(position_ids, hidden_states.device)
         if "flash" in attention:
             # FlashAttention sees restarts only in a batch of one row, else it lets examples look at each other without
             # a word (transformers' _is_packed_sequence). Rows start at position 0, so they may lie end to end.
@@ -186,9 +200,8 @@ class VisionLanguageModel(nn.Module):
         assert self.vision is not None
         reference = next(self.vision.parameters())
         if not self.vision.is_frozen or self.always_encode:
-            size = self.vision.image_size
             with evaluating(self.vision):
-                features = self.vision(torch.zeros(1, 3, size, size, device=reference.device))
+                features = self.vision(self.vision.blank_image().float())
         elif any(parameter.requires_grad for parameter in self.projector.parameters()):
             features = torch.zeros(1, self.vision.num_patches, self.vision.width, device=reference.device)
         else:
@@ -217,7 +230,7 @@ def splice_image_features(inputs_embeds: Tensor, image_features: Tensor, is_imag
     Args:
         inputs_embeds: [B, L, D].
         image_features: [N * T, D], cast to the dtype of `inputs_embeds`.
-        is_image: bool [B, L], true at placeholders; counted row by row.
+        is_image: bool [B, L], true at placeholders; counted row by row. In host memory nothing waits for it.
 
     Raises:
         ValueError: more or fewer placeholders than features. Usually the template or a cut record put another number
@@ -227,12 +240,14 @@ def splice_image_features(inputs_embeds: Tensor, image_features: Tensor, is_imag
     >>> splice_image_features(torch.zeros(1, 3, 1), torch.tensor([[5.0], [6.0]]), mask).flatten().tolist()
     [0.0, 5.0, 6.0]
     """
-    if not len(image_features) and not is_image.any():
-        return inputs_embeds
-    count = int(is_image.sum())
-    if count != len(image_features):
+    places = is_image.flatten().nonzero().flatten()
+    if len(places) != len(image_features):
         raise ValueError(
-            f"{count} image placeholders, {len(image_features)} image features; placeholders per row: "
+            f"{len(places)} image placeholders, {len(image_features)} image features; placeholders per row: "
             f"{is_image.sum(1).tolist()}"
         )
-    return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features.to(inputs_embeds.dtype))
+    if not len(places):
+        return inputs_embeds
+    places = send(places, inputs_embeds.device)
+    flat = inputs_embeds.flatten(0, 1).index_copy(0, places, image_features.to(inputs_embeds.dtype))
+    return flat.view_as(inputs_embeds)

@@ -51,6 +51,12 @@ def joined(*groups: Mapping[str, Tensor]) -> LazyTensors:
     return LazyTensors(shapes, lambda name: owner[name][name])
 
 
+def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> LazyTensors:
+    """The same tensors [...] by longer names."""
+    shapes = {prefix + name: shape for name, shape in shapes_of(tensors).items()}
+    return LazyTensors(shapes, lambda name: tensors[name.removeprefix(prefix)])
+
+
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
     """Name -> shape of tensors [...]. Reads nothing that is not in memory."""
     if isinstance(tensors, LazyTensors):
@@ -64,6 +70,9 @@ class WeightFiles(LazyTensors):
     Args:
         key: of the config, or what else names the folder in messages.
 
+    Attributes:
+        dtypes: name -> number format, as safetensors writes it: "BF16".
+
     Raises:
         CheckpointError: there are no safetensors.
     """
@@ -72,6 +81,7 @@ class WeightFiles(LazyTensors):
         super().__init__({}, self.read)
         self.path = path
         self.key = key
+        self.dtypes: dict[str, str] = {}
         self._files: dict[str, Path] = {}
         for file in self._find():
             try:
@@ -79,7 +89,8 @@ class WeightFiles(LazyTensors):
                     names = list(opened.keys())
                     for name in names:
                         self._files[name] = file
-                        self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+                        part = opened.get_slice(name)
+                        self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} is damaged ({error}). Copy or download it again") from None
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 from vlm.models.config import LoRAConfig, QuantizationConfig
 from vlm.plan.numerics import Numerics, Workload
-from vlm.plan.shapes import Linear, LLMShape, ModelShape, VisionShape
+from vlm.plan.shapes import Linear, LLMShape, ModelShape, ProjectorShape, VisionShape
 from vlm.train.engines.kind import FLOAT32
 
 
@@ -229,27 +229,30 @@ def embedding(shape: LLMShape, work: Workload, numerics: Numerics, is_trained: b
     )
 
 
-def projector(shape: ModelShape, work: Workload, numerics: Numerics, is_trained: bool, keeps: bool) -> Part:
-    """Linear layers with gelu between them.
+def projector(shape: ProjectorShape, work: Workload, numerics: Numerics, is_trained: bool, trains_vision: bool) -> Part:
+    """Linear layers with gelu, norms or attention between them.
 
     Args:
-        keeps: a gradient passes: the projector or the encoder trains.
+        is_trained: all of it but what is frozen within.
+        trains_vision: so a gradient passes all of it, trained or not.
     """
-    tokens = work.num_images * shape.tokens_per_image
-    inputs = sum(numerics.compute * linear.inputs for linear in shape.projector) if is_trained else 0
-    between = sum(numerics.compute * linear.outputs for linear in shape.projector[:-1]) if keeps else 0
-    weight = FLOAT32 if is_trained else numerics.frozen
-    matrices = [linear.inputs * linear.outputs for linear in shape.projector]
-    copies = 2 * sum(matrices) if numerics.copied(is_trained) else 0
+    images, last = work.num_images, shape.linears[-1]
+    trained = [each for each in shape.linears if is_trained and each.trains]
+    passed = [each for each in shape.linears if trains_vision or (is_trained and (each.trains or each.passes))]
+    inputs = sum(each.tokens * each.inputs for each in trained)
+    between = sum(each.tokens * each.outputs for each in passed if each is not last)
+    matrices = [each.inputs * each.outputs for each in shape.linears]
+    copied = [each.inputs * each.outputs for each in shape.linears if not is_trained or each.trains]
+    copies = 2 * sum(copied) if numerics.copied(is_trained) else 0
     return Part(
         name="projector",
-        weights=shape.projector_numel * weight,
-        trained=shape.projector_numel if is_trained else 0,
-        saved=tokens * (inputs + between),
-        forward=tokens * FLOAT32 * (shape.projector[0].inputs + shape.projector[-1].outputs),
-        backward=tokens * FLOAT32 * 2 * shape.projector[-1].outputs,
+        weights=shape.numel * (FLOAT32 if is_trained else numerics.frozen),
+        trained=shape.trainable if is_trained else 0,
+        saved=images * numerics.compute * (inputs + between),
+        forward=images * FLOAT32 * (shape.num_inputs + last.tokens * last.outputs),
+        backward=images * FLOAT32 * 2 * last.tokens * last.outputs,
         copies=copies if is_trained else 0,
-        saved_copies=copies if keeps else 0,
+        saved_copies=copies if passed else 0,
         making=_made(max(matrices), numerics) if is_trained else 0,
     )
 
@@ -266,7 +269,7 @@ def vision(
     if is_cached:
         return Part(name="vision", weights=shape.numel * weight)
     tokens = work.num_images * shape.num_tokens
-    pixels = work.num_images * 3 * shape.image_size**2
+    pixels = work.num_images * shape.num_pixels
     width, mlp, c = shape.block_width, shape.intermediate, numerics.compute
     running = tokens * (width * (2 * weight + FLOAT32 + c) + (shape.activation_copies + 1) * c * mlp)
     if not is_trained:
@@ -298,7 +301,7 @@ def batch_bytes(shape: ModelShape, work: Workload, numerics: Numerics, is_cached
         return text
     if is_cached:
         return text + work.num_images * shape.vision.num_patches * shape.vision.width * numerics.compute
-    return text + work.num_images * 3 * shape.vision.image_size**2 * FLOAT32
+    return text + work.num_images * shape.vision.num_pixels * FLOAT32
 
 
 def partly(part: Part, numel: int, trained: int, numerics: Numerics) -> Part:

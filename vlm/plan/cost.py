@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from vlm.config import RunConfig
 from vlm.data.balance import RowWork
 from vlm.models.loss import CHUNK_TOKENS
-from vlm.plan.shapes import Linear, LLMShape, ModelShape, VisionShape
+from vlm.plan.shapes import Linear, LLMShape, ModelShape, ProjectorShape, VisionShape
 
 # of a flash kernel, per pair, in products: scores and values forward; backwards these, and scores once more
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 2, 5
@@ -100,6 +100,7 @@ class Load:
     supervised: float = 0  # tokens
     segments: tuple[tuple[float, float], ...] = ()  # lengths, and how many records have each
     padding: float = 0  # tokens that are computed too: none where attention goes record by record
+    image_pixels: float = 640 * 480  # of an image's file
 
     @property
     def tokens(self) -> float:
@@ -112,10 +113,13 @@ def micro_batch(config: RunConfig, shape: ModelShape, load: Load) -> dict[str, C
     trainable, model = config.model.trainable, config.model
     trains_vision, trains_projector = model.trains_vision, "projector" in trainable
     parts: dict[str, Cost] = {}
-    if shape.vision is not None:
+    if shape.vision is not None and shape.projector is not None:
         if not config.data.cache_features:
-            parts["encoder"] = _encoder(shape.vision, load.images, trains_vision, model.gradient_checkpointing)
-        parts["projector"] = _projector(shape, load, trains_projector, trains_vision)
+            parts["encoder"] = _sum(
+                _encoder(each, load.images, trains_vision, model.gradient_checkpointing)
+                for each in shape.vision.members
+            )
+        parts["projector"] = _projector(shape.projector, load.images, trains_projector, trains_vision)
     lora = model.lora if "llm.lora" in trainable else None
     block, still = (
         _decoder_block(
@@ -232,11 +236,12 @@ def _head(shape: LLMShape, load: Load, is_trained: bool) -> Cost:
     )
 
 
-def _projector(shape: ModelShape, load: Load, is_trained: bool, vision_trains: bool) -> Cost:
-    tokens, total = load.images * shape.tokens_per_image, Cost()
-    for number, linear in enumerate(shape.projector):
-        passes = vision_trains or (is_trained and number > 0)
-        total += _linear(linear, tokens, forwards=1, is_trained=is_trained, passes=passes)
+def _projector(shape: ProjectorShape, images: float, is_trained: bool, vision_trains: bool) -> Cost:
+    total = Cost()
+    for number, linear in enumerate(shape.linears):
+        tokens = images * linear.tokens
+        passes = vision_trains or (is_trained and linear.passes)
+        total += _linear(linear, tokens, forwards=1, is_trained=is_trained and linear.trains, passes=passes)
         total += Cost(sweeps=(Sweep(tokens * linear.inputs, 2), Sweep(tokens * linear.outputs, 2, is_heavy=number > 0)))
     return total
 

@@ -139,10 +139,13 @@ def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics:
     is_trained = "llm" in trainable
     first, last = shape.llm.trained_ends if _is_partial(config, shape) else (int(is_trained), int(is_trained))
     inputs: list[Part] = []
-    if shape.vision is not None:
-        inputs.append(_vision(config, shape.vision, work, numerics))
-        keeps = model.trains_vision or "projector" in trainable
-        inputs.append(blocks.projector(shape, work, numerics, "projector" in trainable, keeps))
+    if shape.vision is not None and shape.projector is not None:
+        inputs += [_vision(config, each, work, numerics) for each in shape.vision.members]
+        inputs.append(
+            blocks.projector(
+                shape.projector, work, numerics, "projector" in trainable, trains_vision=model.trains_vision
+            )
+        )
     inputs.append(blocks.embedding(shape.llm, work, numerics, first > 0))
     output = [blocks.head(shape.llm, work, numerics, is_trained=last > 0, chunk_tokens=CHUNK_TOKENS)]
     if shape.llm.saved and "llm.lora" in trainable:
@@ -190,7 +193,8 @@ def _num_parameters(config: RunConfig, shape: ModelShape) -> int:
     llm, lora = shape.llm, config.model.lora if "llm.lora" in config.model.trainable else None
     adapters = shape.llm.lora_numel(lora) * len(llm.blocks) + llm.saved if lora else 0
     encoder = shape.vision.numel if shape.vision else 0
-    return llm.embedding + llm.head + llm.final_norm + sum(llm.blocks) + adapters + encoder + shape.projector_numel
+    projector = shape.projector.numel if shape.projector else 0
+    return llm.embedding + llm.head + llm.final_norm + sum(llm.blocks) + adapters + encoder + projector
 
 
 def _device(

@@ -28,7 +28,9 @@ class Machine:
     sweeps: tuple[Row, ...]  # numbers; seconds of a sum of two tensors of so many; of an activation
     attention: tuple[Row, ...]  # tokens; seconds of a causal call with 8 heads of 64, forward; backward
     adam: float  # seconds a trained parameter
-    decode: float  # seconds an image: a JPEG of 640 x 480, to 336 x 336 pixels
+    image: float  # seconds of one core for each image
+    decode: float  # and for each pixel of its file
+    fit: float  # and for each pixel that the encoder sees of it
     link: float  # bytes a second that a device sends to another
     assumption: str = ""  # what of it is not measured
     is_link_assumed: bool = False
@@ -39,6 +41,10 @@ class Machine:
         if isinstance(work, Product):
             return self._product(work)
         return self._attention(work) if isinstance(work, Attention) else self._sweep(work)
+
+    def reading(self, pixels: float, side: int) -> float:
+        """Seconds of one core for an image file of so many pixels, for an encoder that sees `side` x `side`."""
+        return self.image + self.decode * pixels + self.fit * side**2
 
     def _product(self, work: Product) -> float:
         """Between the measured shapes seconds per operation are linear in the logarithm of each size."""
@@ -111,7 +117,7 @@ SHARE_OF_PEAK = 0.6  # of the operations a second, in large products; 0.4 inside
 _SHARE_IN_ATTENTION, _SHARE_OF_BANDWIDTH, _SHARE_OF_LINK = 0.4, 0.75, 0.6
 _LAUNCH = 6e-6  # seconds from one operator to the next, which no kernel is shorter than
 _HALF_SPEED = 192  # rows, inner or columns at which a product runs at half its rate
-_HOST_DECODE = 0.006  # seconds an image, on one core
+_HOST_IMAGE, _HOST_DECODE, _HOST_FIT = 3e-4, 1.4e-8, 1.2e-8  # on one core: 6 ms for 640 x 480 to 336 x 336
 
 
 def sheet_of(name: str) -> DataSheet:
@@ -149,7 +155,9 @@ def machine_of_sheet(name: str) -> Machine:
         sweeps=tuple(sweeps),
         attention=tuple(attention),
         adam=28 / (sheet.bandwidth * 1e9 * _SHARE_OF_BANDWIDTH),
+        image=_HOST_IMAGE,
         decode=_HOST_DECODE,
+        fit=_HOST_FIT,
         link=sheet.link * 1e9 * _SHARE_OF_LINK,
         assumption=(
             f"not measured: {SHARE_OF_PEAK:.0%} of {sheet.tflops:g} bf16 TFLOPS in large products, "

@@ -7,6 +7,7 @@ a call look slower. Of one thread its processor time counts, which leaves out wh
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections.abc import Callable
 from itertools import product
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.batch import ImageSpec
+from vlm.plan.link import measure_link
 from vlm.plan.machine import HEAD_DIM, HEADS, Machine
 from vlm.precision import remember
 
-_VERSION = 1  # of what is measured
+_VERSION = 2  # of what is measured
 _BUDGET = 0.03  # seconds that a call is repeated for, after a first one that warms up
 _LONG_BUDGET = 0.3  # of calls that are few
 _ROUNDS = 2  # of all products: what disturbs one of them is gone at the next
@@ -34,20 +36,24 @@ _LENGTHS = {"cpu": (16, 64, 256, 1024), "cuda": (64, 512, 4096)}
 # fitted to the 20 models of scripts/bench_plan_time.py. From so many numbers on it does not find them here either.
 _IN_A_STEP, _BEYOND_CACHE = 2.8, 4_000_000
 _ADAM_PARAMETERS = {"cpu": 16_000_000, "cuda": 50_000_000}
-_LINKS = {"cpu": 1e9, "cuda": 25e9}  # bytes a second: not measured
+_LINKS = {"cpu": 1e9, "cuda": 25e9}  # bytes a second, where it is not measured
+_LARGE, _SMALL = (640, 480), (64, 48)  # pixels of the images that are decoded
+_SIDE, _LEAST = 336, 16  # of what an encoder sees of them
 
 
-def measured_machine(device: torch.device, dtype: torch.dtype, again: bool = False) -> Machine:
+def measured_machine(device: torch.device, dtype: torch.dtype, again: bool = False, has_ranks: bool = False) -> Machine:
     """The machine here; measured when it is asked for the first time, for this device, format and number of threads.
 
     Args:
         dtype: that linear layers compute in.
         again: measure now, whatever is remembered.
+        has_ranks: whether several processes train: on a CPU what they send each other is measured too.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     name = str(dtype).removeprefix("torch.")
     key = f"speed {_VERSION} of {device.type}, {name}, {threads} threads"
     found = remember(key, lambda: _measure(device, dtype), again)
+    link = remember(f"link {_VERSION}", measure_link, again) if has_ranks and device.type == "cpu" else None
     where = "the GPU here" if device.type == "cuda" else f"this CPU, {threads} thread{'s' if threads > 1 else ''}"
     return Machine(
         name=f"{where}, {name}, measured {found['when']}",
@@ -55,9 +61,11 @@ def measured_machine(device: torch.device, dtype: torch.dtype, again: bool = Fal
         sweeps=tuple(_in_a_step(*row) if device.type == "cpu" else tuple(row) for row in found["sweeps"]),
         attention=tuple(map(tuple, found["attention"])),
         adam=found["adam"],
+        image=found["image"],
         decode=found["decode"],
-        link=_LINKS[device.type],
-        is_link_assumed=True,
+        fit=found["fit"],
+        link=link or _LINKS[device.type],
+        is_link_assumed=link is None,
     )
 
 
@@ -79,7 +87,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
             "sweeps": [_sweep(numbers, device, dtype) for numbers in _NUMBERS[kind]],
             "attention": [_attention(length, device, dtype) for length in _LENGTHS[kind]],
             "adam": _adam(_ADAM_PARAMETERS[kind], device),
-            "decode": _decoding(),
+            **_decoding(),
         }
 
 
@@ -152,14 +160,22 @@ def _adam(parameters: int, device: torch.device) -> float:
     return _fastest(optimizer.step, device, _LONG_BUDGET) / parameters
 
 
-def _decoding() -> float:
-    """Seconds of one process for an image of 640 x 480, from JPEG to 336 x 336 pixels."""
+def _decoding() -> dict[str, float]:
+    """Seconds of one process for each image, for each pixel of its file, and for each pixel that the encoder sees."""
+    large, small, least = (_decode(*size, side) for size, side in ((_LARGE, _SIDE), (_SMALL, _SIDE), (_SMALL, _LEAST)))
+    decode = max(0.0, large - small) / (math.prod(_LARGE) - math.prod(_SMALL))
+    fit = max(0.0, small - least) / (_SIDE**2 - _LEAST**2)
+    return {"image": max(0.0, least - decode * math.prod(_SMALL) - fit * _LEAST**2), "decode": decode, "fit": fit}
+
+
+def _decode(width: int, height: int, side: int) -> float:
+    """Seconds of a JPEG, for an encoder that sees `side` x `side`."""
     from PIL import Image
 
-    from vlm.data.images import load_image, to_tiles
+    from vlm.data.images import load_tiles
 
-    noise = torch.randint(0, 255, (480, 640, 3), dtype=torch.uint8)
+    spec = ImageSpec(size=side, mean=(0.5,) * 3, std=(0.5,) * 3, num_tokens=1)
+    noise = torch.randint(0, 255, (60, 80, 3), dtype=torch.uint8)
     file = io.BytesIO()
-    Image.fromarray(noise.numpy()).resize((80, 60)).resize((640, 480)).save(file, "JPEG", quality=90)
-    spec = ImageSpec(size=336, mean=(0.5,) * 3, std=(0.5,) * 3, num_tokens=1)
-    return _fastest(lambda: to_tiles(load_image(file.getvalue()), spec), torch.device("cpu"))
+    Image.fromarray(noise.numpy()).resize((width, height)).save(file, "JPEG", quality=90)
+    return _fastest(lambda: load_tiles(file.getvalue(), spec), torch.device("cpu"), _LONG_BUDGET)

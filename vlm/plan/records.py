@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from vlm.config import RunConfig
 from vlm.data.build import build_conversation_tokenizer, build_reader
+from vlm.data.images import upright_size
 from vlm.data.packing import pack_in_windows
 from vlm.errors import RecordError, VLMError
 from vlm.models.build import build_image_spec
@@ -16,6 +21,7 @@ from vlm.plan.cost import Load
 from vlm.plan.step_time import Records
 
 SAMPLE = 512  # records that are read; one window of packing
+_IMAGES = 128  # whose headers are read
 _BINS = 12  # lengths of records are counted in so many classes
 
 
@@ -42,17 +48,24 @@ def _read_some(config: RunConfig) -> Records | str:
     weights = np.concatenate([np.full(len(each), each.config.weight) for each in reader.sources])
     rng = np.random.default_rng(config.seed)
     chosen = rng.choice(len(weights), min(SAMPLE, len(weights)), replace=False, p=weights / weights.sum())
-    found = []
+    found: list[tuple[int, int, int]] = []
+    pixels: list[int] = []
+    looked_at = 0
     for number in chosen:
+        if len(found) >= SAMPLE:  # of long texts, which are cut
+            break
+        looked_at += 1
         try:
-            example = reader.read(int(number))
+            pieces = reader.cut(reader.conversation(int(number)))
         except RecordError:
             continue
-        found.append((len(example.input_ids), len(example.images), example.num_supervised))
+        for _, example in pieces:
+            found.append((len(example.input_ids), len(example.images), example.num_supervised))
+            pixels += _pixels_of(example.images) if len(pixels) < _IMAGES else []
     if not found:
         return "none of the records that were looked at can be used"
     lengths, images, supervised = np.array(found, dtype=np.int64).T
-    num_records = float(weights.sum()) * (1 - data.held_out) * len(found) / len(chosen)
+    num_records = float(weights.sum()) * (1 - data.held_out) * len(found) / looked_at
     rows = len(found)
     if data.packing:
         order = np.arange(len(found))
@@ -62,7 +75,18 @@ def _read_some(config: RunConfig) -> Records | str:
         )  # fmt: skip
         rows = len(packed)
     row = Load(images.sum() / rows, supervised.sum() / rows, _histogram(lengths, rows))
+    if pixels:
+        row = replace(row, image_pixels=float(np.mean(pixels)))
     return Records(num_records, num_records * rows / len(found), row)
+
+
+def _pixels_of(images: Sequence[str | bytes]) -> list[int]:
+    """Of each image file whose header can be read."""
+    found = []
+    for image in images:
+        with suppress(RecordError):  # training skips and names its record
+            found.append(math.prod(upright_size(image)))
+    return found
 
 
 def _histogram(lengths: np.ndarray, rows: int) -> tuple[tuple[float, float], ...]:

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlm.models.config import LoRAConfig, ModelConfig, QuantizationConfig
 from vlm.models.decoders import find_blocks, find_decoder, find_linears, linear_shape
 from vlm.models.encoders.base import EncoderCost
+from vlm.models.encoders.blocks import networks_of_encoder
 from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.families import family_of
 from vlm.models.llm import llm_from_config, pad_vocabulary, takes_varlen
+from vlm.models.projector_kinds import ProjectorConfig
 from vlm.models.trainable import adapted_linears, partial_names, saved_modules
-from vlm.models.vision import build_vision
+from vlm.models.vision import VisionEncoder, build_vision
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,31 @@ class Linear:
         """
         anywhere = re.sub(r"(?<=\.)[\d?]+(?=\.)", "*", target)
         return target == self.name or f".{self.path}".endswith(f".{target}") or fnmatchcase(self.path, anywhere)
+
+
+@dataclass(frozen=True)
+class ProjectorLinear(Linear):
+    """A linear layer of a projector.
+
+    Attributes:
+        tokens: of an image, that it computes.
+        trains: where the projector does; not what is frozen within it.
+        passes: where the projector trains and the encoder does not, a gradient goes on to what entered it.
+    """
+
+    tokens: int = 0
+    trains: bool = True
+    passes: bool = True
+
+
+@dataclass(frozen=True)
+class ProjectorShape:
+    """Found by building one and looking at one forward, all without weights."""
+
+    linears: tuple[ProjectorLinear, ...]  # in the order in which they compute
+    numel: int
+    trainable: int  # parameters; fewer than `numel` where some are frozen
+    num_inputs: int  # numbers that it reads of an image, after pooling
 
 
 @dataclass(frozen=True)
@@ -99,18 +126,24 @@ class VisionShape(EncoderCost):
     num_patches: int  # P, what it yields per image
     image_size: int  # pixels per side
     trained: int | None = None  # parameters that train with `model.partial` or as adapters; None: all or none
+    fused: tuple[VisionShape, ...] = ()  # where it is several encoders; the fields of `EncoderCost` are the first's
+
+    @property
+    def members(self) -> tuple[VisionShape, ...]:
+        return self.fused or (self,)
+
+    @property
+    def num_pixels(self) -> int:
+        """Numbers of an image's pixels."""
+        return 3 * len(self.members) * self.image_size**2
 
 
 @dataclass(frozen=True)
 class ModelShape:
     llm: LLMShape
     vision: VisionShape | None
-    projector: tuple[Linear, ...]  # its linear layers in order; none for a plain language model
+    projector: ProjectorShape | None  # None for a plain language model
     tokens_per_image: int  # T
-
-    @property
-    def projector_numel(self) -> int:
-        return sum((linear.inputs + 1) * linear.outputs for linear in self.projector)
 
 
 def read_shapes(config: ModelConfig) -> ModelShape:
@@ -122,11 +155,10 @@ def read_shapes(config: ModelConfig) -> ModelShape:
     """
     llm = _read_llm(config)
     if config.vision is None:
-        return ModelShape(llm, None, (), 0)
+        return ModelShape(llm, None, None, 0)
     vision = _read_vision(config)
-    widths = config.projector.widths(vision.width, llm.width)
-    linears = tuple(Linear(str(i), *pair) for i, pair in enumerate(pairwise(widths)))
-    return ModelShape(llm, vision, linears, config.projector.count_tokens(vision.num_patches))
+    projector = _read_projector(config.projector, vision, llm.width)
+    return ModelShape(llm, vision, projector, config.projector.count_tokens(vision.num_patches))
 
 
 def _read_llm(config: ModelConfig) -> LLMShape:
@@ -191,22 +223,70 @@ def _trained_of_llm(model: Any, config: ModelConfig, blocks: Collection[str]) ->
     return found | {"trained": of_blocks, "trained_ends": (first, rest)}
 
 
+def _read_projector(config: ProjectorConfig, vision: VisionShape, out_width: int) -> ProjectorShape:
+    """Of an encoder of this shape."""
+    found: list[ProjectorLinear] = []
+
+    def look(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        tokens = inputs[0].numel() // module.in_features
+        found.append(
+            ProjectorLinear(
+                str(len(found)), module.in_features, module.out_features, tokens=tokens,
+                trains=module.weight.requires_grad, passes=inputs[0].requires_grad,
+            )
+        )  # fmt: skip
+
+    with torch.device("meta"):
+        projector = config.build(
+            num_patches=vision.num_patches, in_width=vision.width, out_width=out_width, output_std=1.0
+        )
+        for name in projector.frozen:
+            projector.get_parameter(name).requires_grad_(False)
+        for module in projector.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(look)
+        projector(torch.zeros(1, vision.num_patches, vision.width))
+    return ProjectorShape(
+        linears=tuple(found),
+        numel=sum(p.numel() for p in projector.parameters()),
+        trainable=sum(p.numel() for p in projector.parameters() if p.requires_grad),
+        num_inputs=vision.num_patches * vision.width // config.pool**2,
+    )
+
+
 def _read_vision(config: ModelConfig) -> VisionShape:
     assert config.vision is not None
     with torch.device("meta"):
         encoder = build_vision(config.vision, torch.bfloat16, weights=False)
-    trained = None
+    trained = _trained_of_encoder(encoder, config)
+    shapes = []
+    for (place, _), each, named in zip(
+        networks_of_encoder(encoder).items(), encoder.members, config.vision.encoders, strict=True
+    ):
+        numel = None if trained is None else sum(trained[name] for name in trained if name.startswith(f"{place}."))
+        shapes.append(replace(_vision_shape(each, VISION_BACKENDS[named.backend].cost(each)), trained=numel))
+    if len(shapes) == 1:
+        return shapes[0]
+    return replace(_vision_shape(encoder, shapes[0]), fused=tuple(shapes))
+
+
+def _trained_of_encoder(encoder: VisionEncoder, config: ModelConfig) -> dict[str, int] | None:
+    """Parameters that train, by the name in the encoder of a weight, or of a layer that has an adapter; None: all or
+    none."""
     if "vision" in config.partial:
         names = partial_names(encoder, config.partial["vision"], "vision")
-        trained = sum(encoder.get_parameter(name).numel() for name in names)
-    elif config.vision_lora is not None and "vision.lora" in config.trainable:
-        shapes = map(linear_shape, adapted_linears(encoder, config.vision_lora).values())
-        trained = config.vision_lora.rank * sum(inputs + outputs for inputs, outputs in shapes)
+        return {name: encoder.get_parameter(name).numel() for name in names}
+    if config.vision_lora is None or "vision.lora" not in config.trainable:
+        return None
+    layers = adapted_linears(encoder, config.vision_lora)
+    return {name: config.vision_lora.rank * sum(linear_shape(layer)) for name, layer in layers.items()}
+
+
+def _vision_shape(encoder: VisionEncoder, cost: EncoderCost) -> VisionShape:
     return VisionShape(
         numel=sum(p.numel() for p in encoder.parameters()),
         width=encoder.width,
         num_patches=encoder.num_patches,
         image_size=encoder.image_size,
-        trained=trained,
-        **asdict(VISION_BACKENDS[config.vision.backend].cost(encoder)),
+        **{each.name: getattr(cost, each.name) for each in fields(EncoderCost)},
     )

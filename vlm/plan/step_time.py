@@ -89,7 +89,8 @@ def step_parts(config: RunConfig, plan: Plan, machine: Machine, row: Load) -> di
     computing = sum(parts.values())
     parts[WAITING_FOR_RANKS] = max(0.0, _sent(kind, plan, num_micro) / machine.link - computing / 2)
     if plan.shape.vision is not None and not config.data.cache_features:
-        reading, workers = machine.decode * load.images * num_micro, config.data.workers
+        each = machine.reading(load.image_pixels, plan.shape.vision.image_size)
+        reading, workers = each * load.images * num_micro, config.data.workers
         parts["waiting for data"] = max(0.0, reading / workers - computing) if workers else reading
     return {name: seconds for name, seconds in parts.items() if seconds}
 
@@ -99,7 +100,7 @@ def _rows(row: Load, rows: int, config: RunConfig, shape: ModelShape) -> Load:
     segments = tuple((length, count * rows) for length, count in row.segments)
     if not is_by_record(config, shape):  # masks of whole rows, padding computed
         segments = ((config.data.max_length if config.data.packing else row.tokens, rows),)
-    return Load(row.images * rows, row.supervised * rows, segments)
+    return Load(row.images * rows, row.supervised * rows, segments, image_pixels=row.image_pixels)
 
 
 def _seconds(cost: Cost, machine: Machine) -> float:

@@ -209,7 +209,7 @@ def check_features(probe: StateProbe, rows: Rows, bounds: Bounds) -> dict[str, F
     model, packed = probe.model, rows.packed.to(probe.device)
     assert model.projector is not None
     with probe.autocast():
-        embeddings = model.inputs_embeds(packed.input_ids, packed.pixel_values, packed.image_features)
+        embeddings = model.inputs_embeds(packed.input_ids, packed.pixel_values, packed.image_features, packed.device)
         expected = [
             (model.projector(batch.image_features) if batch.pixel_values is None
              else model.encode_images(batch.pixel_values)).flatten(0, -2)

@@ -67,7 +67,9 @@ class StateProbe:
         """Hidden states [B, L, D] as training computes them."""
         moved = batch.to(self.device)
         with self.autocast():
-            return self.model(moved.input_ids, moved.position_ids, moved.pixel_values, moved.image_features)
+            return self.model(
+                moved.input_ids, moved.position_ids, moved.pixel_values, moved.image_features, device=self.device
+            )
 
     def _before(self, batch: Batch, at: Tensor) -> Tensor:
         """Hidden states, float32 [S, D], that predict the tokens `at`, bool [B, L]."""

@@ -254,14 +254,13 @@ class _Work:
         for record in self.subject.read:
             if record.example.images != record.conversation.images:
                 return holds(f"{record.example.where}: training reads other images than the record names")
-        mean, std = torch.tensor(vision.mean), torch.tensor(vision.std)
         packed = self.rows.packed
         if packed.image_features is None:
-            return check_pixels(packed, records, spec, mean, std)
+            return check_pixels(packed, records, spec, vision)
         if not self.parts.engine.holds_whole_model:
             return not_made(NOT_HERE)
         with _autocast(self.parts):  # cached features: against those of the encoder
-            features = vision(fresh_pixels(records, spec, mean, std).to(self.parts.device))
+            features = vision(fresh_pixels(records, spec, vision).to(self.parts.device))
         cached = packed.image_features.to(self.parts.device)
         return at_most(relative(cached, features), max(0.1, self.bounds.states), "cached features")
 

@@ -61,7 +61,8 @@ class Subject:
 def choose(data: Data) -> tuple[list[int], list[int]]:
     """Numbers of the records to compute, and of others to read. Raises DataError if none can be read."""
     rows = data.train.order
-    first = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows.rows(0)[:FIRST_ROWS]])
+    packed = rows.rows(0)
+    first = np.asarray(packed.numbers[: packed.ends[:FIRST_ROWS][-1]])
     lengths, num_images = rows.scan.lengths[first], rows.scan.num_images[first]
     is_terse = lengths - num_images * rows.scan.reader.tokenizer.typical_tokens < TEXT_TOKENS
     order = np.lexsort((np.arange(len(first)), lengths, is_terse, num_images == 0))  # the last key counts first

@@ -15,6 +15,7 @@ from vlm.batch import IGNORE_INDEX, Batch, ImageSpec
 from vlm.data.conversation import ImageSlot
 from vlm.data.images import fit_square, load_image
 from vlm.data.tokenize import ConversationTokenizer
+from vlm.models.vision import VisionEncoder
 from vlm.proof.checks import Finding, at_most, holds, not_made
 from vlm.proof.records import Record, Subject
 
@@ -48,28 +49,32 @@ def check_batches(subject: Subject, tokens: ConversationTokenizer, num_tokens: i
     }
 
 
-def check_pixels(batch: Batch, records: list[Record], spec: ImageSpec, mean: Tensor, std: Tensor) -> Finding:
+def check_pixels(batch: Batch, records: list[Record], spec: ImageSpec, vision: VisionEncoder) -> Finding:
     """Compare the batch of `records` with the images made anew from their files.
 
     Args:
-        mean, std: [3], what the encoder was trained with, per RGB channel, which `spec` should say too.
+        vision: says how each encoder was trained to see an image, which `spec` should say too.
     """
     assert batch.pixel_values is not None
-    expected = fresh_pixels(records, spec, mean, std)
+    expected = fresh_pixels(records, spec, vision)
     if expected.shape != batch.pixel_values.shape:
         return holds(f"{len(batch.pixel_values)} images in the batch, {len(expected)} in its records")
     return at_most((batch.pixel_values.cpu().float() - expected).abs().max().item(), PIXEL_BOUND)
 
 
-def fresh_pixels(records: list[Record], spec: ImageSpec, mean: Tensor, std: Tensor) -> Tensor:
-    """[N, 3, S, S] float32 of all tiles of the records' images, in order. mean, std: [3]."""
+def fresh_pixels(records: list[Record], spec: ImageSpec, vision: VisionEncoder) -> Tensor:
+    """[N, 3, S, S] float32 of all tiles of the records' images, in order; of several encoders three channels each."""
     pixels = []
     for record in records:
         for image in record.conversation.images:
             opened = load_image(image, background=spec.background)
             for box in spec.layout(*opened.size).tiles:
-                square = np.asarray(fit_square(opened.crop(box), spec), dtype=np.float32)
-                pixels.append(((torch.tensor(square) / 255 - mean) / std).permute(2, 0, 1))
+                tile, seen = opened.crop(box), torch.zeros_like(vision.blank_image()[0], device="cpu").float()
+                for number, (member, want) in enumerate(zip(spec.members, vision.members, strict=True)):
+                    square = torch.tensor(np.asarray(fit_square(tile, member), dtype=np.float32)) / 255
+                    place = seen[3 * number : 3 * number + 3, : want.image_size, : want.image_size]
+                    place.copy_(((square - torch.tensor(want.mean)) / torch.tensor(want.std)).permute(2, 0, 1))
+                pixels.append(seen)
     return torch.stack(pixels)
 
 

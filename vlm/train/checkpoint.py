@@ -124,6 +124,33 @@ def newest_verified(run: Path) -> Path | None:
     return None
 
 
+def set_later_aside(run: Path, checkpoint: Path) -> list[Path]:
+    """Rename the checkpoints of a run that are newer than one, as the run goes on from there. Returns the new paths."""
+    later = [path for path in _steps(run) if _step_of(path) > _step_of(checkpoint)]
+    moved = [set_aside(path, "later") for path in later]
+    if moved:
+        write_atomically(checkpoint.parent / "latest", checkpoint.name)
+    return moved
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    """The checkpoint of a step.
+
+    Raises:
+        CheckpointError: it is not there, or damaged; says which are.
+    """
+    path = checkpoint_folder(run, step)
+    if not path.is_dir():
+        there = ", ".join(str(_step_of(each)) for each in _steps(run)) or "none"
+        raise CheckpointError(
+            f"{run} has no checkpoint of step {step}; there are: {there}. Older ones are removed while a run trains: "
+            "train.keep_last says how many stay"
+        )
+    if problems := verify(path):
+        raise CheckpointError(f"{path} is damaged ({'; '.join(problems[:3])}). Take another step: vlm ckpt ls {run}")
+    return path
+
+
 def list_checkpoints(run: Path) -> list[CheckpointInfo]:
     """All complete-looking checkpoints of a run, oldest first, each verified."""
     return [CheckpointInfo(path, _step_of(path), verify(path)) for path in _steps(run)]
@@ -166,13 +193,13 @@ def clean_temporary(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint so that no scan finds it."""
-    target = path.with_name(f"{path.name}.corrupt")
+def set_aside(path: Path, why: str = "corrupt") -> Path:
+    """Rename a checkpoint so that no scan finds it."""
+    target = path.with_name(f"{path.name}.{why}")
     number = 1
     while target.exists():
         number += 1
-        target = path.with_name(f"{path.name}.corrupt-{number}")
+        target = path.with_name(f"{path.name}.{why}-{number}")
     path.rename(target)
     return target
 

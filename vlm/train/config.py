@@ -35,12 +35,18 @@ class TrainConfig(Section):
     """LoRA+: the rate of the adapters' second matrix, which starts at zero, over that of the first; 16 is usual."""
     thaw: dict[TrainablePart, PositiveInt] = Field(default_factory=dict)
     """Part -> how many steps it stands still before it trains: {vision: 500}."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the rate falls after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine", "step"] = "cosine"
+    """How the rate falls after the warm-up. step: to decay_factor of it every decay_every steps."""
+    decay_every: PositiveInt | None = None
+    """Optimizer steps between two falls of schedule step."""
+    decay_factor: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """What of the rate is left after each of them; null is 0.1."""
     warmup_steps: NonNegativeInt | None = None
     """Optimizer steps over which the rate rises to its peak."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     """The same as a share of all steps."""
+    warmup_start_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """What the rate rises from, as a share of the peak."""
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The schedule's floor, as a share of the peak."""
     weight_decay: NonNegativeFloat = 0.0
@@ -61,6 +67,9 @@ class TrainConfig(Section):
     """Steps between checkpoints; one is written at the end too."""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; at least two, so that one stays if the newest is damaged."""
+    async_save: bool = True
+    """Copy a checkpoint to host memory in its step and write it while training goes on. A copy over half of the memory
+    that is free is not made: the step waits until the checkpoint is written, as with false."""
     on_save_failure: Literal["continue", "stop"] = "continue"
     """A full disk during a save: keep training with the old checkpoints, or stop with exit code 5."""
     eval_every: PositiveInt | None = None
@@ -75,8 +84,18 @@ class TrainConfig(Section):
     """Steps with a non-finite loss or gradient that may be skipped before the run stops with exit code 4."""
     prove: bool = True
     """Before the first step, check on the run's own model and records what a run must honour; see docs/proof.md."""
+    tf32: bool = False
+    """Products of fp32 matrices on a GPU in TF32: several times faster, 10 bits of mantissa. No effect elsewhere."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits each time; slower on a GPU. An operation without one stops the run."""
+    log_level: Literal["info", "warning", "error"] = "info"
+    """What the console shows of the run; files of the run folder hold everything."""
     tensorboard: bool = False
-    """Write TensorBoard events too; needs vlm[track]."""
+    """Write TensorBoard events too; needs vlm[track]. The same as trackers: [tensorboard]."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "swanlab", "mlflow"], ...] = ()
+    """Programs that get the numbers of metrics.jsonl too, into the run folder. Each is an extra, such as vlm[wandb]."""
+    trackers_online: bool = False
+    """Let them send the numbers where their own login or environment says."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -84,6 +103,13 @@ class TrainConfig(Section):
             raise ValueError("set exactly one of epochs and max_steps")
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("set warmup_steps or warmup_ratio, not both")
+        if self.trackers_online and not self.trackers:
+            raise ValueError("trackers_online without trackers: name those that may send")
+        if self.schedule == "step" and self.decay_every is None:
+            raise ValueError("schedule step needs decay_every, the optimizer steps between two falls of the rate")
+        for key in ("decay_every", "decay_factor"):
+            if getattr(self, key) is not None and self.schedule != "step":
+                raise ValueError(f"{key} is of schedule step, but schedule is {self.schedule}; drop one of them")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of "

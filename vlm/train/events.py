@@ -12,7 +12,7 @@ import torch
 from vlm.batch import Batch, Skip
 from vlm.data.skips import SkipLog
 from vlm.distributed import note, on_main, together
-from vlm.errors import CheckpointError, DataError, RecordError
+from vlm.errors import DataError, RecordError
 from vlm.logs import log, warn
 from vlm.models.vlm import VisionLanguageModel
 from vlm.train.config import TrainConfig
@@ -23,6 +23,7 @@ from vlm.train.metrics import Reporter
 from vlm.train.resume import RunState
 from vlm.train.runfolder import RunFolder
 from vlm.train.sampling import SampleQuestions
+from vlm.train.saving import CheckpointWriter
 
 Pixels = torch.Tensor | None
 
@@ -34,6 +35,7 @@ class RunEvents:
     settings: TrainConfig
     run: RunFolder
     state: RunState
+    writer: CheckpointWriter
     reporter: Reporter
     skips: SkipLog
     questions: SampleQuestions
@@ -42,7 +44,15 @@ class RunEvents:
     _samples_wait: bool = False  # for the next checkpoint
 
     def periodic(self) -> list[Every]:
-        return [Every(self.settings.eval_every, self.evaluate), Every(self.settings.sample_every, self.sample)]
+        return [
+            Every(1, self.writer.look),
+            Every(self.settings.eval_every, self.evaluate),
+            Every(self.settings.sample_every, self.sample),
+        ]
+
+    def close(self) -> None:
+        self.writer.close()
+        self.reporter.close()
 
     def report(
         self, step: int, batches: list[Batch], output: StepOutput, counts: StepCounts, seconds: Mapping[str, float]
@@ -87,21 +97,13 @@ class RunEvents:
             log(f"step {step}: {question.image or ''} {question.prompt!r} -> {answer!r}")
 
     def save(self, step: int, required: bool) -> bool:
-        """Write a checkpoint. A full disk costs the checkpoint; the run, if `required` or the config says so.
+        """Write a checkpoint, or begin to; see `CheckpointWriter`.
 
         Returns:
-            whether it was written.
+            whether it is there: false too if it is still being written.
         """
-        try:
-            checkpoint = self.state.save(step, self.settings.keep_last)
-        except OSError as error:
-            message = (
-                f"checkpoint of step {step} could not be written to {self.run.path} ({error}); older ones are "
-                "intact. Usually the disk is full: free space, or move output_dir"
-            )
-            if required or self.settings.on_save_failure == "stop":
-                raise CheckpointError(message).on_every_rank() from None
-            warn(f"{message}. Training goes on without it")
+        checkpoint = self.writer.save(step, required, wait=self._samples_wait)
+        if checkpoint is None:
             return False
         if self._samples_wait:
             self._samples_wait = False

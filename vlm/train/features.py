@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlm.batch import ImageSpec
 from vlm.data.features import FeatureStore, encoder_key
-from vlm.data.images import load_image, to_tiles
+from vlm.data.images import load_tiles
 from vlm.data.scan import Scan, usable_workers
 from vlm.data.shards import writer_name
 from vlm.distributed import gather_objects, in_own_time, world_size
@@ -37,6 +37,7 @@ class ImageEncoder:
 
     Args:
         autocast_dtype: of the computation, where the encoder has not chosen its own.
+        jpeg_draft: decode large JPEG files at reduced scale.
         workers: threads that decode images while others are encoded; 0 does one after the other.
     """
 
@@ -46,11 +47,12 @@ class ImageEncoder:
     device: torch.device
     autocast_dtype: torch.dtype | None
     workers: int = 0
+    jpeg_draft: bool = False
 
     def decode(self, image: str | bytes) -> Tensor | None:
         """[tiles, 3, S, S]; None if it cannot be read: training skips and names its record."""
         try:
-            return to_tiles(load_image(image, self.max_pixels, self.spec.background), self.spec)
+            return load_tiles(image, self.spec, self.max_pixels, self.jpeg_draft)
         except RecordError:
             return None
 
@@ -78,10 +80,9 @@ WHOLE = Share()
 Decoded = tuple[int, str | bytes, Tensor | None]  # how many images were looked at so far, an image, and its pixels
 
 
-def open_store(
-    cache: str, encoder: VisionEncoder, spec: ImageSpec, dtype: torch.dtype, size_gb: float | None = None
-) -> FeatureStore:
-    """The store of this very encoder's features; another weight, image size or number format is another store.
+def open_store(cache: str, encoder: ImageEncoder, dtype: torch.dtype, size_gb: float | None = None) -> FeatureStore:
+    """The store of this very encoder's features; another weight, image size, way to decode or number format is another
+    store.
 
     Args:
         dtype: that the features are kept in. What the encoder computes in makes no other store: it may differ between
@@ -89,7 +90,10 @@ def open_store(
         size_gb: bound of all stores in `cache` together; None means none.
     """
     limit = None if size_gb is None else int(size_gb * 1e9)
-    return FeatureStore(Path(cache) / FOLDER, encoder_key(encoder, (spec, str(dtype))), dtype, limit)
+    vision = encoder.encoder
+    # what is off has no entry: earlier stores stay valid
+    extras = (*((vision.joins,) if vision.joins else ()), *(("jpeg_draft",) if encoder.jpeg_draft else ()))
+    return FeatureStore(Path(cache) / FOLDER, encoder_key(vision, (encoder.spec, str(dtype), *extras)), dtype, limit)
 
 
 def fill_with_all_ranks(store: FeatureStore, scans: Sequence[Scan], encoder: ImageEncoder | None) -> None:

@@ -47,8 +47,20 @@ class _Piece:
     stop: int
 
 
-def write_fragments(fragments: Iterable[Fragment], folder: Path, rank: int) -> None:
-    """Write one rank's parts as `folder/rank-00000.safetensors`. Raises OSError when the disk refuses."""
+@dataclass(frozen=True)
+class HostCopy:
+    """One rank's parts, copied to host memory: what happens to them afterwards does not reach the copy."""
+
+    tensors: dict[str, Tensor]  # as they are stored: [...], or [numel] of a part
+    shapes: dict[str, tuple[int, ...]]  # of the whole, of each tensor of which there is a part
+
+    def write(self, folder: Path, rank: int) -> None:
+        """As `folder/rank-00000.safetensors`. Raises OSError when the disk refuses."""
+        save_tensors(self.tensors, folder / f"rank-{rank:05d}.safetensors", {"shapes": json.dumps(self.shapes)})
+
+
+def copy_to_host(fragments: Iterable[Fragment]) -> HostCopy:
+    """What this rank writes of the fragments. On a GPU it waits for them."""
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for part in fragments:
@@ -60,7 +72,7 @@ def write_fragments(fragments: Iterable[Fragment], folder: Path, rank: int) -> N
         else:
             tensors[f"{part.name}@{part.start}"] = values
             shapes[part.name] = part.shape
-    save_tensors(tensors, folder / f"rank-{rank:05d}.safetensors", {"shapes": json.dumps(shapes)})
+    return HostCopy(tensors, shapes)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

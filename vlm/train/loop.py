@@ -66,7 +66,7 @@ class TrainLoop:
     schedule: Callable[[int], float]  # optimizer step, from 0 -> factor of the learning rates
     max_steps: int
     report: Report
-    # finished steps, and whether the run ends with it, so that it must succeed -> whether it did
+    # finished steps, and whether the run ends with it, so that it must succeed -> whether it is there already
     save: Callable[[int, bool], bool]
     stop_requested: Callable[[], str | None] = lambda: None  # the signal that asks to stop, agreed on by all ranks
     events: list[Every] = field(default_factory=list)  # run in order after a step

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl always, a live line on a terminal, TensorBoard when asked, loss.png."""
+"""What a run reports: metrics.jsonl always, a live line on a terminal, trackers when asked, loss.png."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from vlm.train.engines.base import StepOutput
 from vlm.train.loop import StepCounts
 from vlm.train.runfolder import RunFolder
 from vlm.train.timing import PHASES, describe_shares
+from vlm.train.trackers import Trackers, tracker_names
 
 PLAIN_LINE_SECONDS = 10.0  # at most one progress line per this many seconds where there is no terminal
 
@@ -77,7 +78,8 @@ class Reporter:
         self._started = time.monotonic()
         self._last_plain_line = 0.0
         self._window = Window()
-        self._board = _open_tensorboard(run.path) if settings.tensorboard and is_main() else None
+        names = tracker_names(settings) if is_main() else []
+        self._trackers = Trackers(names, run.path, settings.trackers_online)
 
     def record(self, step: int, output: StepOutput, counts: StepCounts, phases: Mapping[str, float]) -> None:
         """Add a finished step. Every `log_every` steps, a line: means over the steps since the last one.
@@ -119,17 +121,13 @@ class Reporter:
         self._window = Window()
 
     def write(self, line: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl, and its numbers to TensorBoard."""
+        """Add a line to metrics.jsonl, and its numbers to the trackers."""
         self.run.append("metrics.jsonl", line)
-        if self._board is not None:
-            for key, value in line.items():
-                if key != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(key, value, line["step"])
+        self._trackers.log(line["step"], line)
 
     def close(self) -> None:
         live("")
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
 
     def _show(self, line: dict[str, Any], shares: str) -> None:
         step, done = line["step"], line["step"] - self._first_step
@@ -206,9 +204,3 @@ def _memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return psutil.Process().memory_info().rss / 2**30
-
-
-def _open_tensorboard(run: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run / "tensorboard"))

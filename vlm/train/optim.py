@@ -20,13 +20,17 @@ from vlm.train.config import TrainConfig
 class Schedule:
     """Factor of the learning rates: linear warm-up to 1, then `shape` down to `floor` at `max_steps`.
 
-    The cosine is half a period, after Loshchilov & Hutter 2017, arXiv:1608.03983.
+    Shape "step" falls to `decay_factor` every `decay_every` steps after the warm-up, and not below `floor`. The cosine
+    is half a period, after Loshchilov & Hutter 2017, arXiv:1608.03983.
     """
 
-    shape: str  # constant, linear, cosine
+    shape: str  # constant, linear, cosine, step
     floor: float
     warmup_steps: int  # optimizer steps
     max_steps: int  # optimizer steps
+    warmup_start: float = 0.0  # factor that the warm-up rises from
+    decay_every: int = 1  # optimizer steps, of shape step
+    decay_factor: float = 0.1  # of shape step
 
     def __call__(self, step: int) -> float:
         """Of optimizer step `step`, counted from 0.
@@ -35,9 +39,11 @@ class Schedule:
         [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
         """
         if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+            return self.warmup_start + (1.0 - self.warmup_start) * (step + 1) / self.warmup_steps
         if self.shape == "constant":
             return 1.0
+        if self.shape == "step":
+            return max(self.floor, self.decay_factor ** ((step - self.warmup_steps) // self.decay_every))
         done = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
         left = 1.0 - done if self.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return self.floor + (1.0 - self.floor) * left
@@ -52,6 +58,9 @@ def build_schedule(config: TrainConfig, max_steps: int) -> Schedule:
         floor=config.min_learning_rate_ratio,
         warmup_steps=min(warmup, max_steps),
         max_steps=max_steps,
+        warmup_start=config.warmup_start_ratio,
+        decay_every=config.decay_every or 1,
+        decay_factor=config.decay_factor or 0.1,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from vlm.errors import CheckpointError
 from vlm.faults import fault
 from vlm.logs import log
 from vlm.train.checkpoint import read_info, save_checkpoint
-from vlm.train.engines.base import Engine
-from vlm.train.fragments import save_tensors
+from vlm.train.engines.base import Engine, write_copies
+from vlm.train.fragments import HostCopy, save_tensors
 from vlm.version import __version__
 
 _BESIDE_CONFIG = {"model.vision.compute", "data.cache_features"}  # found by measuring; the checkpoint's own rules
@@ -46,22 +46,29 @@ class RunState:
 
     def save(self, step: int, keep_last: int) -> Path:
         """Write a checkpoint after `step` optimizer steps. Raises OSError when the disk refuses."""
+        return self._save(self.engine.copies(), step, keep_last)()
+
+    def copy(self, step: int, keep_last: int) -> Callable[[], Path]:
+        """What writes the checkpoint of `step` whenever it is called, in any thread: all of it is copied now."""
+        return self._save(list(self.engine.copies()), step, keep_last)
+
+    def _save(self, copies: Iterable[tuple[str, HostCopy]], step: int, keep_last: int) -> Callable[[], Path]:
+        fault("save")
+        random_state, progress = _random_state(), json.dumps({"step": step, **self.counters()})
 
         def write(folder: Path) -> None:
-            self.engine.save(folder)
-            save_tensors(_random_state(), _random_file(folder, rank()))
+            write_copies(copies, folder)
+            save_tensors(random_state, _random_file(folder, rank()))
             if is_main():
                 stream = {"step": step, "fingerprint": self.stream_fingerprint}
                 (folder / "stream.json").write_text(json.dumps(stream), encoding="utf-8")
-                progress = {"step": step, **self.counters()}
-                (folder / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+                (folder / "progress.json").write_text(progress, encoding="utf-8")
 
-        fault("save")
         info = {
             "identity": self.identity, "data": self.data_settings, "start": self.start, "world_size": world_size(),
             "vlm_version": __version__, "image_orders": self.image_orders,
         }  # fmt: skip
-        return save_checkpoint(self.run, step, write, info, keep_last)
+        return lambda: save_checkpoint(self.run, step, write, info, keep_last)
 
     def load(self, checkpoint: Path) -> int:
         """Bring everything back. Returns the number of finished optimizer steps.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm.apps.session import ChatSession
-from vlm.apps.terminal.commands import MARKS, Leave, completer, is_command, run_command
+from vlm.apps.terminal.commands import BY_WORD, MARKS, Leave, completer, is_command, run_command
 from vlm.apps.terminal.images import image_paths, is_file, looks_like_path
 from vlm.apps.terminal.input import ReadLine, line_reader
 from vlm.apps.terminal.screen import Screen
@@ -111,6 +111,7 @@ class Terminal:
 
     def _do(self, line: str) -> None:
         try:
+            line = BY_WORD.get(line, line)
             if line[0] in MARKS:
                 run_command(self.talk, line)
             elif line.strip():

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 MARKS = ":/：／"  # the wide ones are what a Chinese keyboard types
 FOOT = (
-    "A command may begin with / as well; a question that begins so is typed after a blank. Ctrl-C stops an answer.\n"
-    "命令也可以用 / 开头；以 : 或 / 开头的问题前请加一个空格。按 Ctrl-C 中止回答。"
+    "A command may begin with / as well; a question that begins so, or is one of the words without a mark, is typed\n"
+    "after a blank. Ctrl-C stops an answer.\n"
+    "命令也可以用 / 开头；以 : 或 / 开头、或与上面不带符号的单词相同的问题，前面请加一个空格。按 Ctrl-C 中止回答。"
 )
 
 
@@ -29,6 +30,7 @@ class Command:
     names: tuple[str, ...]  # the first is its own, the others are short for it
     run: Callable[[Talk, str], None]
     uses: tuple[tuple[str, str, str], ...]  # argument, what it does in English, in Chinese
+    words: tuple[str, ...] = ()  # what other programs call it: a line of just that word
     completes: str = ""  # what its argument is: "image", "file" or "setting"
 
     @property
@@ -37,7 +39,7 @@ class Command:
 
     def rows(self) -> Iterator[list[str]]:
         """Of the help."""
-        names = " ".join(f":{name}" for name in self.names)
+        names = " ".join([*(f":{name}" for name in self.names), *self.words])
         for argument, english, chinese in self.uses:
             yield [f"{names} {argument}".rstrip(), english, chinese]
 
@@ -138,9 +140,11 @@ def _seed(talk: Talk, argument: str) -> None:
 def _settings(talk: Talk, argument: str) -> None:
     talk.settings, names = terminal_settings.change(talk.settings, argument)
     talk.screen.table(terminal_settings.rows(talk.settings, names))
-    idle = terminal_settings.without_effect(talk.settings, names) if "=" in argument or " " in argument else []
-    if idle:
-        talk.note(f"{', '.join(idle)} count only with :conf do_sample=true.  需要先 :conf do_sample=true 才会生效。")
+    if "=" not in argument and " " not in argument:
+        return
+    for switch, idle in terminal_settings.without_effect(talk.settings, names).items():
+        change = {"do_sample": ":conf do_sample=true", "num_beams": ":conf num_beams=4"}[switch]
+        talk.note(f"{', '.join(idle)} count only with {change}.  需要先 {change} 才会生效。")
 
 
 def _reset_settings(talk: Talk, _: str) -> None:
@@ -191,22 +195,32 @@ COMMANDS = (
             ("+ PATH ...", "more of them, for the next question", "为下一个问题再加图片"),
             ("-", "none; a new conversation", "去掉图片，开始新的对话"),
         ),
-        "image",
+        completes="image",
     ),
     Command(("his", "history"), _show_history, (("", "the conversation so far", "显示对话历史"),)),
-    Command(("clh", "clear-his"), _forget, (("", "forget it, keep the images", "清除对话历史，保留图片"),)),
+    Command(
+        ("clh", "clear-his"),
+        _forget,
+        (("", "forget it, keep the images", "清除对话历史，保留图片"),),
+        ("clear", "RESET"),
+    ),
     Command(("undo",), _undo, (("", "take the last question back", "撤回上一个问题"),)),
     Command(("retry",), _retry, (("", "answer the last question again", "重新回答上一个问题"),)),
     Command(("system",), _system, (("[TEXT]", "system prompt; - for the export's", "查看或设置系统提示，- 恢复默认"),)),
-    Command(("conf",), _settings, (("[NAME=VALUE]", "how answers are chosen", "查看或修改生成参数"),), "setting"),
+    Command(
+        ("conf",), _settings, (("[NAME=VALUE]", "how answers are chosen", "查看或修改生成参数"),), completes="setting"
+    ),
     Command(("reset-conf",), _reset_settings, (("", "as at the start", "恢复启动时的生成参数"),)),
     Command(("seed",), _seed, (("[N]", "of sampling; - for none", "查看或设置随机种子，- 表示不固定"),)),
-    Command(("save",), _save, (("FILE", "add the conversation to training data", "把对话存为训练数据"),), "file"),
+    Command(
+        ("save",), _save, (("FILE", "add the conversation to training data", "把对话存为训练数据"),), completes="file"
+    ),
     Command(("clear", "cl"), _clear_screen, (("", "clear the screen", "清屏"),)),
-    Command(("exit", "quit", "q"), _leave, (("", "leave (also Ctrl-D)", "退出（也可按 Ctrl-D）"),)),
+    Command(("exit", "quit", "q"), _leave, (("", "leave (also Ctrl-D)", "退出（也可按 Ctrl-D）"),), ("exit", "EXIT")),
 )
 _NAMES = [name for command in COMMANDS for name in command.names]
 BY_NAME = {name: command for command in COMMANDS for name in command.names}
+BY_WORD = {word: f":{command.names[0]}" for command in COMMANDS for word in command.words}
 BY_NAME |= {name.replace("-", "_"): command for name, command in BY_NAME.items()}
 
 

@@ -18,6 +18,8 @@ MEANINGS = {
     "top_k": ("sample among so many words; 0 is all", "只在前 k 个词中采样，0 为不限"),
     "repetition_penalty": ("over 1 repeats less", "大于 1 时减少重复"),
     "num_beams": ("beam search; the answer comes at its end", "集束搜索，回答在结束时一次给出"),
+    "length_penalty": ("of beams; under 1 prefers short answers", "束搜索的长度惩罚，小于 1 时偏向短回答"),
+    "max_length": ("of question and answer, in tokens; - for none", "问题与回答的总词元数上限，- 表示不限"),
     "seed": ("of sampling; - for a new one each time", "随机种子，- 表示每次不同"),
 }
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -66,13 +68,18 @@ def change(settings: GenerationSettings, text: str) -> tuple[GenerationSettings,
     return changed, names
 
 
-def without_effect(settings: GenerationSettings, names: list[str] | None = None) -> list[str]:
-    """Of `names`, or of those that differ from the default, the settings of sampling, while there is no sampling."""
-    if settings.do_sample:
-        return []
+def without_effect(settings: GenerationSettings, names: list[str] | None = None) -> dict[str, list[str]]:
+    """Of `names`, or of those that differ from the default, what counts only with sampling or beams that are off.
+
+    Returns:
+        those names, by the setting that would make them count.
+    """
     values, default = asdict(settings), asdict(GenerationSettings())
     given = [name for name in values if values[name] != default[name]] if names is None else names
-    return [name for name in ("temperature", "top_p", "top_k", "seed") if name in given]
+    idle = {} if settings.do_sample else {"do_sample": ["temperature", "top_p", "top_k", "seed"]}
+    idle |= {} if settings.num_beams > 1 else {"num_beams": ["length_penalty"]}
+    found = {switch: [name for name in names if name in given] for switch, names in idle.items()}
+    return {switch: names for switch, names in found.items() if names}
 
 
 def _known(name: str) -> str:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vlm.artifacts.manifest import NAME
 from vlm.data.image_order import ImageOrder
@@ -17,7 +18,7 @@ from vlm.inference.load import LoadedModel, load
 from vlm.logs import log
 
 OnProgress = Callable[[float], None]
-Load = Callable[[Path, OnProgress], LoadedModel]
+Load = Callable[..., LoadedModel]  # path, on_progress, and an adapter if there is one
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,11 @@ class Export:
 
     label: str
     path: Path
+    adapter: Path | None = None  # a LoRA that is added to it
 
 
-def find_exports(first: Path | None, runs: Path | None) -> list[Export]:
-    """`first`, then all export folders below `runs` by name.
+def find_exports(first: Path | None, runs: Path | None, adapter: Path | None = None) -> list[Export]:
+    """`first`, the same with `adapter` if there is one, then all export folders below `runs` by name.
 
     A label is the path below `runs`, without a last `/export`.
     """
@@ -39,6 +41,8 @@ def find_exports(first: Path | None, runs: Path | None) -> list[Export]:
     if first is not None:
         same = [path for path in below if path.resolve() == first.resolve()]
         exports.append(Export(_label(first, runs if same else None), first))
+        if adapter is not None:
+            exports.append(Export(f"{exports[0].label} + {_label(adapter, None)}", first, adapter))
         below = [path for path in below if path not in same]
     return exports + [Export(_label(path, runs), path) for path in below]
 
@@ -48,7 +52,7 @@ class ModelStore:
 
     Args:
         exports: the choices.
-        load_export: for tests; by default `vlm.load` on `device` with `image_order`.
+        load_export: for tests; by default `vlm.load` on `device` with `image_order` and `template`.
         max_loaded: models held in memory at once; the one asked longest ago goes first.
     """
 
@@ -59,10 +63,11 @@ class ModelStore:
         max_loaded: int = 1,
         load_export: Load | None = None,
         image_order: ImageOrder | None = None,
+        template: str | None = None,
     ) -> None:
         self.exports = list(exports)
         self.max_loaded = max_loaded
-        self._load = load_export or partial(_load_and_tell, device=device, image_order=image_order)
+        self._load = load_export or partial(_load_and_tell, device=device, image_order=image_order, template=template)
         self._loaded: OrderedDict[int, LoadedModel] = OrderedDict()
         self._turn = threading.Lock()
 
@@ -99,13 +104,14 @@ class ModelStore:
         while len(self._loaded) >= self.max_loaded:  # before loading, so that both need not fit
             self._loaded.popitem(last=False)
             gc.collect()
-        loaded = self._load(self.exports[number].path, on_progress)
+        export = self.exports[number]
+        loaded = self._load(export.path, on_progress, **({} if export.adapter is None else {"adapter": export.adapter}))
         self._loaded[number] = loaded
         return loaded
 
 
-def _load_and_tell(path: Path, on_progress: OnProgress, device: str, image_order: ImageOrder | None) -> LoadedModel:
-    loaded = load(path, device=device, image_order=image_order, on_progress=on_progress)
+def _load_and_tell(path: Path, on_progress: OnProgress, **options: Any) -> LoadedModel:
+    loaded = load(path, on_progress=on_progress, **options)
     log(f"{path}: {loaded.describe_compute()}")
     return loaded
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ RANGES = {
     "num_beams": (1, 8),
     "max_new_tokens": (1, 4096),
     "repetition_penalty": (0.5, 3.0),
+    "length_penalty": (-2.0, 4.0),
     "seed": (-1, 2**53),  # -1: none
 }
 _WHOLE = ("top_k", "num_beams", "max_new_tokens", "seed")
-_NAMES = [field.name for field in fields(GenerationSettings)]
+_NAMES = ["do_sample", *RANGES]
 
 
 def settings_of(values: dict[str, Any]) -> GenerationSettings:
@@ -155,6 +156,7 @@ def _settings_panel(settings: GenerationSettings) -> tuple[dict[str, Any], gr.Ac
             -1 if settings.seed is None else settings.seed, precision=0, minimum=-1, elem_id="set-seed"
         )
     panel["num_beams"] = slider("num_beams", 1)
+    panel["length_penalty"] = slider("length_penalty", 0.1)
     panel["repetition_penalty"] = slider("repetition_penalty", 0.05)
     return panel, sampling
 
@@ -180,7 +182,7 @@ def texts_of(widgets: Widgets, language: Language, examples: Sequence[tuple[str,
         widgets.save: text("save"),
     }
     for name, component in widgets.settings.items():
-        info = text(f"{name}_info") if name in ("do_sample", "top_k", "num_beams", "seed") else None
+        info = text(f"{name}_info") if name in ("do_sample", "top_k", "num_beams", "length_penalty", "seed") else None
         updates[component] = gr.update(label=text(name), info=info)
     return updates
 

@@ -30,6 +30,8 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "top_k_info": ("0: all tokens", "0 表示不限制"),
     "num_beams": ("Beams", "束搜索宽度"),
     "num_beams_info": ("More than 1: the answer appears at its end", "大于 1 时，回答在结束后一次显示"),
+    "length_penalty": ("Length penalty of beams", "束搜索的长度惩罚"),
+    "length_penalty_info": ("Under 1: shorter answers", "小于 1 时偏向短回答"),
     "max_new_tokens": ("Longest answer (tokens)", "回答的最大词元数"),
     "repetition_penalty": ("Repetition penalty", "重复惩罚"),
     "seed": ("Seed", "随机种子"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.models.config import VisionConfig
+from vlm.models.config import EncoderConfig
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +35,13 @@ class VisionBackend:
     Attributes:
         settings: names of files beside the weights that say what the network and its images are. A run that is resumed
             must not find them changed.
+        pickled: endings of weight files beside .safetensors that it must not find changed either.
     """
 
     settings: tuple[str, ...] = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+    pickled: tuple[str, ...] = ()
 
-    def build(self, config: VisionConfig, dtype: torch.dtype, weights: bool) -> VisionEncoder:
+    def build(self, config: EncoderConfig, dtype: torch.dtype, weights: bool) -> VisionEncoder:
         """The encoder that `config` names.
 
         Args:
@@ -52,7 +54,7 @@ class VisionBackend:
         """
         raise NotImplementedError
 
-    def save_architecture(self, encoder: VisionEncoder, config: VisionConfig, folder: Path) -> VisionConfig:
+    def save_architecture(self, encoder: VisionEncoder, config: EncoderConfig, folder: Path) -> EncoderConfig:
         """Write what `build(..., weights=False)` needs to make the same shape again, without the original files.
 
         Args:
@@ -75,15 +77,15 @@ class VisionBackend:
             activation_copies=2 if is_quick else 1,
         )
 
-    def describe(self, config: VisionConfig) -> str:
+    def describe(self, config: EncoderConfig) -> str:
         """For the model card: the library whose network it is."""
         return config.backend
 
-    def why_not_llava(self, config: VisionConfig, encoder: VisionEncoder) -> str | None:
+    def why_not_llava(self, config: EncoderConfig, encoder: VisionEncoder) -> str | None:
         """Why a whole export with it cannot have transformers' LLaVA layout; None if it can."""
         return f"its encoder ({config.backend}: {Path(config.path).name}) is no CLIP or SigLIP of transformers"
 
-    def problems(self, config: VisionConfig, reads: Collection[str]) -> Iterator[str]:
+    def problems(self, config: EncoderConfig, reads: Collection[str]) -> Iterator[str]:
         """Why `config.path` would be refused, as far as files here say so without torch.
 
         Args:
@@ -91,16 +93,16 @@ class VisionBackend:
         """
         return iter(())
 
-    def notes(self, config: VisionConfig) -> Iterator[str]:
+    def notes(self, config: EncoderConfig) -> Iterator[str]:
         """What loading it will warn of, for a path without problems."""
         return iter(())
 
-    def weights_at(self, config: VisionConfig) -> str:
+    def weights_at(self, config: EncoderConfig) -> str:
         """File, folder or name that the weights are read from."""
         file = config.pretrained
         return file if file is not None and Path(file).is_file() else config.path
 
-    def is_here(self, config: VisionConfig) -> bool:
+    def is_here(self, config: EncoderConfig) -> bool:
         """Whether `weights_at` can be looked into: not a name that another library resolves."""
         return Path(self.weights_at(config)).exists()
 

@@ -23,10 +23,18 @@ class VisionEncoder(nn.Module):
         width: C.
         num_hidden_tokens: what its blocks compute with beside those (class token, registers); for the memory estimate.
         mean, std: per RGB channel, of values in [0, 1].
+        members: the encoders, where several are fused (`vlm.models.encoders.fused`), around the same weights; else this
+            one. Pixels have three channels for each.
     """
 
     def __init__(
-        self, trunk: nn.Module, image_size: int, mean: Sequence[float], std: Sequence[float], num_hidden_tokens: int = 0
+        self,
+        trunk: nn.Module,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        num_hidden_tokens: int = 0,
+        members: Sequence[VisionEncoder] = (),
     ) -> None:
         super().__init__()
         self.trunk: Any = trunk  # its class is the library's
@@ -35,10 +43,27 @@ class VisionEncoder(nn.Module):
         self.num_hidden_tokens = num_hidden_tokens
         self.mean = _rgb(mean)
         self.std = _rgb(std)
+        self._members = tuple(members)  # of a tuple, torch registers no weights a second time
         self.eval()
         with torch.no_grad():
-            probe = trunk(self._blank_image())
+            probe = trunk(self.blank_image())
         self.num_patches, self.width = probe.shape[1:]
+
+    @property
+    def members(self) -> tuple[VisionEncoder, ...]:
+        return self._members or (self,)
+
+    @property
+    def joins(self) -> tuple[Any, ...]:
+        """What its features are made of that its weights do not show: several layers or encoders, and in which order;
+        () for one layer."""
+        layers = getattr(self.trunk, "layers", ())
+        return getattr(self.trunk, "joins", ()) or (tuple(layers) if len(layers) > 1 else ())
+
+    @property
+    def is_convolutional(self) -> bool:
+        """Whether its network is, or one of several."""
+        return any(is_convolutional(each.trunk) for each in self.members)
 
     @property
     def is_frozen(self) -> bool:
@@ -64,7 +89,9 @@ class VisionEncoder(nn.Module):
         """
         if config.compute != "auto":
             return read_compute(config.compute)
-        return choose_compute(self.trunk, self.image_size, dtype, device) if is_convolutional(self.trunk) else None
+        if not self.is_convolutional:
+            return None
+        return choose_compute(self.trunk, self.image_size, dtype, device, channels=3 * len(self.members))
 
     def settle(self, compute: EncoderCompute | None) -> None:
         """Compute so from now on, with the weights in that number format."""
@@ -76,14 +103,15 @@ class VisionEncoder(nn.Module):
         """Names of trained weights that no feature depends on, such as a pooling head's. Found by one backward."""
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         with torch.enable_grad():
-            features = self.trunk(self._blank_image())
+            features = self.trunk(self.blank_image())
         gradients = torch.autograd.grad(features.sum(), [parameter for _, parameter in named], allow_unused=True)
         return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
 
-    def _blank_image(self) -> Tensor:
-        """Zeros [1, 3, S, S] in the trunk's dtype."""
+    def blank_image(self) -> Tensor:
+        """Zeros [1, 3, S, S] in the trunk's dtype; of several encoders three channels for each."""
         like = next(self.trunk.parameters())
-        return torch.zeros(1, 3, self.image_size, self.image_size, dtype=like.dtype, device=like.device)
+        size, channels = self.image_size, 3 * len(self.members)
+        return torch.zeros(1, channels, size, size, dtype=like.dtype, device=like.device)
 
 
 def _rgb(values: Sequence[float]) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vlm.compat import quiet_progress
 from vlm.errors import CheckpointError, ConfigError
 from vlm.logs import warn
-from vlm.models.config import VisionConfig
+from vlm.models.config import EncoderConfig
 from vlm.models.encoders.base import VisionBackend
 from vlm.models.encoders.loading import CLIP, HALF, IMAGENET, Normalisation, check_class_token, load, wrap
 from vlm.models.folder import config_json, encoder_type, misfit, why_no_weights
@@ -38,12 +38,14 @@ class TowerType:
     has_class_token: bool = True
     resamples: bool = False  # its position embeddings to any image size, unasked
     is_of_llava: bool = False  # transformers' LLaVA class was compared with it
+    prefix: str = ""  # of its weights in a whole model's files, where transformers does not know it
 
 
 TOWERS = {
     "clip_vision_model": TowerType("CLIPVisionModel", CLIP, is_of_llava=True),
     # SigLIP 2 at a fixed size too
     "siglip_vision_model": TowerType("SiglipVisionModel", HALF, has_class_token=False, is_of_llava=True),
+    "blip_2_vision_model": TowerType("Blip2VisionModel", CLIP, prefix="vision_model."),  # EVA-CLIP-g
     "dinov2": TowerType("Dinov2Model", IMAGENET, resamples=True),
     "dinov2_with_registers": TowerType("Dinov2WithRegistersModel", IMAGENET, resamples=True),
 }
@@ -52,7 +54,7 @@ TOWERS = {
 class Transformers(VisionBackend):
     """`backend: hf`. The config.json of a folder says which class; a model of two towers gives its vision tower."""
 
-    def build(self, config: VisionConfig, dtype: torch.dtype, weights: bool) -> VisionEncoder:
+    def build(self, config: EncoderConfig, dtype: torch.dtype, weights: bool) -> VisionEncoder:
         import transformers
 
         from vlm.models.encoders.towers import HFTower
@@ -74,19 +76,19 @@ class Transformers(VisionBackend):
         num_prefix = kind.has_class_token + getattr(settings, "num_register_tokens", 0)
         check_class_token(config, num_prefix)
         interpolate = config.image_size not in (None, settings.image_size) and not kind.resamples
-        tower = HFTower(model, num_prefix, config.layer, config.keep_class_token, interpolate)
+        tower = HFTower(model, num_prefix, config.layers, config.keep_class_token, interpolate)
         return wrap(tower, config, settings.image_size, *_normalisation(config, kind), num_prefix)
 
-    def save_architecture(self, encoder: VisionEncoder, config: VisionConfig, folder: Path) -> VisionConfig:
+    def save_architecture(self, encoder: VisionEncoder, config: EncoderConfig, folder: Path) -> EncoderConfig:
         trunk = encoder.trunk
         _cut_config(trunk.model.config, len(trunk.blocks)).save_pretrained(folder)
-        return config.model_copy(update={"path": folder.name, "layer": -1, "image_size": encoder.image_size})
+        return config.model_copy(update={"path": folder.name, "layer": trunk.layer, "image_size": encoder.image_size})
 
-    def why_not_llava(self, config: VisionConfig, encoder: VisionEncoder) -> str | None:
+    def why_not_llava(self, config: EncoderConfig, encoder: VisionEncoder) -> str | None:
         is_of_llava = TOWERS[encoder.trunk.model.config.model_type].is_of_llava
         return None if is_of_llava else super().why_not_llava(config, encoder)
 
-    def problems(self, config: VisionConfig, reads: Collection[str]) -> Iterator[str]:
+    def problems(self, config: EncoderConfig, reads: Collection[str]) -> Iterator[str]:
         folder = Path(config.path)
         if not folder.exists():
             return
@@ -98,11 +100,11 @@ class Transformers(VisionBackend):
         if "weights" in reads and (reason := why_no_weights(folder)):
             yield f"{folder}: cannot load its weights: {reason}"
 
-    def notes(self, config: VisionConfig) -> Iterator[str]:
+    def notes(self, config: EncoderConfig) -> Iterator[str]:
         if Path(config.path).is_dir() and not (Path(config.path) / "preprocessor_config.json").is_file():
             yield NO_PREPROCESSOR
 
-    def is_here(self, config: VisionConfig) -> bool:
+    def is_here(self, config: EncoderConfig) -> bool:
         return True  # transformers' cache is looked into by name
 
 
@@ -121,13 +123,15 @@ def _cut_config(config: Any, num_blocks: int) -> Any:
     return type(config).from_dict({**values, "num_hidden_layers": num_blocks})
 
 
-def _read_weights(config: VisionConfig, cls: Any, settings: Any, dtype: torch.dtype) -> nn.Module:
+def _read_weights(config: EncoderConfig, cls: Any, settings: Any, dtype: torch.dtype) -> nn.Module:
     quiet_progress()
     if Path(config.path).is_dir() and (reason := why_no_weights(Path(config.path))):
         raise CheckpointError(f"model.vision.path {config.path}: cannot load its weights: {reason}")
+    prefix = TOWERS[settings.model_type].prefix
+    names = {"key_mapping": {f"^{prefix}": ""}} if prefix else {}
     model, report = load(
         lambda: cls.from_pretrained(
-            config.path, config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True
+            config.path, config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True, **names
         ),
         config,
     )
@@ -139,7 +143,7 @@ def _read_weights(config: VisionConfig, cls: Any, settings: Any, dtype: torch.dt
     return model
 
 
-def _normalisation(config: VisionConfig, kind: TowerType) -> tuple[Any, Any]:
+def _normalisation(config: EncoderConfig, kind: TowerType) -> tuple[Any, Any]:
     from transformers import ImageProcessingMixin
 
     mean, std = kind.normalisation

@@ -8,7 +8,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlm.errors import CheckpointError, ConfigError
-from vlm.models.config import VisionConfig
+from vlm.models.config import EncoderConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def wrap(
-    tower: nn.Module, config: VisionConfig, own_size: int, mean: Sequence[float], std: Sequence[float], num_prefix: int
+    tower: nn.Module, config: EncoderConfig, own_size: int, mean: Sequence[float], std: Sequence[float], num_prefix: int
 ) -> VisionEncoder:
     """
     Args:
@@ -47,7 +47,7 @@ def wrap(
         ) from error
 
 
-def check_class_token(config: VisionConfig, num_prefix: int) -> None:
+def check_class_token(config: EncoderConfig, num_prefix: int) -> None:
     """Raises ConfigError where a class token is to be kept and there is none."""
     if config.keep_class_token and num_prefix == 0:
         raise ConfigError(f"model.vision.keep_class_token: {config.path} has no class token; set it to false")
@@ -61,7 +61,7 @@ def check_name(name: str, known: Sequence[str], backend: str) -> None:
         raise ConfigError(f"model.vision.path {name}: neither a folder here nor a network that {backend} knows{hint}")
 
 
-def load(read: Callable[[], T], config: VisionConfig) -> T:
+def load(read: Callable[[], T], config: EncoderConfig) -> T:
     """What `read` returns. Raises CheckpointError for the errors that libraries raise."""
     from safetensors import SafetensorError
 
@@ -78,6 +78,6 @@ def load(read: Callable[[], T], config: VisionConfig) -> T:
         ) from error
 
 
-def without_weights(config: VisionConfig, **changes: Any) -> VisionConfig:
+def without_weights(config: EncoderConfig, **changes: Any) -> EncoderConfig:
     """The config of a shape whose weights lie elsewhere."""
     return config.model_copy(update={"pretrained": None, **changes})

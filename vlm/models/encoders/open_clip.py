@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.errors import ConfigError
-from vlm.models.config import VisionConfig
+from vlm.models.config import EncoderConfig
 from vlm.models.encoders.base import VisionBackend
 from vlm.models.encoders.loading import CLIP, check_name, load, without_weights, wrap
 from vlm.models.encoders.timm import resize, timm_tower
@@ -28,7 +28,7 @@ _CONFIG = "open_clip_config.json"
 class OpenClip(VisionBackend):
     """`backend: open_clip`: a name that it knows, a folder, or a hub's `hf-hub:owner/name`."""
 
-    def build(self, config: VisionConfig, dtype: torch.dtype, weights: bool) -> VisionEncoder:
+    def build(self, config: EncoderConfig, dtype: torch.dtype, weights: bool) -> VisionEncoder:
         import open_clip
         import torch
 
@@ -55,7 +55,7 @@ class OpenClip(VisionBackend):
         std = preprocessing.get("std") or visual.image_std or CLIP[1]
         return wrap(tower, config, size[0] if isinstance(size, tuple | list) else size, mean, std, num_prefix)
 
-    def save_architecture(self, encoder: VisionEncoder, config: VisionConfig, folder: Path) -> VisionConfig:
+    def save_architecture(self, encoder: VisionEncoder, config: EncoderConfig, folder: Path) -> EncoderConfig:
         file = Path(config.path) / _CONFIG
         if not file.is_file():
             return without_weights(config)  # a name that open_clip itself knows the shape of
@@ -63,7 +63,7 @@ class OpenClip(VisionBackend):
         return without_weights(config, path=folder.name)
 
 
-def _tower(visual: Any, config: VisionConfig) -> tuple[nn.Module, int]:
+def _tower(visual: Any, config: EncoderConfig) -> tuple[nn.Module, int]:
     from vlm.models.encoders.towers import IntermediateTower
 
     if hasattr(visual, "trunk"):  # EVA-CLIP, SigLIP and others: open_clip wraps timm
@@ -72,14 +72,14 @@ def _tower(visual: Any, config: VisionConfig) -> tuple[nn.Module, int]:
         return timm_tower(visual.trunk, config)
     if hasattr(visual, "transformer"):
         num_blocks = len(visual.transformer.resblocks)
-        return IntermediateTower(visual, config.layer, config.keep_class_token, num_blocks, is_open_clip=True), 1
+        return IntermediateTower(visual, config.layers, config.keep_class_token, num_blocks, is_open_clip=True), 1
     raise ConfigError(
         f"model.vision.path {config.path}: open_clip's own {type(visual).__name__} is not supported. timm has the "
         "same networks, e.g. {backend: timm, path: resnet50_clip.openai}"
     )
 
 
-def _preprocessing(name: str, config: VisionConfig, weights: bool) -> dict[str, Any]:
+def _preprocessing(name: str, config: EncoderConfig, weights: bool) -> dict[str, Any]:
     """What open_clip knows of the weights that the config names, checked against the architecture. {} for files."""
     import open_clip
 

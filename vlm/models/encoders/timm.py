@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.errors import CheckpointError, ConfigError
-from vlm.models.config import VisionConfig
+from vlm.models.config import EncoderConfig
 from vlm.models.encoders.base import VisionBackend
 from vlm.models.encoders.loading import check_class_token, check_name, load, without_weights, wrap
 from vlm.models.encoders.timm_folder import describe_timm
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 class Timm(VisionBackend):
     """`backend: timm`: a name that it knows, a folder, or a hub's `hf-hub:owner/name`."""
 
-    def build(self, config: VisionConfig, dtype: torch.dtype, weights: bool) -> VisionEncoder:
+    pickled = (".pth",)
+
+    def build(self, config: EncoderConfig, dtype: torch.dtype, weights: bool) -> VisionEncoder:
         import timm
+
+        from vlm.models.encoders.eva_pth import check_loaded, load_eva
 
         folder = Path(config.path)
         if folder.is_dir() and weights and not list(folder.glob("*.safetensors")):
@@ -33,26 +37,34 @@ class Timm(VisionBackend):
         if ":" not in name and "/" not in name:
             check_name(name.partition(".")[0], timm.list_models(), "timm")
         arguments: dict[str, Any] = {"pretrained": weights, "num_classes": 0}
-        file = config.pretrained
-        if file is not None and weights:
+        file = config.pretrained if weights else None
+        is_eva = file is not None and file.endswith(".pth") and name.startswith("eva_")
+        if file is not None and not is_eva:
             if not file.endswith(".safetensors"):
-                raise ConfigError(f"model.vision.pretrained {file}: timm weights are read from .safetensors files only")
+                raise ConfigError(
+                    f"model.vision.pretrained {file}: timm weights are read from .safetensors files only; those of EVA "
+                    "itself (path: eva_giant_patch14_224) from its .pth too"
+                )
             arguments["pretrained_cfg_overlay"] = {"file": file}
+        if is_eva:
+            arguments["pretrained"] = False
         model: Any = load(lambda: timm.create_model(name, **arguments), config)
+        missing = load_eva(model, str(file)) if is_eva else set[str]()
         settings = model.pretrained_cfg
         size = settings["input_size"][-1]
         if config.image_size is not None and config.image_size != size:
             resize(model, config.image_size)
         tower, num_prefix = timm_tower(model, config)
+        check_loaded(model, missing, str(file))
         return wrap(tower, config, size, settings["mean"], settings["std"], num_prefix)
 
-    def save_architecture(self, encoder: VisionEncoder, config: VisionConfig, folder: Path) -> VisionConfig:
+    def save_architecture(self, encoder: VisionEncoder, config: EncoderConfig, folder: Path) -> EncoderConfig:
         record = describe_timm(encoder.trunk.model, config.path)
         (folder / "config.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         return without_weights(config, path=folder.name)
 
 
-def timm_tower(model: Any, config: VisionConfig) -> tuple[nn.Module, int]:
+def timm_tower(model: Any, config: EncoderConfig) -> tuple[nn.Module, int]:
     """A network as a module that yields patch features, and how many tokens it has before its patches.
 
     Raises:
@@ -64,9 +76,9 @@ def timm_tower(model: Any, config: VisionConfig) -> tuple[nn.Module, int]:
     intermediates = getattr(model, "forward_intermediates", None)
     if intermediates is not None and "return_prefix_tokens" in inspect.signature(intermediates).parameters:
         num_blocks = len(model.blocks)
-        tower = IntermediateTower(model, config.layer, config.keep_class_token, num_blocks, is_open_clip=False)
+        tower = IntermediateTower(model, config.layers, config.keep_class_token, num_blocks, is_open_clip=False)
         return tower, getattr(model, "num_prefix_tokens", 1)
-    if config.layer != -1:
+    if config.layers != (-1,):
         raise ConfigError(f"model.vision.layer {config.layer}: {config.path} has no row of token blocks, only layer -1")
     return FeatureMapTower(model, config.keep_class_token), getattr(model, "num_prefix_tokens", 0)
 

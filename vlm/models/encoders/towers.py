@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,19 @@ from vlm.errors import ConfigError
 
 
 class HFTower(nn.Module):
-    """A vision model of transformers, cut after the block whose output is taken."""
+    """A vision model of transformers, cut after the last block whose output is taken.
 
-    def __init__(self, model: Any, num_prefix: int, layer: int, keep_class: bool, interpolate: bool) -> None:
+    Attributes:
+        layers: the same blocks as they count from the cut on: -1 is the last that is left.
+    """
+
+    def __init__(self, model: Any, num_prefix: int, layers: Sequence[int], keep_class: bool, interpolate: bool) -> None:
         super().__init__()
         self.model: Any = model
-        del self.blocks[_blocks_to_run(len(self.blocks), layer) :]
+        indices = _indices(len(self.blocks), layers)
+        del self.blocks[max(indices) + 1 :]
+        self.layers = tuple(index - len(self.blocks) for index in indices)
+        self.layer = self.layers if len(self.layers) > 1 else self.layers[0]  # as a config writes it
         self.num_prefix = num_prefix
         self.keep_class = keep_class
         self.arguments = {"interpolate_pos_encoding": True} if interpolate else {}
@@ -28,38 +36,52 @@ class HFTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, S, S] -> [N, P, C], before the final norm."""
-        outputs: list[Tensor] = []
-        hook = self.blocks[-1].register_forward_hook(
-            lambda _module, _inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
-        )
+        outputs: dict[Any, Tensor] = {}
+
+        def keep(block: Any, _inputs: Any, output: Any) -> None:
+            outputs[block] = output[0] if isinstance(output, tuple) else output
+
+        taken = [self.blocks[layer] for layer in self.layers]
+        hooks = [block.register_forward_hook(keep) for block in taken]
         try:  # the hook sees the block's output before the final norm, which differs between model classes
             self.model(pixel_values, **self.arguments)
         finally:
-            hook.remove()
-        return _select_tokens(outputs[0], self.num_prefix, self.keep_class)
+            for hook in hooks:
+                hook.remove()
+        return _join([_select_tokens(outputs[block], self.num_prefix, self.keep_class) for block in taken])
 
 
 class IntermediateTower(nn.Module):
-    """A ViT of timm or open_clip, cut after the block whose output is taken."""
+    """A ViT of timm or open_clip, cut after the last block whose output is taken.
 
-    def __init__(self, model: Any, layer: int, keep_class: bool, num_blocks: int, is_open_clip: bool) -> None:
+    Attributes:
+        layers: as those of `HFTower`.
+    """
+
+    def __init__(
+        self, model: Any, layers: Sequence[int], keep_class: bool, num_blocks: int, is_open_clip: bool
+    ) -> None:
         super().__init__()
         self.model: Any = model
-        self.index = _blocks_to_run(num_blocks, layer) - 1
+        indices = _indices(num_blocks, layers)
+        self.indices = sorted(set(indices))
+        self.layers = tuple(index - max(indices) - 1 for index in indices)
+        self.order = [self.indices.index(index) for index in indices]  # the libraries give them in the blocks' order
         self.keep_class = keep_class
         self.is_open_clip = is_open_clip
-        model.prune_intermediate_layers([self.index], prune_norm=True, prune_head=True)
+        model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, S, S] -> [N, P, C]."""
-        arguments: dict[str, Any] = {"indices": [self.index], "intermediates_only": True, "output_fmt": "NLC"}
+        arguments: dict[str, Any] = {"indices": self.indices, "intermediates_only": True, "output_fmt": "NLC"}
         if self.is_open_clip:
-            found = self.model.forward_intermediates(pixel_values, output_extra_tokens=self.keep_class, **arguments)
-            patches, prefix = found["image_intermediates"][0], found.get("image_intermediates_prefix", [None])[0]
+            given = self.model.forward_intermediates(pixel_values, output_extra_tokens=self.keep_class, **arguments)
+            patches = given["image_intermediates"]
+            found = list(zip(patches, given.get("image_intermediates_prefix", [None] * len(patches)), strict=True))
         else:
-            found = self.model.forward_intermediates(pixel_values, return_prefix_tokens=self.keep_class, **arguments)
-            patches, prefix = found[0] if self.keep_class else (found[0], None)
-        return patches if prefix is None else torch.cat([prefix[:, :1], patches], dim=1)
+            given = self.model.forward_intermediates(pixel_values, return_prefix_tokens=self.keep_class, **arguments)
+            found = given if self.keep_class else [(patches, None) for patches in given]
+        return _join([_after_class_token(*found[number]) for number in self.order])
 
 
 class FeatureMapTower(nn.Module):
@@ -83,15 +105,25 @@ class FeatureMapTower(nn.Module):
         return _select_tokens(features, self.num_prefix, self.keep_class)
 
 
-def _blocks_to_run(num_blocks: int, layer: int) -> int:
+def _indices(num_blocks: int, layers: Sequence[int]) -> list[int]:
     """
-    >>> _blocks_to_run(24, -2), _blocks_to_run(24, 23)
-    (23, 24)
+    >>> _indices(24, [-2, 23])
+    [22, 23]
     """
-    index = layer if layer >= 0 else num_blocks + layer
-    if not 0 <= index < num_blocks:
-        raise ConfigError(f"model.vision.layer {layer}: the encoder has {num_blocks} blocks")
-    return index + 1
+    for layer in layers:
+        if not -num_blocks <= layer < num_blocks:
+            raise ConfigError(f"model.vision.layer {layer}: the encoder has {num_blocks} blocks")
+    return [layer % num_blocks for layer in layers]
+
+
+def _join(features: Sequence[Tensor]) -> Tensor:
+    """[N, P, C] each -> [N, P, sum of C]."""
+    return features[0] if len(features) == 1 else torch.cat(list(features), dim=-1)
+
+
+def _after_class_token(patches: Tensor, prefix: Tensor | None) -> Tensor:
+    """[N, P, C] and the tokens before them, [N, prefix, C], of which the first is kept -> [N, P (+ 1), C]."""
+    return patches if prefix is None else torch.cat([prefix[:, :1], patches], dim=1)
 
 
 def _select_tokens(tokens: Tensor, num_prefix: int, keep_class_token: bool) -> Tensor:

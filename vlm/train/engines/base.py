@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,7 +22,7 @@ from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.base import Head, LossOutput, Objective
 from vlm.precision import autocast
 from vlm.train.bitsandbytes_adamw import QUANTIZED
-from vlm.train.fragments import Fragment, FragmentReader, state_files, write_fragments
+from vlm.train.fragments import Fragment, FragmentReader, HostCopy, copy_to_host, state_files
 from vlm.train.scaling import LossScale
 from vlm.train.timing import StepTimer
 
@@ -132,11 +133,19 @@ class Engine(ABC):
         named = dict(zip(self.objective.metric_names, metrics, strict=True))
         return StepOutput(loss, grad_norm, applied, self._used_factor, overflowed, named)
 
+    def copies(self) -> Iterator[tuple[str, HostCopy]]:
+        """This rank's share of "weights" and of "optimizer", each copied when it is asked for. Communicates nothing."""
+        yield "weights", copy_to_host(self.weight_fragments())
+        yield "optimizer", copy_to_host(self._all_optimizer_fragments())
+
+    def num_copied_bytes(self) -> int:
+        """Host memory that this rank's `copies` take together."""
+        parts = itertools.chain(self.weight_fragments(), self._all_optimizer_fragments())
+        return sum(part.values.nbytes for part in parts if not part.is_copy)
+
     def save(self, folder: Path) -> None:
         """Write this rank's share of weights/ and optimizer/ below `folder`. Communicates nothing."""
-        write_fragments(self.weight_fragments(), folder / "weights", rank())
-        fault("save:shard")
-        write_fragments(self._all_optimizer_fragments(), folder / "optimizer", rank())
+        write_copies(self.copies(), folder)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -164,6 +173,13 @@ class Engine(ABC):
             yield Fragment.whole("loss_scale", self.loss_scale.state)
 
 
+def write_copies(copies: Iterable[tuple[str, HostCopy]], folder: Path) -> None:
+    """Each into the folder of its name below `folder`. Raises OSError when the disk refuses."""
+    for name, copy in copies:
+        copy.write(folder / name, rank())
+        fault("save:shard")
+
+
 class LossModule(nn.Module):
     """Batch -> summed loss, as one module whose forward holds all that computes, for engines to wrap.
 
@@ -185,13 +201,15 @@ class LossModule(nn.Module):
         Args:
             min_head_calls: see `Head`.
         """
-        with autocast(batch.input_ids.device.type, self.autocast_dtype):
+        device = batch.device or batch.input_ids.device
+        with autocast(device.type, self.autocast_dtype):
             hidden_states = self.model(
                 batch.input_ids,
                 batch.position_ids,
                 batch.pixel_values,
                 batch.image_features,
                 self.objective.reads(batch),
+                device,
             )
             output = self.objective.loss(hidden_states, batch, Head(self.model.logits, min_head_calls))
         return spoil(output.loss), stack_metrics(output, self.objective.metric_names)

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import ConfigError
+from vlm.logs import warn
 from vlm.train.config import TrainConfig
 
 _AUTO = "auto"
 # parts of a DeepSpeed config that say what ours says already
 _OURS = ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "amp")
+_READ = (  # of them: what is compared with ours
+    "optimizer.type", "optimizer.params.lr", "optimizer.params.weight_decay", "optimizer.params.betas",
+    "bf16.enabled", "fp16.enabled",
+)  # fmt: skip
 
 
 def deepspeed_settings(
@@ -57,6 +62,8 @@ def deepspeed_settings(
     if file is not None:
         own = read_json(file)
         _refuse_contradictions(file, train, settings, own)
+        if unread := _unread(own):
+            warn(f"engine.deepspeed: {file}: {', '.join(unread)} change nothing: train.* of the config decides")
         _merge(settings, {key: value for key, value in own.items() if key not in _OURS})
     return settings
 
@@ -73,9 +80,24 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def _refuse_contradictions(file: str, train: TrainConfig, settings: dict[str, Any], own: dict[str, Any]) -> None:
+    pairs = _compared(train, settings)
+    problems = []
+    for path, ours, name in pairs:
+        theirs = _look_up(own, path)
+        if theirs is not None and theirs != _AUTO and theirs != ours:
+            problems.append(f"  {path} {theirs!r}, but {name} {ours!r}")
+    if problems:
+        raise ConfigError(
+            f"engine.deepspeed: {file} contradicts the config:\n" + "\n".join(problems) + "\nMake them "
+            'agree, remove the setting from the JSON, or write "auto" there'
+        ).on_every_rank()
+
+
+def _compared(train: TrainConfig, settings: dict[str, Any]) -> list[tuple[str, Any, str]]:
+    """What a JSON may say only as the config does: place in the JSON, our value, and its name."""
     zero = settings["zero_optimization"]
     bf16, fp16 = train.precision.startswith("bf16"), train.precision == "fp16"
-    pairs: list[tuple[str, Any, str]] = [
+    return [
         ("train_batch_size", settings["train_batch_size"], "train.global_batch_size"),
         ("train_micro_batch_size_per_gpu", train.micro_batch_size, "train.micro_batch_size"),
         (
@@ -100,16 +122,19 @@ def _refuse_contradictions(file: str, train: TrainConfig, settings: dict[str, An
         ("zero_optimization.compute_grad_norm", True, "every step's norm is looked at, so"),
         ("zero_optimization.zero_hpz_partition_size", 1, "checkpoints need weights split over all ranks, so"),
     ]
-    problems = []
-    for path, ours, name in pairs:
-        theirs = _look_up(own, path)
-        if theirs is not None and theirs != _AUTO and theirs != ours:
-            problems.append(f"  {path} {theirs!r}, but {name} {ours!r}")
-    if problems:
-        raise ConfigError(
-            f"engine.deepspeed: {file} contradicts the config:\n" + "\n".join(problems) + "\nMake them "
-            'agree, remove the setting from the JSON, or write "auto" there'
-        ).on_every_rank()
+
+
+def _unread(own: dict[str, Any]) -> list[str]:
+    """Settings within `_OURS` that are neither compared with ours nor "auto"; of a part that is off, none."""
+    found = []
+    for part in _OURS:
+        values = own.get(part)
+        is_off = isinstance(values, dict) and values.get("enabled") is False
+        for key, value in values.items() if isinstance(values, dict) and not is_off else ():
+            inner = value if isinstance(value, dict) else {"": value}
+            paths = {f"{part}.{key}.{name}".rstrip("."): leaf for name, leaf in inner.items()}
+            found += [path for path, leaf in paths.items() if leaf != _AUTO and path not in _READ]
+    return found
 
 
 def _device(zero: dict[str, Any], what: str) -> str:

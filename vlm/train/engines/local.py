@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -17,7 +16,7 @@ from vlm.models.trainable import trained_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.train.engines.base import LossModule, adam_state, shared_adam_state
 from vlm.train.engines.torch_engine import TorchEngine
-from vlm.train.fragments import Fragment
+from vlm.train.fragments import Fragment, HostCopy
 
 
 @final
@@ -55,6 +54,8 @@ class LocalEngine(TorchEngine):
                 yield Fragment.whole(f"{name}/{key}", value)
         yield from shared_adam_state(self.optimizer)
 
-    def save(self, folder: Path) -> None:
-        if is_main():
-            super().save(folder)
+    def copies(self) -> Iterator[tuple[str, HostCopy]]:
+        return super().copies() if is_main() else iter(())
+
+    def num_copied_bytes(self) -> int:
+        return super().num_copied_bytes() if is_main() else 0

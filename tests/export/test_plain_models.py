@@ -1,0 +1,125 @@
+"""Chat, page, server and evaluation take a plain model folder, and a base model with a peft adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_export_llava import write_llava
+from test_merge import write_adapter
+from tiny_export import model_config, write_clip, write_image, write_llm, write_run
+
+from vlm.apps.web.models import ModelStore, find_exports
+from vlm.artifacts.peft_adapter import read_peft
+from vlm.cli.main import main
+from vlm.data.template import TEMPLATES
+from vlm.errors import CheckpointError, ConfigError
+from vlm.export.merge import merge_folder
+from vlm.export.run import export_run
+from vlm.inference.load import load
+
+CHATML = TEMPLATES["chatml"].jinja("<|im_start|>", "<|im_end|>", False)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model with a chat template, and `adapter` beside it."""
+    folder = write_llm(tmp_path_factory.mktemp("plain") / "llm", tied=False)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    write_adapter(folder.parent / "adapter", folder, target_modules=["q_proj", "down_proj"])
+    return folder
+
+
+@pytest.mark.slow
+def test_a_language_model_answers_before_and_after_an_adapter(llm: Path, tmp_path: Path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = llm.parent / "adapter"
+    merge_folder(llm, [read_peft(adapter)], tmp_path / "merged")
+    answers = {}
+    for folder, options in ((llm, []), (llm, ["--adapter", str(adapter)]), (tmp_path / "merged", [])):
+        with pytest.raises(SystemExit):
+            main(["chat", str(folder), "-p", "What is this?", "--max-new-tokens", "8", "--dtype", "fp32", *options])
+        out, err = capsys.readouterr()
+        answers[folder.name, bool(options)] = out.strip()
+        assert "a language model in transformers' layout, template chatml" in err
+        assert ("with the adapter" in err) == bool(options)
+    assert answers["llm", True] == answers["merged", False] != answers["llm", False]
+    tokenizer, model = AutoTokenizer.from_pretrained(llm), AutoModelForCausalLM.from_pretrained(llm)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is this?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    reply = model.generate(**asked, max_new_tokens=8, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert tokenizer.decode(reply, skip_special_tokens=True).strip() == answers["llm", False]
+
+
+@pytest.mark.slow
+def test_the_page_offers_the_model_with_and_without_the_adapter(llm: Path):
+    adapter = llm.parent / "adapter"
+    store = ModelStore(find_exports(llm, None, adapter), device="cpu", template="chatml")
+    assert [label.rpartition("/")[2] for label in store.labels] == ["llm", "adapter"]
+    before, after = (store.get(number).model.llm.state_dict() for number in (0, 1))
+    changed = {name.split(".")[-2] for name in before if not before[name].equal(after[name])}
+    assert changed == {"q_proj", "down_proj"}
+
+
+@pytest.mark.slow
+def test_an_exports_own_adapter_goes_on_a_plain_base_too(tmp_path: Path):
+    write_run(tmp_path / "run", model_config(tmp_path, vision=None, trainable=["llm.lora"]))
+    export = export_run(tmp_path / "run")
+    expected = load(export, "cpu", "fp32").chat("Hello", max_new_tokens=8)
+    assert (
+        load(tmp_path / "llm", "cpu", "fp32", adapter=export, template="chatml").chat("Hello", max_new_tokens=8)
+        == expected
+    )
+
+
+@pytest.mark.slow
+def test_another_programs_llava_is_asked_about_an_image(llm: Path, tmp_path: Path, capsys):
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    folder = tmp_path / "llava"
+    write_llava(folder, llm, write_clip(tmp_path / "clip"))
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    write_adapter(tmp_path / "adapter", llm, target_modules=["v_proj"])
+    image, ids = write_image(tmp_path / "image.png"), None
+    for adapter in (None, tmp_path / "adapter"):
+        ours = load(folder, "cpu", "fp32", adapter=adapter)
+        assert ours.chat("What?", [image], max_new_tokens=4) is not None
+        ids = torch.tensor([[ours.image_token_id] * 16 + [5, 6, 7]])
+        pixels = torch.randn(1, 3, 28, 28)
+        source = folder
+        if adapter is not None:
+            merge_folder(folder, [read_peft(adapter)], tmp_path / "merged")
+            source = tmp_path / "merged"
+        whole = AutoModelForImageTextToText.from_pretrained(source)
+        with torch.no_grad():
+            expected = whole(input_ids=ids, pixel_values=pixels).logits[0]
+            found = ours.model.logits(ours.model(ids, torch.arange(19)[None], pixels))[0]
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert "a LLaVA in transformers' layout, template chatml" in capsys.readouterr().err
+
+
+def test_what_is_no_model_is_refused_with_what_to_do(llm: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"has no vlm\.json"):
+        load(tmp_path)
+    with pytest.raises(CheckpointError, match="holds a vision encoder"):
+        load(write_clip(tmp_path / "clip"))
+    bare = write_llm(tmp_path / "bare", tied=True)
+    with pytest.raises(ConfigError, match=r"no chat template.*--prompt-template NAME"):
+        load(bare, "cpu")
+    with pytest.raises(CheckpointError, match=r"does not fit the base model:\n  model\.layers"):
+        load(write_llm(tmp_path / "narrow", width=16), "cpu", adapter=llm.parent / "adapter", template="chatml")
+    write_adapter(tmp_path / "tokens", bare, target_modules=["embed_tokens"])
+    with pytest.raises(CheckpointError, match=r"which the head shares\. Merge it first: vlm merge"):
+        load(bare, "cpu", adapter=tmp_path / "tokens", template="chatml")
+    (bare / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "vision_config": {}}))
+    with pytest.raises(CheckpointError, match="qwen2_vl, which has an encoder"):
+        load(bare, "cpu")
