@@ -22,7 +22,7 @@ from vlm.prepare import prepare_run
 from vlm.run import fill_cache, train
 from vlm.train import cache_choice, features
 from vlm.train.cache_choice import CacheCosts, choose
-from vlm.train.features import Share, _share_of_disk, open_store
+from vlm.train.features import ImageEncoder, Share, _share_of_disk, open_store
 
 CPU = torch.device("cpu")
 # 1,000 images seen three times: 0.05 s each without a cache
@@ -121,7 +121,8 @@ def test_the_same_layers_in_another_order_have_features_of_their_own(config_file
     for layer in (-1, [-1, -2], [-2, -1]):
         config = load_config(config_file(model__vision__layer=layer))
         encoder, spec = build_encoder(config.model)
-        stores.add(open_store(config.data.cache, encoder, spec, torch.float32).key)
+        way = ImageEncoder(encoder, spec, config.data.max_pixels, torch.device(CPU), None)
+        stores.add(open_store(config.data.cache, way, torch.float32).key)
     assert len(stores) == 3
 
 
