@@ -50,7 +50,6 @@ def load_init(target: VisionLanguageModel | Stage, config: ModelConfig, path: st
     own = _shapes_of(target)
     if lora and not any(part_of(name) == "llm.lora" for name in own):
         assert manifest.model.lora is not None
-        _refuse_partial(config, where)
         merge_adapter(model, lora, manifest.model.lora)
         report.append(f"llm.lora: {len(lora)} tensors merged into the language model, as this config trains no adapter")
         tensors = tensors.only(name for name in tensors if name not in lora)
@@ -74,16 +73,6 @@ def _without_llm(manifest: Manifest, config: ModelConfig, folder: Path, where: s
             f"names. Set model.llm.path to {folder / LLM}; init_from may stay, for the other parts"
         )
     return replace(manifest, included=tuple(part for part in manifest.included if part != LLM))
-
-
-def _refuse_partial(config: ModelConfig, where: str) -> None:
-    """A checkpoint of `model.partial` holds what trains of the language model, and the sum with an adapter is more."""
-    if "llm" in config.partial:
-        raise CheckpointError(
-            f"{where} brings an adapter, and only some of the language model trains (model.partial.llm), so the sum of "
-            "both would be kept nowhere. Start from an export in which it is merged: vlm export RUN --full, and that "
-            "folder as init_from; or train llm whole"
-        )
 
 
 def load_encoder(vision: VisionEncoder, config: ModelConfig, path: str | Path) -> None:

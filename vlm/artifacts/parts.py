@@ -74,7 +74,8 @@ def read_run(run: Path, step: int | None = None) -> Trained:
     if config.init_from is not None:
         start = Path(config.init_from)
         manifest = read_start(start)
-        if "llm" not in trained and "llm.lora" not in trained and "llm.lora" in manifest.included:
+        keeps_llm = "llm" not in trained or "llm" in model.partial
+        if keeps_llm and "llm.lora" not in trained and "llm.lora" in manifest.included:
             model = model.model_copy(update={"lora": manifest.model.lora})  # its adapter is carried over
         tensors = _complete(tensors, model, open_parts(start, manifest, model))
         order = order if image_orders else manifest.image_order

@@ -34,7 +34,7 @@ from vlm.models.build import Assembled, build_model
 from vlm.models.config import VisionConfig
 from vlm.models.encoders.kinds import encoder_weights
 from vlm.models.llm import dtype_on_disk
-from vlm.models.trainable import cast_weights, load_weights, merge_lora, part_of, part_weights
+from vlm.models.trainable import cast_weights, load_weights, merge_lora, part_of, part_weights, partial_names
 from vlm.models.vision import save_architecture
 from vlm.models.weight_files import WeightFiles
 from vlm.precision import DTYPES
@@ -248,6 +248,10 @@ def build_merged(trained: Trained, dtype: DType | None, precision: str = "fp32")
     except CheckpointError as error:
         raise CheckpointError(f"{error}\nThe base models may have changed since the training") from None
     merge_lora(built.model)
+    if "llm" in trained.model.partial:  # an adapter that it began with was merged before these trained
+        names = {f"llm.{name}" for name in partial_names(built.model.llm, trained.model.partial["llm"], "llm")}
+        last = {name: tensor for name, tensor in trained.tensors.items() if name in names}
+        load_weights(built.model, last, where="the checkpoint", partial=True)
     built.model.eval()
     for part in (built.model.llm, built.model.vision):
         if part is not None and dtype is not None:
@@ -259,29 +263,36 @@ def _with_whole_parts(trained: Trained, built: Assembled, dtype: DType = "auto")
     """With all weights of a part of which some trained, and with the encoder in place of adapters on it.
 
     Args:
-        built: the merged model. What of it did not train is written in the number format of its files.
-        dtype: of all that is added; `built` is rounded to it too. "auto" leaves it.
+        built: the merged model. What of it did not train is written in the number format of its files, or in `dtype`;
+            it is rounded to what is written.
     """
-    model, whole = trained.model, dict[str, Tensor]()
-    kept = {name: tensor for name, tensor in trained.tensors.items() if part_of(name) != "vision.lora"}
+    model, whole, merged = trained.model, dict[str, Tensor](), {"vision.lora"}
     if "llm" in model.partial:
-        on_disk = dtype_on_disk(model.llm.path)
+        on_disk, merged = dtype_on_disk(model.llm.path), {*merged, "llm.lora"}
         llm = part_weights(built.model, "llm")
-        whole |= {name: tensor if name in kept else tensor.to(on_disk) for name, tensor in llm.items()}
+        whole |= {name: tensor if name in trained.tensors else tensor.to(on_disk) for name, tensor in llm.items()}
     if "vision" in model.partial or trained.part("vision.lora"):
         whole |= part_weights(built.model, "vision")
-    if dtype != "auto":
-        whole = rounded(whole, DTYPES[dtype])
-        load_weights(built.model, whole, where="the merged model", partial=True)
-    tensors = kept | whole
-    renamed = {"vision.lora": "vision"}
+    whole = whole if dtype == "auto" else rounded(whole, DTYPES[dtype])
+    load_weights(built.model, whole, where="the merged model", partial=True)
+    kept = {name: tensor for name, tensor in trained.tensors.items() if part_of(name) not in merged}
     changes: dict[str, Any] = {
         "partial": {},
         "vision_lora": None,
-        "trainable": tuple(renamed.get(part, part) for part in model.trainable),
+        "trainable": _without_vision_lora(model.trainable),
     }
-    parts = tuple(renamed.get(part, part) for part in trained.trained)
-    return replace(trained, model=model.model_copy(update=changes), tensors=tensors, trained=parts)
+    if "llm.lora" in merged:
+        changes["lora"] = None
+    parts = tuple(part for part in _without_vision_lora(trained.trained) if part not in merged)
+    return replace(trained, model=model.model_copy(update=changes), tensors=kept | whole, trained=parts)
+
+
+def _without_vision_lora(parts: Sequence[str]) -> tuple[str, ...]:
+    """
+    >>> _without_vision_lora(("projector", "vision", "vision.lora"))
+    ('projector', 'vision')
+    """
+    return tuple(dict.fromkeys("vision" if part == "vision.lora" else part for part in parts))
 
 
 def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
