@@ -55,7 +55,7 @@ def toy_vision(root: Path, vision: dict[str, Any]) -> dict[str, Any]:
         return {**vision, "path": str(timm_folder(root, "test_efficientnet")), "image_size": 192}
     folder = timm_folder(root, "eva02_tiny_patch14_224")
     if vision["backend"] == "timm":
-        return {**vision, "path": str(folder), "image_size": 56}
+        return {**vision, "path": str(folder), "pretrained": None, "image_size": 56}
     return {**vision, "path": str(open_clip_folder(root)), "pretrained": None, "image_size": 56}
 
 
@@ -124,6 +124,8 @@ def test_the_recipe_is_not_refused_at_toy_size(name, toys, monkeypatch):
     values = load_config(name).model_dump(mode="json")
     values["model"]["llm"]["path"] = toy_llm(toys, family_of(values["model"]["llm"]["path"]))
     values["model"]["vision"] = toy_vision(toys, values["model"]["vision"])
+    if values["model"]["projector"]["kind"] == "qformer":
+        values["model"]["projector"] |= {"pretrained": None, "frozen": False, "num_blocks": 2, "width": 48, "num_heads": 4}
     values["init_from"] = None
     part = "pretrain" if values["data"]["template"] == "plain" else "finetune"
     source = {"path": str(toys / f"data/{part}.jsonl"), "images": str(toys / "data/images")}
