@@ -125,7 +125,13 @@ def test_the_recipe_is_not_refused_at_toy_size(name, toys, monkeypatch):
     values["model"]["llm"]["path"] = toy_llm(toys, family_of(values["model"]["llm"]["path"]))
     values["model"]["vision"] = toy_vision(toys, values["model"]["vision"])
     if values["model"]["projector"]["kind"] == "qformer":
-        values["model"]["projector"] |= {"pretrained": None, "frozen": False, "num_blocks": 2, "width": 48, "num_heads": 4}
+        values["model"]["projector"] |= {
+            "pretrained": None,
+            "frozen": False,
+            "num_blocks": 2,
+            "width": 48,
+            "num_heads": 4,
+        }
     values["init_from"] = None
     part = "pretrain" if values["data"]["template"] == "plain" else "finetune"
     source = {"path": str(toys / f"data/{part}.jsonl"), "images": str(toys / "data/images")}
