@@ -11,12 +11,16 @@ from tiny_export import write_clip, write_image, write_llm
 
 from vlm.artifacts.initial import load_init
 from vlm.config import load_config
+from vlm.data.build import build_conversation_tokenizer, build_reader
+from vlm.data.scan import scan_records
 from vlm.errors import CheckpointError, ConfigError
 from vlm.export.run import export_run
 from vlm.inference.load import load
 from vlm.models.build import build_model
 from vlm.models.config import QuantizationConfig
+from vlm.models.llm import load_tokenizer
 from vlm.models.trainable import load_weights, part_of
+from vlm.plan.records import read_some
 from vlm.run import train
 from vlm.train.checkpoint import list_checkpoints, newest_verified
 from vlm.train.fragments import read_weights
@@ -266,3 +270,13 @@ def test_some_of_a_language_model_trains_on_an_adapter_that_init_from_brings(toy
     assert apart(logits(load(second, device="cpu", precision="fp32").model), expected) < BOUND
     assert apart(by_transformers(full, is_vlm=True), expected) < BOUND
     assert not (second / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_a_plan_counts_the_pieces_of_a_long_text(toys, tmp_path):
+    config = load_config(config_of(toys, tmp_path / "run", "pt of an LLM", METHODS["full"]))
+    chat = build_conversation_tokenizer(config.data, load_tokenizer(str(toys / "llm")), None, None)
+    scan = scan_records(build_reader(config.data, config.data.sources, chat), None)
+    records = read_some(config)
+    assert records.num_records == len(scan.lengths) > 5
+    assert records.row.tokens * records.num_rows == pytest.approx(scan.lengths.sum())
