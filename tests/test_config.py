@@ -151,7 +151,7 @@ def test_all_problems_of_all_files_are_reported_at_once_where_they_were_written(
         ("model.lora={targets: 5}", "model.lora.targets: expected 'all-linear' or expected a list (found 5)"),
         (
             "train.learning_rates={projectr: 1.0}",
-            "train.learning_rates.projectr: known keys are 'projector', 'llm', 'llm.lora' or 'vision'; "
+            "train.learning_rates.projectr: known keys are 'projector', 'llm', 'llm.lora', 'vision' or 'vision.lora'; "
             "did you mean 'projector'?",
         ),
         (

@@ -57,9 +57,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
-        if self.data.cache_features is True and "vision" in self.model.trainable:
+        if self.data.cache_features is True and self.model.trains_vision:
             raise ValueError("data.cache_features needs a frozen encoder, but model.trainable names vision; drop one")
-        if reason := self.engine.why_not_optimizer(self.train):
+        if reason := self.engine.why_not_optimizer(self.train) or self.engine.why_not_tuned(self.model, self.train):
             raise ValueError(reason)
         if self.train.is_paged and self.engine.keeps_optimizer_on_host:
             raise ValueError(

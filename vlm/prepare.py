@@ -27,6 +27,7 @@ from vlm.models.build import Assembled, build_model, forked_random_state
 from vlm.models.entry import embedding_scale
 from vlm.models.families import describe_packing, has_llm_parts
 from vlm.models.pipeline_build import Stage, build_stage
+from vlm.models.quantize import unpacked_shape
 from vlm.models.trainable import load_weights
 from vlm.models.vision import VisionEncoder
 from vlm.models.vlm import VisionLanguageModel, evaluating
@@ -107,7 +108,7 @@ def prepare_run(config: RunConfig, device: torch.device, *, calibrate: bool = Tr
         _calibrate_projector(config, built, data, device)
         _initialize_projector(config, built, data, device)
     if stage is None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in built.model.named_parameters()}
+        shapes = {name: unpacked_shape(parameter) for name, parameter in built.model.named_parameters()}
         trained = {name for name, parameter in built.model.named_parameters() if parameter.requires_grad}
     else:
         shapes, trained = dict(stage.shapes), set(stage.trained)
@@ -280,7 +281,7 @@ def _with_cached_features(
     wanted, vision, spec = config.data.cache_features, built.model.vision, built.image_spec
     if not wanted or spec is None:
         return config, data
-    if "vision" in config.model.trainable:  # only auto gets here
+    if config.model.trains_vision:  # only auto gets here
         return _settle_cache(config, False, "model.trainable names vision"), data
     own = None if vision is None else image_encoder(config, vision, spec, device)  # None on later stages of a pipeline
     store = on_main(lambda: open_cache(config, own))
@@ -341,7 +342,7 @@ def settle_encoder(config: RunConfig, vision: VisionEncoder | None, device: torc
         vision: None on later stages of a pipeline.
     """
     wanted = config.model.vision
-    if wanted is None or "vision" in config.model.trainable:
+    if wanted is None or config.model.trains_vision:
         return
     dtype = precision.autocast_dtype(config.train.precision) or torch.float32
     chosen = on_main(lambda: None if vision is None else vision.choose(wanted, dtype, device))

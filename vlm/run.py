@@ -167,7 +167,7 @@ def fill_cache(config: RunConfig) -> str:
     """
     if config.model.vision is None:
         raise ConfigError("model.vision is null: there is no encoder whose features could be cached").on_every_rank()
-    if "vision" in config.model.trainable:
+    if config.model.trains_vision:
         raise ConfigError(
             "model.trainable names vision: the features of an encoder that trains change with every step"
         ).on_every_rank()
@@ -289,6 +289,7 @@ def _build_loop(
         events=events.periodic(),
         save_every=settings.save_every,
         max_bad_steps=settings.max_bad_steps,
+        thaw={str(part): step for part, step in settings.thaw.items()},
     )
     return loop, events
 

@@ -138,7 +138,7 @@ def test_layers_that_bitsandbytes_cannot_pack_for_the_cpu_stay_whole(root: Path)
 
 
 def test_bits_without_bitsandbytes_name_the_extra(root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vlm.inference.quantize.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("vlm.models.quantize.importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"\[quant\]"):
         loaded(root, "own", bits=4)
 

@@ -67,11 +67,18 @@ def test_a_whole_text_model_is_a_folder_of_transformers_and_the_base_model_of_an
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainable", [["projector", "llm"], ["projector", "llm.lora"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainable": ["projector", "llm"]},
+        {"trainable": ["projector", "llm.lora"], "lora": {"rank": 4, "alpha": 8}},
+        {"trainable": ["projector", "llm", "vision"], "partial": {"llm": {"last_blocks": 1}}},
+        {"trainable": ["projector", "vision.lora"], "vision_lora": {"rank": 4, "alpha": 8}},
+    ],
+)
 @pytest.mark.parametrize("full", [False, True])
-def test_weights_are_written_in_the_format_that_is_asked_for(tmp_path: Path, trainable: list[str], full: bool):
-    lora = {"rank": 4, "alpha": 8} if "llm.lora" in trainable else None
-    write_run(tmp_path / "run", model_config(tmp_path, trainable=trainable, lora=lora))
+def test_weights_are_written_in_the_format_that_is_asked_for(tmp_path: Path, settings: dict, full: bool):
+    write_run(tmp_path / "run", model_config(tmp_path, **{"lora": None, **settings}))
     export = export_run(tmp_path / "run", full=full, dtype="bf16")
     names = {"projector.safetensors", "adapter_model.safetensors"}  # small, and trained in float32
     for file in export.rglob("*.safetensors"):

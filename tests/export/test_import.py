@@ -78,11 +78,15 @@ def put(folder: Path, settings: dict[str, Any] | None, **files: dict[str, torch.
         torch.save(tensors, folder / f"{name}.bin")
 
 
-def adapt(model: Any, folder: Path, targets: list[str]) -> Any:
+def adapt(model: Any, folder: Path, targets: list[str], **kinds: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(7)
-    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False))
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False, **kinds)
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "magnitude" in name or "modules_to_save" in name:
+            parameter.data *= 1.1
     adapted.save_pretrained(folder)
     return adapted.merge_and_unload()
 
@@ -94,6 +98,13 @@ def _projector_only(root: Path, folder: Path, whole: Any) -> None:
 def _official_lora(root: Path, folder: Path, whole: Any) -> None:
     put(folder, CLIP, non_lora_trainables=projector(whole, "base_model.model.model.mm_projector."))
     adapt(_text_model(whole), folder, ["q_proj", "down_proj"])
+
+
+def _official_dora(root: Path, folder: Path, whole: Any) -> None:
+    put(folder, CLIP, non_lora_trainables=projector(whole, "base_model.model.model.mm_projector."))
+    kinds = {"use_dora": True, "use_rslora": True, "modules_to_save": ["lm_head"]}
+    merged = adapt(_text_model(whole), folder, ["q_proj", "down_proj"], **kinds)
+    whole.lm_head.load_state_dict(merged.lm_head.state_dict())
 
 
 def _official_whole(root: Path, folder: Path, whole: Any) -> None:
@@ -138,6 +149,7 @@ CASES: dict[str, tuple[Callable[[Path, Path, Any], None], tuple[tuple[str, str],
     "transformers": (_hf, ()),
     "official projector": (_projector_only, (LLM, TOWER)),
     "official LoRA": (_official_lora, (LLM, TOWER)),
+    "official DoRA": (_official_dora, (LLM, TOWER)),
     "official whole": (_official_whole, (("--vision", "clip"),)),
     "TinyLLaVA": (_tiny_llava, ()),
     "XTuner": (_xtuner, (LLM, TOWER, ("--template", "chatml"))),

@@ -9,6 +9,7 @@ from conftest_plan import changed
 
 from vlm.cli.main import main
 from vlm.errors import ConfigError
+from vlm.models.config import PartialConfig, QuantizationConfig
 from vlm.plan.alternatives import Change, alternatives, largest_micro_batch
 from vlm.plan.estimate import estimate
 from vlm.plan.memory import parse_memory, usable
@@ -110,6 +111,30 @@ def test_alternatives_are_tried_before_they_are_offered(config):
     assert found["gradient checkpointing"].change.yaml_lines() == ["model: {gradient_checkpointing: true}"]
     assert found["LoRA"].change.yaml_lines() == ["model: {trainable: [projector, llm.lora], lora: {rank: 2, alpha: 4}}"]
     assert all(one.plan.peak <= usable(memory) for one in found.values())
+
+
+def test_packed_weights_are_counted_with_their_scales_and_offered_as_qlora(config):
+    """Of the linear layers of two blocks: 4 bits, and 1 + 4/256 bytes per 64 weights, in place of 2 bytes each."""
+    lora = {"trainable": ("projector", "llm.lora"), "lora": {"rank": 2, "alpha": 4}}
+    plain, llm = changed(config, model=lora), config.model.llm.model_copy(update={"quantization": QuantizationConfig()})
+    packed = changed(config, model={**lora, "llm": llm})
+    numel = sum(linear.inputs * linear.outputs for linear in read_shapes(config.model).llm.linears)
+    before, after = (estimate(each).devices[0] for each in (plain, packed))
+    assert before.parameters - after.parameters == 2 * (2 * numel - int(numel * (0.5 + (1 + 4 / 256) / 64)))
+    memory = memory_for(max(after.total, before.total - 1))
+    found = {one.change.name: one.change.yaml_lines() for one in alternatives(plain, 1, memory, limit=99)}
+    assert found["QLoRA"] == ["model: {llm: {quantization: {format: nf4}}}"]
+
+
+def test_of_some_blocks_only_these_have_gradients_and_optimizer_state(config):
+    """Nothing before them trains, so nothing is kept of the blocks before them either."""
+    llm = read_shapes(config.model).llm
+    model = {"vision": None, "trainable": ("llm",), "partial": {"llm": PartialConfig(last_blocks=1)}}
+    last = changed(config, model=model)
+    plan, whole = estimate(last), estimate(changed(config, model={**model, "partial": {}}))
+    assert plan.num_trained == llm.blocks[-1]
+    assert plan.devices[0].optimizer == 8 * llm.blocks[-1]
+    assert plan.devices[0].activations < whole.devices[0].activations
 
 
 def test_8bit_state_is_offered_and_no_engine_that_refuses_it(config):

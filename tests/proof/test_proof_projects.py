@@ -140,13 +140,13 @@ def test_the_recipe_is_not_refused_at_toy_size(name, toys, monkeypatch):
     is_text = values["model"]["vision"] is None
     if not is_text:
         values["model"]["vision"] = toy_vision(toys, values["model"]["vision"])
-    if values["model"]["projector"].get("pretrained"):  # a Q-Former, which is frozen where it was trained before
+    if values["model"]["projector"]["kind"] == "qformer":
         values["model"]["projector"] |= {
             "pretrained": None,
             "frozen": False,
             "num_blocks": 2,
-            "num_heads": 2,
-            "width": 64,
+            "width": 48,
+            "num_heads": 4,
         }
     values["init_from"] = None
     part = "pretrain" if values["data"]["template"] == "plain" else "finetune"

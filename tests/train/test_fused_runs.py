@@ -54,6 +54,23 @@ def test_every_command_looks_at_all_encoders(config, dino):
     assert key == ("model", "vision", "fuse_with", 0, "path")
 
 
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        {"model__trainable": ["vision"], "model__partial": {"vision": {"last_blocks": 1}}},
+        {"model__trainable": ["vision.lora"], "model__vision_lora": {"rank": 2}},
+    ],
+)
+def test_of_each_encoder_the_last_block_trains_or_adapters_do(config, tuning):
+    checked = load_config(config(**tuning))
+    built, plan = build_model(checked.model).model, estimate(checked)
+    trained = {name: p.numel() for name, p in built.named_parameters() if p.requires_grad}
+    by_tower = [sum(n for name, n in trained.items() if f"towers.{number}." in name) for number in (0, 1)]
+    assert by_tower == [each.trained for each in plan.shape.vision.members]
+    assert min(by_tower) > 0
+    assert plan.num_trained == sum(by_tower)
+
+
 @pytest.mark.slow
 def test_frozen_encoders_need_no_other_change(config, tiny, dino, capsys):
     walked = walk(config(data__cache_features=True), tiny / "data/images/red-circle-0.png", capsys)

@@ -3,12 +3,21 @@ import torch
 from torch import nn
 
 from vlm.train.config import TrainConfig
-from vlm.train.optim import Schedule, build_optimizer, build_schedule, set_learning_rates
+from vlm.train.optim import Schedule, build_optimizer, build_schedule, parameter_groups, set_learning_rates
 
 
 def rates(shape, **kwargs):
     schedule = Schedule(shape=shape, **{"floor": 0.0, "warmup_steps": 2, "max_steps": 6} | kwargs)
     return [schedule(step) for step in range(7)]
+
+
+def test_the_second_matrices_of_adapters_may_have_a_rate_of_their_own():
+    """LoRA+: 16 times that of the first ones."""
+    model = nn.ModuleDict({"llm": nn.ModuleDict({"lora_A": nn.Linear(2, 2, False), "lora_B": nn.Linear(2, 2, False)})})
+    for ratio, rates in ((16.0, [0.01, 0.16]), (1.0, [0.01])):
+        config = TrainConfig(max_steps=1, learning_rate=0.01, lora_b_rate_ratio=ratio)
+        groups = parameter_groups(model, config)
+        assert [group["initial_lr"] for group in groups] == pytest.approx(rates)
 
 
 def test_schedules_in_numbers():

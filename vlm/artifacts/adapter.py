@@ -16,8 +16,9 @@ from vlm.artifacts.manifest import NAME, Manifest, read_manifest
 from vlm.artifacts.peft_adapter import PeftAdapter, changed_names, merged
 from vlm.errors import CheckpointError
 from vlm.models.config import LoRAConfig
-from vlm.models.decoders import is_transposed, linear_shape
-from vlm.models.trainable import adapted_linears, misfit, part_weights
+from vlm.models.decoders import is_transposed
+from vlm.models.lora import SAVED, adapter_delta, adapter_shapes
+from vlm.models.trainable import adapted_linears, misfit, part_weights, saved_modules
 from vlm.models.vlm import VisionLanguageModel
 from vlm.models.weight_files import LazyTensors
 
@@ -64,23 +65,27 @@ def read_adapter(folder: str | Path, export: Path, manifest: Manifest) -> Adapte
 
 @torch.no_grad()
 def fold_adapter(model: VisionLanguageModel, lora: LoRAConfig, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Add an adapter to the weights beside it, as peft merges it, to the bit: weight + alpha / rank * B @ A.
+    """Add an adapter to the weights beside it, as peft merges it, to the bit: weight + scale * B @ A, or as DoRA does.
 
     Importing peft would take as long as all else that loading a small model does.
 
     Args:
-        tensors: `llm.lora.<module>.lora_A.weight` [rank, in] and `lora_B.weight` [out, rank].
+        tensors: `llm.lora.<module>.lora_A.weight` [rank, in] and `lora_B.weight` [out, rank], lengths [out] of DoRA,
+            and weights [...] of `modules_to_save`.
         where: what they come from, for the message.
 
     Raises:
         CheckpointError: lists every tensor that is missing, unknown, of another shape, or not finite once added.
     """
     layers: dict[str, Any] = adapted_linears(model.llm, lora)
-    expected: dict[str, list[int]] = {}
+    saved = {
+        f"llm.lora.{module}{SAVED}{name}": parameter
+        for module in saved_modules(model.llm, lora)
+        for name, parameter in model.llm.get_submodule(module).named_parameters()
+    }
+    expected = {name: list(parameter.shape) for name, parameter in saved.items()}
     for name, layer in layers.items():
-        inputs, outputs = linear_shape(layer)
-        expected[f"llm.lora.{name}.lora_A.weight"] = [lora.rank, inputs]
-        expected[f"llm.lora.{name}.lora_B.weight"] = [outputs, lora.rank]
+        expected |= adapter_shapes(f"llm.lora.{name}", layer, lora)
     problems = [f"  {name}: not in the model" for name in tensors if name not in expected]
     problems += [f"  {name}: missing" for name in expected if name not in tensors]
     problems += [
@@ -91,11 +96,11 @@ def fold_adapter(model: VisionLanguageModel, lora: LoRAConfig, tensors: Mapping[
     if problems:
         raise CheckpointError(misfit(where, problems))
     for name, layer in layers.items():
-        down, up = (tensors[f"llm.lora.{name}.lora_{part}.weight"].to(layer.weight.device) for part in "AB")
-        delta = (up.float() @ down.float()) * (lora.alpha / lora.rank)
-        layer.weight += (delta.T if is_transposed(layer) else delta).to(layer.weight.dtype)
+        layer.weight += adapter_delta(layer, tensors, f"llm.lora.{name}", lora).to(layer.weight.dtype)
         if not layer.weight.isfinite().all():
             raise CheckpointError(f"{where}: llm.lora.{name} is not finite once added. The training diverged")
+    for name, parameter in saved.items():
+        parameter.copy_(tensors[name])
 
 
 @torch.no_grad()

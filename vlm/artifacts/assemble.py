@@ -24,6 +24,7 @@ from vlm.models.build import Assembled, assemble
 from vlm.models.config import ModelConfig
 from vlm.models.encoders.kinds import encoder_weights
 from vlm.models.llm import choose_attention, load_llm, load_tokenizer, pad_vocabulary, settle_attention
+from vlm.models.quantize import round_linears
 from vlm.models.trainable import cast_weights, load_weights, part_of, part_weights
 from vlm.models.vision import VisionEncoder, build_vision
 from vlm.models.weight_files import WeightFiles
@@ -97,6 +98,8 @@ def _from_parts(
     llm = load_llm(config.llm, dtype, device=str(device), trust_remote_code=config.trust_remote_code)
     if config.llm.pad_vocab_to_multiple_of:
         pad_vocabulary(llm, len(tokenizer) - 1, config.llm.pad_vocab_to_multiple_of)
+    if config.llm.quantization is not None and has_adapter:  # what the adapter was trained beside
+        round_linears(llm, config.llm.quantization, torch.device("cpu"))
     on_progress(0.6)
     vision = None
     if config.vision is not None:
@@ -214,10 +217,12 @@ def _check_adapter(folder: Path, config: ModelConfig) -> None:
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         found = {"r": written["r"], "lora_alpha": written["lora_alpha"]}
+        found |= {key: bool(written.get(key, False)) for key in ("use_rslora", "use_dora")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({error}). Export the run again") from None
     assert config.lora is not None
-    expected = {"r": config.lora.rank, "lora_alpha": config.lora.alpha}
+    lora = config.lora
+    expected = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "use_dora": lora.dora}
     lines = [f"  {key}: {expected[key]} -> {found[key]}" for key in expected if expected[key] != found[key]]
     if lines:
         raise CheckpointError(

@@ -17,6 +17,7 @@ from vlm.artifacts.llava import LLAVA, llava_adapter, llm_shape, manifest_of, re
 from vlm.artifacts.peft_adapter import PeftAdapter, is_peft, read_peft, read_plain
 from vlm.errors import CheckpointError
 from vlm.models.config import LoRAConfig
+from vlm.models.lora import MAGNITUDE, SAVED
 from vlm.models.projector_kinds import LinearProjectorConfig, MLPProjectorConfig, ProjectorConfig
 from vlm.models.tokenizer_files import read_json
 from vlm.models.weight_adapter import WeightAdapter, also, drop, rename
@@ -26,6 +27,7 @@ Resize = Literal["pad", "crop", "squash"]
 NEXT = "llava_next"
 _CLIP_MEAN_COLOUR = (122, 116, 104)  # of CLIP's image_mean, with which these programs pad
 _TOWER = "vision.trunk.model."
+_CANONICAL_LEAF = {"lora_magnitude_vector": MAGNITUDE}
 _BLOCK = re.compile(r"vision\.trunk\.model\.encoder\.layers\.(\d+)\.")
 _ASPECTS: dict[str, Resize] = {"pad": "pad", "square": "crop"}  # LLaVA's image_aspect_ratio; others: one squashed tile
 _STRATEGIES: dict[str, Resize] = {"letterbox": "pad", "resize-naive": "squash", "resize-crop": "crop"}  # prismatic's
@@ -103,26 +105,39 @@ def lora_config(adapter: PeftAdapter) -> LoRAConfig:
     """
     ranks = {adapter.rank(module) for module in adapter.layers}
     alphas = {adapter.alpha(module) for module in adapter.layers}
-    special = [key for key in ("use_rslora", "use_dora", "lora_bias") if adapter.settings.get(key)]
-    leaves = {leaf for tensors in adapter.layers.values() for leaf in tensors} - {"lora_A.weight", "lora_B.weight"}
-    if len(ranks) > 1 or len(alphas) > 1 or special or leaves or not float(min(alphas, default=1)).is_integer():
+    special = [key for key in ("lora_bias",) if adapter.settings.get(key)]
+    leaves = {leaf for tensors in adapter.layers.values() for leaf in tensors}
+    leaves -= {"lora_A.weight", "lora_B.weight", *_CANONICAL_LEAF}
+    if len(ranks) != 1 or len(alphas) != 1 or special or leaves or not float(min(alphas, default=1)).is_integer():
         what = ", ".join(special) or "ranks or scales that differ, or are no whole numbers"
         raise CheckpointError(
             f"{adapter.folder}: an adapter with {what} cannot go on training here. Merge it first (vlm merge BASE "
             f"{adapter.folder} OUT), and import the folder without adapter_config.json, with --llm OUT"
         )
-    targets = tuple(sorted({module.rpartition(".")[2] for module in adapter.layers}))
-    dropout = float(adapter.settings.get("lora_dropout") or 0)
-    return LoRAConfig(rank=ranks.pop(), alpha=int(alphas.pop()), dropout=dropout, targets=targets)
+    return LoRAConfig(
+        rank=ranks.pop(), alpha=int(alphas.pop()), dropout=float(adapter.settings.get("lora_dropout") or 0),
+        targets=tuple(sorted({module.rpartition(".")[2] for module in adapter.layers})),
+        rslora=bool(adapter.settings.get("use_rslora")), dora=bool(adapter.settings.get("use_dora")),
+        modules_to_save=tuple(sorted({_in_llm(name).rpartition(".")[0] for name in adapter.replaced})),
+    )  # fmt: skip
 
 
 def adapter_tensors(adapter: PeftAdapter) -> dict[str, Tensor]:
-    """Canonical name -> [rank, in] or [out, rank], float32, as they train here."""
-    return {
-        f"llm.lora.{module.removeprefix('language_model.')}.{leaf}": tensor.float()
-        for module, tensors in adapter.layers.items()
-        for leaf, tensor in tensors.items()
+    """Canonical name -> [rank, in] or [out, rank], lengths [out] of DoRA, and weights [...] of saved modules; float32,
+    as they train here."""
+    tensors = {
+        f"llm.lora.{_in_llm(module)}.{_CANONICAL_LEAF.get(leaf, leaf)}": tensor.float()
+        for module, found in adapter.layers.items()
+        for leaf, tensor in found.items()
     }
+    for name, tensor in adapter.replaced.items():
+        module, _, leaf = _in_llm(name).rpartition(".")
+        tensors[f"llm.lora.{module}{SAVED}{leaf}"] = tensor.float()
+    return tensors
+
+
+def _in_llm(name: str) -> str:
+    return name.removeprefix("language_model.")
 
 
 def _llava_hf(folder: Path, settings: Mapping[str, Any]) -> Foreign:

@@ -16,7 +16,7 @@ from vlm.errors import CheckpointError
 from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.partition import full_shape
 from vlm.models.pipeline_build import Stage, load_stage_weights
-from vlm.models.trainable import load_weights, merge_adapter, misfit, part_of, part_weights
+from vlm.models.trainable import load_weights, merge_adapter, misfit, part_of, part_weights, renew_adapters
 from vlm.models.vision import VisionEncoder
 from vlm.models.vlm import VisionLanguageModel
 from vlm.models.weight_files import Shapes
@@ -41,6 +41,8 @@ def load_init(target: VisionLanguageModel | Stage, config: ModelConfig, path: st
     folder = Path(path)
     where = f"init_from {folder}"
     manifest = read_start(folder)
+    if config.llm.quantization is not None and LLM in manifest.included:
+        manifest = _without_llm(manifest, config, folder, where)
     tensors = open_parts(folder, manifest, config)
     lora = dict(tensors.only(name for name in tensors if part_of(name) == "llm.lora"))
     model = target.built.model if isinstance(target, Stage) else target
@@ -59,7 +61,18 @@ def load_init(target: VisionLanguageModel | Stage, config: ModelConfig, path: st
         load_stage_weights(target, tensors, where)
     else:
         load_weights(model, tensors, where, partial=True)
+    renew_adapters(model, set(tensors))
     return report + _describe(own, tensors.shapes)
+
+
+def _without_llm(manifest: Manifest, config: ModelConfig, folder: Path, where: str) -> Manifest:
+    """Weights are packed as they are loaded from `model.llm.path`, so an export's own must be what that names."""
+    if Path(config.llm.path).resolve() != (folder / LLM).resolve():
+        raise CheckpointError(
+            f"{where} brings a language model of its own, and model.llm.quantization packs the one that model.llm.path "
+            f"names. Set model.llm.path to {folder / LLM}; init_from may stay, for the other parts"
+        )
+    return replace(manifest, included=tuple(part for part in manifest.included if part != LLM))
 
 
 def load_encoder(vision: VisionEncoder, config: ModelConfig, path: str | Path) -> None:
@@ -100,7 +113,7 @@ def _check_base(
 ) -> list[str]:
     """Whether the language model is the one that the export was trained beside. Of a stage the files are asked."""
     expected = {} if LLM in manifest.included else manifest.base.get("llm", {})
-    if isinstance(target, Stage):
+    if isinstance(target, Stage) or config.llm.quantization is not None:  # packed weights cannot be compared
         found = fingerprint_files(config.llm.path) if expected else {}
         other = [f"  {n}: {expected[n]} -> {found[n]}" for n in expected if n in found and found[n] != expected[n]]
     else:
@@ -120,9 +133,11 @@ def _refuse_other_alpha(before: LoRAConfig | None, now: LoRAConfig | None, where
     """Rank, and with it every shape, may agree while alpha does not; the adapter would then count for more or less."""
     assert before is not None
     assert now is not None
-    if before.rank == now.rank and before.alpha != now.alpha:
+    other = [key for key in ("alpha", "rslora", "dora") if getattr(before, key) != getattr(now, key)]
+    if before.rank == now.rank and other:
+        lines = "".join(f"  model.lora.{key}: {getattr(before, key)} -> {getattr(now, key)}\n" for key in other)
         raise CheckpointError(
-            f"{where} does not fit this model (file -> model):\n  model.lora.alpha: {before.alpha} -> {now.alpha}\n"
+            f"{where} does not fit this model (file -> model):\n{lines}"
             "Set it as it was, or remove model.lora and llm.lora from trainable to have the adapter merged"
         )
 

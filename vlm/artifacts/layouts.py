@@ -29,7 +29,15 @@ _CANONICAL = WeightAdapter("vlm's layout", (rename("{*name}", "{*name}"),))
 ADAPTERS: dict[str, WeightAdapter] = {
     "projector": _CANONICAL,
     "vision": _CANONICAL,
-    "llm.lora": WeightAdapter("peft's layout", (rename("llm.lora.{*rest}", "base_model.model.{*rest}"),)),
+    "llm.lora": WeightAdapter(
+        "peft's layout",
+        (
+            rename("llm.lora.{*at}.lora_A.weight", "base_model.model.{*at}.lora_A.weight"),
+            rename("llm.lora.{*at}.lora_B.weight", "base_model.model.{*at}.lora_B.weight"),
+            rename("llm.lora.{*at}.lora_magnitude_vector.weight", "base_model.model.{*at}.lora_magnitude_vector"),
+            rename("llm.lora.{*at}.modules_to_save.{leaf}", "base_model.model.{*at}.{leaf}"),
+        ),
+    ),
     "llm": WeightAdapter("transformers' layout of a language model", (rename("llm.{*rest}", "{*rest}"),)),
 }
 TOWER = WeightAdapter(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vlm.data.config import DataConfig
 from vlm.data.image_order import ImageOrder, learned_order
 from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig
+from vlm.models.lora import SAVED
 from vlm.models.trainable import part_of
 from vlm.models.weight_files import prefixed
 from vlm.schema import PARTS
@@ -73,9 +74,10 @@ def read_run(run: Path, step: int | None = None) -> Trained:
     if config.init_from is not None:
         start = Path(config.init_from)
         manifest = read_start(start)
-        if "llm" not in trained and "llm.lora" not in trained and "llm.lora" in manifest.included:
+        keeps_llm = "llm" not in trained or "llm" in model.partial
+        if keeps_llm and "llm.lora" not in trained and "llm.lora" in manifest.included:
             model = model.model_copy(update={"lora": manifest.model.lora})  # its adapter is carried over
-        tensors = _complete(tensors, trained, open_parts(start, manifest, model))
+        tensors = _complete(tensors, model, open_parts(start, manifest, model))
         order = order if image_orders else manifest.image_order
         trained += [part for part in manifest.trained if any(part_of(name) == part for name in tensors)]
     if model.vision is not None and not any(name.startswith("projector.") for name in tensors):
@@ -113,9 +115,9 @@ def save_sharded(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: st
     write_shards(sizes, tensors.__getitem__, folder, max_shard_size)
 
 
-def _complete(tensors: dict[str, Tensor], trained: Iterable[str], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Canonical name -> tensor [...]: what was trained now, and what came trained in the parts that stayed."""
-    replaced = set(trained)
+def _complete(tensors: dict[str, Tensor], model: ModelConfig, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Canonical name -> tensor [...]: what was trained now, and what came trained and stayed."""
+    replaced = {part for part in model.trainable if part not in model.partial}
     if "llm" in replaced:
         replaced.add("llm.lora")  # was merged before this training, which wrote down the sum
     replaced.discard("projector")  # of which some may be frozen; all that trained is in `tensors`
@@ -129,6 +131,9 @@ def _write_adapter(folder: Path, tensors: dict[str, Tensor], model: ModelConfig)
     (folder / "adapter").mkdir()
     names = ADAPTERS["llm.lora"].from_ours(tensors)
     save_plain(names.items(), folder / ADAPTER)
+    adapted = {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in names if ".lora_" in name}
+    saved = {name.removeprefix("llm.lora.").partition(SAVED)[0] for name in tensors if SAVED in name}
+    targets = {name.rpartition(".")[2] for name in adapted} if lora.targets == "all-linear" else adapted
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -136,9 +141,12 @@ def _write_adapter(folder: Path, tensors: dict[str, Tensor], model: ModelConfig)
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "modules_to_save": sorted(saved) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in names}),
+        "target_modules": sorted(targets),
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -45,16 +45,16 @@ def pin_start(model: ModelConfig, init_from: str | None) -> Pins:
     start = None if init_from is None else _read_start(Path(init_from))
     brought = () if start is None else start.included
     files: dict[str, list[Path]] = {"model.llm.path": _settings_in(model.llm.path, _SETTINGS)}
-    if not {"llm"} & {*model.trainable, *brought}:
+    if not {"llm"} & {*model.trainable, *brought} or ("llm" in model.partial and "llm" not in brought):
         files["model.llm.path"] += _found(model.llm.path)
     for key, encoder in _encoders(model.vision).items():
         files[key] = _settings_in(encoder.path, VISION_BACKENDS[encoder.backend].settings)
-        if not {"vision"} & {*model.trainable, *brought}:
+        if not {"vision"} & {*model.trainable, *brought} or ("vision" in model.partial and "vision" not in brought):
             files[key] += _encoder_weights(encoder)
     if (path := model.projector.start_path) is not None and model.vision is not None:
         files["model.projector.pretrained"] = [] if "projector" in brought else _whole(path)
     if start is not None:
-        files["init_from"] = _start_files(Path(str(init_from)), start, model.trainable)
+        files["init_from"] = _start_files(Path(str(init_from)), start, model)
     sums = _sum_all({file for group in files.values() for file in group})
     places = places_of(model, init_from)
     return {key: {_name(file, places[key]): sums[file] for file in group} for key, group in files.items() if group}
@@ -106,8 +106,8 @@ def _read_start(folder: Path) -> Manifest | None:
         return None
 
 
-def _start_files(folder: Path, start: Manifest, trainable: Iterable[str]) -> list[Path]:
-    trained = set(trainable)
+def _start_files(folder: Path, start: Manifest, model: ModelConfig) -> list[Path]:
+    trained = {part for part in model.trainable if part not in model.partial}
     if "llm" in trained:
         trained.add("llm.lora")  # was merged before the training
     kept = [part for part in start.included if part not in trained]

@@ -232,8 +232,8 @@ def split_held_out(scan: Scan, share: float, seed: int) -> tuple[tuple[np.ndarra
         everyone = np.arange(start, start + len(source))
         usable = scan.lengths[everyone] > 0
         out = np.random.default_rng([seed, _HELD_OUT, _name_number(source.config)]).random(len(source)) < share
-        members.append(everyone[usable & ~out])
-        held_out.append(everyone[usable & out])
+        members.append(scan.with_pieces(everyone[usable & ~out]))
+        held_out.append(scan.with_pieces(everyone[usable & out]))
         start += len(source)
     return tuple(members), np.concatenate(held_out)
 
@@ -245,6 +245,8 @@ def _name_number(source: SourceConfig) -> int:
 def _tell_skips(key: str, scan: Scan) -> None:
     for line in scan.warnings():
         warn(line)
+    if line := scan.describe_cut():
+        log(f"{key}: {line}")
     if scan.skips:
         by_rule = Counter(skip.rule for skip in scan.skips)
         log(f"{key}: {len(scan.skips):,} of {len(scan):,} records skipped ({counts_by_rule(by_rule)})")

@@ -48,7 +48,7 @@ def template_of(name: Any) -> Any:
 
 class SourceConfig(Section):
     path: PathText
-    """JSON, JSONL (.gz too), CSV, TSV, a folder of images with .txt files, or LLaMA-Factory's dataset_info.json."""
+    """JSON, JSONL, CSV, TSV, .txt (each also .gz), a folder of images with captions, or a dataset_info.json."""
     dataset: str | None = None
     """Which entry of a dataset_info.json; null takes the only one."""
     images: PathText | None = None

@@ -38,6 +38,10 @@ class Turn:
     def num_images(self) -> int:
         return sum(isinstance(part, ImageSlot) for part in self.parts)
 
+    def with_text(self, text: str) -> Turn:
+        """The same turn with other words and no images."""
+        return replace(self, parts=(text,))
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -47,6 +51,7 @@ class Conversation:
     images: tuple[str | bytes, ...] = ()
     where: str = ""  # file and record, for errors
     unread: tuple[str, ...] = field(default=(), compare=False)  # keys and marks of its record that nothing read
+    goes_on: bool = False  # its last reply is a piece of a longer text: nothing says that it ends
 
     @property
     def num_slots(self) -> int:
@@ -57,6 +62,10 @@ class Conversation:
         """Text of a reply that the conversation ends with, for the model to go on with; empty when it says nothing."""
         text = self.turns[-1].text if self.turns and self.turns[-1].role == "assistant" else ""
         return text if text.strip() else ""
+
+    def with_turns(self, turns: tuple[Turn, ...], goes_on: bool) -> Conversation:
+        """The same record with other turns, which show the same images."""
+        return replace(self, turns=turns, goes_on=goes_on)
 
     def first_turns(self, count: int) -> Conversation:
         """The conversation cut after `count` turns, with the images of those turns only."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import math
@@ -166,7 +165,7 @@ def _in_other_case(root: Path, name: str) -> str:
 def _names_by_folded(folder: Path) -> dict[str, str]:
     """Names of a folder's files by their folded form; of a very large folder none, as that takes too long."""
     names: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
+    with suppress(OSError, ValueError), os.scandir(folder) as entries:
         for entry in itertools.islice(entries, _MAX_LISTED):
             names[_folded(entry.name)] = entry.name
     return names if len(names) < _MAX_LISTED else {}

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vlm.data.sniff import HEAD, describe, describe_json
-from vlm.data.spans import MAX_RECORD_BYTES, Span, find_json_array, find_lines, find_rows
+from vlm.data.spans import MAX_RECORD_BYTES, Span, find_documents, find_json_array, find_lines, find_rows
 from vlm.data.tables import has_quoted_header, parse_row, refuse_joined_rows
 from vlm.errors import DataError, RecordError
 from vlm.files import replacing, sha256
@@ -42,7 +42,7 @@ class RecordIndex:
         path: the file that the spans point into.
         spans: int64 [n, 3]: first byte, one past the last, and the number to name in messages, of each record; of a
             table, the header first.
-        unit: what that number counts, from 1: "line" or "record".
+        unit: what that number counts, from 1: "line", "record", or "document" of plain text.
         name: of the file, for messages; another than `path.name` for an unpacked .gz.
         stored: the .npy file that `spans` is mapped from, if it is.
         columns: names of the columns of a CSV or TSV file; None for JSON.
@@ -109,7 +109,7 @@ class RecordIndex:
         """The parsed record.
 
         Raises:
-            RecordError: rules bad_json, duplicate_key, not_an_object, bad_csv, bad_columns, record_too_large.
+            RecordError: rules bad_json, duplicate_key, not_an_object, bad_csv, bad_columns, bad_text, record_too_large.
             DataError: the file was changed since it was indexed.
         """
         start, end = int(self.spans[index, 0]), int(self.spans[index, 1])
@@ -124,6 +124,8 @@ class RecordIndex:
                 raise RecordError("bad_json", "the list is not closed: the file was cut off here")
             # pread leaves the file position alone, which forked workers would share
             raw = os.pread(self._open().fileno(), end - start, start)
+            if self.unit == "document":
+                return _parse_text(raw)
             return parse_json_record(raw) if self.columns is None else self._parse_row(raw)
         except RecordError as error:
             raise error.at(self.where(index)) from None
@@ -153,7 +155,7 @@ class RecordIndex:
 
 
 def open_index(path: Path, cache: Path, name: str | None = None) -> RecordIndex:
-    """Index a .json, .jsonl, .csv or .tsv file, each also with .gz.
+    """Index a .json, .jsonl, .csv, .tsv or .txt file, each also with .gz.
 
     Args:
         path: the data file.
@@ -181,6 +183,13 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(
         f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape")
     ).hexdigest()[:16]
+
+
+def _parse_text(raw: bytes) -> dict[str, Any]:
+    try:
+        return {"text": raw.decode("utf-8").strip("\r\n")}
+    except UnicodeDecodeError as error:
+        raise RecordError("bad_text", f"not UTF-8 (byte {error.start} of the document)") from None
 
 
 def parse_json_record(raw: bytes) -> dict[str, Any]:
@@ -217,14 +226,18 @@ def _refuse_constant(name: str) -> None:
 
 def _open_plain(path: Path, name: str, cache: Path) -> RecordIndex:
     suffix = path.suffix.lower()
-    if suffix not in (".json", ".jsonl", *DELIMITERS):
-        raise DataError(f"data file {path}: unknown ending {suffix!r}; known: .json .jsonl .csv .tsv (each also .gz)")
+    if suffix not in (".json", ".jsonl", ".txt", *DELIMITERS):
+        known = "known: .json .jsonl .csv .tsv .txt (each also .gz)"
+        raise DataError(f"data file {path}: unknown ending {suffix!r}; {known}")
     if path.stat().st_size == 0:
         raise DataError(f"data file {path} is empty")
     _refuse_other_kind(path, name, suffix)
     if suffix == ".jsonl":
         spans, stored = _spans(path, cache, find_lines)
         return RecordIndex(path, spans, "line", name=name, stored=stored)
+    if suffix == ".txt":
+        spans, stored = _spans(path, cache, find_documents)
+        return RecordIndex(path, spans, "document", name=name, stored=stored)
     if suffix == ".json":
         spans, stored = _spans(path, cache, lambda text: find_json_array(text, name))
         return RecordIndex(path, spans, "record", name=name, stored=stored)

@@ -54,12 +54,14 @@ def check_records(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     skips: list[Skip] = []
-    num_images, unread, is_usable = 0, UnreadLog(), np.zeros(len(reader), dtype=bool)
+    num_images, num_cut, num_pieces = 0, 0, 0
+    unread, is_usable = UnreadLog(), np.zeros(len(reader), dtype=bool)
     work = partial(_decode_all, max_pixels=config.max_pixels, spec=spec)
     everyone = np.arange(len(reader))
     for start, part in in_chunks(reader, everyone, work, config.workers, "data: checked", CHUNK):
         skips += part.skips
         num_images += part.num_images
+        num_cut, num_pieces = num_cut + part.num_cut, num_pieces + part.num_pieces
         unread.merge(part.unread)
         is_usable[start : start + len(part.is_usable)] = part.is_usable
     for skip in skips[:limit]:
@@ -76,6 +78,8 @@ def check_records(
     for line in unread.warnings(num_usable):
         console.print(f"warning: {line}", soft_wrap=True)
     counts = counts_by_rule(by_rule) or "none"
+    if num_cut:
+        console.print(f"{num_cut:,} texts of more than {config.max_length} tokens are cut into {num_pieces:,} pieces")
     console.print(f"{len(reader):,} records, {num_images:,} images, skipped: {counts}", soft_wrap=True)
     refuse_too_many(skips, len(reader), config.max_skipped_share, out)
     refuse_lost_source(skips, num_usable)
@@ -89,6 +93,8 @@ class _Checked:
     is_usable: np.ndarray  # bool, per record
     skips: list[Skip] = field(default_factory=list)
     num_images: int = 0  # that can be decoded
+    num_cut: int = 0  # texts longer than a row
+    num_pieces: int = 0  # that they are cut into
     unread: UnreadLog = field(default_factory=UnreadLog)
 
 
@@ -97,7 +103,9 @@ def _decode_all(reader: ExampleReader, numbers: np.ndarray, *, max_pixels: int, 
     for place, number in enumerate(numbers.tolist()):
         source, local = reader.locate(number)
         try:
-            example = reader.read(number)
+            (_, example), *more = reader.cut(source.conversation(local))
+            if more:
+                checked.num_cut, checked.num_pieces = checked.num_cut + 1, checked.num_pieces + 1 + len(more)
             if spec is not None:
                 for image in example.images:
                     to_tiles(load_image(image, max_pixels, spec.background), spec)
@@ -184,11 +192,14 @@ def print_stats(config: DataConfig, tokenizer: ConversationTokenizer, *, seed: i
     refuse_too_many(scan.skips, len(scan), 1.0)
     refuse_lost_source(scan.skips, reader.count_by_source(scan.lengths > 0))
     usable = scan.lengths > 0
-    console.print(f"{len(scan):,} records, {int(usable.sum()):,} usable, {int(scan.num_images.sum()):,} images")
-    _histogram(console, "tokens per record", scan.lengths[usable])
-    _histogram(console, "supervised tokens per record", scan.num_supervised[usable])
+    num_usable, of_record = int(usable[: len(scan)].sum()), "piece" if scan.describe_cut() else "record"
+    console.print(f"{len(scan):,} records, {num_usable:,} usable, {int(scan.num_images.sum()):,} images")
+    if line := scan.describe_cut():
+        console.print(line)
+    _histogram(console, f"tokens per {of_record}", scan.lengths[usable])
+    _histogram(console, f"supervised tokens per {of_record}", scan.num_supervised[usable])
     sample = np.flatnonzero(usable)[:: max(1, int(usable.sum()) // 1000)]
-    turns = [sum(turn.role == "assistant" for turn in _conversation(reader, int(number))) for number in sample]
+    turns = [sum(turn.role == "assistant" for turn in _conversation(scan.reader, int(number))) for number in sample]
     _histogram(console, f"replies per record ({len(sample)} records)", np.array(turns))
     members, _ = split_held_out(scan, config.held_out, seed)
     rows = build_order(config, scan, members, seed).rows(0)
@@ -228,7 +239,7 @@ def _first_usable(reader: ExampleReader, number: int) -> tuple[list[Example], li
         for source, start in zip(reader.sources, starts, strict=False):
             if offset < len(source):
                 try:
-                    found.append(reader.read(int(start) + offset))
+                    found.append(reader.cut(reader.conversation(int(start) + offset))[0][1])
                 except RecordError as error:
                     skips.append(Skip(error.rule, error.where, error.message))
                 if len(found) == number:
@@ -237,8 +248,7 @@ def _first_usable(reader: ExampleReader, number: int) -> tuple[list[Example], li
 
 
 def _conversation(reader: ExampleReader, number: int) -> tuple:
-    source, local = reader.locate(number)
-    return source.conversation(local).turns
+    return reader.conversation(number).turns
 
 
 def _kind(ids: list[int], labels: list[int], place: int, image_token_id: int | None) -> str:

@@ -17,13 +17,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from vlm.batch import IGNORE_INDEX, Example, Skip
 from vlm.data import skips as skip_rules
 from vlm.data.conversation import Conversation
+from vlm.data.documents import PIECE_COLUMNS, Pieces, cut_document, may_cut, piece_of
 from vlm.data.examples import ExampleStore, KeptExample, image_names, pack_example
 from vlm.data.lengths import load_array, store_array
 from vlm.data.notes import UnreadLog
@@ -46,20 +47,23 @@ Work = Callable[["ExampleReader", np.ndarray], Result]  # done to the records of
 
 @dataclass(frozen=True)
 class ExampleReader:
-    """Reads and tokenizes record `number`, counted through all sources."""
+    """Reads and tokenizes record `number`, counted through all sources; after them come the pieces of long texts."""
 
     sources: tuple[RecordSource, ...]
     tokenizer: ConversationTokenizer
     max_length: int
     max_images: int
     over_long: str
+    pieces: Pieces = field(default_factory=Pieces)  # of records that were cut, once they were measured
     store: ExampleStore | None = None  # of what the scan tokenized
-    places: np.ndarray | None = None  # int64 [n], in the store; 0 for records that are not in it
+    places: np.ndarray | None = None  # int64 [n + m], in the store; 0 for what is not in it
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
     def locate(self, number: int) -> tuple[RecordSource, int]:
+        """The source that a record, or a piece of one, is from, and its number there."""
+        number = self._record_of(number)
         for source in self.sources:
             if number < len(source):
                 return source, number
@@ -82,14 +86,38 @@ class ExampleReader:
             RecordError: see `RecordSource.conversation` and `ConversationTokenizer.fit`.
         """
         if self.store is not None and self.places is not None and self.places[number]:
-            kept = self.store.read(int(self.places[number]), number)
+            kept = self.store.read(int(self.places[number]), self._record_of(number))
             if kept is not None:
                 return self._complete(number, kept)
+        return self.tokenize(self.conversation(number))
+
+    def conversation(self, number: int) -> Conversation:
+        """A record, or a piece of one. Raises RecordError, see `RecordSource.conversation`."""
         source, local = self.locate(number)
-        return self.tokenize(source.conversation(local))
+        conversation = source.conversation(local)
+        span = self.pieces.span(number, len(self)) if len(self.pieces) else None
+        return conversation if span is None else piece_of(conversation, *span[1:])
+
+    def cut(self, conversation: Conversation) -> list[tuple[int, Example]]:
+        """Of a whole record: the first character of each piece that fits a row, and the piece.
+
+        Raises:
+            RecordError: see `ConversationTokenizer.fit`, for the whole record.
+        """
+        starts = [0]
+        if conversation.turns and may_cut(conversation, self.tokenizer):
+            starts = cut_document(conversation, self.tokenizer, self.max_length)
+        if len(starts) < 2:
+            return [(0, self.tokenize(conversation))]
+        spans = zip(starts, [*starts[1:], None], strict=True)
+        return [(start, self.tokenize(piece_of(conversation, start, stop))) for start, stop in spans]
 
     def tokenize(self, conversation: Conversation) -> Example:
         return self.tokenizer.fit(conversation, self.max_length, self.max_images, self.over_long)
+
+    def _record_of(self, number: int) -> int:
+        """The record that a piece is of, else the record itself."""
+        return number if number < len(self) else int(self.pieces.table[number - len(self), 0])
 
     def _complete(self, number: int, kept: KeptExample) -> Example:
         source, local = self.locate(number)
@@ -103,18 +131,31 @@ class ExampleReader:
 
 @dataclass(frozen=True)
 class Scan:
-    """What is known of every record. A skipped record has length 0."""
+    """What is known of every record, n of them, and of the m pieces after the first of texts that were cut. A skipped
+    record has length 0."""
 
     reader: ExampleReader
-    lengths: np.ndarray  # int32 [n], tokens
-    num_images: np.ndarray  # int16 [n]
-    num_supervised: np.ndarray  # int32 [n], tokens that the loss counts
+    lengths: np.ndarray  # int32 [n + m], tokens
+    num_images: np.ndarray  # int16 [n + m]
+    num_supervised: np.ndarray  # int32 [n + m], tokens that the loss counts
     shares: Shares  # which records begin alike
     skips: list[Skip] = field(default_factory=list)
     unread: UnreadLog = field(default_factory=UnreadLog)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.reader)
+
+    def with_pieces(self, records: np.ndarray) -> np.ndarray:
+        """Numbers of records, int64 [k], and after them those of all their pieces."""
+        return self.reader.pieces.of(records, len(self)) if len(self.reader.pieces) else records
+
+    def describe_cut(self) -> str:
+        """What became of texts longer than a row, for people; empty if there are none."""
+        pieces = self.reader.pieces
+        if not len(pieces):
+            return ""
+        rows, limit = pieces.num_cut + len(pieces), self.reader.max_length
+        return f"{pieces.num_cut:,} texts of more than {limit} tokens are cut into {rows:,} pieces"
 
     def warnings(self) -> list[str]:
         """What the usable records hold and nothing read, a line per source."""
@@ -146,37 +187,49 @@ def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) ->
     folder = None if cache is None or reader.tokenizer.reads_images else cache / "lengths" / _key(reader)
     stored = None if folder is None else folder / "table.npy"
     store = None if folder is None else ExampleStore(folder, reader.tokenizer.image_token_id)
-    loaded = None if stored is None else load_array(stored, _MEASURED)
-    if loaded is not None and loaded[0].shape != (COLUMNS, len(reader)):
-        loaded = None
-    if loaded is not None and store is not None and not store.holds(loaded[0][5]):
-        loaded = None
+    loaded = None if stored is None or store is None else _load(stored, len(reader), store)
     if loaded is None:
         log(f"data: measuring {len(reader):,} records")
-    table = np.zeros((COLUMNS, len(reader)), dtype=np.int64) if loaded is None else loaded[0]
-    unread = UnreadLog() if loaded is None else UnreadLog.from_json(loaded[1])
+    table, pieces, unread = loaded or (
+        np.zeros((COLUMNS, len(reader)), dtype=np.int64),
+        np.zeros((0, PIECE_COLUMNS), dtype=np.int64),
+        UnreadLog(),
+    )
     again = np.flatnonzero(table[0] == 0)
     if len(again):
         table = np.array(table)  # the stored one is mapped and stays as it is
     skips: list[Skip] = []
     written, is_new = time.monotonic(), loaded is None
     writing = replace(reader, store=store)
-    for start, (columns, skipped, unread_there) in in_chunks(writing, again, measure, workers, "data: measured"):
-        table[:, again[start : start + columns.shape[1]]] = columns
-        skips += skipped
-        unread.merge(unread_there)
-        is_new = is_new or bool(columns[0].any())
+    for start, measured in in_chunks(writing, again, measure, workers, "data: measured"):
+        table[:, again[start : start + measured.table.shape[1]]] = measured.table
+        pieces = np.concatenate([pieces, measured.pieces]) if len(measured.pieces) else pieces
+        skips += measured.skips
+        unread.merge(measured.unread)
+        is_new = is_new or bool(measured.table[0].any())
         if stored is not None and time.monotonic() - written > STORE_SECONDS:
-            store_array(stored, table, _MEASURED, unread.to_json())
+            _store(stored, table, pieces, unread)
             written = time.monotonic()
     if stored is not None and is_new:  # else all of them are skipped again
-        store_array(stored, table, _MEASURED, unread.to_json())
-    lengths, num_supervised, stems = (table[column].astype(np.int32) for column in (0, 2, 3))
-    shares = Shares(keys=table[4], stems=stems)
-    reading = replace(reader, store=store, places=None if store is None else table[5])
-    scan = Scan(reading, lengths, table[1].astype(np.int16), num_supervised, shares, skips, unread)
+        _store(stored, table, pieces, unread)
+    scan = _scan_of(replace(reader, store=store), table, pieces, skips, unread)
     _refuse_unsupervised(scan)
     return scan
+
+
+def _scan_of(
+    reader: ExampleReader, table: np.ndarray, pieces: np.ndarray, skips: list[Skip], unread: UnreadLog
+) -> Scan:
+    """Of the tables of records [COLUMNS, n] and of pieces [m, PIECE_COLUMNS]."""
+    pieces = pieces[np.argsort(pieces[:, 0], kind="stable")]  # a record that was skipped once comes after later ones
+    if len(pieces):  # else the table stays mapped
+        more = np.zeros((COLUMNS, len(pieces)), dtype=np.int64)
+        more[[0, 2, 5]] = pieces[:, 2:].T
+        table = np.concatenate([table, more], axis=1)
+    lengths, num_supervised, stems = (table[column].astype(np.int32) for column in (0, 2, 3))
+    shares = Shares(keys=table[4], stems=stems)
+    reader = replace(reader, pieces=Pieces(pieces), places=None if reader.store is None else table[5])
+    return Scan(reader, lengths, table[1].astype(np.int16), num_supervised, shares, skips, unread)
 
 
 def refuse_too_many(scan: Scan, max_share: float) -> None:
@@ -185,18 +238,27 @@ def refuse_too_many(scan: Scan, max_share: float) -> None:
     skip_rules.refuse_lost_source(scan.skips, scan.reader.count_by_source(scan.lengths > 0))
 
 
-def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, list[Skip], UnreadLog]:
-    """The table of some records, int64 [COLUMNS, len(numbers)]; the skipped ones, of zeros; what was not read."""
+class Measured(NamedTuple):
+    """Some records, k of them, and the m pieces after the first of those that were cut."""
+
+    table: np.ndarray  # int64 [COLUMNS, k]; zeros of those that are skipped
+    pieces: np.ndarray  # int64 [m, PIECE_COLUMNS]
+    skips: list[Skip]
+    unread: UnreadLog
+
+
+def measure(reader: ExampleReader, numbers: np.ndarray) -> Measured:
     unread = UnreadLog()
     table = np.zeros((COLUMNS, len(numbers)), dtype=np.int64)
     skips: list[Skip] = []
+    pieces = [np.zeros((0, PIECE_COLUMNS), dtype=np.int64)]
     entries: list[bytes] = []
     image_token_id = reader.tokenizer.image_token_id
     for column, number in enumerate(numbers.tolist()):
         source, local = reader.locate(number)
         try:
             parsed = source.parsed(local)
-            example = reader.tokenize(source.with_images(parsed))
+            (_, example), *more = reader.cut(source.with_images(parsed))
         except RecordError as error:
             skips.append(Skip(error.rule, error.where, error.message))
             continue
@@ -205,11 +267,24 @@ def measure(reader: ExampleReader, numbers: np.ndarray) -> tuple[np.ndarray, lis
         table[:5, column] = len(example.input_ids), len(example.images), example.num_supervised, stem, key
         if example.unread:
             unread.add(source.name, example.where, example.unread)
+        if more:
+            pieces.append(_measure_pieces(reader, number, more))
         if reader.store is not None:
             entries.append(pack_example(number, example, image_names(parsed, len(example.images)), image_token_id))
     if reader.store is not None:
         table[5, table[0] > 0] = reader.store.add(entries)
-    return table, skips, unread
+    return Measured(table, np.concatenate(pieces), skips, unread)
+
+
+def _measure_pieces(reader: ExampleReader, number: int, pieces: list[tuple[int, Example]]) -> np.ndarray:
+    """The table of the pieces after the first of record `number`, int64 [m, PIECE_COLUMNS]; they are kept at once, as
+    a document may be long."""
+    rows = [(number, start, len(piece.input_ids), piece.num_supervised, 0) for start, piece in pieces]
+    table = np.array(rows, dtype=np.int64)
+    if reader.store is not None:
+        image_token_id = reader.tokenizer.image_token_id
+        table[:, 4] = reader.store.add([pack_example(number, piece, (), image_token_id) for _, piece in pieces])
+    return table
 
 
 def in_chunks(
@@ -288,9 +363,31 @@ def _key(reader: ExampleReader) -> str:
         ],
         "tokenizer": reader.tokenizer.fingerprint(),
         "limits": [reader.max_length, reader.max_images, reader.over_long],
-        "version": 6,  # of the table, and of how conversations become tokens
+        "version": 7,  # of the table, and of how conversations become tokens
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _load(path: Path, num_records: int, store: ExampleStore) -> tuple[np.ndarray, np.ndarray, UnreadLog] | None:
+    """The tables of records [COLUMNS, n] and of pieces [m, PIECE_COLUMNS], and what was not read; None when there are
+    none, they are damaged, or what was tokenized is gone."""
+    loaded = load_array(path, _MEASURED)
+    if loaded is None:
+        return None
+    numbers, unread = loaded
+    num_pieces, rest = divmod(numbers.size - COLUMNS * num_records, PIECE_COLUMNS)
+    if numbers.ndim != 1 or num_pieces < 0 or rest:
+        return None
+    table = numbers[: COLUMNS * num_records].reshape(COLUMNS, num_records)
+    pieces = numbers[COLUMNS * num_records :].reshape(num_pieces, PIECE_COLUMNS)
+    if not (store.holds(table[5]) and store.holds(pieces[:, 4])):
+        return None
+    return table, pieces, UnreadLog.from_json(unread)
+
+
+def _store(path: Path, table: np.ndarray, pieces: np.ndarray, unread: UnreadLog) -> None:
+    """In one file, so that a kill cannot leave the one without the other."""
+    store_array(path, np.concatenate([table.ravel(), pieces.ravel()]), _MEASURED, unread.to_json())
 
 
 def _refuse_unsupervised(scan: Scan) -> None:

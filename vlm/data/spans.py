@@ -17,6 +17,8 @@ MAX_RECORD_BYTES = 64 << 20  # a longer record is not read: it is an unclosed on
 Span = tuple[int, int, int]
 Text = mmap.mmap | bytes
 
+_MOST_TEXT_BYTES = 16 << 20  # of one document of a .txt file; a longer one is taken for several
+_DOCUMENT_END = re.compile(rb"^<\|endoftext\|>[ \t\r]*+(?:\n|\Z)", re.MULTILINE)
 _BOM = b"\xef\xbb\xbf"
 _STRING = rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"?'  # ends at a raw line end too: a missing quote costs one line
 _LINE = re.compile(rb"[^\n]*+\n?")
@@ -37,6 +39,32 @@ def find_lines(text: Text) -> Iterator[Span]:
         if not _BLANK.match(text, position):
             yield position, end, number
         position = end
+
+
+def find_documents(text: Text) -> Iterator[Span]:
+    """The documents of plain text that are not blank: the whole file, or what stands between lines `<|endoftext|>`.
+
+    >>> list(find_documents(b"One.\\nTwo.\\n<|endoftext|>\\nThree.\\n"))
+    [(0, 10, 1), (24, 31, 2)]
+    """
+    position, number = _after_bom(text), 0
+    while position < len(text):
+        found = _DOCUMENT_END.search(text, position)
+        end, following = (len(text), len(text)) if found is None else found.span()
+        while position < end:
+            stop = end if end - position <= _MOST_TEXT_BYTES else _end_of_text(text, position)
+            if text[position:stop].strip():
+                number += 1
+                yield position, stop, number
+            position = stop
+        position = following
+
+
+def _end_of_text(text: Text, position: int) -> int:
+    """Of too long a document: the last end of a line, else the last place between characters, that is near enough."""
+    most = position + _MOST_TEXT_BYTES
+    line = text.rfind(b"\n", position, most)
+    return line + 1 if line >= 0 else next(n for n in range(most, position, -1) if text[n] & 0xC0 != 0x80)
 
 
 def find_rows(text: Text, delimiter: str) -> Iterator[Span]:

@@ -88,6 +88,8 @@ class ChatTemplate:
             num_users += turn.role == "user"
             pieces += self._turn(turn, head, num_users)
             head = []
+        if conversation.goes_on:  # without what ends the last reply
+            del pieces[-2:]
         if add_generation_prompt:
             pieces.append(Piece(self.assistant.before, is_control=True))
         return [piece for piece in pieces if isinstance(piece, ImageSlot) or piece.text]

@@ -115,8 +115,11 @@ class ConversationTokenizer:
             raise RecordError(
                 "too_many_images", f"{len(example.images)} images, data.max_images is {max_images}", example.where
             )
+        hint = ""
+        if self.template.name != "plain" and len(conversation.turns) == 2 and not conversation.turns[0].text.strip():
+            hint = "; template plain cuts plain text into rows"
         raise RecordError(
-            "over_long", f"{len(example.input_ids)} tokens, data.max_length is {max_length}", example.where
+            "over_long", f"{len(example.input_ids)} tokens, data.max_length is {max_length}{hint}", example.where
         )
 
     def prompt(self, conversation: Conversation) -> list[int]:
@@ -144,6 +147,10 @@ class ConversationTokenizer:
         """What the template's marks for the begin and end token stand for here."""
         begin = (self._decoder.bos_token or "") if self._bos else ""
         return {BOS: str(begin), EOS: str(self._decoder.eos_token or "")}
+
+    def ends_of_tokens(self, text: str) -> list[int]:
+        """One past the last character of each token of a text."""
+        return [end for _, end in self._content.encode(text, add_special_tokens=False).offsets]
 
     def round_trip(self, text: str) -> str:
         """A text encoded as a whole and decoded again: what the tokenizer by itself changes of it."""

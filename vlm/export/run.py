@@ -34,7 +34,7 @@ from vlm.models.build import Assembled, build_model
 from vlm.models.config import VisionConfig
 from vlm.models.encoders.kinds import encoder_weights
 from vlm.models.llm import dtype_on_disk
-from vlm.models.trainable import cast_weights, load_weights, merge_lora, part_of, part_weights
+from vlm.models.trainable import cast_weights, load_weights, merge_lora, part_of, part_weights, partial_names
 from vlm.models.vision import save_architecture
 from vlm.models.weight_files import WeightFiles
 from vlm.precision import DTYPES
@@ -142,9 +142,10 @@ def write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: DT
     """The parts that trained; the base models stay where they are, with fingerprints to know them by."""
     if dtype != "auto":
         trained = replace(trained, tensors=rounded(trained.tensors, DTYPES[dtype]))
-    included = write_parts(folder, trained, max_shard_size)
     precision = _precision_to_read(trained.model.llm.path)
     built = build_merged(trained, None, precision)
+    trained = _with_whole_parts(trained, built, dtype)
+    included = write_parts(folder, trained, max_shard_size)
     tokens = _build_tokens(trained, built)
     answers = ask(built, tokens)
     manifest = _manifest(trained, included, built, tokens)
@@ -152,7 +153,7 @@ def write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: DT
     if "llm" in included:
         built.model.llm.config.dtype = next(iter(trained.part("llm").values())).dtype
         _write_llm_config(folder / LLM, built, tokens)
-        llm = model.llm.model_copy(update={"path": LLM, "pad_vocab_to_multiple_of": None})
+        llm = model.llm.model_copy(update={"path": LLM, "pad_vocab_to_multiple_of": None, "quantization": None})
         model = model.model_copy(update={"llm": llm})
     else:
         base["llm"] = fingerprint_files(model.llm.path)
@@ -166,6 +167,7 @@ def write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: DT
 
 def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DType) -> Written:
     built = build_merged(trained, dtype)
+    trained = _with_whole_parts(trained, built)
     reason = why_not_llava(trained.model, built)
     if reason is None:
         try:
@@ -190,7 +192,9 @@ def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DTyp
     llm.save_pretrained(folder / place, max_shard_size=max_shard_size)
     _write_llm_config(folder / place, built, tokens)
     changes: dict[str, Any] = {
-        "llm": trained.model.llm.model_copy(update={"path": place, "pad_vocab_to_multiple_of": None}),
+        "llm": trained.model.llm.model_copy(
+            update={"path": place, "pad_vocab_to_multiple_of": None, "quantization": None}
+        ),
         "lora": None,
         "trainable": ("projector" if included else "llm",),
     }
@@ -234,20 +238,61 @@ def build_merged(trained: Trained, dtype: DType | None, precision: str = "fp32")
             leaves them as they were loaded.
         precision: in which the language model is loaded and the adapters are added to it; the encoder in float32.
     """
-    changes: dict[str, Any] = {"trainable": ("llm.lora",) if trained.part("llm.lora") else ()}
+    adapters = tuple(part for part in ("llm.lora", "vision.lora") if trained.part(part))
+    changes: dict[str, Any] = {"trainable": adapters, "partial": {}}
     if trained.model.vision is not None:
         changes["vision"] = trained.model.vision.model_copy(update={"compute": "fp32"})
-    built = build_model(trained.model.model_copy(update=changes), precision=precision)
+    built = build_model(trained.model.model_copy(update=changes), precision=precision, packs=False)
     try:
         load_weights(built.model, trained.tensors, where="the checkpoint", partial=True)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\nThe base models may have changed since the training") from None
     merge_lora(built.model)
+    if "llm" in trained.model.partial:  # an adapter that it began with was merged before these trained
+        names = {f"llm.{name}" for name in partial_names(built.model.llm, trained.model.partial["llm"], "llm")}
+        last = {name: tensor for name, tensor in trained.tensors.items() if name in names}
+        load_weights(built.model, last, where="the checkpoint", partial=True)
     built.model.eval()
     for part in (built.model.llm, built.model.vision):
         if part is not None and dtype is not None:
             cast_weights(part, dtype_on_disk(trained.model.llm.path) if dtype == "auto" else DTYPES[dtype])
     return built
+
+
+def _with_whole_parts(trained: Trained, built: Assembled, dtype: DType = "auto") -> Trained:
+    """With all weights of a part of which some trained, and with the encoder in place of adapters on it.
+
+    Args:
+        built: the merged model. What of it did not train is written in the number format of its files, or in `dtype`;
+            it is rounded to what is written.
+    """
+    model, whole, merged = trained.model, dict[str, Tensor](), {"vision.lora"}
+    if "llm" in model.partial:
+        on_disk, merged = dtype_on_disk(model.llm.path), {*merged, "llm.lora"}
+        llm = part_weights(built.model, "llm")
+        whole |= {name: tensor if name in trained.tensors else tensor.to(on_disk) for name, tensor in llm.items()}
+    if "vision" in model.partial or trained.part("vision.lora"):
+        whole |= part_weights(built.model, "vision")
+    whole = whole if dtype == "auto" else rounded(whole, DTYPES[dtype])
+    load_weights(built.model, whole, where="the merged model", partial=True)
+    kept = {name: tensor for name, tensor in trained.tensors.items() if part_of(name) not in merged}
+    changes: dict[str, Any] = {
+        "partial": {},
+        "vision_lora": None,
+        "trainable": _without_vision_lora(model.trainable),
+    }
+    if "llm.lora" in merged:
+        changes["lora"] = None
+    parts = tuple(part for part in _without_vision_lora(trained.trained) if part not in merged)
+    return replace(trained, model=model.model_copy(update=changes), tensors=kept | whole, trained=parts)
+
+
+def _without_vision_lora(parts: Sequence[str]) -> tuple[str, ...]:
+    """
+    >>> _without_vision_lora(("projector", "vision", "vision.lora"))
+    ('projector', 'vision')
+    """
+    return tuple(dict.fromkeys("vision" if part == "vision.lora" else part for part in parts))
 
 
 def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -215,8 +215,10 @@ def _how_to_go_on(final: Path, model: ModelConfig, brought: tuple[str, ...]) -> 
     ]
     if model.lora is not None:
         lora = model.lora
+        kinds = "".join(f", {key}: true" for key in ("rslora", "dora") if getattr(lora, key))
+        kinds += f", modules_to_save: [{', '.join(lora.modules_to_save)}]" if lora.modules_to_save else ""
         targets = ", ".join(lora.targets)
-        lines.append(f"    lora: {{rank: {lora.rank}, alpha: {lora.alpha}, targets: [{targets}]}}")
+        lines.append(f"    lora: {{rank: {lora.rank}, alpha: {lora.alpha}, targets: [{targets}]{kinds}}}")
     return "\n".join(lines)
 
 

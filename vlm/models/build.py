@@ -22,6 +22,7 @@ from vlm.models.llm import (
     pad_vocabulary,
     refuse_beyond_embedding,
 )
+from vlm.models.quantize import pack_linears, round_linears
 from vlm.models.recompute import checkpoint_blocks
 from vlm.models.trainable import load_weights, misfit, set_trainable
 from vlm.models.vision import VisionEncoder, build_vision
@@ -48,6 +49,7 @@ def build_model(
     device: str = "cpu",
     seed: int = 0,
     tokenizer_path: str | None = None,
+    packs: bool = True,
 ) -> Assembled:
     """Load encoder and language model, make the projector, freeze what does not train.
 
@@ -55,6 +57,8 @@ def build_model(
         precision: "bf16" keeps frozen weights in bfloat16, "fp16" in float16; trained ones are float32 always.
         seed: of the new weights (projector, adapters). torch's own random state is left as it was.
         tokenizer_path: where the tokenizer is, if not beside the language model.
+        packs: whether `model.llm.quantization` packs the weights; false gives them the packed ones' values, so that an
+            adapter can be merged.
     """
     dtype = frozen_dtype(precision)
     tokenizer = load_tokenizer(tokenizer_path or config.llm.path, config.trust_remote_code)
@@ -64,6 +68,10 @@ def build_model(
         pad_vocabulary(llm, num_real, config.llm.pad_vocab_to_multiple_of)
     embeddings: Any = llm.get_input_embeddings().weight
     refuse_beyond_embedding(tokenizer, len(embeddings), config.llm.path)
+    if config.llm.quantization is not None and packs:
+        pack_linears(llm, config.llm.quantization, dtype, torch.device(device), "model.llm.quantization")
+    elif config.llm.quantization is not None:
+        round_linears(llm, config.llm.quantization, torch.device(device))
     vision = None if config.vision is None else build_vision(config.vision, dtype)
     with forked_random_state():
         torch.manual_seed(seed)
@@ -122,7 +130,10 @@ def assemble(
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(llm)
     model = VisionLanguageModel(llm, vision, projector, image_token_id)
-    set_trainable(model, config.trainable, config.lora)
+    set_trainable(
+        model, config.trainable, config.lora, vision_lora=config.vision_lora,
+        partial={str(part): chosen for part, chosen in config.partial.items()},
+    )  # fmt: skip
     if config.gradient_checkpointing and vision is not None and not vision.is_frozen:
         checkpoint_blocks(vision.trunk)
     if config.gradient_checkpointing and model.has_frozen_llm:

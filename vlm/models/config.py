@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from vlm.models.projector_kinds import PROJECTORS, LinearProjectorConfig, ProjectorConfig
 from vlm.schema import OneOf, PathText, Section, TrainablePart
@@ -62,6 +62,17 @@ class VisionConfig(EncoderConfig):
         return self.model_copy(update={**first, "fuse_with": tuple(encoders[1:])})
 
 
+class QuantizationConfig(Section):
+    format: Literal["nf4", "fp4", "int8"] = "nf4"
+    """nf4 and fp4: 4 bits a weight; nf4 is nearer to what weights are like. int8: 8 bits."""
+    double: bool = True
+    """Quantize the scales of 4-bit weights too: 4.13 bits a weight in place of 4.5."""
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.format == "int8" else 4
+
+
 class LLMConfig(Section):
     path: PathText
     """A local folder, or a name that transformers resolves."""
@@ -71,6 +82,8 @@ class LLMConfig(Section):
     row, or eager for the few types that have no SDPA."""
     pad_vocab_to_multiple_of: PositiveInt | None = None
     """Grow the embedding to a multiple, for faster matrix products; null leaves it."""
+    quantization: QuantizationConfig | None = None
+    """Keep the frozen linear layers of the blocks in 4 or 8 bits (QLoRA); needs vlm[quant]. null: not packed."""
 
 
 class LoRAConfig(Section):
@@ -81,7 +94,35 @@ class LoRAConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the adapters' input, while training."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of linear modules in the LLM, e.g. [q_proj, v_proj]."""
+    """Linear modules: the last part of a name, as [q_proj, v_proj], a whole path, or a pattern as "*.layers.0.*"."""
+    rslora: bool = False
+    """The adapters count alpha / sqrt(rank) times instead, so that a higher rank does not make them smaller."""
+    dora: bool = False
+    """Learn the length of each row of the weights apart from its direction: nearer to full tuning, slower."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that train whole beside the adapters and are kept with them, as [lm_head]."""
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two matrices of an adapter counts."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+class PartialConfig(Section):
+    """Which of a part's weights train; what several keys name is put together."""
+
+    first_blocks: NonNegativeInt = 0
+    """So many blocks from the input on; of fused encoders, of each."""
+    last_blocks: NonNegativeInt = 0
+    """So many blocks before the output; of fused encoders, of each."""
+    modules: tuple[str, ...] = ()
+    """Modules by the last part of their name, whole path or pattern, as [lm_head, mlp, "*.layers.0.self_attn"]."""
+
+    @model_validator(mode="after")
+    def _names_some(self) -> PartialConfig:
+        if not (self.first_blocks or self.last_blocks or self.modules):
+            raise ValueError("names nothing: set first_blocks, last_blocks or modules, or leave it out to train all")
+        return self
 
 
 class ModelConfig(Section):
@@ -92,8 +133,12 @@ class ModelConfig(Section):
     llm: LLMConfig
     lora: LoRAConfig | None = None
     """Adapters on the language model; null adds none."""
+    vision_lora: LoRAConfig | None = None
+    """Adapters on the vision encoder; an export merges them into it."""
     trainable: tuple[TrainablePart, ...] = ("projector",)
     """What trains; everything else is frozen."""
+    partial: dict[Literal["llm", "vision"], PartialConfig] = Field(default_factory=dict)
+    """Of a part in `trainable`, what of it trains: {llm: {last_blocks: 4}}. A part that is not here trains whole."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
     trust_remote_code: bool = False
@@ -102,7 +147,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _parts_exist(self) -> ModelConfig:
         if not self.trainable:
-            raise ValueError("trainable: empty, so nothing would be trained; name projector, llm, llm.lora or vision")
+            raise ValueError(
+                "trainable: empty, so nothing would be trained; name projector, llm, llm.lora, vision or vision.lora"
+            )
         encoders = () if self.vision is None else self.vision.encoders
         if any(each.keep_class_token for each in encoders) and self.projector.needs_square:
             raise ValueError(
@@ -115,10 +162,29 @@ class ModelConfig(Section):
                 "vision.fuse_by token excludes projector.pool, projector.unshuffle and kind average: the patches of "
                 "several encoders form no square"
             )
-        if self.vision is None and {"projector", "vision"} & set(self.trainable):
+        if self.vision is None and {"projector", "vision", "vision.lora"} & set(self.trainable):
             raise ValueError("trainable: names projector or vision, but model.vision is null")
         if "llm.lora" in self.trainable and self.lora is None:
             raise ValueError("trainable: names llm.lora, but model.lora is null; add e.g. lora: {rank: 16, alpha: 32}")
         if {"llm", "llm.lora"} <= set(self.trainable):
             raise ValueError("trainable: llm and llm.lora exclude each other; keep one")
+        if "vision.lora" in self.trainable and (self.vision is None or self.vision_lora is None):
+            raise ValueError("trainable: names vision.lora, which needs model.vision and e.g. vision_lora: {rank: 16}")
+        if {"vision", "vision.lora"} <= set(self.trainable):
+            raise ValueError("trainable: vision and vision.lora exclude each other; keep one")
+        if self.vision_lora is not None and self.vision_lora.modules_to_save:
+            raise ValueError("vision_lora.modules_to_save: an encoder has none; name vision and partial.vision instead")
+        for part in self.partial:
+            if part not in self.trainable:
+                raise ValueError(f"partial: names {part}, but trainable does not; add {part} there, or drop it here")
+        if self.llm.quantization is not None and "llm" in self.trainable:
+            raise ValueError(
+                "llm.quantization: packed weights cannot train, but trainable names llm; name llm.lora instead "
+                "(QLoRA), with e.g. lora: {rank: 64, alpha: 16}"
+            )
         return self
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether the encoder's features change while it trains."""
+        return bool({"vision", "vision.lora"} & set(self.trainable))

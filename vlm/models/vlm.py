@@ -16,6 +16,7 @@ from vlm.models.families import packing_of
 from vlm.models.head import find_logits_rule, head_logits
 from vlm.models.last_block import can_cut, cut_last_block
 from vlm.models.llm import recomputing_blocks
+from vlm.models.lora import is_adapter
 from vlm.models.projector import Projector
 from vlm.models.recompute import RECOMPUTES
 from vlm.models.segments import decode_one_by_one
@@ -59,13 +60,13 @@ class VisionLanguageModel(nn.Module):
         if mode and self.has_frozen_llm:
             blocks = set(map(id, recomputing_blocks(self.llm)))  # each asks for its own mode
             for name, module in self.llm.named_modules():
-                module.training = ".lora_" in name or id(module) in blocks
+                module.training = is_adapter(name) or id(module) in blocks
         return self
 
     @property
     def has_frozen_llm(self) -> bool:
         """Whether nothing of the language model trains but adapters."""
-        return not any(p.requires_grad and ".lora_" not in name for name, p in self.llm.named_parameters())
+        return not any(p.requires_grad and not is_adapter(name) for name, p in self.llm.named_parameters())
 
     @property
     def lets_records_share(self) -> bool:

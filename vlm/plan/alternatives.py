@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm.config import RunConfig
 from vlm.errors import VLMError
-from vlm.models.config import LoRAConfig
+from vlm.models.config import LLMConfig, LoRAConfig, QuantizationConfig
 from vlm.plan.estimate import Plan, estimate
 from vlm.plan.memory import usable
 from vlm.plan.shapes import ModelShape, read_shapes
@@ -18,6 +18,7 @@ from vlm.train.engines.kind import EngineKind
 from vlm.train.engines.kinds import ENGINES, kind_of_launch
 
 _ADAPTERS = LoRAConfig(rank=128, alpha=256)
+_PACKED = QuantizationConfig()
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,17 @@ def _changes(config: RunConfig, world_size: int, memory: int, shape: ModelShape)
     if "llm" in model.trainable:
         parts = tuple("llm.lora" if part == "llm" else part for part in model.trainable)
         adapters = model.lora or _ADAPTERS
-        yield Change("LoRA", {"model": {"trainable": parts, "lora": adapters}})
+        rest = {part: some for part, some in model.partial.items() if part != "llm"}
+        values = {"trainable": parts, "lora": adapters} | ({"partial": rest} if model.partial else {})
+        yield Change("LoRA", {"model": values})
+        yield Change("QLoRA", {"model": values | {"llm": model.llm.model_copy(update={"quantization": _PACKED})}})
     if model.lora is not None and "llm.lora" in model.trainable:
         for rank in (rank for rank in (64, 32, 16, 8) if rank < model.lora.rank):
             adapters = model.lora.model_copy(update={"rank": rank, "alpha": model.lora.alpha * rank // model.lora.rank})
             yield Change("smaller adapters", {"model": {"lora": adapters}})
+    if model.llm.quantization is None and "llm" not in model.trainable:
+        packed = model.llm.model_copy(update={"quantization": _PACKED})
+        yield Change("QLoRA" if "llm.lora" in model.trainable else "4-bit language model", {"model": {"llm": packed}})
     for devices in (world_size,) if world_size > 1 else (1, 2, 4, 8):
         yield from _other_engines(kind_of_launch(config.engine, world_size), devices)
 
@@ -160,10 +167,14 @@ def _optimizer_works(config: RunConfig, world_size: int, shape: ModelShape) -> b
     train, kind = config.train, kind_of_launch(config.engine, world_size)
     tied = "the embedding" if "llm" in config.model.trainable and not shape.llm.head else None
     is_paged_on_host = train.is_paged and config.engine.keeps_optimizer_on_host
-    return kind.why_not_optimizer(train, tied) is None and not is_paged_on_host
+    fits = kind.why_not_optimizer(train, tied) is None and kind.why_not_tuned(config.model, train) is None
+    return fits and not is_paged_on_host
 
 
 def _yaml(value: Any) -> str:
+    if isinstance(value, LLMConfig):  # of which one key is another
+        assert value.quantization is not None
+        return f"{{quantization: {{format: {value.quantization.format}}}}}"
     if isinstance(value, LoRAConfig):
         return f"{{rank: {value.rank}, alpha: {max(1, value.alpha)}}}"
     if isinstance(value, tuple):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from vlm.models.config import LoRAConfig
+from vlm.models.config import LoRAConfig, QuantizationConfig
 from vlm.plan.numerics import Numerics, Workload
 from vlm.plan.shapes import Linear, LLMShape, ModelShape, ProjectorShape, VisionShape
 from vlm.train.engines.kind import FLOAT32
@@ -50,13 +50,21 @@ class Part:
 
 def decoder_block(
     shape: LLMShape, number: int, work: Workload, numerics: Numerics, *,
-    is_trained: bool, lora: LoRAConfig | None, checkpointing: bool,
+    is_trained: bool, lora: LoRAConfig | None, checkpointing: bool, quantization: QuantizationConfig | None = None,
 ) -> Part:  # fmt: skip
-    """One block of the language model, where a gradient passes through it."""
+    """One block of the language model, where a gradient passes through it.
+
+    Packed linear layers are unpacked one at a time, forward and backward.
+    """
     adapted = shape.adapted(lora)
     numel = shape.blocks[number]
     matrices = sum(linear.inputs * linear.outputs for linear in shape.linears)
     lora_numel = shape.lora_numel(lora) if lora else 0
+    weights, unpacked = numel * (FLOAT32 if is_trained else numerics.frozen), 0
+    if quantization is not None:
+        weights += shape.packed_bytes(quantization) - matrices * numerics.frozen
+        unpacked = numerics.compute * max((linear.inputs * linear.outputs for linear in shape.linears), default=0)
+        matrices = 0  # nothing of them that autocast could copy
     saved = (
         _saved_by_norms(shape, work, numerics, is_trained)
         + _saved_by_attention(shape, work, numerics)
@@ -68,11 +76,11 @@ def decoder_block(
     grows = work.tokens * (numerics.compute * shape.intermediate + numerics.residual * shape.width)
     part = Part(
         name=f"block {number}",
-        weights=numel * (FLOAT32 if is_trained else numerics.frozen) + FLOAT32 * lora_numel,
+        weights=weights + FLOAT32 * lora_numel,
         trained=(numel if is_trained else 0) + lora_numel,
         saved=saved,
-        forward=_while_mlp_runs(shape, work, numerics, lora),
-        backward=_while_mlp_is_undone(shape, work, numerics, is_trained, bool(adapted), lora),
+        forward=_while_mlp_runs(shape, work, numerics, lora) + unpacked,
+        backward=_while_mlp_is_undone(shape, work, numerics, is_trained, bool(adapted), lora) + unpacked,
         copies=cached,
         saved_copies=copies,
         early=FLOAT32 * largest,
@@ -294,3 +302,18 @@ def batch_bytes(shape: ModelShape, work: Workload, numerics: Numerics, is_cached
     if is_cached:
         return text + work.num_images * shape.vision.num_patches * shape.vision.width * numerics.compute
     return text + work.num_images * shape.vision.num_pixels * FLOAT32
+
+
+def partly(part: Part, numel: int, trained: int, numerics: Numerics) -> Part:
+    """A piece of `numel` parameters, counted as if all of it trained, of which `trained` do."""
+    return replace(
+        part,
+        weights=part.weights - (numel - trained) * (FLOAT32 - numerics.frozen),
+        trained=trained,
+        early=min(part.early, FLOAT32 * trained),
+    )
+
+
+def without_gradient(part: Part) -> Part:
+    """A block through which no gradient passes: nothing of it is kept."""
+    return replace(part, saved=0, recomputed=0, backward=0, copies=0, saved_copies=0, making=0, early=0)

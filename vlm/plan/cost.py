@@ -111,7 +111,7 @@ class Load:
 def micro_batch(config: RunConfig, shape: ModelShape, load: Load) -> dict[str, Cost]:
     """Forward and backward of a micro-batch, by the part of the model."""
     trainable, model = config.model.trainable, config.model
-    trains_vision, trains_projector = "vision" in trainable, "projector" in trainable
+    trains_vision, trains_projector = model.trains_vision, "projector" in trainable
     parts: dict[str, Cost] = {}
     if shape.vision is not None and shape.projector is not None:
         if not config.data.cache_features:
@@ -121,12 +121,22 @@ def micro_batch(config: RunConfig, shape: ModelShape, load: Load) -> dict[str, C
             )
         parts["projector"] = _projector(shape.projector, load.images, trains_projector, trains_vision)
     lora = model.lora if "llm.lora" in trainable else None
-    block = _decoder_block(
-        shape.llm, load,
-        is_trained="llm" in trainable, adapted=shape.llm.adapted(lora), lora_rank=lora.rank if lora else 0,
-        checkpointing=model.gradient_checkpointing, is_by_record=is_by_record(config, shape),
-    )  # fmt: skip
-    parts["decoder"] = block.times(len(shape.llm.blocks)) + _inputs(shape.llm, load, "llm" in trainable)
+    block, still = (
+        _decoder_block(
+            shape.llm,
+            load,
+            is_trained=is_trained,
+            adapted=shape.llm.adapted(lora),
+            lora_rank=lora.rank if lora else 0,
+            checkpointing=model.gradient_checkpointing,
+            is_by_record=is_by_record(config, shape),
+        )
+        for is_trained in ("llm" in trainable, False)
+    )
+    count = len(shape.llm.blocks)
+    num_still = sum(numel == 0 for numel in shape.llm.trained) if "llm" in model.partial else 0
+    parts["decoder"] = block.times(count - num_still) + still.times(num_still)
+    parts["decoder"] += _inputs(shape.llm, load, "llm" in trainable)
     parts["head"] = _head(shape.llm, load, "llm" in trainable)
     return parts
 

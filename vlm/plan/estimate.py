@@ -15,7 +15,7 @@ from vlm.plan import blocks
 from vlm.plan.blocks import Part
 from vlm.plan.cuts import balanced_cuts
 from vlm.plan.numerics import Numerics, Workload, full_rows, read_numerics
-from vlm.plan.shapes import ModelShape, read_shapes
+from vlm.plan.shapes import ModelShape, VisionShape, read_shapes
 from vlm.plan.timeline import peak
 from vlm.train.config import TrainConfig
 from vlm.train.engines.kind import FLOAT32, EngineKind, Place, States
@@ -137,36 +137,61 @@ def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics:
     """The parts of each layer, as vlm.models.pipeline counts layers: inputs, blocks, output."""
     trainable, model = config.model.trainable, config.model
     is_trained = "llm" in trainable
+    first, last = shape.llm.trained_ends if _is_partial(config, shape) else (int(is_trained), int(is_trained))
     inputs: list[Part] = []
     if shape.vision is not None and shape.projector is not None:
-        trains_vision = "vision" in trainable
-        inputs += [
-            blocks.vision(
-                each, work, numerics,
-                is_trained=trains_vision, is_cached=config.data.cache_features is True,
-                checkpointing=model.gradient_checkpointing,
+        inputs += [_vision(config, each, work, numerics) for each in shape.vision.members]
+        inputs.append(
+            blocks.projector(
+                shape.projector, work, numerics, "projector" in trainable, trains_vision=model.trains_vision
             )
-            for each in shape.vision.members
-        ]  # fmt: skip
-        trains_projector = "projector" in trainable
-        inputs.append(blocks.projector(shape.projector, work, numerics, trains_projector, trains_vision))
-    inputs.append(blocks.embedding(shape.llm, work, numerics, is_trained))
-    lora = model.lora if "llm.lora" in trainable else None
-    middle = [
-        blocks.decoder_block(
-            shape.llm, number, work, numerics,
-            is_trained=is_trained, lora=lora, checkpointing=model.gradient_checkpointing,
         )
-        for number in range(len(shape.llm.blocks))
-    ]  # fmt: skip
-    output = blocks.head(shape.llm, work, numerics, is_trained=is_trained, chunk_tokens=CHUNK_TOKENS)
-    return [inputs, *([block] for block in middle), [output]]
+    inputs.append(blocks.embedding(shape.llm, work, numerics, first > 0))
+    output = [blocks.head(shape.llm, work, numerics, is_trained=last > 0, chunk_tokens=CHUNK_TOKENS)]
+    if shape.llm.saved and "llm.lora" in trainable:
+        saved = shape.llm.saved
+        output.append(Part(name="modules_to_save", weights=FLOAT32 * saved, trained=saved))
+    return [inputs, *([block] for block in _decoder_blocks(config, shape, work, numerics)), output]
+
+
+def _is_partial(config: RunConfig, shape: ModelShape) -> bool:
+    return "llm" in config.model.trainable and "llm" in config.model.partial and bool(shape.llm.trained)
+
+
+def _decoder_blocks(config: RunConfig, shape: ModelShape, work: Workload, numerics: Numerics) -> list[Part]:
+    model, llm = config.model, shape.llm
+    is_partial = _is_partial(config, shape)
+    trained = llm.trained if is_partial else llm.blocks if "llm" in model.trainable else (0,) * len(llm.blocks)
+    parts = []
+    for number, numel in enumerate(trained):
+        part = blocks.decoder_block(
+            llm, number, work, numerics, is_trained=numel > 0, checkpointing=model.gradient_checkpointing,
+            lora=model.lora if "llm.lora" in model.trainable else None, quantization=model.llm.quantization,
+        )  # fmt: skip
+        parts.append(blocks.partly(part, llm.blocks[number], numel, numerics) if numel and is_partial else part)
+    is_free = is_partial and not llm.trained_ends[0] and set(model.trainable) == {"llm"}  # nothing before them trains
+    first = next((number for number, numel in enumerate(trained) if numel), len(trained)) if is_free else 0
+    return [blocks.without_gradient(part) for part in parts[:first]] + parts[first:]
+
+
+def _vision(config: RunConfig, shape: VisionShape, work: Workload, numerics: Numerics) -> Part:
+    model = config.model
+    part = blocks.vision(
+        shape, work, numerics, is_trained=model.trains_vision, is_cached=config.data.cache_features is True,
+        checkpointing=model.gradient_checkpointing,
+    )  # fmt: skip
+    if shape.trained is None or not model.trains_vision:
+        return part
+    if "vision.lora" in model.trainable:
+        frozen = blocks.partly(part, shape.numel, 0, numerics)
+        return replace(frozen, weights=frozen.weights + FLOAT32 * shape.trained, trained=shape.trained)
+    return blocks.partly(part, shape.numel, shape.trained, numerics)
 
 
 def _num_parameters(config: RunConfig, shape: ModelShape) -> int:
     """Of the whole model, adapters included."""
     llm, lora = shape.llm, config.model.lora if "llm.lora" in config.model.trainable else None
-    adapters = shape.llm.lora_numel(lora) * len(llm.blocks) if lora else 0
+    adapters = shape.llm.lora_numel(lora) * len(llm.blocks) + llm.saved if lora else 0
     encoder = shape.vision.numel if shape.vision else 0
     projector = shape.projector.numel if shape.projector else 0
     return llm.embedding + llm.head + llm.final_norm + sum(llm.blocks) + adapters + encoder + projector

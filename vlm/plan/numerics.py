@@ -71,7 +71,7 @@ def read_numerics(config: RunConfig, has_flash_attention: bool, takes_varlen: bo
     return Numerics(
         frozen=frozen,
         compute=FLOAT32 if precision == "fp32" else 2,
-        residual=FLOAT32 if "llm" in config.model.trainable else frozen,
+        residual=FLOAT32 if "llm" in config.model.trainable and "llm" not in config.model.partial else frozen,
         attention=attention,
         on_gpu=on_gpu,
     )

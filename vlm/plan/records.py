@@ -50,17 +50,22 @@ def _read_some(config: RunConfig) -> Records | str:
     chosen = rng.choice(len(weights), min(SAMPLE, len(weights)), replace=False, p=weights / weights.sum())
     found: list[tuple[int, int, int]] = []
     pixels: list[int] = []
+    looked_at = 0
     for number in chosen:
+        if len(found) >= SAMPLE:  # of long texts, which are cut
+            break
+        looked_at += 1
         try:
-            example = reader.read(int(number))
+            pieces = reader.cut(reader.conversation(int(number)))
         except RecordError:
             continue
-        found.append((len(example.input_ids), len(example.images), example.num_supervised))
-        pixels += _pixels_of(example.images) if len(pixels) < _IMAGES else []
+        for _, example in pieces:
+            found.append((len(example.input_ids), len(example.images), example.num_supervised))
+            pixels += _pixels_of(example.images) if len(pixels) < _IMAGES else []
     if not found:
         return "none of the records that were looked at can be used"
     lengths, images, supervised = np.array(found, dtype=np.int64).T
-    num_records = float(weights.sum()) * (1 - data.held_out) * len(found) / len(chosen)
+    num_records = float(weights.sum()) * (1 - data.held_out) * len(found) / looked_at
     rows = len(found)
     if data.packing:
         order = np.arange(len(found))

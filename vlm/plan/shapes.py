@@ -5,30 +5,45 @@ Letters: D LLM width, V vocabulary, C vision width, P patches, T tokens per imag
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm.models.config import LoRAConfig, ModelConfig, VisionConfig
+from vlm.models.config import LoRAConfig, ModelConfig, QuantizationConfig
 from vlm.models.decoders import find_blocks, find_decoder, find_linears, linear_shape
 from vlm.models.encoders.base import EncoderCost
+from vlm.models.encoders.blocks import networks_of_encoder
 from vlm.models.encoders.kinds import VISION_BACKENDS
 from vlm.models.families import family_of
 from vlm.models.llm import llm_from_config, pad_vocabulary, takes_varlen
 from vlm.models.projector_kinds import ProjectorConfig
+from vlm.models.trainable import adapted_linears, partial_names, saved_modules
 from vlm.models.vision import VisionEncoder, build_vision
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer; `name` is the last part of the module's name, e.g. q_proj."""
+    """A linear layer; `name` is the last part of the module's name, e.g. q_proj, `path` the whole of one block's."""
 
     name: str
     inputs: int
     outputs: int
     role: str = ""  # the field of `BlockNames` that has its name
+    path: str = ""
+
+    def is_named(self, target: str) -> bool:
+        """Whether one of `model.lora.targets` names it, in whichever block.
+
+        >>> [Linear("q", 1, 1, path="layers.7.attn.q").is_named(t) for t in ("q", "attn.q", "layers.0.attn.*", "k")]
+        [True, True, True, False]
+        """
+        anywhere = re.sub(r"(?<=\.)[\d?]+(?=\.)", "*", target)
+        return target == self.name or f".{self.path}".endswith(f".{target}") or fnmatchcase(self.path, anywhere)
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,9 @@ class LLMShape:
     blocks: tuple[int, ...]  # parameters of each block
     linears: tuple[Linear, ...]  # of one block
     takes_varlen: bool = True  # attention record by record, which `attention: auto` then is
+    trained: tuple[int, ...] = ()  # parameters of each block that train with `model.partial`; empty: all or none
+    trained_ends: tuple[int, int] = (0, 0)  # of the embedding, and of head and final norm, with `model.partial`
+    saved: int = 0  # parameters of `model.lora.modules_to_save`
 
     def lora_numel(self, lora: LoRAConfig) -> int:
         """Parameters of the adapters of one block."""
@@ -83,7 +101,20 @@ class LLMShape:
         """The linears that carry an adapter."""
         if lora is None:
             return ()
-        return tuple(linear for linear in self.linears if lora.targets == "all-linear" or linear.name in lora.targets)
+        return tuple(
+            linear for linear in self.linears if lora.targets == "all-linear" or any(map(linear.is_named, lora.targets))
+        )
+
+    def packed_bytes(self, quantization: QuantizationConfig) -> int:
+        """What the linear layers of one block take in 4 or 8 bits, with their scales.
+
+        Of 4 bits a scale per 64 weights: in float32, or in a byte with one in float32 per 256 of them. Of 8 bits a
+        scale in float32 per row.
+        """
+        if quantization.bits == 8:
+            return sum(linear.inputs * linear.outputs + 4 * linear.outputs for linear in self.linears)
+        scale = (1 + 4 / 256) / 64 if quantization.double else 4 / 64
+        return int(sum(linear.inputs * linear.outputs * (0.5 + scale) for linear in self.linears))
 
 
 @dataclass(frozen=True)
@@ -94,6 +125,7 @@ class VisionShape(EncoderCost):
     width: int  # C of a patch's feature
     num_patches: int  # P, what it yields per image
     image_size: int  # pixels per side
+    trained: int | None = None  # parameters that train with `model.partial` or as adapters; None: all or none
     fused: tuple[VisionShape, ...] = ()  # where it is several encoders; the fields of `EncoderCost` are the first's
 
     @property
@@ -124,7 +156,7 @@ def read_shapes(config: ModelConfig) -> ModelShape:
     llm = _read_llm(config)
     if config.vision is None:
         return ModelShape(llm, None, None, 0)
-    vision = _read_vision(config.vision)
+    vision = _read_vision(config)
     projector = _read_projector(config.projector, vision, llm.width)
     return ModelShape(llm, vision, projector, config.projector.count_tokens(vision.num_patches))
 
@@ -160,6 +192,7 @@ def _read_llm(config: ModelConfig) -> LLMShape:
         blocks=numels,
         linears=linears,
         takes_varlen=takes_varlen(model),
+        **_trained_of_llm(model, config, blocks),
     )
 
 
@@ -170,8 +203,24 @@ def _linears_of_blocks(model: Any) -> dict[str, tuple[Linear, ...]]:
     for name, module in find_linears(model).items():
         block = next(block for block in found if name.startswith(f"{block}."))
         last = name.rpartition(".")[2]
-        found[block].append(Linear(last, *linear_shape(module), role=roles.get(last, "")))
+        found[block].append(Linear(last, *linear_shape(module), role=roles.get(last, ""), path=name))
     return {name: tuple(linears) for name, linears in found.items()}
+
+
+def _trained_of_llm(model: Any, config: ModelConfig, blocks: Collection[str]) -> dict[str, Any]:
+    """The fields of `LLMShape` about a language model of which some trains."""
+    found: dict[str, Any] = {}
+    if config.lora is not None and "llm.lora" in config.trainable:
+        saved = [model.get_submodule(name) for name in saved_modules(model, config.lora)]
+        found["saved"] = sum(p.numel() for module in saved for p in module.parameters())
+    if "llm" not in config.partial:
+        return found
+    trained = {name: model.get_parameter(name) for name in partial_names(model, config.partial["llm"], "llm")}
+    of_blocks = tuple(sum(p.numel() for name, p in trained.items() if name.startswith(f"{block}.")) for block in blocks)
+    embedding = model.get_input_embeddings().weight
+    first = embedding.numel() if any(p is embedding for p in trained.values()) else 0
+    rest = sum(p.numel() for p in trained.values()) - sum(of_blocks) - first
+    return found | {"trained": of_blocks, "trained_ends": (first, rest)}
 
 
 def _read_projector(config: ProjectorConfig, vision: VisionShape, out_width: int) -> ProjectorShape:
@@ -205,16 +254,32 @@ def _read_projector(config: ProjectorConfig, vision: VisionShape, out_width: int
     )
 
 
-def _read_vision(config: VisionConfig) -> VisionShape:
+def _read_vision(config: ModelConfig) -> VisionShape:
+    assert config.vision is not None
     with torch.device("meta"):
-        encoder = build_vision(config, torch.bfloat16, weights=False)
-    shapes = [
-        _vision_shape(each, VISION_BACKENDS[named.backend].cost(each))
-        for each, named in zip(encoder.members, config.encoders, strict=True)
-    ]
+        encoder = build_vision(config.vision, torch.bfloat16, weights=False)
+    trained = _trained_of_encoder(encoder, config)
+    shapes = []
+    for (place, _), each, named in zip(
+        networks_of_encoder(encoder).items(), encoder.members, config.vision.encoders, strict=True
+    ):
+        numel = None if trained is None else sum(trained[name] for name in trained if name.startswith(f"{place}."))
+        shapes.append(replace(_vision_shape(each, VISION_BACKENDS[named.backend].cost(each)), trained=numel))
     if len(shapes) == 1:
         return shapes[0]
     return replace(_vision_shape(encoder, shapes[0]), fused=tuple(shapes))
+
+
+def _trained_of_encoder(encoder: VisionEncoder, config: ModelConfig) -> dict[str, int] | None:
+    """Parameters that train, by the name in the encoder of a weight, or of a layer that has an adapter; None: all or
+    none."""
+    if "vision" in config.partial:
+        names = partial_names(encoder, config.partial["vision"], "vision")
+        return {name: encoder.get_parameter(name).numel() for name in names}
+    if config.vision_lora is None or "vision.lora" not in config.trainable:
+        return None
+    layers = adapted_linears(encoder, config.vision_lora)
+    return {name: config.vision_lora.rank * sum(linear_shape(layer)) for name, layer in layers.items()}
 
 
 def _vision_shape(encoder: VisionEncoder, cost: EncoderCost) -> VisionShape:

@@ -29,7 +29,7 @@ from vlm.train.engines.base import Engine
 
 # Of a mixture's experts some get no token; the others only choose experts, or the tokens that attention sees.
 MAY_LACK_GRADIENT = {"experts", "e_score_correction_bias", "expert_bias", "indexer"}
-IMAGE_PARTS = {"vision", "projector"}  # what trains on records with images only
+IMAGE_PARTS = {"vision", "vision.lora", "projector"}  # what trains on records with images only
 SAMPLED = 512  # elements of each tensor's gradient that are kept, evenly spaced; beside its norm
 
 

@@ -13,6 +13,7 @@ from vlm.artifacts.layouts import open_parts
 from vlm.artifacts.llava import read_start
 from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig
+from vlm.models.lora import is_adapter
 from vlm.models.partition import full_shape
 from vlm.models.trainable import canonical_name, part_of, part_weights
 from vlm.models.vlm import VisionLanguageModel
@@ -53,7 +54,7 @@ def check_frozen(probe: StateProbe, rows: Rows, bounds: Bounds) -> Finding:
     model = probe.model
     trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     batch = rows.packed.to(probe.device)
-    sees = model.vision is not None and batch.pixel_values is not None and "vision" not in trained
+    sees = model.vision is not None and batch.pixel_values is not None and not {"vision", "vision.lora"} & trained
     if "llm" in trained and not sees:
         return not_made("nothing frozen is computed")
     model.eval()
@@ -108,5 +109,5 @@ def _training_mode(model: nn.Module, trained: Collection[str]) -> None:
     """Of what is frozen: the dropout and the batch norms of what trains may do as they like."""
     model.train()
     for name, module in model.named_modules():
-        if ".lora_" in name or (name in ("vision", "projector") and name in trained):
+        if is_adapter(name) or (name in ("vision", "projector") and name in trained):
             module.eval()

@@ -102,9 +102,8 @@ def reads_image(example: Example, image_token_id: int | None) -> bool:
 
 def read_record(scan: Scan, number: int) -> Record:
     """Raises RecordError."""
-    source, local = scan.reader.locate(number)
     example = scan.reader.read(number)
-    conversation = source.conversation(local)
+    conversation = scan.reader.conversation(number)
     return Record(_as_far_as(conversation, scan), example)
 
 

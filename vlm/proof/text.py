@@ -95,6 +95,7 @@ def _labels_problem(record: Record, tokens: ConversationTokenizer) -> str:
         return f"the label of token {moved[0]} is another token"
     said = "".join(tokens.text(run) for run in _labelled_runs(record))
     replies = "".join(reply + tokens.template.stop for reply in _replies(record))
+    replies = replies.removesuffix(tokens.template.stop) if record.conversation.goes_on else replies
     expected = _with_specials(replies, tokens)
     # a record's very first token is predicted by nothing, so it has no label even in a reply
     is_cut = _first_label(record) == 1 and _plain(expected).endswith(_plain(said))
@@ -105,11 +106,14 @@ def _labels_problem(record: Record, tokens: ConversationTokenizer) -> str:
 
 def _end_problem(record: Record, tokens: ConversationTokenizer) -> str:
     runs = _labelled_runs(record)
-    for run in runs:
+    goes_on = record.conversation.goes_on
+    if goes_on and runs[-1][-1] in tokens.stop_ids:
+        return "a piece of a longer text ends as a reply does"
+    for run in runs[: len(runs) - goes_on]:
         if run[-1] not in tokens.stop_ids:
             return f"the last label of a reply is {tokens.text(run[-1:])!r}, at which generation goes on"
     ends = sum(label in tokens.stop_ids for run in runs for label in run)
-    replies = len(_replies(record))
+    replies = len(_replies(record)) - goes_on
     return f"{replies} replies, {ends} labels that end one" if ends < replies else ""
 
 

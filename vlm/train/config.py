@@ -31,6 +31,10 @@ class TrainConfig(Section):
     """The peak of the schedule."""
     learning_rates: dict[TrainablePart, PositiveFloat] = Field(default_factory=dict)
     """Per trainable part, where it differs from learning_rate."""
+    lora_b_rate_ratio: PositiveFloat = 1.0
+    """LoRA+: the rate of the adapters' second matrix, which starts at zero, over that of the first; 16 is usual."""
+    thaw: dict[TrainablePart, PositiveInt] = Field(default_factory=dict)
+    """Part -> how many steps it stands still before it trains: {vision: 500}."""
     schedule: Literal["constant", "linear", "cosine", "step"] = "cosine"
     """How the rate falls after the warm-up. step: to decay_factor of it every decay_every steps."""
     decay_every: PositiveInt | None = None

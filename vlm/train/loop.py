@@ -10,6 +10,7 @@ from vlm.batch import Batch
 from vlm.distributed import note
 from vlm.errors import Preempted, TrainingDiverged
 from vlm.faults import fault, set_step
+from vlm.logs import log
 from vlm.objectives.base import Objective
 from vlm.train.engines.base import Engine, StepOutput
 
@@ -71,6 +72,7 @@ class TrainLoop:
     events: list[Every] = field(default_factory=list)  # run in order after a step
     save_every: int = 500
     max_bad_steps: int = 0
+    thaw: Mapping[str, int] = field(default_factory=dict)  # part -> step, from 0, from which on it trains
 
     def run(self, start_step: int = 0) -> None:
         """Train from `start_step` to `max_steps` and save at the end.
@@ -91,6 +93,7 @@ class TrainLoop:
             note(f"step {step + 1}: computing")
             microbatches = self.engine.broadcast(microbatches)
             counts = self._count(microbatches)
+            self._settle_still(step, step == start_step)
             output = self.engine.train_step(microbatches, max(1.0, counts.normalizer), self.schedule(step))
             if not output.applied and not output.overflowed:
                 bad_steps += 1
@@ -111,6 +114,14 @@ class TrainLoop:
                     raise Preempted(
                         f"{stopped}: stopped after step {step + 1} and saved; the same command resumes there"
                     )
+
+    def _settle_still(self, step: int, is_first: bool) -> None:
+        self.engine.still = frozenset(part for part, at in self.thaw.items() if step < at)
+        for part, at in self.thaw.items():
+            if step == at:
+                log(f"step {step + 1}: {part} trains from here on")
+            elif is_first and step < at:
+                log(f"{part} stands still for the first {at} steps")
 
     def _count(self, batches: list[Batch]) -> StepCounts:
         own = [

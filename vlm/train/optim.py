@@ -65,26 +65,32 @@ def build_schedule(config: TrainConfig, max_steps: int) -> Schedule:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """One group per trainable part and decay; see `vlm.models.decay` for what is decayed.
+    """One group per `group_key`; see `vlm.models.decay` for what is decayed.
 
     Each group has its peak rate as `initial_lr`, as torch's own schedulers call it.
     """
     left_alone = undecayed(model)
     rates: dict[str, float] = {str(part): rate for part, rate in config.learning_rates.items()}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((part_of(name), name not in left_alone), []).append(parameter)
+            groups.setdefault(group_key(name, name not in left_alone, config), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": config.weight_decay if decays else 0.0,
-            "initial_lr": rates.get(part, config.learning_rate),
+            "initial_lr": rates.get(part, config.learning_rate) * (config.lora_b_rate_ratio if is_second else 1.0),
             "part": part,
-            "decays": decays,
+            "key": (part, decays, is_second),
         }
-        for (part, decays), parameters in groups.items()
+        for (part, decays, is_second), parameters in groups.items()
     ]
+
+
+def group_key(name: str, decays: bool, config: TrainConfig) -> tuple[str, bool, bool]:
+    """What the weights of a group have in common: part, decay, and being the second matrix of adapters, where that one
+    has a rate of its own (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
+    return part_of(name), decays, config.lora_b_rate_ratio != 1.0 and ".lora_B." in name
 
 
 def build_optimizer(

@@ -53,6 +53,7 @@ class Engine(ABC):
     num_data_ranks: int
     holds_whole_model = False  # whether each process holds every weight whole, and `optimizer` the trained ones
     optimizer: torch.optim.Optimizer
+    still: frozenset[str] = frozenset()  # parts that the next step leaves as they are, for `train.thaw`
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from vlm.models.config import ModelConfig
     from vlm.models.pipeline_build import Stage
     from vlm.models.vlm import VisionLanguageModel
     from vlm.objectives.base import Objective
@@ -148,6 +149,16 @@ class EngineKind(KindSection, ABC):
         return False
 
     @property
+    def reads_whole(self) -> bool:
+        """Whether each process reads the base model whole, so that its weights can be packed or measured there."""
+        return not self.has_stages and not self.gathers
+
+    @property
+    def can_thaw(self) -> bool:
+        """Whether a part's weights may stand still until a step, for `train.thaw`."""
+        return not self.has_stages
+
+    @property
     def keeps_optimizer_on_host(self) -> bool:
         """Whether the optimizer and its state are in the host's memory."""
         return False
@@ -176,6 +187,33 @@ class EngineKind(KindSection, ABC):
             tied: name of an embedding that trains and is the output layer too; None if there is none.
         """
         return None
+
+    def why_not_tuned(self, model: ModelConfig, train: TrainConfig) -> str | None:
+        """Why it cannot train what `model` and `train` say in the way they say it; None where it can."""
+        unknown = [part for part in train.thaw if part not in model.trainable]
+        if unknown:
+            return f"train.thaw names {unknown[0]}, which model.trainable does not; add it there, or drop it here"
+        if train.thaw and len(train.thaw) == len(set(model.trainable)):
+            return "train.thaw names every part of model.trainable, so nothing would train at first; leave one out"
+        if train.thaw and not self.can_thaw:
+            return f"train.thaw does not work with engine.kind {self.describe()}; set engine.kind to local, ddp or fsdp"
+        if self.reads_whole:
+            return None
+        asked = [
+            name
+            for name, is_set in (
+                ("model.llm.quantization", model.llm.quantization is not None),
+                ("model.lora.dora", model.lora is not None and model.lora.dora),
+                ("model.lora.modules_to_save", model.lora is not None and bool(model.lora.modules_to_save)),
+            )
+            if is_set
+        ]
+        if not asked:
+            return None
+        return (
+            f"{asked[0]} needs the whole base model in each process, and engine.kind {self.describe()} holds pieces of "
+            "it; set engine.kind to local or ddp, or to zero with stage 1 or 2"
+        )
 
     def place(self, rank: int, num_processes: int) -> Place:
         """What a process is in a launch that fits."""

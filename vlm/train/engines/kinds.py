@@ -196,6 +196,10 @@ class Zero(OverDeepSpeed):
         return "deepspeed" if self.stage > 0 else None
 
     @property
+    def can_thaw(self) -> bool:
+        return self.stage == 0
+
+    @property
     def gathers(self) -> bool:
         return self.stage == 3
 

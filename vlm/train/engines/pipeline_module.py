@@ -15,12 +15,11 @@ from vlm.batch import Batch
 from vlm.launch import set_local_rank
 from vlm.models.pipeline import InputsLayer, OutputLayer, num_layers, run_layers
 from vlm.models.pipeline_build import Stage
-from vlm.models.trainable import part_of
 from vlm.objectives.base import Head, Objective
 from vlm.precision import autocast
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import Sums, poison, spoil, stack_metrics
-from vlm.train.optim import parameter_groups
+from vlm.train.optim import group_key, parameter_groups
 
 
 class StageRun:
@@ -75,9 +74,9 @@ def stage_groups(stage: Stage, train: TrainConfig) -> list[dict[str, Any]]:
     DeepSpeed sums the norm group by group over the stages, so every stage needs the same groups in the same order. A
     group of which it holds nothing gets a parameter that nothing uses.
     """
-    own = {(group["part"], group["decays"]): group for group in parameter_groups(stage.built.model, train)}
+    own = {group["key"]: group for group in parameter_groups(stage.built.model, train)}
     wanted = dict.fromkeys(
-        (part_of(name), name not in stage.undecayed) for name in stage.shapes if name in stage.trained
+        group_key(name, name not in stage.undecayed, train) for name in stage.shapes if name in stage.trained
     )
     return [
         own.get(key)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlm.batch import Batch
 from vlm.distributed import rank, world_size
+from vlm.models.trainable import part_of
 from vlm.train.engines.base import Engine, LossModule, StepOutput, Sums, T
 from vlm.train.engines.kind import EngineInputs
 from vlm.train.optim import build_optimizer, set_learning_rates
@@ -69,6 +70,7 @@ class TorchEngine(Engine):
         with self.timer("forward_backward"):
             sums = self._backward(self.wrapped, microbatches, factor * self.num_data_ranks / normalizer)
         with self.timer("optimizer"):
+            self._leave_still()
             grad_norm = self.grad_norm().item() / factor
             finite = math.isfinite(sums[0]) and math.isfinite(grad_norm)
             if finite:
@@ -115,6 +117,12 @@ class TorchEngine(Engine):
                 (loss * scale).backward()
             sums.add(loss, metrics)
         return self.sum_over_data_ranks(sums.read())
+
+    def _leave_still(self) -> None:
+        """Without a gradient a weight counts in no norm, is not decayed, and its moments begin when it thaws."""
+        for name, parameter in self.parameters if self.still else ():
+            if part_of(name) in self.still:
+                parameter.grad = None
 
     def _scale_gradients(self, factor: float) -> None:
         if factor < 1.0:

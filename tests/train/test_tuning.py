@@ -1,0 +1,282 @@
+"""Every way of tuning, from training to plain transformers and peft: the matrix of docs/tuning.md."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_export import write_clip, write_image, write_llm
+
+from vlm.artifacts.initial import load_init
+from vlm.config import load_config
+from vlm.data.build import build_conversation_tokenizer, build_reader
+from vlm.data.scan import scan_records
+from vlm.errors import CheckpointError, ConfigError
+from vlm.export.run import export_run
+from vlm.inference.load import load
+from vlm.models.build import build_model
+from vlm.models.config import QuantizationConfig
+from vlm.models.llm import load_tokenizer
+from vlm.models.trainable import load_weights, part_of
+from vlm.plan.records import read_some
+from vlm.run import train
+from vlm.train.checkpoint import list_checkpoints, newest_verified
+from vlm.train.fragments import read_weights
+
+needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+LORA = {"rank": 4, "alpha": 8}
+IDS = torch.tensor([[5, 17, 42, 99, 7, 300, 11, 64]])
+# method -> settings of `model`; of a VLM the projector trains too
+METHODS = {
+    "full": {"trainable": ["llm"]},
+    "last block": {"trainable": ["llm"], "partial": {"llm": {"last_blocks": 1}}},
+    "named modules": {"trainable": ["llm"], "partial": {"llm": {"modules": ["*.layers.0.mlp", "lm_head"]}}},
+    "lora": {"trainable": ["llm.lora"], "lora": LORA},
+    "rslora, targets": {
+        "trainable": ["llm.lora"], "lora": {**LORA, "rslora": True, "targets": ["q_proj", "*.1.mlp.*"]}
+    },
+    "dora": {"trainable": ["llm.lora"], "lora": {**LORA, "dora": True}},
+    "modules_to_save": {"trainable": ["llm.lora"], "lora": {**LORA, "modules_to_save": ["lm_head"]}},
+    "qlora nf4": {"trainable": ["llm.lora"], "lora": LORA, "quantization": {"format": "nf4"}},
+    "qlora fp4, dora": {
+        "trainable": ["llm.lora"], "lora": {**LORA, "dora": True}, "quantization": {"format": "fp4", "double": False}
+    },
+    "qlora int8": {"trainable": ["llm.lora"], "lora": LORA, "quantization": {"format": "int8"}},
+    "encoder lora": {"trainable": ["llm.lora", "vision.lora"], "lora": LORA, "vision_lora": {"rank": 2, "alpha": 4}},
+    "encoder's last block": {"trainable": ["vision"], "partial": {"vision": {"last_blocks": 1}}},
+}  # fmt: skip
+VOCABULARY = 358
+BOUND = 1e-4  # of the logits' norm; the worst seen is 2e-6
+CELLS = [
+    (what, method)
+    for what in ("pt of an LLM", "sft of a VLM")
+    for method in METHODS
+    if what[-3:] == "VLM" or "enc" not in method
+]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("toys")
+    write_llm(root / "llm", width=64, tied=False)
+    write_clip(root / "clip")
+    (root / "book.txt").write_text("".join(f"What is this? A red square {n}. It is a bird.\n" for n in range(40)))
+    records = []
+    for number in range(8):
+        write_image(root / f"{number}.png", seed=number)
+        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A red square."}]
+        records.append({"image": f"{number}.png", "conversations": turns})
+    (root / "records.json").write_text(json.dumps(records))
+    return root
+
+
+def config_of(toys: Path, run: Path, what: str, method: dict, **train_settings) -> Path:
+    values = {**method}
+    llm = {"path": str(toys / "llm"), "quantization": values.pop("quantization", None)}
+    is_vlm = what.endswith("VLM")
+    vision = {"backend": "hf", "path": str(toys / "clip"), "layer": -2} if is_vlm else None
+    values["trainable"] = (["projector"] if is_vlm else []) + values["trainable"]
+    source = "records.json" if is_vlm else "book.txt"
+    settings = {
+        "output_dir": str(run),
+        "model": {"vision": vision, "llm": llm, **values},
+        "data": {
+            "template": "chatml" if is_vlm else "plain", "max_length": 64, "cache": str(toys / "cache"),
+            "sources": [{"path": str(toys / source)}],
+        },
+        "train": {
+            "max_steps": 2, "global_batch_size": 2, "micro_batch_size": 2, "learning_rate": 0.02, "precision": "fp32",
+            "schedule": "constant", "save_every": 1, "prove": False, **train_settings,
+        },
+        "engine": {"kind": "local", "device": "cpu"},
+    }  # fmt: skip
+    path = run.parent / f"{run.name}.yaml"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def trained(path: Path) -> Path:
+    return train(load_config(path), path.read_text())
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_weights(newest_verified(run))
+
+
+def model_of(path: Path, run: Path):
+    """The model as it trained, packed where it was."""
+    config = load_config(path)
+    model = build_model(config.model).model
+    load_weights(model, weights(run), str(run))
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.logits(model(IDS, torch.arange(IDS.shape[1])[None]))
+
+
+@torch.no_grad()
+def by_transformers(folder: Path, is_vlm: bool) -> torch.Tensor:
+    """Of a full export, read by transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    at_top = (folder / "config.json").is_file()
+    kind = AutoModelForImageTextToText if is_vlm and at_top else AutoModelForCausalLM
+    model = kind.from_pretrained(folder if at_top else folder / "llm", dtype=torch.float32).eval()
+    return model(IDS).logits[..., :VOCABULARY]  # LLaVA's layout has a row for the placeholder
+
+
+@torch.no_grad()
+def by_peft(toys: Path, folder: Path) -> torch.Tensor:
+    """The adapter of an export, read by peft on the base model."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(toys / "llm", dtype=torch.float32)
+    return PeftModel.from_pretrained(base, folder / "adapter").eval()(IDS).logits
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "method"), CELLS, ids=[f"{what}: {method}" for what, method in CELLS])
+def test_a_method_trains_resumes_exports_and_computes_the_same_in_transformers_and_peft(toys, tmp_path, what, method):
+    settings = METHODS[method]
+    if "quantization" in settings:
+        pytest.importorskip("bitsandbytes")
+    path = config_of(toys, tmp_path / "run", what, settings)
+    run = trained(path)
+    final = weights(run)
+    assert {part_of(name) for name in final} >= set(load_config(path).model.trainable)
+    shutil.rmtree(list_checkpoints(run)[-1].path)  # as if killed before the last step
+    trained(path)
+    assert all(torch.equal(tensor, final[name]) for name, tensor in weights(run).items())
+    model = model_of(path, run)
+    expected = logits(model)
+    export, full = export_run(run), export_run(run, full=True, dtype="fp32")
+    assert apart(by_transformers(full, what.endswith("VLM")), expected) < BOUND
+    loaded = load(export, device="cpu", precision="fp32").model
+    assert apart(logits(loaded), expected) < BOUND
+    if model.vision is not None:
+        pixels = torch.randn(2, 3, 28, 28)
+        assert apart(loaded.vision(pixels), model.vision(pixels).detach()) < 1e-4
+    if "llm.lora" in settings["trainable"] and "quantization" not in settings:
+        assert apart(by_peft(toys, export), expected) < BOUND
+    elif "llm.lora" in settings["trainable"]:
+        names = [name for name in final if part_of(name) == "llm.lora"]
+        assert names
+        assert all(part_of(name) in ("llm.lora", "projector") for name in final)  # without the base
+
+
+def part_of_step(run: Path, step: int, part: str) -> dict[str, torch.Tensor]:
+    folder = next(info.path for info in list_checkpoints(run) if info.step == step)
+    return {name: tensor for name, tensor in read_weights(folder).items() if part_of(name) == part}
+
+
+@pytest.mark.slow
+def test_a_part_stands_still_until_its_step_and_a_resume_goes_on_so(toys, tmp_path):
+    method = METHODS["lora"]
+    path = config_of(toys, tmp_path / "run", "sft of a VLM", method, thaw={"llm.lora": 2}, max_steps=3)
+    run = trained(path)
+    before, after = (part_of_step(run, step, "llm.lora") for step in (2, 3))
+    assert all(not tensor.any() for name, tensor in before.items() if "lora_B" in name)  # as an adapter starts
+    assert all(tensor.any() for name, tensor in after.items() if "lora_B" in name)
+    final = weights(run)
+    shutil.rmtree(list_checkpoints(run)[-1].path)
+    trained(path)
+    assert all(torch.equal(tensor, final[name]) for name, tensor in weights(run).items())
+
+
+@pytest.mark.slow
+@needs_bitsandbytes
+def test_an_adapter_goes_on_beside_packed_weights_and_is_not_merged_into_them(toys, tmp_path):
+    first = trained(config_of(toys, tmp_path / "first", "sft of a VLM", METHODS["qlora nf4"]))
+    export = export_run(first)
+    config = load_config(config_of(toys, tmp_path / "second", "sft of a VLM", METHODS["qlora nf4"])).model
+    model = build_model(config).model
+    load_init(model, config, export)
+    assert apart(logits(model.eval()), logits(load(export, device="cpu", precision="fp32").model)) < 1e-4
+    other = config.model_copy(update={"trainable": ("projector",), "lora": None})
+    with pytest.raises(CheckpointError, match="cannot be merged into a layer that is packed"):
+        load_init(build_model(other).model, other, export)
+
+
+@pytest.mark.slow
+@needs_bitsandbytes
+@pytest.mark.parametrize("method", ["qlora nf4", "qlora int8"])
+def test_the_proof_before_the_first_step_holds_with_packed_weights(toys, tmp_path, method):
+    run = trained(config_of(toys, tmp_path / "run", "sft of a VLM", METHODS[method], prove=True, max_steps=1))
+    checks = json.loads((run / "proof.json").read_text())["checks"]
+    assert len([check for check in checks if check["passed"]]) > 12
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "train_settings", "said"),
+    [
+        ({"kind": "zero", "stage": 3}, METHODS["qlora nf4"], {}, "model.llm.quantization needs the whole base model"),
+        ({"kind": "fsdp"}, METHODS["dora"], {}, "model.lora.dora needs the whole base model"),
+        ({"kind": "pipeline"}, METHODS["modules_to_save"], {}, "model.lora.modules_to_save needs the whole base model"),
+        ({"kind": "zero", "stage": 2}, METHODS["lora"], {"thaw": {"llm.lora": 5}}, "set engine.kind to local, ddp or"),
+        ({"kind": "local"}, METHODS["lora"], {"thaw": {"vision": 5}}, "names vision, which model.trainable does not"),
+        ({"kind": "local"}, {**METHODS["full"], "quantization": {}}, {}, "packed weights cannot train"),
+        (
+            {"kind": "local"},
+            {**METHODS["lora"], "partial": {"llm": {"last_blocks": 1}}},
+            {},
+            "names llm, but trainable",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(tmp_path, engine, settings, train_settings, said):
+    path = config_of(tmp_path, tmp_path / "run", "sft of a VLM", settings, **train_settings)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"engine": engine}))
+    with pytest.raises(ConfigError, match=said):
+        load_config(path)
+
+
+@pytest.mark.slow
+def test_adapters_that_start_from_replaced_weights_change_nothing_at_first(toys, tmp_path):
+    """DoRA's lengths and the copies of saved modules are those of the weights that init_from brings."""
+    export = export_run(trained(config_of(toys, tmp_path / "first", "pt of an LLM", METHODS["full"])))
+    lora = {**LORA, "dora": True, "modules_to_save": ["lm_head"]}
+    path = config_of(toys, tmp_path / "second", "pt of an LLM", {"trainable": ["llm.lora"], "lora": lora})
+    config = load_config(path).model
+    model = build_model(config).model
+    load_init(model, config, export)
+    assert apart(logits(model.eval()), logits(load(export, device="cpu", precision="fp32").model)) < BOUND
+    packed = config.model_copy(update={"llm": config.llm.model_copy(update={"quantization": QuantizationConfig()})})
+    with pytest.raises(CheckpointError, match="brings a language model of its own"):
+        load_init(model, packed, export)
+
+
+@pytest.mark.slow
+def test_some_of_a_language_model_trains_on_an_adapter_that_init_from_brings(toys, tmp_path):
+    """The export is the base with the adapter, and over it what trained."""
+    export = export_run(trained(config_of(toys, tmp_path / "first", "sft of a VLM", METHODS["lora"])))
+    path = config_of(toys, tmp_path / "second", "sft of a VLM", METHODS["last block"])
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_from": str(export)}))
+    run = trained(path)
+    config = load_config(path).model
+    model = build_model(config).model
+    load_init(model, config, export)
+    load_weights(model, weights(run), str(run))
+    expected = logits(model.eval())
+    second, full = export_run(run), export_run(run, full=True, dtype="fp32")
+    assert apart(logits(load(second, device="cpu", precision="fp32").model), expected) < BOUND
+    assert apart(by_transformers(full, is_vlm=True), expected) < BOUND
+    assert not (second / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_a_plan_counts_the_pieces_of_a_long_text(toys, tmp_path):
+    config = load_config(config_of(toys, tmp_path / "run", "pt of an LLM", METHODS["full"]))
+    chat = build_conversation_tokenizer(config.data, load_tokenizer(str(toys / "llm")), None, None)
+    scan = scan_records(build_reader(config.data, config.data.sources, chat), None)
+    records = read_some(config)
+    assert records.num_records == len(scan.lengths) > 5
+    assert records.row.tokens * records.num_rows == pytest.approx(scan.lengths.sum())
