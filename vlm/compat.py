@@ -92,10 +92,16 @@ def _define_missing() -> None:
 
 
 def follow_umask(file: Path) -> None:
-    """Give a file the mode of any new file. safetensors 0.8 writes files that only their owner may read."""
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)
+    """Give a file the mode of any new file. safetensors 0.8 writes files that only their owner may read.
+
+    Seen at a file beside it: the umask is read by changing it, for all threads, and some write beside this one.
+    """
+    fresh = file.with_name(f"{file.name}.mode")
+    fresh.touch()
+    try:
+        file.chmod(fresh.stat().st_mode & 0o777)
+    finally:
+        fresh.unlink()
 
 
 def _loads(package: Path) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_images import encoded, photo
 
-from vlm.batch import ImageSpec
+from vlm.batch import FusedSpec, ImageSpec
 from vlm.data.images import load_image, load_tiles
 from vlm.train.features import ImageEncoder, open_store
 
@@ -30,6 +30,14 @@ def test_the_scale_is_the_smallest_that_leaves_twice_what_the_encoder_sees(resiz
     assert load_image(jpeg, draft_for=spec).size == decoded
     assert load_image(encoded(photo(90, 45), "JPEG"), draft_for=spec).size == (90, 45)
     assert load_image(encoded(photo(800, 400)), draft_for=spec).size == (800, 400)  # a PNG
+
+
+def test_of_several_encoders_the_one_that_sees_most_decides():
+    wide = dataclasses.replace(SPEC, size=100)
+    jpeg = encoded(photo(800, 400), "JPEG", quality=90)
+    for first, other in ((SPEC, wide), (wide, SPEC)):
+        fused = FusedSpec(**dataclasses.asdict(first), others=(other,))
+        assert load_image(jpeg, draft_for=fused).size == (200, 100)
 
 
 def test_pixels_differ_little():

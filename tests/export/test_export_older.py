@@ -221,7 +221,8 @@ def test_files_have_the_modes_that_the_umask_gives(tmp_path: Path):
     assert {path.stat().st_mode & 0o777 for export in exports for path in (export, *export.rglob("*/"))} == {0o750}
 
 
-def test_checkpoints_and_cached_features_follow_it_too(tmp_path: Path):
+def test_checkpoints_and_cached_features_follow_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """None of them changes it, not for a moment: checkpoints are written beside training."""
     import torch
 
     from vlm.data.features import FeatureStore
@@ -229,9 +230,11 @@ def test_checkpoints_and_cached_features_follow_it_too(tmp_path: Path):
 
     before = os.umask(0o022)
     try:
-        save_tensors({"a": torch.zeros(1)}, tmp_path / "weights" / "rank-00000.safetensors")
-        store = FeatureStore(tmp_path / "features", "key", torch.float32)
-        store.put(b"image", torch.zeros(1, 2, 3))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda mode: pytest.fail("the umask is changed"))
+            save_tensors({"a": torch.zeros(1)}, tmp_path / "weights" / "rank-00000.safetensors")
+            store = FeatureStore(tmp_path / "features", "key", torch.float32)
+            store.put(b"image", torch.zeros(1, 2, 3))
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".data", ".index")]
