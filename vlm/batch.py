@@ -114,10 +114,39 @@ class Example:
     images: tuple[str | bytes, ...] = ()  # resolved file paths or encoded images, in the order of their placeholders
     where: str = ""  # file and record, for errors
     unread: tuple[str, ...] = ()  # what its record holds and nothing read
+    rejected: Example | None = None  # of a preference: the same with the reply that is not preferred
+    is_good: bool | None = None  # what the reply was judged to be; of a preference and most others None
+    reference: tuple[float, ...] = ()  # log-probability of each reply under the reference model, where it is known
 
     @property
     def num_supervised(self) -> int:
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
+
+    @property
+    def branches(self) -> tuple[Example, ...]:
+        """What stands in a row, one after the other: of a preference two, else the example itself."""
+        if self.rejected is None:
+            return (self,)
+        return replace(self, rejected=None), replace(self.rejected, reference=self.reference)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all branches, each whole."""
+        return sum(len(branch.input_ids) for branch in self.branches)
+
+
+@dataclass(frozen=True)
+class Replies:
+    """The replies of a batch that are compared or judged, R of them. Of pairs, replies 2n and 2n + 1 are the preferred
+    and the other. Host memory, as the integers of a `Batch`."""
+
+    number: Tensor  # int64 [B, L]: which reply a token is of, -1 where none
+    is_good: Tensor  # bool [R]
+    reference: Tensor | None = None  # float32 [R]: log-probabilities under the reference model
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.is_good) // 2
 
 
 @dataclass
@@ -141,6 +170,7 @@ class Batch:
     where: list[str] = field(default_factory=list)  # file and record of every example, in order
     skipped: list[Skip] = field(default_factory=list)  # examples left out: an image of theirs could not be read
     num_padding: int = 0  # padding tokens among the B * L
+    replies: Replies | None = None  # of records that compare or judge replies
     device: torch.device | None = None  # that computes with it; None: that of its tensors
 
     def to(self, device: torch.device) -> Batch:

@@ -260,6 +260,7 @@ def _build_data(config: RunConfig, built: Assembled, place: Place) -> Data:
             reads_images=place.stage == 0,
             may_share=built.model.lets_records_share,
             work=_row_work(config, place),
+            reads=config.objective.reads,
         )
 
 
@@ -451,7 +452,9 @@ def _describe_data(config: RunConfig, data: Data, max_steps: int) -> None:
     )
     records, tokens = data.train.order.num_shared(0)
     if records:
-        log(f"data: {records:,} records share the image of another one: {tokens:,} tokens fewer an epoch")
+        paired = config.objective.reads == "preference"
+        what = "have both replies after one question" if paired else "share the image of another one"
+        log(f"data: {records:,} records {what}: {tokens:,} tokens fewer an epoch")
     rows, at_once = data.train.order.num_rows(0), config.train.global_batch_size
     if rows < at_once:
         warn(

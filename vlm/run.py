@@ -36,6 +36,7 @@ from vlm.prepare import (
 )
 from vlm.proof.checks import Proof
 from vlm.proof.prove import prove, prove_run
+from vlm.proof.records import choose
 from vlm.schema import chosen_kinds, section_defaults
 from vlm.settle import CACHE_FEATURES, FIRST_WITH_BALANCE, FIRST_WITH_SHARING, VISION_COMPUTE, settle_precision
 from vlm.train.checkpoint import checkpoint_of, newest_verified, read_info, set_later_aside
@@ -48,6 +49,7 @@ from vlm.train.loop import Every, TrainLoop
 from vlm.train.metrics import Reporter, plot_loss
 from vlm.train.optim import build_schedule
 from vlm.train.profile import StepProfile
+from vlm.train.reference import REFERENCE, with_reference, with_reference_of
 from vlm.train.resume import OPTIMIZER_STATE, RunState, flatten, read_progress, refuse_other_run
 from vlm.train.runfolder import RunFolder
 from vlm.train.sampling import SampleQuestions
@@ -107,6 +109,11 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
             log(f"resuming after step {parts.start_step} from {checkpoint}")
         run.write_config(config_text)  # not before: a refused resume leaves the run as it was
         if parts.start_step < parts.max_steps:
+            if config.objective.needs_reference:
+                began = {"identity": identity, "start": start}
+                path = run.path / REFERENCE
+                data = with_reference(parts.data, config.data, parts.engine, path, began, checkpoint is not None)
+                parts = replace(parts, data=data)
             if config.train.prove:
                 prove_run(parts, run.path)
             _rewind(run, parts, skips, checkpoint)
@@ -147,7 +154,12 @@ def prove_alone(config: RunConfig) -> Proof:
     with _process_group(config, device), _explain_out_of_memory(config):
         config = settle_precision(config, device)
         torch.manual_seed(config.seed + rank())
-        return prove(prepare_run(config, device))
+        parts = prepare_run(config, device)
+        if config.objective.needs_reference:
+            computed, others = on_main(lambda: choose(parts.data))
+            data = with_reference_of(parts.data, config.data, parts.engine, {*computed, *others})
+            parts = replace(parts, data=data)
+        return prove(parts)
 
 
 def _process_group(config: RunConfig, device: torch.device) -> AbstractContextManager[None]:
@@ -183,7 +195,7 @@ def fill_cache(config: RunConfig) -> str:
         image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
         conversations = build_conversation_tokenizer(config.data, tokenizer, spec, image_token_id)
         with main_first():
-            scans = scan_sources(config.data, conversations)
+            scans = scan_sources(config.data, conversations, config.objective.reads)
         store = on_main(lambda: open_cache(config, encoder))
         fill_with_all_ranks(store, scans, encoder)
         return store.describe()
@@ -276,6 +288,7 @@ def _build_loop(
         ),
         assemble=lambda checkpoint: assemble_checkpoint(config, checkpoint, parts.device),
         held_out=data.held_out,
+        counted=config.objective.counted,
     )
     loop = TrainLoop(
         engine=parts.engine,

@@ -38,7 +38,7 @@ def check(
     from vlm.data.report import check_records
 
     tokenizer, spec = _tokenizer_and_spec(checked)
-    check_records(checked.data, tokenizer, spec, limit=limit, out=out)
+    check_records(checked.data, tokenizer, spec, limit=limit, out=out, reads=checked.objective.reads)
 
 
 @app.command()
@@ -53,7 +53,7 @@ def preview(
     from vlm.data.report import preview_records
 
     tokenizer, spec = _tokenizer_and_spec(checked)
-    preview_records(checked.data, tokenizer, spec, number=number, out=out)
+    preview_records(checked.data, tokenizer, spec, number=number, out=out, reads=checked.objective.reads)
 
 
 @app.command()
@@ -63,7 +63,7 @@ def stats(config: Config, options: Options = None) -> None:
     from vlm.data.report import print_stats
 
     tokenizer, _ = _tokenizer_and_spec(checked)
-    print_stats(checked.data, tokenizer, seed=checked.seed)
+    print_stats(checked.data, tokenizer, seed=checked.seed, reads=checked.objective.reads)
 
 
 @app.command()

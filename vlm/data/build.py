@@ -17,6 +17,7 @@ from vlm.data.collate import Collator
 from vlm.data.config import DataConfig, SourceConfig
 from vlm.data.features import FeatureStore
 from vlm.data.packing import pack_in_windows
+from vlm.data.preferences import Reads
 from vlm.data.records import open_source, source_names
 from vlm.data.scan import ExampleReader, Scan, refuse_too_many, scan_records
 from vlm.data.skips import counts_by_rule
@@ -48,6 +49,16 @@ class Data:
         collator = replace(self.train.collator, features=store)
         held_out = None if self.held_out is None else replace(self.held_out, collator=collator)
         return replace(self, train=self.train.with_collator(collator), held_out=held_out)
+
+    def with_reference(self, tables: Sequence[np.ndarray]) -> Data:
+        """The same, with log-probabilities of replies in every batch.
+
+        Args:
+            tables: `Scan.reference` of each scan.
+        """
+        scans = tuple(replace(scan, reference=table) for scan, table in zip(self.scans, tables, strict=True))
+        held_out = None if self.held_out is None else replace(self.held_out, scan=scans[-1])
+        return replace(self, train=self.train.with_scan(scans[0]), held_out=held_out, scans=scans)
 
 
 def build_template(name: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
@@ -92,13 +103,18 @@ def _unused_settings(config: DataConfig, template: ChatTemplate) -> list[str]:
 
 
 def build_reader(
-    config: DataConfig, sources: Sequence[SourceConfig], conversation_tokenizer: ConversationTokenizer
+    config: DataConfig,
+    sources: Sequence[SourceConfig],
+    conversation_tokenizer: ConversationTokenizer,
+    reads: Reads = "conversation",
 ) -> ExampleReader:
-    """Opens the sources. Raises DataError for a missing or unreadable file."""
+    """Opens the sources. `reads`: what their records must be. Raises DataError for a missing or unreadable file."""
     paths = [source.path for source in (*config.sources, *config.eval_sources)]
     names = dict(zip(paths, source_names(paths), strict=True))
     cache = Path(config.cache)
-    opened = tuple(open_source(source, cache, config.image_placement, names.get(source.path)) for source in sources)
+    opened = tuple(
+        open_source(source, cache, config.image_placement, names.get(source.path), reads) for source in sources
+    )
     return ExampleReader(opened, conversation_tokenizer, config.max_length, config.max_images, config.over_long)
 
 
@@ -116,6 +132,7 @@ def build_data(
     reads_images: bool = True,
     may_share: bool = False,
     work: RowWork | None = None,
+    reads: Reads = "conversation",
 ) -> Data:
     """Scan all sources, hold out what the config says, and put the training rows in order.
 
@@ -123,12 +140,13 @@ def build_data(
         reads_images: false where another process has the encoder; batches are then without pixels and features.
         may_share: whether the model lets records share their beginning, for `data.share_images`.
         work: what a row costs, by which ranks share a step's rows out; None in their order.
+        reads: what the records must be, as the objective says; others are skipped.
 
     Raises:
         DataError: a source cannot be read, nothing is supervised, or more records are skipped than allowed.
     """
     conversation_tokenizer = build_conversation_tokenizer(config, tokenizer, image_spec, image_token_id)
-    scans = scan_sources(config, conversation_tokenizer)
+    scans = scan_sources(config, conversation_tokenizer, reads)
     scan = scans[0]
     members, held_out = split_held_out(scan, config.held_out, seed)
     pad_to = config.max_length if config.packing else None
@@ -139,6 +157,7 @@ def build_data(
         config.max_pixels,
         pad_to,
         image_token_id=conversation_tokenizer.image_token_id if shares else None,
+        shares_questions=shares,
         jpeg_draft=config.jpeg_draft,
     )
     order = build_order(config, scan, members, seed, shares, global_batch_size if config.group_by_length else 0)
@@ -165,7 +184,9 @@ def build_data(
     return Data(stream, evaluation, conversation_tokenizer, scans, scan.skips, len(scan))
 
 
-def scan_sources(config: DataConfig, conversation_tokenizer: ConversationTokenizer) -> tuple[Scan, ...]:
+def scan_sources(
+    config: DataConfig, conversation_tokenizer: ConversationTokenizer, reads: Reads = "conversation"
+) -> tuple[Scan, ...]:
     """What is known of the records of data.sources and, if there are any, of data.eval_sources.
 
     Raises:
@@ -174,7 +195,7 @@ def scan_sources(config: DataConfig, conversation_tokenizer: ConversationTokeniz
     scans = []
     for key, sources in (("data.sources", config.sources), ("data.eval_sources", config.eval_sources)):
         if sources:
-            reader = build_reader(config, sources, conversation_tokenizer)
+            reader = build_reader(config, sources, conversation_tokenizer, reads)
             scan = scan_records(reader, Path(config.cache), config.workers)
             _tell_skips(key, scan)
             refuse_too_many(scan, config.max_skipped_share)
@@ -208,10 +229,11 @@ def build_eval_batches(scan: Scan, numbers: np.ndarray, config: DataConfig, stre
     """Held-out records in batches as the training stream's, spread over the same data ranks."""
     if len(numbers) == 0:
         return None
+    lengths, num_images = scan.sizes_in_row(stream.order.shares_images)
     rows = pack_in_windows(
         numbers,
-        scan.lengths,
-        scan.num_images,
+        lengths,
+        num_images,
         max_length=config.max_length,
         max_images=config.max_images,
         window=config.pack_window if config.packing else 1,

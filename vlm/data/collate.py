@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlm.batch import IGNORE_INDEX, Batch, Example, ImageSpec, Skip
+from vlm.batch import IGNORE_INDEX, Batch, Example, ImageSpec, Replies, Skip
 from vlm.data.features import FeatureStore
 from vlm.data.images import load_tiles
-from vlm.data.sharing import find_stem, may_join
+from vlm.data.sharing import find_pair_stem, find_stem, may_join
 from vlm.errors import RecordError
 
 
@@ -22,9 +22,15 @@ class _Placed(NamedTuple):
     example: Example
     shared: int  # of its first tokens, which stand there already
 
+    is_chosen: bool | None = None  # of a branch of a preference
+
     @property
     def length(self) -> int:
         return len(self.example.input_ids) - self.shared
+
+    @property
+    def is_good(self) -> bool | None:
+        return self.example.is_good if self.is_chosen is None else self.is_chosen
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Collator:
         features: where the encoder's features of every image are; then images are not decoded at all.
         jpeg_draft: decode large JPEG files at reduced scale.
         image_token_id: given, a record that begins as the one before it does, with an image, shares its tokens.
+        shares_questions: the second branch of a preference shares what both begin with.
     """
 
     image_spec: ImageSpec | None
@@ -47,6 +54,7 @@ class Collator:
     features: FeatureStore | None = None
     image_token_id: int | None = None
     jpeg_draft: bool = False
+    shares_questions: bool = False
 
     def __call__(self, rows: Sequence[Sequence[Example]], skips: Sequence[Skip] = ()) -> Batch:
         """A batch of `len(rows)` rows. An example whose image cannot be read is left out and listed in `skipped`.
@@ -60,13 +68,14 @@ class Collator:
         for row in rows:
             kept: list[_Placed] = []
             for example in row:
-                shared = self._num_shared(kept, example)
+                placed = self._place(kept, example)
                 try:
-                    pixels += [] if shared else self._pixels(example)
+                    found = [image for each in placed if not each.shared for image in self._pixels(each.example)]
                 except RecordError as error:
                     skipped.append(Skip(error.rule, example.where, error.message))
                     continue
-                kept.append(_Placed(example, shared))
+                pixels += found
+                kept += placed
             kept_rows.append(kept)
         longest = max((sum(placed.length for placed in row) for row in kept_rows), default=0)
         length = self.pad_to or max(8, -(-longest // 8) * 8)
@@ -83,11 +92,20 @@ class Collator:
             where=[placed.example.where for row in kept_rows for placed in row],
             skipped=skipped,
             num_padding=ids.numel() - num_tokens,
+            replies=_replies(kept_rows, length),
         )
+
+    def _place(self, before: list[_Placed], example: Example) -> list[_Placed]:
+        """What an example brings to its row: of a preference both branches."""
+        if example.rejected is None:
+            return [_Placed(example, self._num_shared(before, example))]
+        chosen, rejected = example.branches
+        shared = find_pair_stem(example) if self.shares_questions else 0
+        return [_Placed(chosen, 0, True), _Placed(rejected, shared, False)]
 
     def _num_shared(self, before: list[_Placed], example: Example) -> int:
         """Tokens that the example need not bring, since the row's last record without any such begins with them."""
-        root = next((placed.example for placed in reversed(before) if not placed.shared), None)
+        root = next((each.example for each in reversed(before) if not each.shared), None)
         if self.image_token_id is None or root is None or root.images != example.images:
             return 0
         stem = find_stem(root, self.image_token_id)
@@ -114,13 +132,32 @@ class Collator:
         labels = torch.full((length,), IGNORE_INDEX, dtype=torch.int64)
         positions = torch.zeros(length, dtype=torch.int64)  # every padding token is a sequence of its own
         start = 0
-        for example, shared in row:
+        for example, shared, _ in row:
             end = start + len(example.input_ids) - shared
             ids[start:end] = torch.tensor(example.input_ids[shared:])
             labels[start:end] = torch.tensor(example.labels[shared:])
             positions[start:end] = torch.arange(shared, len(example.input_ids))
             start = end
         return ids, labels, positions
+
+
+def _replies(rows: Sequence[Sequence[_Placed]], length: int) -> Replies | None:
+    """Of `length` tokens per row; None where nothing is compared or judged."""
+    if all(placed.is_good is None for row in rows for placed in row):
+        return None
+    number = torch.full((len(rows), length), -1, dtype=torch.int64)
+    is_good: list[bool] = []
+    reference: list[float] = []
+    for row, placed_in_row in enumerate(rows):
+        start = 0
+        for placed in placed_in_row:
+            assert placed.is_good is not None
+            number[row, start : start + placed.length] = len(is_good)
+            start += placed.length
+            is_good.append(placed.is_good)
+            reference += placed.example.reference[1:] if placed.is_chosen is False else placed.example.reference[:1]
+    known = torch.tensor(reference, dtype=torch.float32) if len(reference) == len(is_good) else None
+    return Replies(number, torch.tensor(is_good, dtype=torch.bool), known)
 
 
 def _name(image: str | bytes) -> str:

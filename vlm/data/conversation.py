@@ -73,6 +73,29 @@ class Conversation:
         return replace(self, turns=turns, images=self.images[: sum(turn.num_images for turn in turns)])
 
 
+@dataclass(frozen=True)
+class Preference(Conversation):
+    """Two replies to be compared. `turns` end with the preferred one, `rejected` with the other; what precedes it, the
+    images included, is the same in both. Only the replies in which they differ are learned."""
+
+    rejected: tuple[Turn, ...] = ()
+
+    @property
+    def branches(self) -> tuple[Conversation, Conversation]:
+        """The two as conversations of their own, the preferred one first."""
+        chosen, rejected = (
+            Conversation(turns, self.images, self.where, self.unread) for turns in (self.turns, self.rejected)
+        )
+        return chosen, rejected
+
+
+@dataclass(frozen=True)
+class Judged(Conversation):
+    """A conversation whose last reply was judged by itself."""
+
+    is_good: bool = True
+
+
 def join_texts(parts: Iterable[Part]) -> tuple[Part, ...]:
     """Texts that follow each other as one: what is written together is encoded together.
 

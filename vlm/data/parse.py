@@ -22,7 +22,7 @@ from vlm.data.marks import Mark, find_marks
 from vlm.data.media import Image, read_image
 from vlm.data.notes import ABSENT_COLUMN
 from vlm.data.places import Placed, RawTurn, Shown, media_in_texts, place_images
-from vlm.data.unread import CALLS_AS_TURNS, REPLY_KEYS, is_learned, judge, refuse_settings
+from vlm.data.unread import CALLS_AS_TURNS, REPLY_KEYS, TO_BE_COMPARED, is_learned, judge, refuse_settings
 from vlm.errors import RecordError
 
 ROLES: dict[str, Role] = {
@@ -234,6 +234,8 @@ def _pair(fields: Fields, where: str, learned: bool) -> list[RawTurn]:
     answers = answers if isinstance(answers, list) else [answers]
     if beside and len(questions) > 1:
         raise RecordError("bad_turns", "input beside several instructions")
+    if len(questions) == 1 and len(answers) == 2:
+        raise RecordError("preference_pair", f"{where}: one question, two answers: {TO_BE_COMPARED}")
     if len(questions) != len(answers):
         raise RecordError("bad_turns", f"{len(questions)} instructions, {len(answers)} outputs")
     turns = []
@@ -316,7 +318,7 @@ def _images_of(fields: Fields) -> list[Image]:
 def _role(fields: Fields, config: SourceConfig, where: str) -> Role:
     names = [fields.values[key] for key in ("from", "role") if fields.values.get(key) is not None]
     fields.settle("from", "role")
-    roles = {_known_role(name, config) if isinstance(name, str) else None for name in names}
+    roles = {known_role(name, config) if isinstance(name, str) else None for name in names}
     if len(roles) > 1:
         raise RecordError("mixed_keys", f"{where}: from is {short(names[0])}, role is {short(names[1])}")
     role = roles.pop() if roles else None
@@ -328,7 +330,7 @@ def _role(fields: Fields, config: SourceConfig, where: str) -> Role:
     return role
 
 
-def _known_role(name: str, config: SourceConfig) -> Role | None:
+def known_role(name: str, config: SourceConfig) -> Role | None:
     """`<|User|>` is DeepSeek-VL's way to write it."""
     return config.roles.get(name) or ROLES.get(name.strip().lower().removeprefix("<|").removesuffix("|>"))
 

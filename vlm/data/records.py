@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from vlm.data.images import cache_links, near_name, plain_file, resolve_image
 from vlm.data.index import open_index
 from vlm.data.media import IMAGE_SUFFIXES, decode_data_url
 from vlm.data.parse import ROLES, parse_record
+from vlm.data.preferences import READERS, Reads
 from vlm.data.source import Source
 from vlm.errors import DataError, RecordError
 
@@ -57,6 +58,7 @@ class RecordSource:
     image_placement: str
     fingerprint: str  # changes when the file does
     links: tuple[Path, ...] = ()  # folders outside images_root that links in it may lead to
+    reads: Reads = "conversation"  # what of its records; others are refused
 
     @property
     def name(self) -> str:
@@ -96,7 +98,7 @@ class RecordSource:
         """The conversation with its images found. Raises RecordError: see `resolve_image`."""
         if not parsed.images:
             return parsed
-        return Conversation(parsed.turns, self.find_images(parsed.images, parsed.where), parsed.where, parsed.unread)
+        return replace(parsed, images=self.find_images(parsed.images, parsed.where))
 
     def find_images(self, images: Iterable[str | bytes], where: str) -> tuple[str | bytes, ...]:
         """Absolute paths of images, as a record names them; those that it embeds as they are."""
@@ -108,10 +110,10 @@ class RecordSource:
     def _parse(self, number: int, record: dict[str, Any]) -> Conversation:
         where = self.where(number)
         try:
-            parsed = parse_record(record, self.config, self.image_placement)
+            parsed = READERS[self.reads](record, self.config, self.image_placement)
         except RecordError as error:
             raise error.at(where) from None
-        return Conversation(parsed.turns, parsed.images, where, parsed.unread)
+        return replace(parsed, where=where)
 
     def _find(self, image: str) -> str:
         if (path := plain_file(str(self.images_root), image)) is not None:
@@ -124,7 +126,11 @@ class RecordSource:
 
 
 def open_source(
-    config: SourceConfig, cache: Path, image_placement: str = "auto", name: str | None = None
+    config: SourceConfig,
+    cache: Path,
+    image_placement: str = "auto",
+    name: str | None = None,
+    reads: Reads = "conversation",
 ) -> RecordSource:
     """Open one entry of `data.sources`.
 
@@ -132,6 +138,7 @@ def open_source(
         cache: folder for indexes of files; need not exist or be writable.
         image_placement: "auto", "exact" or "first", see `parse_record`.
         name: of the source, for messages; None takes the file's.
+        reads: what the records must be, as the objective says.
 
     Raises:
         DataError: the file is missing, empty or of an unknown kind; the images folder is missing.
@@ -145,7 +152,7 @@ def open_source(
     if len(index) == 0:
         raise DataError(f"data file {path} holds no records")
     links = (*(Path(folder).resolve() for folder in config.links), *cache_links(root.absolute()))
-    return RecordSource(index, config, root.resolve(), image_placement, index.fingerprint(), links)
+    return RecordSource(index, config, root.resolve(), image_placement, index.fingerprint(), links, reads)
 
 
 def source_names(paths: Sequence[str]) -> list[str]:

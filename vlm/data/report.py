@@ -18,6 +18,7 @@ from vlm.data.build import build_order, build_reader, split_held_out
 from vlm.data.config import DataConfig
 from vlm.data.images import from_pixels, load_image, to_tiles
 from vlm.data.notes import UnreadLog
+from vlm.data.preferences import Reads
 from vlm.data.scan import ExampleReader, in_chunks, scan_records
 from vlm.data.skips import counts_by_rule, refuse_lost_source, refuse_too_many
 from vlm.data.tokenize import ConversationTokenizer
@@ -36,12 +37,14 @@ def check_records(
     *,
     limit: int = 20,
     out: Path | None = None,
+    reads: Reads = "conversation",
 ) -> Counter[str]:
     """Tokenize every record and decode every image; print the bad ones and the counts by rule.
 
     Args:
         limit: bad records to print.
         out: file for all of them, JSON lines.
+        reads: what the records must be, as the objective says.
 
     Returns:
         counts by rule.
@@ -49,7 +52,7 @@ def check_records(
     Raises:
         DataError: more are bad than `max_skipped_share` allows, or all of one source.
     """
-    reader = build_reader(config, (*config.sources, *config.eval_sources), tokenizer)
+    reader = build_reader(config, (*config.sources, *config.eval_sources), tokenizer, reads)
     console = _console()
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,18 +123,25 @@ def _decode_all(reader: ExampleReader, numbers: np.ndarray, *, max_pixels: int, 
 
 
 def preview_records(
-    config: DataConfig, tokenizer: ConversationTokenizer, spec: ImageSpec | None, *, number: int, out: Path
+    config: DataConfig,
+    tokenizer: ConversationTokenizer,
+    spec: ImageSpec | None,
+    *,
+    number: int,
+    out: Path,
+    reads: Reads = "conversation",
 ) -> None:
     """Print the first usable records, supervised tokens in green, and save their images as the encoder will see them.
 
     Args:
         number: records to show, from each source in turn.
         out: the contact sheet, PNG; written when there is an image.
+        reads: what the records must be, as the objective says.
 
     Raises:
         DataError: no record can be shown; says why the first ones cannot.
     """
-    reader = build_reader(config, config.sources, tokenizer)
+    reader = build_reader(config, config.sources, tokenizer, reads)
     console = _console()
     images: list[tuple[Image.Image, str]] = []
     examples, skips = _first_usable(reader, number)
@@ -143,8 +153,10 @@ def preview_records(
         counts = counts_by_rule(Counter(skip.rule for skip in skips))
         raise DataError(f"none of {len(reader):,} records can be shown ({counts})")
     for example in examples:
-        console.rule(f"{example.where}: {len(example.input_ids)} tokens, {example.num_supervised} supervised")
-        console.print(coloured(example, tokenizer), soft_wrap=True)
+        for name, branch in zip(_names_of_branches(example), example.branches, strict=True):
+            counts = f"{len(branch.input_ids)} tokens, {branch.num_supervised} supervised"
+            console.rule(f"{example.where}: {name}{counts}")
+            console.print(coloured(branch, tokenizer), soft_wrap=True)
         if example.unread:
             console.print(f"not read: {', '.join(example.unread)}", style="yellow", soft_wrap=True)
         if spec is not None:
@@ -182,9 +194,11 @@ def coloured(example: Example, tokenizer: ConversationTokenizer) -> Text:
     return text
 
 
-def print_stats(config: DataConfig, tokenizer: ConversationTokenizer, *, seed: int = 0) -> None:
+def print_stats(
+    config: DataConfig, tokenizer: ConversationTokenizer, *, seed: int = 0, reads: Reads = "conversation"
+) -> None:
     """Histograms of tokens, supervised tokens and turns per record, and how full packed rows are."""
-    reader = build_reader(config, config.sources, tokenizer)
+    reader = build_reader(config, config.sources, tokenizer, reads)
     scan = scan_records(reader, Path(config.cache), config.workers)
     console = _console()
     for line in scan.warnings():
@@ -224,6 +238,12 @@ def contact_sheet(images: list[tuple[Image.Image, str]], columns: int = 6) -> Im
         sheet.paste(image, (left, top))
         draw.text((left, top + side + 1), caption[-side // 6 :], fill="black")
     return sheet
+
+
+def _names_of_branches(example: Example) -> tuple[str, ...]:
+    if example.rejected is not None:
+        return "chosen, ", "rejected, "
+    return ("" if example.is_good is None else "good, " if example.is_good else "bad, ",)
 
 
 def _console() -> Console:

@@ -28,8 +28,9 @@ from vlm.data.documents import PIECE_COLUMNS, Pieces, cut_document, may_cut, pie
 from vlm.data.examples import ExampleStore, KeptExample, image_names, pack_example
 from vlm.data.lengths import load_array, store_array
 from vlm.data.notes import UnreadLog
+from vlm.data.preferences import Reads
 from vlm.data.records import RecordSource
-from vlm.data.sharing import Shares, find_stem, stem_key
+from vlm.data.sharing import Shares, find_pair_stem, find_stem, stem_key
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError, RecordError
 from vlm.logs import Progress, log, warn
@@ -60,6 +61,11 @@ class ExampleReader:
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
+
+    @property
+    def reads(self) -> Reads:
+        """What its records are, as the objective says."""
+        return self.sources[0].reads
 
     def locate(self, number: int) -> tuple[RecordSource, int]:
         """The source that a record, or a piece of one, is from, and its number there."""
@@ -105,7 +111,7 @@ class ExampleReader:
             RecordError: see `ConversationTokenizer.fit`, for the whole record.
         """
         starts = [0]
-        if conversation.turns and may_cut(conversation, self.tokenizer):
+        if type(conversation) is Conversation and conversation.turns and may_cut(conversation, self.tokenizer):
             starts = cut_document(conversation, self.tokenizer, self.max_length)
         if len(starts) < 2:
             return [(0, self.tokenize(conversation))]
@@ -141,9 +147,37 @@ class Scan:
     shares: Shares  # which records begin alike
     skips: list[Skip] = field(default_factory=list)
     unread: UnreadLog = field(default_factory=UnreadLog)
+    reference: np.ndarray | None = (
+        None  # float32 [n, 2]: log-probabilities of replies under the reference; NaN: unknown
+    )
 
     def __len__(self) -> int:
         return len(self.reader)
+
+    def read(self, number: int) -> Example:
+        """A record, with what the reference model says of its replies.
+
+        Raises:
+            RecordError: see `ExampleReader.read`; rule no_reference: its replies were not scored, since its image could
+                not be read then.
+        """
+        example = self.reader.read(number)
+        if self.reference is None:
+            return example
+        scores = self.reference[number, : len(example.branches)]
+        if np.isnan(scores).any():
+            raise RecordError(
+                "no_reference", "its image could not be read when the reference was computed", example.where
+            )
+        return replace(example, reference=tuple(scores.tolist()))
+
+    def sizes_in_row(self, shares: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and images that each record brings to a row, int [n + m]: of a preference whose branches share what
+        they begin with, that counts once."""
+        if not shares or not self.shares.has_pairs:
+            return self.lengths, self.num_images
+        within = self.shares.within
+        return self.lengths - within, np.where(within > 0, self.num_images // 2, self.num_images)
 
     def with_pieces(self, records: np.ndarray) -> np.ndarray:
         """Numbers of records, int64 [k], and after them those of all their pieces."""
@@ -200,7 +234,7 @@ def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) ->
         table = np.array(table)  # the stored one is mapped and stays as it is
     skips: list[Skip] = []
     written, is_new = time.monotonic(), loaded is None
-    writing = replace(reader, store=store)
+    writing = replace(reader, store=store if reader.reads == "conversation" else None)
     for start, measured in in_chunks(writing, again, measure, workers, "data: measured"):
         table[:, again[start : start + measured.table.shape[1]]] = measured.table
         pieces = np.concatenate([pieces, measured.pieces]) if len(measured.pieces) else pieces
@@ -262,9 +296,14 @@ def measure(reader: ExampleReader, numbers: np.ndarray) -> Measured:
         except RecordError as error:
             skips.append(Skip(error.rule, error.where, error.message))
             continue
-        stem = find_stem(example, image_token_id)
-        key = stem_key(example, stem)
-        table[:5, column] = len(example.input_ids), len(example.images), example.num_supervised, stem, key
+        if example.rejected is None:
+            stem = find_stem(example, image_token_id)
+            key = stem_key(example, stem)
+        else:
+            stem, key = find_pair_stem(example), 0
+        branches = example.branches
+        num_images, num_supervised = sum(len(b.images) for b in branches), sum(b.num_supervised for b in branches)
+        table[:5, column] = example.num_tokens, num_images, num_supervised, stem, key
         if example.unread:
             unread.add(source.name, example.where, example.unread)
         if more:
@@ -365,6 +404,8 @@ def _key(reader: ExampleReader) -> str:
         "limits": [reader.max_length, reader.max_images, reader.over_long],
         "version": 7,  # of the table, and of how conversations become tokens
     }
+    if reader.reads != "conversation":
+        settings["reads"] = reader.reads
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -32,6 +32,22 @@ def find_stem(example: Example, image_token_id: int | None) -> int:
     is_alone = ids[first:stem] == [image_token_id] * count
     if not is_alone or stem == len(ids) or example.labels[:stem].count(IGNORE_INDEX) != stem:
         return 0
+    return stem
+
+
+def find_pair_stem(example: Example) -> int:
+    """Tokens that both branches of a preference begin with, before anything supervised. Its images are among them.
+
+    >>> find_pair_stem(Example([5, 6, 7], [-100, -100, 7], rejected=Example([5, 6, 8], [-100, -100, 8])))
+    2
+    """
+    chosen, rejected = example.branches
+    both = zip(chosen.input_ids, chosen.labels, rejected.input_ids, rejected.labels, strict=False)
+    stem = 0
+    for one, label, other, its_label in both:
+        if one != other or label != IGNORE_INDEX or its_label != IGNORE_INDEX:
+            break
+        stem += 1
     return stem
 
 
@@ -96,12 +112,22 @@ class Shares:
 
     Args:
         keys: `stem_key` of all records, int64 [n].
-        stems: `find_stem` of all records, int32 [n].
+        stems: `find_stem` of all records, `find_pair_stem` of preferences, int32 [n].
     """
 
     def __init__(self, keys: np.ndarray, stems: np.ndarray) -> None:
         self.keys = keys
         self.stems = stems
+
+    @cached_property
+    def within(self) -> np.ndarray:
+        """Tokens that the branches of each record share with each other, int32 [n]: of preferences, which share with no
+        other record."""
+        return np.where(self.keys == 0, self.stems, 0)
+
+    @cached_property
+    def has_pairs(self) -> bool:
+        return bool(self.within.any())
 
     def groups(
         self, part: np.ndarray, lengths: np.ndarray, num_images: np.ndarray, max_length: int

@@ -8,7 +8,7 @@ import json
 import math
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -111,10 +111,11 @@ class RowOrder:
         return state.hexdigest()[:16]
 
     def _pack(self, epoch: int) -> list[np.ndarray]:
+        lengths, num_images = self.scan.sizes_in_row(self.shares_images)
         return pack_in_windows(
             self.order(epoch),
-            self.scan.lengths,
-            self.scan.num_images,
+            lengths,
+            num_images,
             max_length=self.max_length,
             max_images=self.max_images,
             window=self.window,
@@ -123,21 +124,25 @@ class RowOrder:
         )
 
     def num_shared(self, epoch: int) -> tuple[int, int]:
-        """Of an epoch: records that stand without the tokens they begin with, and how many tokens these are."""
+        """Of an epoch: records that stand without the tokens they begin with, or whose second branch does, and how many
+        tokens these are."""
         if not (self.packing and self.shares_images):
             return 0, 0
-        shared = self._shared(self.rows(epoch))
+        rows = self.rows(epoch)
+        shared = self._shared(rows) + self.scan.shares.within[rows.numbers]
         return int((shared > 0).sum()), int(shared.sum())
 
     def sizes(self, rows: Sequence[np.ndarray]) -> RowSizes:
         """What rows hold, counted from the scan alone. A row without records holds nothing."""
         scan, packed = self.scan, Rows.of(rows)
         numbers, shared = packed.numbers, self._shared(packed)
-        lengths = scan.lengths[numbers].astype(np.int64)
+        in_row, images = (sizes[numbers].astype(np.int64) for sizes in scan.sizes_in_row(self.shares_images))
+        lengths, within = scan.lengths[numbers].astype(np.int64), scan.shares.within[numbers].astype(np.int64)
+        squares = np.where(within > 0, lengths**2 // 2 - (lengths - in_row) ** 2, lengths**2)  # of two branches alike
         return RowSizes(
-            packed.sums(lengths - shared),
-            packed.sums(lengths**2 - shared**2) // 2,
-            packed.sums(np.where(shared == 0, scan.num_images[numbers], 0)),
+            packed.sums(in_row - shared),
+            packed.sums(squares - shared**2) // 2,
+            packed.sums(np.where(shared == 0, images, 0)),
             packed.sums(scan.num_supervised[numbers]),
         )
 
@@ -220,6 +225,10 @@ class BatchStream:
     def with_collator(self, collator: Collator) -> BatchStream:
         """The same rows as other batches."""
         return self._changed(collator=collator)
+
+    def with_scan(self, scan: Scan) -> BatchStream:
+        """The same rows, read through another view of the same records."""
+        return self._changed(order=replace(self.order, scan=scan))
 
     def _changed(self, **changes: Any) -> BatchStream:
         names = (
@@ -317,9 +326,12 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for number in range(len(self)):
-            start = (number * self.num_data_ranks + self.data_rank) * self.batch_size
-            rows: list = [self.rows[i] if i < len(self.rows) else () for i in range(start, start + self.batch_size)]
-            yield read_batch(self.scan, rows, self.collator)
+            yield read_batch(self.scan, self.rows_of(number), self.collator)
+
+    def rows_of(self, number: int) -> list:
+        """Record numbers of each row of this rank's batch `number`."""
+        start = (number * self.num_data_ranks + self.data_rank) * self.batch_size
+        return [self.rows[i] if i < len(self.rows) else () for i in range(start, start + self.batch_size)]
 
 
 def read_batch(scan: Scan, rows: list, collator: Collator) -> Batch:
@@ -330,7 +342,7 @@ def read_batch(scan: Scan, rows: list, collator: Collator) -> Batch:
         kept = []
         for number in row:
             try:
-                kept.append(scan.reader.read(int(number)))
+                kept.append(scan.read(int(number)))
             except RecordError as error:
                 skips.append(Skip(error.rule, error.where, error.message))
         examples.append(kept)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from vlm.batch import IGNORE_INDEX, Example, ImageSpec
-from vlm.data.conversation import Conversation, ImageSlot
+from vlm.data.conversation import Conversation, ImageSlot, Judged, Preference
 from vlm.data.images import image_layout
 from vlm.data.template import BOS, EOS, ChatTemplate, Piece, adds_bos, why_no_end
 from vlm.errors import ConfigError, RecordError
@@ -97,10 +97,19 @@ class ConversationTokenizer:
             over_long: "drop" refuses a longer conversation; "cut" keeps as many whole turns as fit, ending with a
                 reply. Images of the turns cut away go with them; image tokens are never cut.
 
+        A preference is never cut: both its branches must fit a row, each whole.
+
         Raises:
             RecordError: rules over_long, too_many_images, and those of `__call__`.
         """
+        if isinstance(conversation, Preference):
+            chosen, rejected = (self(branch) for branch in conversation.branches)
+            _refuse_over_long(replace(chosen, rejected=rejected), max_length, max_images)
+            return replace(chosen, rejected=rejected)
         example = self(conversation)
+        if isinstance(conversation, Judged):
+            _refuse_over_long(example, max_length, max_images)
+            return replace(example, is_good=conversation.is_good)
         if len(example.input_ids) <= max_length and len(example.images) <= max_images:
             return example
         if over_long == "cut":
@@ -251,6 +260,20 @@ class ConversationTokenizer:
             set(self._eos)
             if EOS in self.template.stop
             else {*self._encode_control(self.template.stop.strip()), *self._eos}
+        )
+
+
+def _refuse_over_long(example: Example, max_length: int, max_images: int) -> None:
+    """Raises RecordError: rules over_long, too_many_images, for all branches together."""
+    what = "" if example.rejected is None else " of both replies, each with its question"
+    num_images = sum(len(branch.images) for branch in example.branches)
+    if num_images > max_images:
+        raise RecordError(
+            "too_many_images", f"{num_images} images{what}, data.max_images is {max_images}", example.where
+        )
+    if example.num_tokens > max_length:
+        raise RecordError(
+            "over_long", f"{example.num_tokens} tokens{what}, data.max_length is {max_length}", example.where
         )
 
 

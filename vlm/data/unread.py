@@ -30,7 +30,7 @@ _SENTENCE_KEYS = re.compile(r"task\w*|title|comment|info|extra", re.IGNORECASE) 
 _SHORT = 300  # letters
 _MOST_WORDS = 5
 CALLS_AS_TURNS = "Write calls as turns of their own, of role function_call"
-_PREFERENCE = "{}: a record of replies to be compared, which is not trained on"
+TO_BE_COMPARED = "a record of replies to be compared, for objective dpo, orpo or simpo"
 _OBJECT_MARKS = re.compile(r"<ref-object>|<bbox>")  # ms-swift: filled in from `objects`
 
 
@@ -42,10 +42,10 @@ def refuse_settings(fields: Fields) -> None:
             weight: 0: the record is a bad example, or one to be left out).
     """
     if given := fields.given(PREFERENCE_KEYS):
-        raise RecordError("preference_pair", _PREFERENCE.format(given[0]))
+        raise RecordError("preference_pair", f"{given[0]}: {TO_BE_COMPARED}")
     for key in LABEL_KEYS:
         if _is_false(fields.values.get(key)):
-            raise RecordError("not_to_learn", f"{key}: false marks a bad example")
+            raise RecordError("not_to_learn", f"{key}: false marks a bad example, for objective kto")
         if fields.values.get(key) is True:
             fields.take(key)
     if not is_learned(fields, "the record", refuse_others=False):
@@ -109,7 +109,7 @@ def _refuse_spelling(unread: Unread) -> None:
     """Settings in another spelling or place than they are read in."""
     key = unread.key.lower()
     if key in PREFERENCE_KEYS:
-        raise RecordError("preference_pair", _PREFERENCE.format(unread.name))
+        raise RecordError("preference_pair", f"{unread.name}: {TO_BE_COMPARED}")
     if (key in LABEL_KEYS and _is_false(unread.value)) or (key in WEIGHT_KEYS and _as_flag(unread.value) is False):
         raise RecordError("not_to_learn", f"{unread.name} is {short(unread.value)}, in a place where it is not read")
 

@@ -81,15 +81,38 @@ def chunked_cross_entropy(
         position_ids: int64 [B, L], as in `Batch`; None where no record shares its beginning.
     """
     states, targets = select_supervised(hidden_states, labels, position_ids)
+    return torch.stack(_in_chunks(_summed_loss, logits_fn, states, targets, chunk_tokens, min_chunks)).sum()
+
+
+def log_probs_of_labels(
+    hidden_states: Tensor,
+    labels: Tensor,
+    logits_fn: LogitsFn,
+    chunk_tokens: int = CHUNK_TOKENS,
+    min_chunks: int = 1,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """Log-probability of each supervised token, float32 [S], in the order of `find_supervised`; arguments as for
+    `chunked_cross_entropy`. Has a graph through the head where S is 0 too."""
+    states, targets = select_supervised(hidden_states, labels, position_ids)
+    return -torch.cat(_in_chunks(_losses, logits_fn, states, targets, chunk_tokens, min_chunks))
+
+
+def _in_chunks(
+    losses: Callable[[LogitsFn, Tensor, Tensor], Tensor],
+    logits_fn: LogitsFn,
+    states: Tensor,
+    targets: Tensor,
+    chunk_tokens: int,
+    min_chunks: int,
+) -> list[Tensor]:
+    """What `losses` makes of each chunk of states [S, D] and targets [S]; beyond one chunk, made again in the backward
+    pass."""
     num_chunks = max(min_chunks, count_chunks(len(targets), chunk_tokens))
     parts = [slice(i * chunk_tokens, (i + 1) * chunk_tokens) for i in range(num_chunks)]
     if num_chunks == 1 or not torch.is_grad_enabled():
-        chunks = [_summed_loss(logits_fn, states[part], targets[part]) for part in parts]
-    else:
-        chunks = [
-            checkpoint(_summed_loss, logits_fn, states[part], targets[part], use_reentrant=False) for part in parts
-        ]
-    return torch.stack(chunks).sum()
+        return [losses(logits_fn, states[part], targets[part]) for part in parts]
+    return [checkpoint(losses, logits_fn, states[part], targets[part], use_reentrant=False) for part in parts]
 
 
 def count_chunks(num_supervised: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
@@ -99,3 +122,8 @@ def count_chunks(num_supervised: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
 def _summed_loss(logits_fn: LogitsFn, states: Tensor, targets: Tensor) -> Tensor:
     """States [s, D] and targets int64 [s] of one chunk -> float32 scalar, in nats."""
     return F.cross_entropy(logits_fn(states).float(), targets, reduction="sum")
+
+
+def _losses(logits_fn: LogitsFn, states: Tensor, targets: Tensor) -> Tensor:
+    """States [s, D] and targets int64 [s] of one chunk -> float32 [s], in nats."""
+    return F.cross_entropy(logits_fn(states).float(), targets, reduction="none")

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from vlm.objectives.base import ObjectiveConfig
+from vlm.objectives.kto import KTOConfig
 from vlm.objectives.lm import LanguageModelingConfig
+from vlm.objectives.preference import DPOConfig, ORPOConfig, SimPOConfig
 
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"lm": LanguageModelingConfig}
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "lm": LanguageModelingConfig,
+    "dpo": DPOConfig,
+    "orpo": ORPOConfig,
+    "simpo": SimPOConfig,
+    "kto": KTOConfig,
+}

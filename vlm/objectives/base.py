@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from vlm.schema import KindSection
 
@@ -65,6 +65,9 @@ class ObjectiveConfig(KindSection):
     """Base of the section `objective`; each kind has its own keys."""
 
     kind: str
+    reads: ClassVar[Literal["conversation", "preference", "judged"]] = "conversation"  # what its records are
+    needs_reference: ClassVar[bool] = False  # whether `Batch.replies.reference` must be there
+    counted: ClassVar[str] = "tokens"  # what its normalizer counts, for messages
 
     def build(self) -> Objective:
         raise NotImplementedError

@@ -44,7 +44,8 @@ def _read_some(config: RunConfig) -> Records | str:
     spec = build_image_spec(config.model)
     tokenizer = load_tokenizer(config.model.llm.path, config.model.trust_remote_code)
     image_id = None if spec is None else tokenizer.get_vocab()[IMAGE_TOKEN]
-    reader = build_reader(data, data.sources, build_conversation_tokenizer(data, tokenizer, spec, image_id))
+    tokens = build_conversation_tokenizer(data, tokenizer, spec, image_id)
+    reader = build_reader(data, data.sources, tokens, config.objective.reads)
     weights = np.concatenate([np.full(len(each), each.config.weight) for each in reader.sources])
     rng = np.random.default_rng(config.seed)
     chosen = rng.choice(len(weights), min(SAMPLE, len(weights)), replace=False, p=weights / weights.sum())
@@ -60,7 +61,7 @@ def _read_some(config: RunConfig) -> Records | str:
         except RecordError:
             continue
         for _, example in pieces:
-            found.append((len(example.input_ids), len(example.images), example.num_supervised))
+            found += [(len(each.input_ids), len(each.images), each.num_supervised) for each in example.branches]
             pixels += _pixels_of(example.images) if len(pixels) < _IMAGES else []
     if not found:
         return "none of the records that were looked at can be used"

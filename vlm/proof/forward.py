@@ -53,6 +53,7 @@ class Rows:
     records: list[Record]
     packed: Batch
     alone: list[Batch]
+    trained: list[Batch]  # the same with all replies that the objective reads
     shared: Batch | None  # the first record twice, see `Subject.shared`
     image_token_id: int | None
 
@@ -60,7 +61,11 @@ class Rows:
     def of(cls, subject: Subject, image_token_id: int | None) -> Rows:
         records = subject.computed
         alone = [subject.batch([[record]]) for record in records]
-        return cls(records, subject.batch([records]), alone, subject.shared(records[0]), image_token_id)
+        trained = [
+            batch if record.trained == record.example else subject.steps([[record]], shares=False)
+            for record, batch in zip(records, alone, strict=True)
+        ]
+        return cls(records, subject.batch([records]), alone, trained, subject.shared(records[0]), image_token_id)
 
     def words(self, number: int, packed: bool) -> Tensor:
         """bool [1, L]: the tokens of a record that are text, its first one left out."""

@@ -80,7 +80,7 @@ def reference_step(probe: StateProbe, objective: Objective, rows: Rows) -> Refer
     model, summed = probe.model, 0.0
     normalizer = expected_normalizer(objective, rows)
     with without_dropout(model):
-        for record, batch in zip(rows.records, rows.alone, strict=True):
+        for record, batch in zip(rows.records, rows.trained, strict=True):
             states = probe.forward(batch)
             probe.keep(batch, states)
             loss = _summed_loss(probe, objective, states, batch, record)
@@ -94,7 +94,7 @@ def reference_step(probe: StateProbe, objective: Objective, rows: Rows) -> Refer
 
 def check_loss(engine: Engine, subject: Subject, reference: Reference, bounds: Bounds) -> dict[str, Finding]:
     """The engine's loss of both records, a row each, against the one computed here."""
-    summed, normalizer = engine.evaluate(subject.batch([[record] for record in subject.computed]))
+    summed, normalizer = engine.evaluate(subject.steps([[record] for record in subject.computed], shares=True))
     ranks = engine.num_data_ranks
     if normalizer != reference.normalizer * ranks:
         return {
@@ -113,7 +113,7 @@ def check_loss_by_records(
     def evaluate(batch: Batch) -> tuple[float, int]:
         return engine.evaluate(engine.broadcast([batch])[0])
 
-    (summed, normalizer), alone = evaluate(joined), [evaluate(batch) for batch in rows.alone]
+    (summed, normalizer), alone = evaluate(joined), [evaluate(batch) for batch in rows.trained]
     count = expected_normalizer(objective, rows) * engine.num_data_ranks
     if normalizer != count or sum(each[1] for each in alone) != count:
         return {"loss": holds(f"it counts {normalizer}, the records have {count} supervised tokens on all ranks")}
@@ -129,9 +129,9 @@ def check_step(
         return dict.fromkeys(("gradients", "micro_batches"), not_made(NOT_READ if any(rows.num_images) else NO_IMAGE))
     if not reference.gradients.norms:
         return {"gradients": holds("the loss depends on nothing that trains"), "micro_batches": not_made("no gradient")}
-    normalizer = sum(map(objective.normalizer, rows.alone)) * engine.num_data_ranks
+    normalizer = sum(map(objective.normalizer, rows.trained)) * engine.num_data_ranks
     with without_dropout(model):
-        rehearsed = engine.rehearse(rows.alone, max(1, normalizer), lambda: Gradients.of(model))
+        rehearsed = engine.rehearse(rows.trained, max(1, normalizer), lambda: Gradients.of(model))
     assert rehearsed is not None
     loss, _, gradients = rehearsed
     expected = reference.summed / max(1, reference.normalizer)
@@ -148,7 +148,7 @@ def check_step_size(
 ) -> dict[str, Finding]:
     """Loss and gradient norm of two micro-batches against those of one, where gradients are spread over processes."""
     normalizer = max(1, objective.normalizer(joined) * engine.num_data_ranks)
-    one, two = (engine.rehearse(batches, normalizer, lambda: None) for batches in ([joined], rows.alone))
+    one, two = (engine.rehearse(batches, normalizer, lambda: None) for batches in ([joined], rows.trained))
     if one is None or two is None:
         return {"micro_batches": not_made("this engine makes a step with its update only")}
     apart = max(_apart(two[0], one[0]), _apart(two[1], one[1]))
@@ -184,7 +184,7 @@ def expected_normalizer(objective: Objective, rows: Rows) -> int:
     """Of both records."""
     if is_written_out(objective):
         return sum(len(_targets(record)) for record in rows.records)
-    return sum(map(objective.normalizer, rows.alone))
+    return sum(map(objective.normalizer, rows.trained))
 
 
 def _summed_loss(probe: StateProbe, objective: Objective, states: Tensor, batch: Batch, record: Record) -> Tensor:

@@ -22,6 +22,7 @@ from vlm.distributed import gather_objects, note, on_main, together, world_size
 from vlm.errors import VLMError
 from vlm.files import write_atomically
 from vlm.logs import log
+from vlm.objectives.lm import LanguageModeling
 from vlm.precision import autocast
 from vlm.prepare import Prepared
 from vlm.proof.checks import CHECKS, Finding, Proof, at_most, holds, not_made
@@ -44,7 +45,6 @@ from vlm.proof.gradients import (
     check_loss_by_records,
     check_step,
     check_step_size,
-    is_written_out,
     reference_step,
 )
 from vlm.proof.parts import check_frozen, check_initial_weights, check_trainable
@@ -67,7 +67,6 @@ BOUNDS = {
     torch.float16: Bounds(states=0.01, gradients=0.05, loss=0.005),
 }
 TF32 = Bounds(states=5e-3, gradients=1e-2, loss=1e-3)  # of a GPU's float32, whose convolutions may round to 10 bits
-FORWARD = "packed_alone shared_image causal context own_image image_read"
 Findings = dict[str, Finding]
 
 
@@ -130,7 +129,8 @@ class _Work:
         data = self.parts.data
         numbers = on_main(lambda: choose(data))
         computed, others = together(lambda: [[read_record(data.train.order.scan, n) for n in part] for part in numbers])
-        self.subject = Subject(computed, [*computed, *others], data.train.collator)
+        rejected = [record.rejected for record in computed if record.rejected is not None]
+        self.subject = Subject(computed, [*computed, *others, *rejected], data.train.collator)
         self.rows = together(lambda: Rows.of(self.subject, self.parts.built.image_token_id))
 
     def check_everything(self) -> None:
@@ -155,12 +155,9 @@ class _Work:
         else:
             for name in ("gradients", "frozen_steady", "projector_scale"):
                 self.findings[name] = not_made(NOT_HERE)
-            if is_written_out(parts.objective):
+            with engine.using(LanguageModeling()):
                 self._check_forward_by_losses()
-            else:
-                reason = not_made("hidden states cannot be seen here, and are told by language modelling's loss only")
-                self.findings |= dict.fromkeys((*FORWARD.split(), "feature_order"), reason)
-            joined = self.subject.batch([[record] for record in self.subject.computed])
+            joined = self.subject.steps([[record] for record in self.subject.computed], shares=True)
             self._make("loss", lambda: check_loss_by_records(engine, parts.objective, rows, joined, self.bounds))
             self._make("micro_batches", lambda: check_step_size(engine, parts.objective, rows, joined, self.bounds))
 

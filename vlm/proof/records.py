@@ -12,7 +12,7 @@ from torch import Tensor
 from vlm.batch import IGNORE_INDEX, Batch, Example
 from vlm.data.build import Data
 from vlm.data.collate import Collator
-from vlm.data.conversation import Conversation
+from vlm.data.conversation import Conversation, Preference
 from vlm.data.scan import Scan
 from vlm.errors import DataError
 
@@ -25,8 +25,10 @@ TEXT_TOKENS = 6  # a record with less text is computed only if there is no other
 
 @dataclass(frozen=True)
 class Record:
-    conversation: Conversation
+    conversation: Conversation  # of a preference, the one with the preferred reply
     example: Example  # what training makes of it
+    trained: Example  # as a step has it: of a preference with both replies
+    rejected: Record | None = None  # of a preference: the other reply
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,24 @@ class Subject:
         """
         return self._collate(rows, replace(self.collator, pad_to=None, image_token_id=None))
 
+    def steps(self, rows: list[list[Record]], shares: bool) -> Batch:
+        """As `batch`, with all replies that the objective reads.
+
+        Args:
+            shares: whether replies share their question, where training lets them.
+        """
+        collate = replace(self.collator, pad_to=None, image_token_id=None)
+        collate = collate if shares else replace(collate, shares_questions=False)
+        return self._collate(rows, collate, trained=True)
+
     def shared(self, record: Record) -> Batch | None:
         """A row of one record twice, the second time without the tokens that it begins with; None where none may be
         left out."""
         batch = self._collate([[record, record]], replace(self.collator, pad_to=None))
         return batch if int((batch.position_ids == 0).sum()) - batch.num_padding == 1 else None
 
-    def _collate(self, rows: list[list[Record]], collate: Collator) -> Batch:
-        batch = collate([[record.example for record in row] for row in rows])
+    def _collate(self, rows: list[list[Record]], collate: Collator, trained: bool = False) -> Batch:
+        batch = collate([[record.trained if trained else record.example for record in row] for row in rows])
         if batch.skipped:
             raise DataError(f"{batch.skipped[0].where}: {batch.skipped[0].message}")
         return batch
@@ -102,9 +114,19 @@ def reads_image(example: Example, image_token_id: int | None) -> bool:
 
 def read_record(scan: Scan, number: int) -> Record:
     """Raises RecordError."""
-    example = scan.reader.read(number)
+    trained = scan.read(number)
     conversation = scan.reader.conversation(number)
-    return Record(_as_far_as(conversation, scan), example)
+    if isinstance(conversation, Preference):
+        chosen, rejected = (
+            _record(branch, example, trained)
+            for branch, example in zip(conversation.branches, trained.branches, strict=True)
+        )
+        return replace(chosen, rejected=rejected)
+    return _record(_as_far_as(conversation, scan), trained, trained)
+
+
+def _record(conversation: Conversation, example: Example, trained: Example) -> Record:
+    return Record(conversation, replace(example, is_good=None, reference=()), trained)
 
 
 def _as_far_as(conversation: Conversation, scan: Scan) -> Conversation:

@@ -41,6 +41,7 @@ class RunEvents:
     questions: SampleQuestions
     assemble: Callable[[Path], VisionLanguageModel | None]  # checkpoint -> whole model; None if there is no room
     held_out: Iterable[Batch] | None
+    counted: str = "tokens"  # what the normalizer counts
     _samples_wait: bool = False  # for the next checkpoint
 
     def periodic(self) -> list[Every]:
@@ -68,13 +69,13 @@ class RunEvents:
             raise error.on_every_rank() from None
 
     def evaluate(self, step: int) -> None:
-        """Held-out loss per supervised token, into metrics.jsonl and the log."""
+        """Held-out loss per supervised token, or per pair or reply, into metrics.jsonl and the log."""
         note(f"step {step}: held-out loss")
-        loss, tokens, skips = held_out_loss(self.state.engine, self.held_out or ())
+        loss, count, skips = held_out_loss(self.state.engine, self.held_out or ())
         self.skips.list_held_out(skips, step)
-        if tokens:
-            self.reporter.write({"step": step, "held_out_loss": loss, "held_out_tokens": tokens})
-            log(f"step {step}: held-out loss {loss:.4f} over {tokens:,} tokens")
+        if count:
+            self.reporter.write({"step": step, "held_out_loss": loss, f"held_out_{self.counted}": count})
+            log(f"step {step}: held-out loss {loss:.4f} over {count:,} {self.counted}")
 
     def sample(self, step: int) -> None:
         """Answer the configured questions, into samples.jsonl and the log. Where no process can, at the next save."""

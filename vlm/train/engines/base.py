@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from vlm.train.scaling import LossScale
 from vlm.train.timing import StepTimer
 
 T = TypeVar("T")
+AnyObjective = TypeVar("AnyObjective", bound=Objective)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,21 @@ class Engine(ABC):
     @abstractmethod
     def optimizer_fragments(self) -> Iterable[Fragment]:
         """`<canonical name>/<state>` of every optimizer state, made with zeros where no step was done yet."""
+
+    @property
+    @abstractmethod
+    def computes_loss(self) -> Any:
+        """What holds the objective where the loss is computed: its attribute `objective`."""
+
+    @contextmanager
+    def using(self, objective: AnyObjective) -> Iterator[AnyObjective]:
+        """Let `evaluate` compute another objective than the one that trains. Every rank does so."""
+        trained, holder = self.objective, self.computes_loss
+        self.objective = holder.objective = objective
+        try:
+            yield objective
+        finally:
+            self.objective = holder.objective = trained
 
     def broadcast(self, batches: list[Batch]) -> list[Batch]:
         """The batches that all processes of one share of the data work on; each has read them by itself."""

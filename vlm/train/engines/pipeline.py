@@ -71,6 +71,10 @@ class PipelineEngine(Engine):
         self._zero.step = self.timer("optimizer")(self._zero.step)  # which `train_batch` calls
         self.data_rank = self._engine.grid.get_data_parallel_rank()
 
+    @property
+    def computes_loss(self) -> StageRun:
+        return self._run
+
     def train_step(self, microbatches: list[Batch], normalizer: float, lr_factor: float) -> StepOutput:
         count = len(microbatches)
         if self._engine.micro_batches != count:

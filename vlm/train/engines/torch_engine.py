@@ -41,6 +41,10 @@ class TorchEngine(Engine):
         self.num_data_ranks = world_size()
         self.wrapped = self.wrap(module)
 
+    @property
+    def computes_loss(self) -> LossModule:
+        return self.loss_module
+
     @classmethod
     def over(cls, module: LossModule, inputs: EngineInputs) -> Self:
         """The engine, with a new optimizer of what trains in the module."""

@@ -54,6 +54,7 @@ class ZeroEngine(Engine):
         loss_scale: LossScale | None = None,
     ) -> None:
         super().__init__(module.model, module.objective, device, module.autocast_dtype, loss_scale)
+        self.loss_module = module
         self.optimizer = optimizer
         self.stage = settings["zero_optimization"]["stage"]
         self.data_rank = rank()
@@ -62,6 +63,10 @@ class ZeroEngine(Engine):
             self.model.always_encode = True
         self._engine = initialize_deepspeed(module, optimizer, settings, device)
         self._zero: Any = self._engine.optimizer  # DeepSpeed's, around ours
+
+    @property
+    def computes_loss(self) -> LossModule:
+        return self.loss_module
 
     def train_step(self, microbatches: list[Batch], normalizer: float, lr_factor: float) -> StepOutput:
         self._engine.train()
