@@ -115,14 +115,21 @@ def work(job: Path) -> None:
 
 def train_case(config: Any, steps: int, out: Path, device: Any) -> None:
     """The run of `vlm.run.train` without checkpoints and reports."""
+    import numpy as np
     import torch
 
     from vlm.distributed import barrier, is_main
     from vlm.prepare import prepare_run
     from vlm.train.loop import TrainLoop
+    from vlm.train.reference import with_reference_of
 
     torch.manual_seed(config.seed)
     parts = prepare_run(config, device)
+    data = parts.data
+    if config.objective.needs_reference:
+        data = with_reference_of(
+            data, config.data, parts.engine, np.flatnonzero(data.train.order.scan.lengths).tolist()
+        )
     losses, grad_norms, metrics = [], [], []
 
     def report(step: int, batches: Any, output: Any, counts: Any, seconds: Any) -> None:
@@ -133,7 +140,7 @@ def train_case(config: Any, steps: int, out: Path, device: Any) -> None:
     TrainLoop(
         engine=parts.engine,
         objective=parts.objective,
-        stream=parts.data.train,
+        stream=data.train,
         schedule=lambda step: 1.0,
         max_steps=steps,
         report=report,

@@ -1,4 +1,4 @@
-"""Records that compare or judge replies: how they are written, what is refused by name, and how a pair lies in a row."""
+"""Records that compare or judge replies: how they are written, what is refused, and how a pair lies in a row."""
 
 from __future__ import annotations
 

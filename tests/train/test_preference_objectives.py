@@ -46,35 +46,35 @@ GOOD = [True, False, True, False]
 FORMULAS = {  # section -> loss, written out from the papers, and the reward of each reply
     "dpo": (
         {"beta": 0.3},
-        sum(-math.log(sigmoid(0.3 * (w - l))) for w, l in pairs_of(GAINS)),
+        sum(-math.log(sigmoid(0.3 * (w - b))) for w, b in pairs_of(GAINS)),
         [0.3 * g for g in GAINS],
     ),
     "dpo smoothed": (
         {"beta": 0.3, "label_smoothing": 0.1},
         sum(
-            -0.9 * math.log(sigmoid(0.3 * (w - l))) - 0.1 * math.log(sigmoid(-0.3 * (w - l)))
-            for w, l in pairs_of(GAINS)
+            -0.9 * math.log(sigmoid(0.3 * (w - b))) - 0.1 * math.log(sigmoid(-0.3 * (w - b)))
+            for w, b in pairs_of(GAINS)
         ),
         [0.3 * g for g in GAINS],
     ),
     "dpo ipo": (
         {"loss": "ipo", "beta": 0.3},
-        sum((w - l - 1 / (2 * 0.3)) ** 2 for w, l in pairs_of(MEAN_GAINS)),
+        sum((w - b - 1 / (2 * 0.3)) ** 2 for w, b in pairs_of(MEAN_GAINS)),
         [0.3 * g for g in MEAN_GAINS],
     ),
     "dpo hinge": (
         {"loss": "hinge", "beta": 0.3},
-        sum(max(0.0, 1 - 0.3 * (w - l)) for w, l in pairs_of(GAINS)),
+        sum(max(0.0, 1 - 0.3 * (w - b)) for w, b in pairs_of(GAINS)),
         [0.3 * g for g in GAINS],
     ),
     "orpo": (
         {"beta": 0.3},
-        sum(-w - 0.3 * math.log(sigmoid(odds(w) - odds(l))) for w, l in pairs_of(MEANS)),
+        sum(-w - 0.3 * math.log(sigmoid(odds(w) - odds(b))) for w, b in pairs_of(MEANS)),
         [0.3 * m for m in MEANS],
     ),
     "simpo": (
         {"beta": 2.0, "gamma": 0.5},
-        sum(-math.log(sigmoid(2 * w - 2 * l - 0.5)) for w, l in pairs_of(MEANS)),
+        sum(-math.log(sigmoid(2 * w - 2 * b - 0.5)) for w, b in pairs_of(MEANS)),
         [2 * m for m in MEANS],
     ),
     "kto": (
@@ -191,9 +191,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit_with_the_reference_it_began_w
     path = preferences(kind, train__max_steps=6, train__save_every=3)
     whole = train(load_config(path), path.read_text())
     other = ["output_dir=" + str(tmp_path / "other")]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vlm.run._agree_to_stop", lambda _: "SIGTERM")
-        train(load_config(path, other), path.read_text())
+        with pytest.raises(Preempted):
+            train(load_config(path, other), path.read_text())
     again = train(load_config(path, other), path.read_text())
     names = ("loss", "grad_norm", *OBJECTIVES[kind]().build().metric_names)
     assert [[line[name] for name in names] for line in lines_of(again)] == [
