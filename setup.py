@@ -38,6 +38,7 @@ extras = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "serve": ["gradio>=6,<7", "fastapi>=0.115", "uvicorn>=0.34", "prometheus_client>=0.21", "httpx>=0.27"],
     "json": ["llguidance>=1.9,<2"],  # replies of a form that a request asks for
+    "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2", "jieba>=0.42"],  # metrics bleu and rouge
     "track": ["tensorboard>=2.18"],
     "wandb": ["wandb>=0.20"],
     "trackio": ["trackio>=0.20"],
@@ -49,7 +50,7 @@ extras = {
     "bench": ["trl>=0.24", "datasets>=4"],
     "demo": ["resvg-py==0.5.0", "emoji==2.16.0", "gguf>=0.17", "accelerate>=1.10"],
 }
-users = ("deepspeed", "serve", "json", "track", "quant")  # all that a user of the program may need
+users = ("deepspeed", "serve", "json", "eval", "track", "quant")  # all that a user of the program may need
 extras["all"] = [package for name in users for package in extras[name]]
 extras["test"] = [
     *extras["demo"],
@@ -57,6 +58,7 @@ extras["test"] = [
     *extras["deepspeed"],
     *extras["serve"],
     *extras["json"],
+    *extras["eval"],
     *extras["quant"],
     "pytest>=9",
     "pytest-timeout>=2.4",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -41,6 +42,7 @@ def _tables(prefix: str, section: type[BaseModel]) -> Iterator[tuple[type[BaseMo
         union, place = one_of(annotation_of(field)), f"{prefix}{name}{'[]' if is_list else ''}"
         if inner is not None and union is not None:
             yield inner, _table(f"{place}.", inner, union)
+            yield from islice(_tables(f"{place}.", inner), 1, None)  # the sections within
             for kind, choice in union.kinds.items():
                 if choice.model_fields.keys() - inner.model_fields.keys():
                     yield choice, _table(f"{place}, kind {kind}", choice, left_out=inner)

@@ -68,8 +68,11 @@ def test_a_wrong_key_is_of_the_kind_that_is_written_or_of_another(options, lines
 @pytest.mark.parametrize(
     ("task", "line"),
     [
-        ("path: a.json", ": needs the key kind, which says what the others mean; one of choice, ranking, loss"),
-        ("kind: los", ".kind: expected 'choice', 'ranking' or 'loss'; did you mean 'loss'? (found 'los')"),
+        (
+            "path: a.json",
+            ": needs the key kind, which says what the others mean; one of choice, ranking, loss, generate",
+        ),
+        ("kind: los", ".kind: expected 'choice', 'ranking', 'loss' or 'generate'; did you mean 'loss'? (found 'los')"),
         ("kind: loss", ".path: missing, and it has no default"),
         ("kind: loss, path: a.json, num_candidate: 2", ".num_candidate: unknown key; did you mean num_candidates?"),
         ("kind: loss, path: a.json, max_records: true", ".max_records: expected a number, found true"),

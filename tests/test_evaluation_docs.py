@@ -31,10 +31,11 @@ def test_the_first_block_has_a_task_of_each_kind():
         "choice",
         "ranking",
         "loss",
+        "generate",
     ]
 
 
-@pytest.mark.parametrize("kind", ["choice", "ranking", "loss"])
+@pytest.mark.parametrize("kind", ["choice", "ranking", "loss", "generate"])
 def test_the_record_of_a_kind_is_read_by_its_task(kind: str, tmp_path: Path):
     (task,) = EvaluationConfig.model_validate(yaml.safe_load(block(kind, "yaml"))["evaluation"]).tasks
     assert task.kind == kind
@@ -48,5 +49,8 @@ def test_the_record_of_a_kind_is_read_by_its_task(kind: str, tmp_path: Path):
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     encode = ConversationTokenizer(tokenizer, TEMPLATES["chatml"], image_token_id=image_token_id, tokens_per_image=4)
     question = task.model_copy(update=changes).questions(encode, tmp_path / "cache")[0]
-    assert len(question.replies) == {"choice": 2, "ranking": 2, "loss": 1}[kind]
+    if kind == "generate":
+        assert question.answers == ("red", "red", "dark red")
+    else:
+        assert len(question.replies) == {"choice": 2, "ranking": 2, "loss": 1}[kind]
     assert question.images == (str(tmp_path / record["image"]),)

@@ -85,6 +85,13 @@ class CheckpointError(VLMError):
     exit_code = 5
 
 
+class GateFailed(VLMError):
+    """A model was measured, and does not reach what `evaluation.tasks[].gate` demands: usually it does not use its
+    images."""
+
+    exit_code = 6
+
+
 class DistributedError(VLMError):
     """Another process of the launch was lost or hangs. Names where each rank was; the same command resumes."""
 

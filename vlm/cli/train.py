@@ -85,7 +85,7 @@ def evaluate(
     options: Options = None,
 ) -> None:
     """Run the evaluation tasks of a config on an export: own images, shuffled images, baseline."""
-    path, found = _config_and_export(config)
+    path, found = config_and_export(config)
     checked = load_checked(path, options or (), ("evaluation",), ())  # the export names its models
     from vlm.evaluation.report import evaluate_run
 
@@ -183,7 +183,7 @@ def deepspeed_options(name: str | None) -> list[str]:
     return [*chosen, f"engine.offload=[{','.join(offload)}]"]
 
 
-def _config_and_export(name: str) -> tuple[str, Path | None]:
+def config_and_export(name: str) -> tuple[str, Path | None]:
     """A config as it is; a run folder -> its config.yaml; an export -> the config of the run around it, and itself."""
     folder = Path(name)
     if not folder.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,7 +33,7 @@ def accuracy(log_likelihoods: Sequence[Sequence[float]], answers: Sequence[int])
     0.75
     """
     credits = [_credit(scores, answer) for scores, answer in zip(log_likelihoods, answers, strict=True)]
-    return _mean(credits)
+    return mean(credits)
 
 
 def loss_per_token(losses: Sequence[float], num_tokens: Sequence[int]) -> Figure:
@@ -51,6 +51,42 @@ def loss_per_token(losses: Sequence[float], num_tokens: Sequence[int]) -> Figure
     spread = math.fsum((loss - value * count) ** 2 for loss, count in zip(losses, num_tokens, strict=True))
     n = len(losses)
     return Figure(value, math.sqrt(spread * n / (n - 1)) / total if n > 1 else math.nan, n)
+
+
+def mean(values: Sequence[float]) -> Figure:
+    """The mean of one number per record.
+
+    >>> mean([0.0, 1.0])
+    Figure(value=0.5, standard_error=0.5, num_records=2)
+    """
+    n = len(values)
+    if not n:
+        return Figure(math.nan, math.nan, 0)
+    middle = math.fsum(values) / n
+    spread = math.fsum((value - middle) ** 2 for value in values)
+    return Figure(middle, math.sqrt(spread / (n - 1) / n) if n > 1 else math.nan, n)
+
+
+def jackknife(sums: Sequence[Sequence[float]], value: Callable[[Sequence[float]], float]) -> Figure:
+    """A figure of sums over the records, such as a ratio; its standard error from leaving out one record at a time.
+
+    Args:
+        sums: per record, its share of each sum.
+        value: the figure, of the totals.
+
+    >>> jackknife([[1, 2], [1, 1]], lambda total: total[0] / total[1])
+    Figure(value=0.6666666666666666, standard_error=0.25, num_records=2)
+    """
+    n = len(sums)
+    if not n:
+        return Figure(math.nan, math.nan, 0)
+    shares = np.asarray(sums, dtype=np.float64)
+    total = shares.sum(0)
+    if n == 1:
+        return Figure(value(total.tolist()), math.nan, 1)
+    left = [value(rest) for rest in (total - shares).tolist()]
+    spread = math.fsum((each - math.fsum(left) / n) ** 2 for each in left)
+    return Figure(value(total.tolist()), math.sqrt(spread * (n - 1) / n), n)
 
 
 def majority_share(answers: Sequence[str]) -> float:
@@ -92,12 +128,3 @@ def derangement(items: Sequence[Item], seed: int, groups: Mapping[Item, Hashable
 def _credit(scores: Sequence[float], answer: int) -> float:
     best = max(scores)
     return 1 / sum(score == best for score in scores) if scores[answer] == best else 0.0
-
-
-def _mean(values: Sequence[float]) -> Figure:
-    n = len(values)
-    if not n:
-        return Figure(math.nan, math.nan, 0)
-    mean = math.fsum(values) / n
-    spread = math.fsum((value - mean) ** 2 for value in values)
-    return Figure(mean, math.sqrt(spread / (n - 1) / n) if n > 1 else math.nan, n)

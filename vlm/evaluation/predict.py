@@ -70,7 +70,7 @@ class FeatureCache:
         loaded, spec = self._loaded, self._loaded.image_spec
         assert spec is not None
         pixels = [to_tiles(load_image(image, background=spec.background), spec) for image in images]
-        with torch.inference_mode(), loaded.autocast():
+        with torch.no_grad(), loaded.autocast():
             parts = torch.cat(pixels).split(self._batch_size)
             tiles = torch.cat([loaded.model.encode_images(part.to(loaded.device)) for part in parts])
         return [each.flatten(0, 1) for each in tiles.split([len(each) for each in pixels])]
@@ -267,7 +267,7 @@ def _forward(loaded: LoadedModel, rows: list[_Row], features: Tensor | None) -> 
     counts_on = shared or (packing.by_positions and packing.longest is None)
     positions = [row.position_ids + [place * counts_on for place in range(len(row.input_ids), length)] for row in rows]
     position_ids = torch.tensor(positions, device=loaded.device)
-    with torch.inference_mode(), loaded.autocast():
+    with torch.no_grad(), loaded.autocast():
         embeddings = loaded.model.embed(input_ids.to(loaded.device), features)
         if not shared:
             return _sum_by_reply(loaded, rows, loaded.model.decode(embeddings, position_ids))

@@ -16,6 +16,7 @@ from vlm.batch import IGNORE_INDEX
 from vlm.data.config import SourceConfig
 from vlm.data.conversation import Conversation, Turn
 from vlm.data.notes import UnreadLog
+from vlm.data.parse import ANSWER_KEYS, CHAT_KEYS
 from vlm.data.records import RecordSource, open_source
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import RecordError
@@ -33,6 +34,35 @@ class Question:
     answer_text: str
     images: tuple[str | bytes, ...]
     where: str
+
+
+@dataclass(frozen=True)
+class OpenQuestion:
+    """One record whose answer the model writes."""
+
+    prompt_ids: list[int]  # up to where the reply begins
+    answers: tuple[str, ...]  # what would be right; none where the record has no answer
+    images: tuple[str | bytes, ...]
+    where: str
+    number: int  # of the record, counted from 0
+    text: str  # the last thing that the user says, for people
+    id: str | int | None = None  # the record's own, if it has one
+
+
+@dataclass(frozen=True)
+class WritingSettings:
+    """How answers are written. The default takes the likeliest token each time.
+
+    Attributes:
+        stop: texts that end an answer; they are not part of it.
+        seed: of sampling; each record draws by itself, so how many are written together does not matter.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +128,46 @@ def _read_all(records: Records, task: str, kind: str, more: tuple[str, ...]) -> 
     found = [_read(records.source, number, kind, wanted) for number in range(records.count)]
     _warn_of_unread(task, [record.asked for record in found])
     return found
+
+
+def read_open(records: Records, task: str, tokenizer: ConversationTokenizer) -> list[OpenQuestion]:
+    """Records as training reads them, whose last reply is the answer; or a question with `answers`, a list of texts or
+    of VQA's {"answer": text}; or a question alone.
+
+    Args:
+        task: its name, for warnings.
+
+    Raises:
+        RecordError: one cannot be read.
+    """
+    found, conversations = [], []
+    for number in range(records.count):
+        where = records.source.where(number)
+        raw: dict[str, Any] = records.source.index[number]
+        answers = _answers(raw.get("answers"), where)
+        record = {key: value for key, value in raw.items() if key not in ("answers", "choices")}
+        has_reply = any(record.get(key) is not None for key in (*ANSWER_KEYS, *CHAT_KEYS, "caption", "text"))
+        conversation = records.source.read(number, record if has_reply else {**record, "answer": "-"})
+        *turns, last = conversation.turns
+        if last.role != "assistant":
+            raise RecordError("bad_task_record", "the last turn is not a reply, which is what the answer is", where)
+        prompt_ids = tokenizer.prompt(replace(conversation, turns=tuple(turns)))
+        if not prompt_ids:
+            raise RecordError("bad_task_record", f"template {tokenizer.template.name} leaves the question out", where)
+        answers = answers or ((last.text,) if has_reply else ())
+        asked, own_id = turns[-1].text.strip() if turns else "", raw.get("id", raw.get("question_id"))
+        conversations.append(conversation)
+        found.append(OpenQuestion(prompt_ids, answers, conversation.images, where, number, asked, own_id))
+    _warn_of_unread(task, conversations)
+    return found
+
+
+def _answers(value: Any, where: str) -> tuple[str, ...]:
+    entries = [] if value is None else value if isinstance(value, list) else [None]
+    texts = [entry.get("answer") if isinstance(entry, dict) else entry for entry in entries]
+    if not all(isinstance(text, str) for text in texts):
+        raise RecordError("bad_task_record", f"answers is {str(value)[:80]!r}; expected a list of texts", where)
+    return tuple(map(str, texts))
 
 
 def draw_groups(answers: Sequence[str], size: int, seed: int) -> list[tuple[str, ...]]:

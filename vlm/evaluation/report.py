@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,46 +23,18 @@ from vlm.artifacts.evidence import FIGURES, figures_table, with_error, write_fig
 from vlm.artifacts.plain import is_plain, read_model
 from vlm.config import RunConfig, unused_settings
 from vlm.errors import ConfigError
+from vlm.evaluation.answers import Answer, write_answers
 from vlm.evaluation.config import EvaluationConfig
+from vlm.evaluation.gate import gate_problems, refuse
 from vlm.evaluation.metrics import Figure, derangement
 from vlm.evaluation.predict import FeatureCache, score_candidates
-from vlm.evaluation.questions import Question
+from vlm.evaluation.rows import Row
 from vlm.evaluation.task_kinds import TaskConfig
 from vlm.evaluation.tasks import read_task
 from vlm.files import write_atomically
 from vlm.inference.load import LoadedModel, load
 from vlm.logs import Progress, log, warn
 from vlm.version import __version__
-
-
-@dataclass(frozen=True)
-class Row:
-    """One task's result."""
-
-    task: str
-    kind: str
-    metric: str
-    own: Figure
-    shuffled: Figure | None  # None: fewer than two different images
-    blank: Figure | None  # every image white; None: not asked for, or no images
-    baseline: float | None
-    baseline_name: str  # "majority" (always the most frequent answer), "chance", or "" for losses
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "task": self.task,
-            "kind": self.kind,
-            "metric": self.metric,
-            "own": _finite(self.own.value),
-            "own_standard_error": _finite(self.own.standard_error),
-            "shuffled": self.shuffled and _finite(self.shuffled.value),
-            "shuffled_standard_error": self.shuffled and _finite(self.shuffled.standard_error),
-            "blank": self.blank and _finite(self.blank.value),
-            "blank_standard_error": self.blank and _finite(self.blank.standard_error),
-            "baseline": self.baseline,
-            "baseline_name": self.baseline_name,
-            "num_records": self.own.num_records,
-        }
 
 
 def evaluate_run(
@@ -80,6 +51,7 @@ def evaluate_run(
         ConfigError: the config has no tasks.
         CheckpointError: no export, or it does not load.
         DataError: a task's records or images cannot be used.
+        GateFailed: a figure does not reach its task's gate; the results are written before.
     """
     tasks = config.evaluation.tasks
     if not tasks:
@@ -95,10 +67,14 @@ def evaluate_run(
             f"{folder}{' with an adapter' * (adapter is not None)} is no export of a run, beside which the "
             "results would go: say where with --out"
         )
+    for task in tasks:
+        task.check_installed()
     started = time.monotonic()
     loaded = load(folder, image_order="keep", adapter=adapter)  # records are read as training reads them
     log(f"evaluation: {folder} {loaded.describe_compute()}")
-    rows = [row.as_json() for row in run_tasks(loaded, config.evaluation, Path(config.data.cache))]
+    results = measure(loaded, config.evaluation, Path(config.data.cache))
+    rows = [row.as_json() for result in results for row in result.rows]
+    problems = [problem for result in results for problem in result.problems]
     target = folder.parent if out is None else out
     target = target if target.suffix == ".json" else target / FIGURES
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -111,19 +87,39 @@ def evaluate_run(
         "dtype": str(loaded.compute_dtype).removeprefix("torch."),
         "seconds": round(time.monotonic() - started, 1),
         "results": rows,
+        **({} if all(task.gate is None for task in tasks) else {"failed_gates": problems}),
     }
     write_atomically(target, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     print_table(rows)
     if adapter is None:
         write_figures(folder, rows)
     log(f"written to {target}")
+    refuse(problems)
     return rows
 
 
 def run_tasks(loaded: LoadedModel, config: EvaluationConfig, cache: Path) -> list[Row]:
-    """Score every task. Images are encoded once for all tasks that fit in memory."""
+    """The figures of every task, gates aside."""
+    return [row for result in measure(loaded, config, cache) for row in result.rows]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The figures of one task, and what of its gate they do not reach."""
+
+    task: TaskConfig
+    rows: list[Row]
+    problems: list[str]
+
+
+def measure(loaded: LoadedModel, config: EvaluationConfig, cache: Path) -> list[TaskResult]:
+    """Measure every task. Images are encoded once for all tasks that fit in memory."""
     features = FeatureCache(loaded)
-    return [_run_task(loaded, task, features, config.seed, cache) for task in config.tasks]
+    results = []
+    for task in config.tasks:
+        rows = _run_task(loaded, task, features, config.seed, cache)
+        results.append(TaskResult(task, rows, gate_problems(task, rows)))
+    return results
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -138,40 +134,59 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     print(markdown)
 
 
-def _run_task(loaded: LoadedModel, task: TaskConfig, features: FeatureCache, seed: int, cache: Path) -> Row:
+def _run_task(loaded: LoadedModel, task: TaskConfig, features: FeatureCache, seed: int, cache: Path) -> list[Row]:
     questions = read_task(task, loaded.conversation_tokenizer, cache, seed)
     shown = [image for question in questions for image in question.images]
     # an image that takes another number of tokens cannot stand in the place of this one
     is_fixed = loaded.image_spec is None or not loaded.image_spec.reads_size
     other = derangement(shown, seed, task.groups(questions)) if len(set(shown)) > 1 and is_fixed else {}
     swapped = [replace(q, images=tuple(other[image] for image in q.images)) for q in questions] if other else []
-    blanked: list[Question] = []
+    blanked: list[Any] = []
     if shown and task.has_blank and is_fixed:
         white = _blank_image()
         blanked = [replace(question, images=(white,) * len(question.images)) for question in questions]
-    # together: what is asked of an image as its own and as another's is scored once
-    scores = iter(_scores(loaded, task.name, [*questions, *swapped, *blanked], features))
+    # together: what is asked of an image as its own and as another's is computed once
+    answers = iter(_ask(loaded, task, [*questions, *swapped, *blanked], features, seed))
     own, shuffled, blank = (
-        _figure(task, some, list(islice(scores, len(some))), f"{which} images") if some else None
+        _figures(task, some, list(islice(answers, len(some))), f"{which} images") if some else {}
         for which, some in (("own", questions), ("shuffled", swapped), ("blank", blanked))
     )
-    assert own is not None
-    baseline, name = task.baseline(questions)
-    return Row(task.name, task.kind, task.metric, own, shuffled, blank, baseline, name)
+    baseline: tuple[float | None, str] = task.baseline(questions)
+    rows = []
+    for metric, figure in own.items():
+        rows.append(Row(task.name, task.kind, metric, figure, shuffled.get(metric), blank.get(metric), *baseline))
+        baseline = (None, "")  # that of the first
+    return rows
 
 
-def _scores(loaded: LoadedModel, name: str, questions: Sequence[Question], features: FeatureCache) -> list[list[float]]:
-    with Progress(f"evaluation: {name}:", len(questions), "questions") as progress:
-        scores = score_candidates(loaded, questions, features, on_progress=progress.show)
-    log(f"evaluation: {name}: {len(questions)} questions, {progress.seconds:.1f} s")
-    return scores
+def _ask(
+    loaded: LoadedModel, task: TaskConfig, questions: Sequence[Any], features: FeatureCache, seed: int
+) -> list[Any]:
+    """The scores of each question's replies, or the text that the model writes."""
+    settings, answered = task.writing(seed), 0
+    with Progress(f"evaluation: {task.name}:", len(questions), "questions") as progress:
+
+        def on_answer(place: int, answer: Answer) -> None:
+            nonlocal answered
+            answered += 1
+            progress.show(answered)
+
+        answers: list[Any]
+        if settings is None:
+            answers = score_candidates(loaded, questions, features, on_progress=progress.show)
+        else:
+            answers = [answer.text for answer in write_answers(loaded, questions, features, settings, on_answer)]
+    log(f"evaluation: {task.name}: {len(questions)} questions, {progress.seconds:.1f} s")
+    return answers
 
 
-def _figure(task: TaskConfig, questions: Sequence[Question], scores: list[list[float]], which: str) -> Figure:
-    figure = task.figure(questions, scores)
-    value = with_error(figure.value, figure.standard_error)
-    log(f"evaluation: {task.name}, {which}: {value} over {len(questions)} records")
-    return figure
+def _figures(task: TaskConfig, questions: Sequence[Any], answers: list[Any], which: str) -> dict[str, Figure]:
+    figures = task.figures(questions, answers)
+    for metric, figure in figures.items():
+        value = with_error(figure.value, figure.standard_error)
+        named = f" {metric}" if len(figures) > 1 else ""
+        log(f"evaluation: {task.name}, {which}:{named} {value} over {len(questions)} records")
+    return figures
 
 
 def _blank_image() -> bytes:
@@ -179,7 +194,3 @@ def _blank_image() -> bytes:
     encoded = io.BytesIO()
     Image.new("RGB", (64, 64), "white").save(encoded, format="PNG")
     return encoded.getvalue()
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -6,14 +6,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from vlm.schema import KindSection, PathText
+from vlm.schema import KindSection, PathText, Section
 
 if TYPE_CHECKING:
     from vlm.data.tokenize import ConversationTokenizer
     from vlm.evaluation.metrics import Figure
-    from vlm.evaluation.questions import Question
+    from vlm.evaluation.questions import OpenQuestion, Question, WritingSettings
+
+MetricName = Literal[
+    "bleu", "rouge", "exact_match", "vqa_accuracy", "relaxed_accuracy", "yes_no", "choice_letter"
+]  # keys of TEXT_METRICS in text_metrics.py
+
+
+class GateConfig(Section):
+    """What a task's figure must reach, else the command ends with exit code 6."""
+
+    over_shuffled: PositiveFloat | None = None
+    """By how much own images must be better than shuffled ones, and by twice the standard error of that."""
+    over_blank: PositiveFloat | None = None
+    """The same against blank images."""
+    own: float | None = None
+    """What own images must reach: at least so much, of a loss at most."""
+    figure: str | None = None
+    """Which of the task's figures, as the table names it; null takes its first."""
+
+    @model_validator(mode="after")
+    def _demands_something(self) -> GateConfig:
+        if self.over_shuffled is None and self.over_blank is None and self.own is None:
+            raise ValueError("a gate without over_shuffled, over_blank or own lets everything through: set one")
+        return self
 
 
 class TaskConfig(KindSection):
@@ -31,12 +54,15 @@ class TaskConfig(KindSection):
     """Folder that every image must lie in; null means the folder of `path`."""
     max_records: PositiveInt | None = None
     """Take only the first so many; null takes all."""
+    gate: GateConfig | None = None
+    """What the figure must reach, so that a model that does not use its images is found out; null demands nothing."""
 
     metric: ClassVar[str] = "accuracy"
     has_blank: ClassVar[bool] = False  # computed with white images too: one more pass over the records
+    lower_is_better: ClassVar[bool] = False
 
-    def questions(self, tokenizer: ConversationTokenizer, cache: Path, seed: int = 0) -> list[Question]:
-        """Read and tokenize the records.
+    def questions(self, tokenizer: ConversationTokenizer, cache: Path, seed: int = 0) -> Sequence[Any]:
+        """Read and tokenize the records; each has `images`.
 
         Args:
             seed: of what is drawn.
@@ -50,6 +76,18 @@ class TaskConfig(KindSection):
         """By image: what it may be exchanged within, when images are shuffled; None: anything."""
         return None
 
+    def writing(self, seed: int) -> WritingSettings | None:
+        """How the model writes answers to the questions; None: it says how likely their replies are."""
+        return None
+
+    def figures(self, questions: Sequence[Any], answers: list[Any]) -> dict[str, Figure]:
+        """Figures by name; the first is the one that counts where one is asked for.
+
+        Args:
+            answers: to each question, the scores of its replies, or the text that the model wrote.
+        """
+        return {self.metric: self.figure(questions, answers)}
+
     def figure(self, questions: Sequence[Question], scores: list[list[float]]) -> Figure:
         """
         Args:
@@ -59,9 +97,13 @@ class TaskConfig(KindSection):
 
         return accuracy(scores, [question.answer for question in questions])
 
-    def baseline(self, questions: Sequence[Question]) -> tuple[float | None, str]:
-        """What a model that never looks would reach, and its name; None and "" where that is not known."""
+    def baseline(self, questions: Sequence[Any]) -> tuple[float | None, str]:
+        """What a model that never looks would reach, and its name; None and "" where that is not known. Of the first
+        figure."""
         return None, ""
+
+    def check_installed(self) -> None:
+        """Raises MissingPackageError where a package that the task needs is missing."""
 
 
 class ChoiceTask(TaskConfig):
@@ -122,6 +164,7 @@ class LossTask(TaskConfig):
 
     metric = "loss per token"
     has_blank = True
+    lower_is_better = True
 
     def questions(self, tokenizer: ConversationTokenizer, cache: Path, seed: int = 0) -> list[Question]:
         from vlm.evaluation.questions import loss_question, open_records, read_conversations
@@ -136,4 +179,66 @@ class LossTask(TaskConfig):
         return loss_per_token([-score[0] for score in scores], [num_counted(question) for question in questions])
 
 
-TASKS: dict[str, type[TaskConfig]] = {"choice": ChoiceTask, "ranking": RankingTask, "loss": LossTask}
+class GenerateTask(TaskConfig):
+    """Records that training reads, or a question with `answers`; the model writes its own."""
+
+    kind: Literal["generate"] = "generate"
+    """Answers that the model writes, compared with those of the records."""
+    metrics: tuple[MetricName, ...] = ()
+    """How they are compared; docs/evaluation.md has what each means. `vlm predict` alone needs none."""
+    max_new_tokens: PositiveInt = 64
+    """Length of an answer."""
+    temperature: NonNegativeFloat = 0.0
+    """0 writes the likeliest token each time."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of sampling: only tokens that together have this probability."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are not part of it."""
+
+    has_blank = True
+
+    def questions(self, tokenizer: ConversationTokenizer, cache: Path, seed: int = 0) -> list[OpenQuestion]:
+        from vlm.evaluation.questions import open_records, read_open
+
+        source = open_records(self.path, self.images, self.max_records, cache, as_training=True)
+        return read_open(source, self.name, tokenizer)
+
+    def writing(self, seed: int) -> WritingSettings:
+        from vlm.evaluation.questions import WritingSettings
+
+        return WritingSettings(self.max_new_tokens, self.temperature, self.top_p, self.stop, seed)
+
+    def figures(self, questions: Sequence[Any], answers: list[Any]) -> dict[str, Figure]:
+        from vlm.errors import ConfigError, RecordError
+        from vlm.evaluation.text_metrics import TEXT_METRICS
+
+        if not self.metrics:
+            raise ConfigError(
+                f"evaluation task {self.name}: no metrics. Name some, or use vlm predict, which needs none"
+            )
+        for question in questions:
+            if not question.answers:
+                raise RecordError("bad_task_record", "no answer, which the task's metrics need", question.where)
+        right = [question.answers for question in questions]
+        found: dict[str, Figure] = {}
+        for name in self.metrics:
+            for shown, figure in TEXT_METRICS[name].figures(answers, right).items():
+                found[shown if shown not in found else f"{shown} ({name})"] = figure
+        return found
+
+    def baseline(self, questions: Sequence[Any]) -> tuple[float | None, str]:
+        from vlm.evaluation.text_metrics import TEXT_METRICS
+
+        value = TEXT_METRICS[self.metrics[0]].baseline([question.answers for question in questions])
+        return value, "" if value is None else "majority"
+
+    def check_installed(self) -> None:
+        from vlm.evaluation.text_metrics import TEXT_METRICS
+
+        for name in self.metrics:
+            TEXT_METRICS[name].check_installed(name)
+
+
+TASKS: dict[str, type[TaskConfig]] = {
+    "choice": ChoiceTask, "ranking": RankingTask, "loss": LossTask, "generate": GenerateTask,
+}  # fmt: skip

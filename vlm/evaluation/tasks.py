@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm.data.tokenize import ConversationTokenizer
-from vlm.evaluation.questions import Question
 from vlm.evaluation.task_kinds import TASKS, TaskConfig
 
 
-def read_task(task: TaskConfig, tokenizer: ConversationTokenizer, cache: Path, seed: int = 0) -> list[Question]:
+def read_task(task: TaskConfig, tokenizer: ConversationTokenizer, cache: Path, seed: int = 0) -> Sequence[Any]:
     """Read and tokenize the records of a task.
 
     Args:

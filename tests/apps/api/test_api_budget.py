@@ -12,13 +12,13 @@ import httpx
 import pytest
 from api_server import SMALL, ask, make_service, user, without_port
 
-from vlm.apps.api import server
 from vlm.apps.api.limits import Access, Limits, Media
 from vlm.apps.api.scheduler import Job, Scheduler
-from vlm.apps.api.server import fitting_tokens, serve
+from vlm.apps.api.server import serve
 from vlm.errors import ConfigError
 from vlm.generation.batched import BatchedGenerator, Reply
 from vlm.generation.sampling import SamplingSettings
+from vlm.inference import budget as memory
 from vlm.inference.load import LoadedModel
 
 CHAT = "/v1/chat/completions"
@@ -68,11 +68,11 @@ def test_whatever_the_prompt_lets_through_has_room(loaded: LoadedModel, budget: 
 def test_the_default_budget_is_a_multiple_of_what_the_cache_grows_by(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(server, "bytes_per_token", lambda model: 1000)
-    monkeypatch.setattr(server, "_free_memory", lambda loaded: 4 * 1000 * 999)  # a quarter of it holds 999
+    monkeypatch.setattr(memory, "bytes_per_token", lambda model: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda loaded: 4 * 1000 * 999)  # a quarter of it holds 999
     assert make_service(loaded, Limits()).scheduler.max_tokens == 960
-    monkeypatch.setattr(server, "_free_memory", lambda loaded: 1 << 40)
-    assert fitting_tokens(loaded, max_running=3) == 3 * 1024
+    monkeypatch.setattr(memory, "free_memory", lambda loaded: 1 << 40)
+    assert memory.fitting_tokens(loaded, max_running=3) == 3 * 1024
 
 
 def test_a_budget_for_no_conversation_is_refused_before_the_model_is_loaded():

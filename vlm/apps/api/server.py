@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-import psutil
-import torch
 import uvicorn
 
 from vlm.apps.address import bind
@@ -24,11 +22,11 @@ from vlm.apps.api.scheduler import Scheduler
 from vlm.apps.api.service import Service
 from vlm.errors import ConfigError
 from vlm.generation.batched import BatchedGenerator
-from vlm.generation.slot_cache import CELLS, bytes_per_token, round_up
+from vlm.generation.slot_cache import CELLS
+from vlm.inference.budget import fitting_tokens
 from vlm.inference.load import LoadedModel
 from vlm.logs import log
 
-_MEMORY_SHARE = 0.25  # of what is free, for keys and values; growing copies them, so for a moment it is twice as much
 _CUT_SECONDS = 3  # for connections to close once replies have ended
 
 
@@ -101,25 +99,6 @@ def check_budget(limits: Limits) -> None:
             f"--max-tokens {limits.max_tokens}: expected at least {CELLS}, as the cache grows by that many tokens; "
             "0 fits it to the memory"
         )
-
-
-def fitting_tokens(loaded: LoadedModel, max_running: int) -> int:
-    """Tokens whose keys and values take a quarter of the free memory, and no more than all replies could use.
-
-    Raises:
-        ConfigError: not even a short conversation would fit.
-    """
-    each = bytes_per_token(loaded.model)
-    fitting = int(_free_memory(loaded) * _MEMORY_SHARE) // each
-    if fitting < CELLS:
-        raise ConfigError(f"a token takes {each:,} bytes of cache and there is no memory for {CELLS}; free some")
-    return min(fitting, max_running * round_up(loaded.max_tokens))
-
-
-def _free_memory(loaded: LoadedModel) -> int:
-    if loaded.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(loaded.device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 class _Server(uvicorn.Server):

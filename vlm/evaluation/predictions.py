@@ -1,0 +1,189 @@
+"""`vlm predict`: answers of a model to the records of generation tasks, in files that can be gone on with.
+
+While it is written, each process has a part of its own; the last thing is to join them in the order of the records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vlm.artifacts.evidence import with_error
+from vlm.artifacts.fingerprint import fingerprint_files
+from vlm.artifacts.plain import read_model
+from vlm.distributed import barrier, in_own_time, on_main, rank, world_size
+from vlm.errors import CheckpointError, ConfigError
+from vlm.evaluation.answers import Answer, write_answers
+from vlm.evaluation.predict import FeatureCache
+from vlm.evaluation.questions import OpenQuestion
+from vlm.evaluation.task_kinds import GenerateTask
+from vlm.files import replacing, write_atomically
+from vlm.inference.load import LoadedModel, load
+from vlm.logs import Progress, log
+
+_SETTINGS = ("max_new_tokens", "temperature", "top_p", "stop")  # of a task; they decide what is written
+
+
+def predict(
+    tasks: Sequence[GenerateTask], export: Path, out: Path, cache: Path, seed: int = 0,
+    adapter: Path | None = None, device: str = "auto",
+) -> list[Path]:  # fmt: skip
+    """Write `<out>/<task>.jsonl` for every task, one line per record. All ranks of the launch call this.
+
+    What is there already of the same model, records and settings is not written again. Where every record has an
+    answer and the task has metrics, the figures go to the log.
+
+    Args:
+        export: an export, or a plain model folder.
+        seed: of sampling.
+        device: as of `vlm.load`.
+
+    Returns:
+        the files.
+
+    Raises:
+        CheckpointError: no export, or it does not load.
+        ConfigError: what is there was written by another model, of other records, or with other settings.
+        DataError: a record or image cannot be used.
+    """
+    for task in tasks:
+        task.check_installed()
+    loaded = load(export, device, image_order="keep", adapter=adapter)
+    log(f"predict: {export} {loaded.describe_compute()}")
+    weights = _weights(export, adapter)
+    features = FeatureCache(loaded)
+    return [_Work(task, out, seed).run(loaded, weights, features, cache) for task in tasks]
+
+
+class _Work:
+    """One task: its files, and what is left of it."""
+
+    def __init__(self, task: GenerateTask, out: Path, seed: int) -> None:
+        if "/" in task.name or task.name.startswith("."):
+            raise ConfigError(f"evaluation task {task.name!r} names a file of predictions: take a name without / or .")
+        self.task = task
+        self.seed = seed
+        self.target = out / f"{task.name}.jsonl"
+        self.about = out / f"{task.name}.json"  # by what the lines were written
+
+    def run(self, loaded: LoadedModel, weights: str, features: FeatureCache, cache: Path) -> Path:
+        questions = self.task.questions(loaded.conversation_tokenizer, cache, self.seed)
+        on_main(lambda: self._begin(self._identity(questions, weights)))
+        done = {line["number"] for line in self._lines()}
+        left = [question for question in questions if question.number not in done]
+        barrier()  # the parts are read before any rank writes to its own again
+        if done:
+            log(f"predict: {self.task.name}: {len(done):,} of {len(questions):,} are there already")
+        own = left[rank() :: world_size()]
+        in_own_time(lambda: self._write(loaded, own, features))
+        on_main(lambda: self._join(len(questions)))
+        on_main(lambda: self._tell(questions))
+        return self.target
+
+    def _identity(self, questions: Sequence[OpenQuestion], weights: str) -> dict[str, Any]:
+        asked = [[question.prompt_ids, [_image(image) for image in question.images]] for question in questions]
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        settings = {name: getattr(self.task, name) for name in _SETTINGS}
+        seed = {"seed": self.seed} if self.task.temperature else {}
+        return {"weights": weights, "records": digest, "num_records": len(questions), **settings, **seed}
+
+    def _begin(self, identity: dict[str, Any]) -> None:
+        """Raises ConfigError where something else is there."""
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        identity = json.loads(json.dumps(identity))  # tuples as lists
+        files = [*self._parts(), *([self.target] if self.target.is_file() else [])]
+        if files:
+            try:
+                before = json.loads(self.about.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                before = {}
+            changed = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
+            if changed:
+                what = ", ".join(f"{key} {before.get(key)} -> {identity.get(key)}" for key in changed)
+                raise ConfigError(
+                    f"{files[0]} was written by another model, of other records, or with other settings ({what}). "
+                    "Remove it, or give another folder with --out"
+                )
+        write_atomically(self.about, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.target.parent.glob(f".{self.target.stem}.part-*.jsonl"))
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        """What is there; the last line of a part that was cut off is left out."""
+        for file in (self.target, *self._parts()):
+            if file.is_file():
+                for text in file.read_text(encoding="utf-8").splitlines(keepends=True):
+                    if text.endswith("\n"):
+                        yield json.loads(text)
+
+    def _write(self, loaded: LoadedModel, questions: Sequence[OpenQuestion], features: FeatureCache) -> None:
+        if not questions:
+            return
+        part = self.target.with_name(f".{self.target.stem}.part-{rank()}.jsonl")
+        if part.is_file():
+            whole = [text for text in part.read_text(encoding="utf-8").splitlines(keepends=True) if text.endswith("\n")]
+            write_atomically(part, "".join(whole))
+        what = f"predict: {self.task.name}:"
+        with part.open("a", encoding="utf-8") as file, Progress(what, len(questions), "records") as progress:
+            answered = 0
+
+            def on_answer(place: int, answer: Answer) -> None:
+                nonlocal answered
+                answered += 1
+                file.write(json.dumps(_line(questions[place], answer), ensure_ascii=False) + "\n")
+                file.flush()
+                progress.show(answered)
+
+            write_answers(loaded, questions, features, self.task.writing(self.seed), on_answer)
+
+    def _join(self, count: int) -> None:
+        parts = self._parts()
+        if not parts:
+            return
+        lines = {line["number"]: line for line in self._lines()}
+        assert len(lines) == count
+        with replacing(self.target) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(lines[number], ensure_ascii=False) + "\n" for number in sorted(lines))
+        for part in parts:
+            part.unlink()
+
+    def _tell(self, questions: Sequence[OpenQuestion]) -> None:
+        if self.task.metrics and all(question.answers for question in questions):
+            written = [line["prediction"] for line in self._lines()]
+            for name, figure in self.task.figures(questions, written).items():
+                value = with_error(figure.value, figure.standard_error)
+                log(f"predict: {self.task.name}: {name} {value} over {figure.num_records} records")
+
+
+def _line(question: OpenQuestion, answer: Answer) -> dict[str, Any]:
+    return {
+        "number": question.number,
+        **({} if question.id is None else {"id": question.id}),
+        "record": question.where,
+        "images": [_image(image) for image in question.images],
+        "prompt": question.text,
+        **({"answers": list(question.answers)} if question.answers else {}),
+        "prediction": answer.text,
+        "num_tokens": answer.num_tokens,
+        "end": answer.end,
+    }
+
+
+def _image(image: str | bytes) -> str:
+    """Its path; of one that the record embeds, its sum."""
+    return image if isinstance(image, str) else f"sha256:{hashlib.sha256(image).hexdigest()}"
+
+
+def _weights(export: Path, adapter: Path | None) -> str:
+    """What tells any two models apart: what their files say they are, and hashes of some weights."""
+    said = asdict(read_model(export))
+    folders = [path for root in (export, adapter) if root is not None for path in (root, *sorted(root.rglob("*/")))]
+    found = [fingerprint_files(str(path)) for path in folders if path.is_dir() and [*path.glob("*.safetensors")]]
+    if not any(found):
+        raise CheckpointError(f"{export} holds no safetensors. `vlm export` writes them")
+    return hashlib.sha256(json.dumps([said, found], default=str, sort_keys=True).encode()).hexdigest()[:16]
