@@ -111,6 +111,16 @@ def test_plain_text_is_a_reply_to_nothing():
     assert said(parse({"text": "See <image> tags"})) == [("user",), ("assistant", "See <image> tags")]
 
 
+def test_marked_turns_are_the_turns_of_one_text():
+    """openassistant-guanaco, which XTuner's recipes call oasst1."""
+    text = "### Human: What barks?### Assistant: A dog.\n\nOr a fox.### Human: Thanks.### Assistant: ### Bye"
+    conversation = parse({"text": text}, format="marked_turns")
+    assert said(conversation) == [("user", "What barks?"), ("assistant", "A dog.\n\nOr a fox."),
+                                  ("user", "Thanks."), ("assistant", "### Bye")]  # fmt: skip
+    assert said(parse({"text": text}))[1:] == [("assistant", text)]  # plain text unless the config says so
+    assert rule_of({"text": "A dog. ### Human: Hi"}, format="marked_turns") == "bad_turns"
+
+
 def test_the_format_decides_where_a_record_could_be_read_in_two_ways():
     record = {**llava("<image>\nWhat?", "A dog."), "image": "a.png", "caption": "Caption.", "text": "Text."}
     assert said(parse(record)) == said(parse(record, format="conversation"))

@@ -89,7 +89,8 @@ EVA_02 = {"backend": "timm", "path": "eva02_large_patch14_448.mim_in22k_ft_in22k
     ("name", "count", "width"),
     [("Qwen2.5-7B-Instruct", 7_615_616_512, 3584), ("Qwen3-8B", 8_190_735_360, 4096),
      ("internlm3-8b-instruct", 8_804_241_408, 4096), ("Qwen3-0.6B", 596_049_920, 1024),
-     ("Qwen2.5-0.5B", 494_032_768, 896)],
+     ("Qwen2.5-0.5B", 494_032_768, 896), ("internlm2-1_8b-native", 1_889_110_016, 2048),
+     ("Qwen7B-chat-native", 7_721_324_544, 4096), ("Qwen14B-chat-native", 14_167_290_880, 5120)],
 )  # fmt: skip
 def test_language_models_have_the_published_number_of_weights(name: str, count: int, width: int):
     model = build_on_meta(ModelConfig.model_validate({"llm": {"path": real(name)}, "trainable": ["llm"]}))

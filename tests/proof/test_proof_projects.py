@@ -25,7 +25,7 @@ RECIPES = [name for name in shipped_projects() if not name.startswith("tiny/")]
 def family_of(path: str) -> str:
     """Model type by the name of a shipped model."""
     names = {"qwen3": "qwen3", "qwen2": "qwen2", "internlm3": "internlm3", "smollm2": "llama", "baichuan": "llama",
-             "yuren": "llama"}  # fmt: skip
+             "yuren": "llama", "internlm2": "llama", "qwen7b": "qwen2", "qwen14b": "qwen2"}  # fmt: skip
     return next(family for part, family in names.items() if part in path.lower())
 
 
@@ -132,8 +132,14 @@ def toys(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def proven() -> set[str]:
+    """Configs that passed."""
+    return set()
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_recipe_is_not_refused_at_toy_size(name, toys, monkeypatch):
+def test_the_recipe_is_not_refused_at_toy_size(name, toys, proven, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     values = load_config(name).model_dump(mode="json")
     values["model"]["llm"]["path"] = toy_llm(toys, family_of(values["model"]["llm"]["path"]))
@@ -148,7 +154,7 @@ def test_the_recipe_is_not_refused_at_toy_size(name, toys, monkeypatch):
             "width": 48,
             "num_heads": 4,
         }
-    values["init_from"] = None
+    values |= {"init_from": None, "name": None, "output_dir": f"{toys}/run"}
     part = "pretrain" if values["data"]["template"] == "plain" else "finetune"
     source = {"path": str(toys / f"data/{part}.jsonl"), "images": str(toys / "data/images")}
     if is_text:
@@ -158,10 +164,14 @@ def test_the_recipe_is_not_refused_at_toy_size(name, toys, monkeypatch):
     values["evaluation"] = {}
     values["engine"] = {"device": "cpu"}  # the engines have a test of their own
     path = toys / "run.yaml"
-    path.write_text(json.dumps(values))
+    text = json.dumps(values)
+    if text in proven:  # the toy of another recipe, such as the same run with another engine
+        return
+    path.write_text(text)
     proof = prove(prepare_run(load_config(path), torch.device("cpu")), seconds=math.inf)
     assert proof.failed == [], proof.table()
     left = {name: finding.note for name, finding in proof.findings.items() if finding.passed is None}
+    proven.add(text)
     if not is_text:
         assert left.keys() - {"shared_image"} == {"initial_weights"}, left  # rows of one record share no image
 

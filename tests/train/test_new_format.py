@@ -15,7 +15,7 @@ from vlm.data.config import DataConfig, SourceConfig
 from vlm.data.parse import FORMATS, Format
 from vlm.errors import RecordError
 
-KNOWN = ("auto", "conversation", "instruction", "caption", "text")
+KNOWN = ("auto", "conversation", "instruction", "marked_turns", "caption", "text")
 
 
 def riddle_turns(draft):

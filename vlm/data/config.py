@@ -56,8 +56,8 @@ class SourceConfig(Section):
     """Folder that every image must lie in; null means the folder of `path`."""
     links: tuple[PathText, ...] = ()
     """Folders outside `images` that links in it may lead to. A Hugging Face cache's own blobs need not be named."""
-    format: Literal["auto", "conversation", "instruction", "caption", "text"] = "auto"
-    """The kind of every record; auto tells it by the keys. See docs/data.md."""
+    format: Literal["auto", "conversation", "instruction", "marked_turns", "caption", "text"] = "auto"
+    """The kind of every record; auto tells it by the keys (not marked_turns). See docs/data.md."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Other names of keys: ours -> the file's, such as {image: img_path}; from, value, role, content are of turns."""
     roles: dict[str, Literal["system", "user", "assistant"]] = Field(default_factory=dict)

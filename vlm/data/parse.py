@@ -2,7 +2,8 @@
 
 Read are: LLaVA and ShareGPT (`conversations` or `conversation`, `from`/`value`), OpenAI (`messages`, `role`/`content`,
 content as text or parts), pairs of a question and an answer (`instruction`, `input`, `output` and the names of
-`QUESTION_KEYS` and `ANSWER_KEYS`), caption pairs (`image` with `caption` or `text`) and plain `text`.
+`QUESTION_KEYS` and `ANSWER_KEYS`), caption pairs (`image` with `caption` or `text`), plain `text`, and, where the
+config says so, a `text` of turns with `### Human:` and `### Assistant:` before them.
 
 `<image>` is a mark in every user turn, and there must be as many marks as images; one too many is an error too,
 since a record whose image was forgotten looks the same. In a reply or system turn it is an error if the record has
@@ -11,6 +12,7 @@ images, else text. What nothing here reads is judged by `vlm.data.unread`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +40,7 @@ ANSWER_KEYS = ("output", "response", "completion", "answer", "assistant", "gpt",
 _BESIDE_KEYS = ("input", "context")  # what a question is about, joined to it
 _IMAGE_KEYS = ("image", "images", "file_name")  # file_name: metadata files of image folders on the Hugging Face hub
 _SYSTEM_KEYS = ("system", "system_prompt", "system_message", "meta_instruction")
+_TURN_MARK = re.compile(r"###[ ]?(Human|Assistant):")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 
@@ -286,6 +289,15 @@ def _text_turns(draft: _Draft) -> list[RawTurn]:
     return [*_before(draft), _turn("user", asked), _turn("assistant", text)]
 
 
+def _marked_turns(draft: _Draft) -> list[RawTurn]:
+    """The turns of one text, as openassistant-guanaco writes them: ### Human: A question### Assistant: Its answer"""
+    before, *marked = _TURN_MARK.split(_text(draft.fields.take("text"), "text"))
+    if before.strip() or not marked:
+        raise RecordError("bad_turns", f"text is {short(before)}, expected ### Human: at its beginning")
+    turns = zip(marked[::2], marked[1::2], strict=True)
+    return [*_before(draft), *(_turn(ROLES[role.lower()], text.strip()) for role, text in turns)]
+
+
 def _question(draft: _Draft) -> str:
     """What a caption or text answers: the record's own prompt, or the source's."""
     given = draft.fields.take("prompt")
@@ -415,6 +427,12 @@ FORMATS: dict[str, Format] = {  # in the order in which they are tried
         _pair_turns,
         expected=f"one of {', '.join(QUESTION_KEYS)} and one of {', '.join(ANSWER_KEYS)}",
         in_short="instruction and output, question and answer",
+    ),
+    "marked_turns": Format(
+        lambda keys, draft: "text" in keys and draft.config.format == "marked_turns",
+        _marked_turns,
+        expected="text with ### Human: and ### Assistant: before turns",
+        reads_images=False,
     ),
     "caption": Format(
         _is_caption, _caption_turns, expected="image and caption (or text)", in_short="image and caption"
