@@ -36,7 +36,7 @@ class Turn:
 
     @property
     def num_images(self) -> int:
-        return sum(isinstance(part, ImageSlot) for part in self.parts)
+        return sum([isinstance(part, ImageSlot) for part in self.parts])
 
     def with_text(self, text: str) -> Turn:
         """The same turn with other words and no images."""

@@ -27,7 +27,6 @@ _SUM = struct.Struct("<i")
 _JSON = json.JSONEncoder(separators=(",", ":"))
 _START = b"vlmtok1\n"  # begins a shard, so that no place is 0
 _SHARD_BITS = 40  # of a place: above these the shard's number, below them the byte
-_IGNORED = array("i", [IGNORE_INDEX]).tobytes()
 _GUESS = 2048  # bytes read at once: a caption or a short conversation is shorter
 
 
@@ -219,7 +218,7 @@ def _runs(values: list[int], wanted: int) -> list[int]:
     """
     count = values.count(wanted)
     first = values.index(wanted) if count else 0
-    if values[first : first + count] == [wanted] * count:  # as usual: one run, or none
+    if values[first : first + count].count(wanted) == count:  # as usual: one run, or none
         return [first, first + count] if count else []
     runs: list[int] = []
     flags = bytes(map(wanted.__eq__, values))
@@ -238,14 +237,26 @@ def _learned_runs(labels: list[int]) -> list[int]:
     >>> _learned_runs([-100, -100, 7, 8, -100, 9]), _learned_runs([-100])
     ([2, 4, 5, 6], [])
     """
-    content = array("i", labels).tobytes()
     runs: list[int] = []
-    end = 0
-    while rest := content[4 * end :].lstrip(_IGNORED):  # the high byte of a token id is none of these bytes
-        start = len(labels) - -(-len(rest) // 4)
+    end, num_left = 0, len(labels) - labels.count(IGNORE_INDEX)
+    while num_left:
+        start = _first_learned(labels, end)
         end = labels.index(IGNORE_INDEX, start) if IGNORE_INDEX in labels[start:] else len(labels)
+        num_left -= end - start
         runs += start, end
     return runs
+
+
+def _first_learned(labels: list[int], start: int) -> int:
+    """The place of the first token id from `start` on; there is one. Halves, as `count` is quicker than a loop."""
+    stop = len(labels)
+    while stop - start > 1:
+        middle = (start + stop) // 2
+        if labels[start:middle].count(IGNORE_INDEX) == middle - start:
+            start = middle
+        else:
+            stop = middle
+    return start
 
 
 def _path(folder: Path, shard: int) -> Path:

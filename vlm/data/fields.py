@@ -34,20 +34,21 @@ class Fields:
     def __init__(self, values: dict[str, Any], place: str = "") -> None:
         self.values = values
         self.place = place
+        self._present = {key for key, value in values.items() if has_content(value)}
         self._taken: set[str] = set()
         self._inner: list[Fields] = []
 
     def __contains__(self, key: str) -> bool:
-        return key in self.values and has_content(self.values[key])
+        return key in self._present
 
     def given(self, keys: tuple[str, ...]) -> list[str]:
         """Those of `keys` that have content."""
-        return [] if self.values.keys().isdisjoint(keys) else [key for key in keys if key in self]
+        return [] if self._present.isdisjoint(keys) else [key for key in keys if key in self._present]
 
     def take(self, *keys: str) -> Any:
         """The value of the first of `keys` that has content, which counts as read; None without any."""
         for key in keys:
-            if key in self:
+            if key in self._present:
                 self._taken.add(key)
                 return self.values[key]
         return None
@@ -65,7 +66,7 @@ class Fields:
     def unread(self) -> Iterator[Unread]:
         """What nothing took, in order."""
         for key, value in self.values.items():
-            if key not in self._taken and has_content(value):
+            if key in self._present and key not in self._taken:
                 yield Unread(self.place + key, key, value)
         for fields in self._inner:
             yield from fields.unread()
@@ -78,7 +79,7 @@ def has_content(value: Any) -> bool:
     """
     if isinstance(value, str):
         return not _is_blank(value)
-    if isinstance(value, list | dict):
+    if isinstance(value, (list, dict)):  # a union would be made anew in each call
         return any(leaf is not None and not _is_blank(leaf) for leaf in leaves(value))
     return value is not None
 

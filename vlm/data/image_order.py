@@ -26,9 +26,11 @@ def arrange_images(parts: tuple[Part, ...], order: ImageOrder) -> tuple[Part, ..
     >>> arrange_images((IMAGE, "\\nWhat is this?"), "last")
     ('What is this?', '\\n', ImageSlot())
     """
+    if order == "keep":
+        return parts
     images = tuple(part for part in parts if part == IMAGE)
     words = tuple(part for part in parts if part != IMAGE and part != "")
-    if order == "keep" or not images or not words or (order == "first" and parts == images + words):
+    if not images or not words or (order == "first" and parts == images + words):
         return parts
     if order == "first":
         return (*images, *_words(parts, begins_line=True))

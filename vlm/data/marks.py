@@ -9,17 +9,15 @@ are in tests/data/test_marks.py.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 IMAGE_MARK = "<image>"
 Medium = Literal["image", "video", "audio"]
 Strength = Literal["ours", "sure", "variant", "tag"]
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """One place in a text.
 
     strength: "ours" is `<image>`, alone or between another tool's start and end; "sure" can be nothing but a mark
@@ -73,8 +71,7 @@ _BETWEEN = re.compile(
 _FILE = re.compile(r"[^<>\n]{1,400}\.[A-Za-z0-9]{2,5}|[a-z]+://[^<>\s]{1,2000}|data:[^<>\s]+")
 
 
-@dataclass(frozen=True)
-class _Token:
+class _Token(NamedTuple):
     text: str
     start: int
     end: int
@@ -116,7 +113,7 @@ def find_marks(text: str) -> list[Piece]:
         if text[position:start].strip():
             is_first = False
         apart = is_first or _has_its_line(text, start, end)
-        pieces += [text[position:start], replace(mark, stands_apart=apart)]
+        pieces += [text[position:start], mark._replace(stands_apart=apart)]
         position = end
     pieces.append(text[position:])
     return [piece for piece in pieces if piece != ""]
@@ -169,6 +166,8 @@ def _group(text: str, tokens: list[_Token], number: int) -> tuple[list[_Token], 
     """The tokens that make one mark together, from the given one on; and the path that stands between them."""
     first = tokens[number]
     group, path = [first], None
+    if number + 1 == len(tokens):
+        return group, path
     following = (tokens[n] for n in range(number + 1, len(tokens)))
     if first.opens:
         for token in following:

@@ -19,7 +19,7 @@ from typing import Any
 
 from vlm.data.config import TURN_NAMES, SourceConfig
 from vlm.data.conversation import IMAGE, Conversation, Role, Turn, check_conversation, normalise_turns
-from vlm.data.fields import Fields, has_content, renamed, short
+from vlm.data.fields import Fields, renamed, short
 from vlm.data.marks import Mark, find_marks
 from vlm.data.media import Image, read_image
 from vlm.data.notes import ABSENT_COLUMN
@@ -122,10 +122,10 @@ def _reads_images(config: SourceConfig) -> bool:
 def _format_of(draft: _Draft) -> Format:
     """By the keys of a record that have content, else by those that are there; among those that the config allows."""
     name, fields = draft.config.format, draft.fields
-    allowed = [*FORMATS] if name == "auto" else [name, *FORMATS[name].includes]
+    allowed = FORMATS.values() if name == "auto" else [FORMATS[each] for each in (name, *FORMATS[name].includes)]
     there = [key for key, value in fields.values.items() if value is not None]
     for keys in ([key for key in there if key in fields], there):
-        for format in (FORMATS[each] for each in allowed):
+        for format in allowed:
             if format.is_told_by(keys, draft):
                 return format
     *others, last = (format.in_short or format.expected for format in FORMATS.values())
@@ -152,7 +152,7 @@ def _is_caption(keys: Collection[str], draft: _Draft) -> bool:
 
 def _chat_turns(draft: _Draft) -> list[RawTurn]:
     given = [key for key in CHAT_KEYS if draft.fields.values.get(key) is not None]
-    given = [key for key in given if has_content(draft.fields.values[key])] or given
+    given = [key for key in given if key in draft.fields] or given
     if len(given) > 1:
         raise RecordError("mixed_keys", f"both {given[0]} and {given[1]}")
     draft.fields.settle(given[0])
@@ -192,9 +192,13 @@ def _turns_of(draft: _Draft, values: list[dict[str, Any]], place: str) -> list[R
     names = {ours: theirs for ours, theirs in draft.config.columns.items() if ours in TURN_NAMES}
     turns: list[RawTurn] = []
     for number, value in enumerate(values, 1):
-        fields = draft.fields.inner(renamed(value, names), place)
         where = f"turn {number}"
-        if not any(fields.values.get(key) is not None for key in ("from", "role")) and fields.given(ANSWER_KEYS):
+        if not names and len(value) == 2 and (plain := _plain_turn(value, draft.config, where)):
+            turns.append(plain)
+            continue
+        fields = draft.fields.inner(renamed(value, names), place)
+        has_role = fields.values.get("from") is not None or fields.values.get("role") is not None
+        if not has_role and fields.given(ANSWER_KEYS):
             system = fields.take("system")
             turns += [] if system is None else [_turn("system", _text(system, where))]
             turns += _pair(fields, where, is_learned(fields, where))
@@ -205,6 +209,15 @@ def _turns_of(draft: _Draft, values: list[dict[str, Any]], place: str) -> list[R
         fields.take("type")  # "message" in OpenAI's responses
         turns.append(RawTurn(role, _content(fields, role, where), tuple(images), learned))
     return turns
+
+
+def _plain_turn(value: dict[str, Any], config: SourceConfig, where: str) -> RawTurn | None:
+    """A turn of a role and a text and nothing else, as most are, read without looking for more; None for another."""
+    for role_key, text_key in (("from", "value"), ("role", "content")):
+        name, text = value.get(role_key), value.get(text_key)
+        if isinstance(name, str) and isinstance(text, str) and (role := _known_role(name, config)):
+            return _turn(role, _text(text, where))
+    return None
 
 
 def _passes_flags(fields: Fields) -> bool:
@@ -317,6 +330,8 @@ def _place_first(turns: tuple[Turn, ...], count: int) -> tuple[Turn, ...]:
 
 def _images_of(fields: Fields) -> list[Image]:
     """The images that a record or turn names; file_name beside image only names the same one."""
+    if fields.values.keys().isdisjoint(_IMAGE_KEYS):
+        return []
     given = fields.given(_IMAGE_KEYS[:2])
     if len(given) > 1:
         raise RecordError("bad_image_field", f"more than one of the keys {', '.join(_IMAGE_KEYS)}")
@@ -416,7 +431,7 @@ def _text(value: Any, where: str) -> str:
 
 FORMATS: dict[str, Format] = {  # in the order in which they are tried
     "conversation": Format(
-        lambda keys, draft: any(key in CHAT_KEYS for key in keys),
+        lambda keys, draft: not {*CHAT_KEYS}.isdisjoint(keys),
         _chat_turns,
         expected="conversations, conversation, messages, or instruction and output",
         in_short="conversations, messages",

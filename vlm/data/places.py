@@ -85,6 +85,8 @@ def _is_waiting(piece: str | Mark | Shown) -> bool:
 
 def _as_words(turn: RawTurn, has_images: bool, placed: Placed) -> RawTurn:
     """A reply or system turn, where marks are words: an error where images are about, as they would be learned."""
+    if not turn.images and all(isinstance(piece, str) for piece in turn.pieces):
+        return turn
     for piece in turn.pieces:
         if isinstance(piece, Shown) or (has_images and isinstance(piece, Mark) and piece.strength == "ours"):
             raise RecordError("image_in_answer", "an <image> mark or an image stands in a system or assistant turn")

@@ -29,7 +29,7 @@ def find_stem(example: Example, image_token_id: int | None) -> int:
         return 0
     first, count = ids.index(image_token_id), ids.count(image_token_id)
     stem = first + count
-    is_alone = ids[first:stem] == [image_token_id] * count
+    is_alone = ids[first:stem].count(image_token_id) == count
     if not is_alone or stem == len(ids) or example.labels[:stem].count(IGNORE_INDEX) != stem:
         return 0
     return stem

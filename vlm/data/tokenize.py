@@ -204,14 +204,15 @@ class ConversationTokenizer:
         ids: list[int] = []
         labels: list[int] = []
         images = iter(conversation.images)
+        is_first = True  # nothing but begin tokens stands before
         for piece in pieces:
             if isinstance(piece, ImageSlot):
                 if self.image_token_id is None:
                     raise RecordError("image_without_encoder", "an image, but model.vision is null", conversation.where)
                 new = [self.image_token_id] * self.num_tokens(next(images, b""))
             else:
-                is_first = all(i in self._bos for i in ids)
                 new = (self._encode_control if piece.is_control else self._encode_content)(piece.text, is_first)
+            is_first = is_first and all(i in self._bos for i in new)
             ids += new
             labels += new if isinstance(piece, Piece) and piece.is_reply else [IGNORE_INDEX] * len(new)
         return ids, labels
