@@ -14,12 +14,11 @@ from typing import Any, BinaryIO, Literal
 import yaml
 
 from vlm.errors import DataError
+from vlm.train.ended import OWNER, STOPPED, read_end
 
 State = Literal["running", "finished", "stopped", "failed", "interrupted"]
 METRICS = "metrics.jsonl"
-_CONFIG, _LOCK, _OWNER = "config.yaml", "run.lock", "run.owner.json"
-_ENDED = ".ended.json"  # exit code of a launch that ended on purpose
-_STOPPED = 143  # exit code of `vlm.errors.Preempted`
+_CONFIG, _LOCK = "config.yaml", "run.lock"
 _TAIL_BYTES = 2**16  # of metrics.jsonl: enough for a hundred lines
 _RATE_LINES = 20  # the last ones, whose mean is the rate
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError)
@@ -81,7 +80,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     for where, folders, files in os.walk(folder):
-        if _OWNER in files or {_CONFIG, METRICS} <= set(files):
+        if OWNER in files or {_CONFIG, METRICS} <= set(files):
             folders.clear()
             yield Path(where)
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -98,9 +97,9 @@ def summarize(run: Path) -> RunSummary:
     Raises:
         DataError: the folder is not a run's.
     """
-    if not (run / _OWNER).is_file() and not (run / METRICS).is_file():
+    if not (run / OWNER).is_file() and not (run / METRICS).is_file():
         raise DataError(
-            f"{run} is not a run folder: it has neither {METRICS} nor {_OWNER}. Name the output_dir of a run; "
+            f"{run} is not a run folder: it has neither {METRICS} nor {OWNER}. Name the output_dir of a run; "
             "vlm runs lists those below a folder"
         )
     settings = _read_settings(run / _CONFIG)
@@ -177,18 +176,13 @@ def _can_share(file: BinaryIO) -> bool:
 def _state_of(run: Path, step: int, max_steps: int | None) -> tuple[State, str]:
     if is_locked(run):
         return "running", ""
-    ended, owner = run / _ENDED, run / _OWNER
-    try:
-        is_of_this_launch = ended.stat().st_mtime >= owner.stat().st_mtime
-        record = json.loads(ended.read_text(encoding="utf-8")) if is_of_this_launch else {}
-        code, error = record.get("code"), str(record.get("error", ""))
-    except _UNREADABLE:
-        code, error = None, ""
+    ended = read_end(run)
+    code = ended.get("code")
     if code == 0 or (code is None and max_steps is not None and 0 < max_steps <= step):
         return "finished", ""
     if code is None:
         return "interrupted", ""
-    return ("stopped", "") if code == _STOPPED else ("failed", error or f"exit code {code}")
+    return ("stopped", "") if code == STOPPED else ("failed", ended["error"] or f"exit code {code}")
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
