@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import typer
 
 from vlm.cli.train import _ending_once
-from vlm.errors import DistributedError, Preempted, RunLocked, VLMError
+from vlm.errors import ConfigError, DistributedError, Preempted, RunLocked, TrainingDiverged, VLMError
+from vlm.runs import summarize
 from vlm.train.runfolder import RunFolder
 
 
@@ -56,3 +59,30 @@ def test_a_launch_that_ended_before_its_config_was_written_leaves_a_folder_to_tr
         start(0, Preempted("SIGTERM").on_every_rank())
     with RunFolder(str(tmp_path)) as run:
         assert run.path == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "said"),
+    [
+        (None, "finished", ""),
+        (Preempted("SIGTERM"), "stopped", ""),
+        (TrainingDiverged("step 41: loss nan"), "failed", "step 41: loss nan"),
+        (ValueError("a bug"), "failed", "ValueError: a bug"),
+        (KeyboardInterrupt(), "interrupted", ""),
+    ],
+)
+def test_a_launch_of_one_process_leaves_in_its_folder_how_it_ended(tmp_path, error, state, said):
+    with suppress(VLMError, ValueError, KeyboardInterrupt), _ending_once(tmp_path), RunFolder(tmp_path):
+        if error is not None:
+            raise error
+    assert (summarize(tmp_path).state, summarize(tmp_path).error) == (state, said)
+    with RunFolder(tmp_path):  # a later one, killed
+        os.utime(tmp_path / "run.owner.json", ns=(2**62, 2**62))
+    assert summarize(tmp_path).state == "interrupted"
+
+
+def test_a_folder_of_something_else_is_left_as_it_was(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError), _ending_once(tmp_path), RunFolder(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

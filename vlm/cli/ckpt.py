@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vlm.cli.options import AsJson
 from vlm.errors import CheckpointError
 
 app = typer.Typer(no_args_is_help=True)
@@ -14,15 +16,22 @@ Run = Annotated[Path, typer.Argument(help="A run folder.")]
 
 
 @app.command()
-def ls(run: Run) -> None:
+def ls(run: Run, as_json: AsJson = False) -> None:
     """List the checkpoints of a run, oldest first, each verified."""
     from vlm.train.checkpoint import list_checkpoints
 
     found = list_checkpoints(run)
     if not found:
         raise CheckpointError(f"{run} has no checkpoints; name the output_dir of a run")
-    for info in found:
-        size = sum(path.stat().st_size for path in info.path.rglob("*") if path.is_file())
+    sizes = [sum(path.stat().st_size for path in info.path.rglob("*") if path.is_file()) for info in found]
+    if as_json:
+        values = [
+            {"path": str(info.path), "step": info.step, "bytes": size, "problems": info.problems}
+            for info, size in zip(found, sizes, strict=True)
+        ]
+        print(json.dumps(values, indent=2, ensure_ascii=False))
+        return
+    for info, size in zip(found, sizes, strict=True):
         print(f"{info.path.name}  {size / 2**20:9.1f} MiB  {'; '.join(info.problems) or 'intact'}")
 
 

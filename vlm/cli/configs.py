@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from vlm.cli.options import AsJson
 from vlm.config import (
     find_config,
     json_schema,
@@ -40,6 +41,7 @@ def register(app: typer.Typer) -> None:
 def ls(
     pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern such as llava*.")] = "",
     part: Annotated[str, typer.Option("--pattern", "-p", help="The same.")] = "",
+    as_json: AsJson = False,
 ) -> None:
     """List the shipped projects."""
     if pattern and part:
@@ -50,8 +52,7 @@ def ls(
     if not names:
         found = "no project matches" if shipped_projects() else "no projects folder here; run this in the repository"
         raise ConfigError(f"{found} {pattern}".rstrip())
-    for name in names:
-        print(name)
+    print(json.dumps(names, indent=2) if as_json else "\n".join(names))
 
 
 def cp(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vlm.cli.options import AsJson
 from vlm.errors import ConfigError
 
 
@@ -17,7 +18,7 @@ def register(app: typer.Typer) -> None:
 def models(
     pattern: Annotated[str, typer.Argument(help="Part of a name, a model type or a template, such as qwen.")] = "",
     every_type: Annotated[bool, typer.Option("--all", help="Every model type that was measured.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
     as_table: Annotated[bool, typer.Option("--markdown", help="As the table of docs/families.md.")] = False,
 ) -> None:
     """List families of language models: class, chat template, LoRA targets, pipeline, and how each is proven."""

@@ -26,6 +26,7 @@ TemplateOption = Annotated[
     str | None,
     typer.Option("--prompt-template", help="Chat template instead of the model's. 替换模型自带的对话模板。"),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 MODEL_HELP = "An export, or a model folder of transformers. 导出的模型，或 transformers 模型文件夹。"
 
 

@@ -15,8 +15,9 @@ from vlm.cli.configs import Config, Options
 from vlm.cli.options import AdapterOption
 from vlm.config import resolve_for_log
 from vlm.config_checks import load_checked
-from vlm.errors import ConfigError, RunLocked, VLMError
+from vlm.errors import ConfigError, RunLocked
 from vlm.launch import asked_processes, is_of_torchrun, is_restarted, launched_rank
+from vlm.train.ended import ENDED, OWNER, read_end, write_end
 
 DeepSpeed = Annotated[
     str | None, typer.Option(help="zero0, zero1, zero2, zero3, or a DeepSpeed JSON: engine.kind zero with it.")
@@ -116,28 +117,34 @@ def start_training(config: str, options: Sequence[str], profile_steps: int = 0, 
 
 @contextmanager
 def _ending_once(run: Path) -> Iterator[None]:
-    """torchrun's --max-restarts also starts a launch again that ended on purpose: stopped by a signal, diverged,
-    refused. What is started again then ends as it did, so that the launch comes to its end with that exit code."""
-    if not is_of_torchrun():
-        yield
-        return
-    from vlm.train.runfolder import ENDED
+    """Keep in the run folder how the launch ends, for `vlm runs` and for a restart.
 
+    torchrun's --max-restarts also starts a launch again that ended on purpose: stopped by a signal, diverged, refused.
+    What is started again then ends as it did, so that the launch comes to its end with that exit code.
+    """
     launch = os.getppid()  # the launcher's; the names of launches repeat
-    marker, is_main = run / ENDED, launched_rank() == 0
-    if is_restarted() and marker.is_file():
-        ended = json.loads(marker.read_text(encoding="utf-8"))
-        if ended["launch"] == launch:
-            raise typer.Exit(ended["code"])
-    if is_main:
-        marker.unlink(missing_ok=True)
+    ended = read_end(run)
+    if is_of_torchrun() and is_restarted() and ended and ended["launch"] == launch and ended["everywhere"]:
+        raise typer.Exit(ended["code"])
+    is_main = launched_rank() == 0
+    if is_main and is_of_torchrun():
+        (run / ENDED).unlink(missing_ok=True)
     try:
         yield
-    except VLMError as error:
-        is_ours = run.is_dir() and not isinstance(error, RunLocked)
-        if is_main and is_ours and error.everywhere:
-            marker.write_text(json.dumps({"launch": launch, "code": error.exit_code}), encoding="utf-8")
+    except RunLocked:  # another launch is at work there
         raise
+    except Exception as error:
+        if is_main:
+            _keep_end(run, launch, error)
+        raise
+    if is_main:
+        _keep_end(run, launch, None)
+
+
+def _keep_end(run: Path, launch: int, error: Exception | None) -> None:
+    """A folder that no run has held belongs to something else, but a launcher must know that it was refused."""
+    if run.is_dir() and (is_of_torchrun() or (run / OWNER).is_file()):
+        write_end(run, launch, error)
 
 
 def resume_step(text: str) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from vlm.curves import running_mean
 from vlm.distributed import is_main
 from vlm.errors import DataError
 from vlm.logs import format_seconds, live, log
@@ -166,7 +167,7 @@ def plot_loss(run: Path) -> Path:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     steps, losses = zip(*training, strict=True)
     axes.plot(steps, losses, linewidth=0.8, alpha=0.4, label="training")
-    axes.plot(steps, _running_mean(losses), linewidth=1.5, label="training, running mean")
+    axes.plot(steps, running_mean(losses), linewidth=1.5, label="training, running mean")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, label="held out")
     axes.set(xlabel="optimizer step", ylabel="nats per supervised token", title="/".join(run.resolve().parts[-2:]))
@@ -188,15 +189,6 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _running_mean(values: tuple[float, ...]) -> list[float]:
-    """Exponential mean over about a twentieth of the run."""
-    decay = 1 - 1 / max(1, len(values) / 20)
-    means: list[float] = []
-    for value in values:
-        means.append(value if not means else decay * means[-1] + (1 - decay) * value)
-    return means
 
 
 def _memory_gib() -> float:

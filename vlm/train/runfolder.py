@@ -15,9 +15,9 @@ from vlm.errors import ConfigError, RunLocked
 from vlm.files import write_atomically
 from vlm.logs import warn
 from vlm.train.checkpoint import clean_temporary
+from vlm.train.ended import ENDED, OWNER
 
-ENDED = ".ended.json"  # how a launch ended on purpose; see vlm.cli.train
-_BEFORE_A_RUN = ("run.lock", "run.owner.json", ENDED)  # stand there before config.yaml does
+_BEFORE_A_RUN = ("run.lock", OWNER, ENDED)  # stand there before config.yaml does
 
 
 class RunFolder:
@@ -40,7 +40,7 @@ class RunFolder:
 
     def _take(self) -> None:
         self._check()
-        owner = self.path / "run.owner.json"
+        owner = self.path / OWNER
         try:
             self._lock.acquire()
         except Timeout:
