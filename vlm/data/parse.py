@@ -215,7 +215,7 @@ def _plain_turn(value: dict[str, Any], config: SourceConfig, where: str) -> RawT
     """A turn of a role and a text and nothing else, as most are, read without looking for more; None for another."""
     for role_key, text_key in (("from", "value"), ("role", "content")):
         name, text = value.get(role_key), value.get(text_key)
-        if isinstance(name, str) and isinstance(text, str) and (role := _known_role(name, config)):
+        if isinstance(name, str) and isinstance(text, str) and (role := known_role(name, config)):
             return _turn(role, _text(text, where))
     return None
 
