@@ -36,8 +36,11 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("kind", "num_prefix"),
-    [("clip_vision_model", 1), ("siglip_vision_model", 0), ("dinov2", 1), ("dinov2_with_registers", 5)],
-)
+    [
+        ("clip_vision_model", 1), ("siglip_vision_model", 0), ("dinov2", 1), ("dinov2_with_registers", 5),
+        ("dinov3_vit", 1),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("layer", [-1, -2, 0])
 def test_layers_of_hf_are_its_hidden_states(tmp_path: Path, kind: str, num_prefix: int, layer: int):
     from transformers import AutoModel

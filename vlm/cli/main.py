@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from vlm.cli import (
+    adopt,
     chat,
     ckpt,
     configs,
@@ -36,7 +37,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_COMMANDS = (configs, models, plan, prove, train, runs, predict, export, merge, convert, importing, chat, webui, serve)
+_COMMANDS = (
+    *(configs, adopt, models, plan, prove, train, runs, predict, export),
+    *(merge, convert, importing, chat, webui, serve),
+)
 for module in _COMMANDS:
     module.register(app)
 app.add_typer(data.app, name="data", help="Look at training data without a model, rewrite it; encode its images ahead.")

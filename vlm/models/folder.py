@@ -125,7 +125,7 @@ def is_encoder_type(model_type: str) -> bool:
     >>> is_encoder_type("siglip_vision_model"), is_encoder_type("dinov2"), is_encoder_type("qwen2")
     (True, True, False)
     """
-    return model_type.endswith("_vision_model") or model_type.startswith(("clip", "siglip", "dinov2", "vit"))
+    return model_type.endswith("_vision_model") or model_type.startswith(("clip", "siglip", "dinov", "vit"))
 
 
 def config_json(folder: Path) -> dict[str, Any]:

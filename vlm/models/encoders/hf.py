@@ -48,6 +48,7 @@ TOWERS = {
     "blip_2_vision_model": TowerType("Blip2VisionModel", CLIP, prefix="vision_model."),  # EVA-CLIP-g
     "dinov2": TowerType("Dinov2Model", IMAGENET, resamples=True),
     "dinov2_with_registers": TowerType("Dinov2WithRegistersModel", IMAGENET, resamples=True),
+    "dinov3_vit": TowerType("DINOv3ViTModel", IMAGENET, resamples=True),
 }
 
 

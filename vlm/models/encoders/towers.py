@@ -31,7 +31,7 @@ class HFTower(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        encoder = self.model.encoder
+        encoder = getattr(self.model, "encoder", None) or self.model.model  # DINOv3
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
     def forward(self, pixel_values: Tensor) -> Tensor:
