@@ -81,6 +81,8 @@ def write_dataset(folder: Path, svgs: Path, stamps: Path | str) -> None:
     files = {
         "pretrain": conversations.captions(train),
         "finetune": conversations.conversations(train, SEED),
+        "pairs": conversations.kind_pairs(train, SEED),
+        "valid_pairs": conversations.kind_pairs(valid, SEED),
         "valid_pretrain": conversations.captions(valid),
         "valid_finetune": conversations.conversations(valid, SEED),
         "valid_kind": conversations.kind_questions(valid),

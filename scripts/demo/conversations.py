@@ -110,6 +110,17 @@ def kind_questions(pictures: Sequence[Picture]) -> list[dict[str, Any]]:
     ]
 
 
+def kind_pairs(pictures: Sequence[Picture], seed: int) -> list[dict[str, Any]]:
+    """Stage 3: about each picture of a kind the question for it, its kind, and another kind drawn at random."""
+    records = []
+    for picture in (p for p in pictures if p.kind is not None):
+        rng = random.Random(f"{seed} pair {picture.name}")
+        asked, right = _kind_turn(picture.kind, rng)
+        wrong = rng.choice([kind for kind in KINDS if kind != picture.kind])
+        records.append({"image": picture.name, "prompt": asked, "chosen": right, "rejected": _capital(KINDS[wrong][0])})
+    return records
+
+
 def caption_questions(pictures: Sequence[Picture]) -> list[dict[str, Any]]:
     return [{"image": p.name, "prompt": ASK_NAME[0], "answer": p.english} for p in pictures]
 

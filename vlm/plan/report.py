@@ -60,7 +60,10 @@ def full_report(
     if machine is None:
         lines.append("time: name the GPU to be told, as in --gpu H100")
     else:
-        lines += time_lines(run_time(config, plan, machine, known), machine)
+        time = run_time(config, plan, machine, known)
+        lines += time_lines(time, machine)
+        if config.objective.needs_reference:
+            lines.append(_reference_line(config, time, known))
         if isinstance(records, str):
             lines.append(f"  taken for full rows of one record, all of its text supervised: {records}")
     if plan.peak > usable(memory_bytes):
@@ -68,6 +71,17 @@ def full_report(
         times = None if machine is None else [run_time(each.config, each.plan, machine, known) for each in found]
         lines += alternatives_table(found, times)
     return lines
+
+
+def _reference_line(config: RunConfig, time: RunTime, records: Records | None) -> str:
+    """A forward pass takes a third of forward and backward, a quarter where activations are computed again."""
+    line = "  before the first step, once: the reference's log-probabilities of all replies"
+    if records is None:
+        return line
+    share = 4 if config.model.gradient_checkpointing else 3
+    computing = time.step - time.parts.get("optimizer", 0.0)
+    steps = records.num_rows / (1 - config.data.held_out) / config.train.global_batch_size
+    return f"{line}, about {_hours(computing * steps / share / 3600)}"
 
 
 def time_lines(time: RunTime, machine: Machine) -> list[str]:

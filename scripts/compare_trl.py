@@ -1,0 +1,206 @@
+"""Are loss, rewards and gradients of our preference objectives those of TRL's trainers? A tiny model, the same tokens.
+
+    python scripts/compare_trl.py
+
+Needs trl (0.24) beside this package. Each trainer of TRL tokenizes the pairs, and its `compute_loss` is differentiated;
+the ids it made are packed as a run packs them, and go through `LossModule`. The policy is the reference with noise on
+every weight. TRL's loss of orpo takes cross entropy of the question too and its mean over a batch, so pairs have a
+question of one token there and go one by one; kto is compared with `apo_zero_unpaired`, whose reference point is 0 too.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from demo.tiny import write_data, write_llm
+
+from vlm.batch import IGNORE_INDEX, Batch, Example
+from vlm.compat import prepare
+from vlm.data.collate import Collator
+from vlm.models.build import build_model
+from vlm.models.config import ModelConfig
+from vlm.objectives import OBJECTIVES
+from vlm.objectives.replies import ReplyScores
+from vlm.train.engines.base import LossModule
+
+NOISE = 0.02
+BETA = 0.1
+QUESTIONS = ("What is this?", "Which shape is it?", "Which color is it?")
+REPLIES = (("A red circle.", "A blue cross."), ("A square.", "A green circle and a cross."), ("Red.", "A red square."))
+CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {  # name -> ours, TRL's trainer and its settings
+    "dpo": ("dpo", {}, "DPO", {"loss_type": "sigmoid"}),
+    "dpo, label_smoothing 0.1": ("dpo", {"label_smoothing": 0.1}, "DPO", {"label_smoothing": 0.1}),
+    "dpo, ipo": ("dpo", {"loss": "ipo"}, "DPO", {"loss_type": "ipo"}),
+    "dpo, hinge": ("dpo", {"loss": "hinge"}, "DPO", {"loss_type": "hinge"}),
+    "orpo": ("orpo", {}, "ORPO", {}),
+    "simpo": ("simpo", {"gamma": 0.05}, "CPO", {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.05}),
+    "kto": ("kto", {}, "KTO", {"loss_type": "apo_zero_unpaired"}),
+}
+
+
+def main() -> None:
+    prepare()  # before torchvision is imported
+    trl = import_trl()
+    with tempfile.TemporaryDirectory() as folder:
+        llm = Path(folder) / "llm"
+        write_llm(llm, write_data(Path(folder) / "data"))
+        print(
+            f"trl {trl.__version__}, torch {torch.__version__}, fp32; differences are relative, of rewards absolute\n"
+        )
+        print("| objective | TRL | loss, theirs | loss | rewards | gradient |\n|---|---|---|---|---|---|")
+        for name, (kind, ours, theirs, settings) in CASES.items():
+            compare(trl, llm, Path(folder), name, kind, ours, theirs, settings)
+
+
+def compare(
+    trl: Any, llm: Path, folder: Path, name: str, kind: str, ours: dict[str, Any], theirs: str, settings: dict[str, Any]
+) -> None:
+    policy, reference = (load_theirs(llm, noise) for noise in (NOISE, 0.0))
+    trainer = make_trainer(trl, theirs, policy, reference, llm, folder, settings | {"beta": BETA})
+    trainer.model.eval()
+    losses, rewards = [], []
+    batches = list(trainer.get_train_dataloader())
+    for batch in batches:
+        loss, metrics = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        (loss / len(batches)).backward()
+        losses.append(float(loss))
+        rewards.append(rewards_of(metrics))
+    loss = sum(losses) / len(losses)
+    gradient = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    examples = [example for row in trainer.train_dataset for example in examples_of(row, theirs)]
+    found, found_rewards, found_gradient = run_ours(llm, kind, {"beta": BETA} | ours, examples)
+    mean = [sum(each) / len(rewards) for each in zip(*rewards, strict=True)]
+    apart = max(abs(a - b) for a, b in zip(found_rewards, mean, strict=True))
+    norms = [torch.cat([tensors[n].flatten() for n in gradient]) for tensors in (found_gradient, gradient)]
+    worst = (norms[0] - norms[1]).norm() / norms[1].norm()
+    what = ", ".join(f"{key}: {value}" for key, value in settings.items())
+    print(
+        f"| `{name}` | {theirs}Trainer{f' ({what})' if what else ''} | {loss:.6f} | {abs(found - loss) / abs(loss):.1e} | "
+        f"{apart:.1e} | {worst:.1e} |",
+        flush=True,
+    )
+
+
+def run_ours(
+    llm: Path, kind: str, settings: dict[str, Any], examples: list[Example]
+) -> tuple[float, tuple[float, float], dict[str, Any]]:
+    """Loss, rewards of both kinds of replies, and the gradient by name. The reference is scored first, as in a run."""
+    config = ModelConfig(vision=None, llm={"path": str(llm)}, trainable=("llm",), gradient_checkpointing=False)
+    built = build_model(config, precision="fp32", device="cpu", seed=0)
+    model = built.model.eval()
+    collate = Collator(None, 0, 1, shares_questions=model.lets_records_share)
+    scores = ReplyScores()
+    with torch.no_grad():
+        LossModule(model, scores)(collate([examples]))
+    known, counts = scores.found[0].tolist(), [len(example.branches) for example in examples]
+    starts = [sum(counts[:number]) for number in range(len(counts))]
+    with_reference = [
+        replace(example, reference=tuple(known[start : start + count]))
+        for example, start, count in zip(examples, starts, counts, strict=True)
+    ]
+    model.llm.load_state_dict(load_theirs(llm, NOISE).state_dict())
+    objective = OBJECTIVES[kind](**settings).build()
+    batch: Batch = collate([with_reference])
+    loss, metrics = LossModule(model, objective)(batch)
+    (loss / objective.normalizer(batch)).backward()
+    named = dict(zip(objective.metric_names, metrics.tolist(), strict=True))
+    if kind == "kto":
+        good = named["share_good"]
+        rewards = named["rewards_good"] / good, named["rewards_bad"] / (objective.normalizer(batch) - good)
+    else:
+        pairs = objective.normalizer(batch)
+        rewards = named["rewards_chosen"] / pairs, named["rewards_rejected"] / pairs
+    gradient = {n: p.grad for n, p in model.llm.named_parameters() if p.grad is not None}
+    return loss.item() / objective.normalizer(batch), rewards, gradient
+
+
+def make_trainer(
+    trl: Any, name: str, policy: Any, reference: Any, llm: Path, folder: Path, settings: dict[str, Any]
+) -> Any:
+    import datasets
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    one_by_one = name == "ORPO"
+    rows = [
+        {"prompt": "A" if one_by_one else question, "chosen": f" {good}", "rejected": f" {bad}"}
+        for question, (good, bad) in zip(QUESTIONS, REPLIES, strict=True)
+    ]
+    if name == "KTO":
+        rows = [
+            {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
+            for row in rows
+            for key in ("chosen", "rejected")
+        ]
+    arguments = getattr(trl, f"{name}Config")(
+        output_dir=str(folder / name), per_device_train_batch_size=1 if one_by_one else len(rows), report_to=[],
+        use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=256, max_prompt_length=128, **settings,
+    )  # fmt: skip
+    others = {"ref_model": reference} if name in ("DPO", "KTO") else {}
+    return getattr(trl, f"{name}Trainer")(
+        policy, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, **others
+    )
+
+
+def examples_of(row: dict[str, Any], trainer: str) -> Iterator[Example]:
+    """The ids that a trainer made of a row of its data set."""
+    if trainer == "KTO":
+        ids, labels = row["completion_input_ids"], row["completion_labels"]
+        yield Example(ids, labels, where=str(ids), is_good=row["label"])
+        return
+    if trainer == "DPO":
+        asked = row["prompt_input_ids"]
+        wholes = [(asked, row[f"{key}_input_ids"]) for key in ("chosen", "rejected")]
+        chosen, rejected = (Example([*a, *r], [IGNORE_INDEX] * len(a) + [*r], where=str(row)) for a, r in wholes)
+    else:
+        chosen, rejected = (
+            Example(row[f"{key}_input_ids"], row[f"{key}_labels"], where=str(row)) for key in ("chosen", "rejected")
+        )
+    yield replace(chosen, rejected=rejected)
+
+
+def rewards_of(metrics: dict[str, Any]) -> tuple[float, float]:
+    """Means over the good and over the bad replies, as a trainer logs them."""
+    if "rewards/chosen_sum" in metrics:  # KTO's
+        return tuple(
+            float(metrics[f"rewards/{key}_sum"]) / float(metrics[f"count/{key}"]) for key in ("chosen", "rejected")
+        )  # type: ignore[return-value]
+    return tuple(float(metrics[f"rewards/{key}"]) for key in ("chosen", "rejected"))  # type: ignore[return-value]
+
+
+def load_theirs(llm: Path, noise: float) -> Any:
+    """The model of a folder in float32, with noise on every weight, always the same."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llm).float()
+    model.warnings_issued = {}  # of transformers 4, where trl 0.24 makes notes
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += noise * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def import_trl() -> Any:
+    """trl 0.24 takes packages for installed that are not, beside transformers 5."""
+    import trl
+    import trl.import_utils as found
+
+    never: Callable[[], bool] = lambda: False  # noqa: E731
+    for name in ("mergekit", "llm_blender", "liger_kernel", "vllm", "weave", "deepspeed"):
+        setattr(found, f"_{name}_available", False)
+        setattr(found, f"is_{name}_available", never)
+    return trl
+
+
+if __name__ == "__main__":
+    main()
