@@ -19,7 +19,7 @@ LAYERS = {
     "data": 1, "models": 1, "settle": 1,
     "generation": 2, "objectives": 2, "config_checks": 2,
     "train": 3,
-    "artifacts": 4, "plan": 4,
+    "artifacts": 4, "plan": 4, "runs": 4,
     "inference": 5, "prepare": 5,
     "export": 6, "evaluation": 6, "proof": 6,
     "run": 7, "apps": 7,
