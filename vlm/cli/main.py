@@ -21,6 +21,7 @@ from vlm.cli import (
     plan,
     prove,
     serve,
+    studio,
     train,
     webui,
 )  # fmt: skip
@@ -34,7 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (configs, models, plan, prove, train, export, merge, convert, importing, chat, webui, serve):
+for module in (configs, models, plan, prove, train, export, merge, convert, importing, chat, webui, studio, serve):
     module.register(app)
 app.add_typer(data.app, name="data", help="Look at training data without a model, rewrite it; encode its images ahead.")
 app.add_typer(convert.app, name="convert", help="Rewrite models of other programs and times as native ones.")

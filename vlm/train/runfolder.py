@@ -17,7 +17,10 @@ from vlm.logs import warn
 from vlm.train.checkpoint import clean_temporary
 
 ENDED = ".ended.json"  # how a launch ended on purpose; see vlm.cli.train
-_BEFORE_A_RUN = ("run.lock", "run.owner.json", ENDED)  # stand there before config.yaml does
+OWNER = "run.owner.json"  # which process holds the folder's lock, or held it last
+LOG = "train.log"  # what the console shows
+LAUNCH = ".train.json"  # the process that `vlm studio` started; see vlm.apps.studio.jobs
+_BEFORE_A_RUN = ("run.lock", OWNER, ENDED, LOG, LAUNCH)  # stand there before config.yaml does
 
 
 class RunFolder:
@@ -40,7 +43,7 @@ class RunFolder:
 
     def _take(self) -> None:
         self._check()
-        owner = self.path / "run.owner.json"
+        owner = self.path / OWNER
         try:
             self._lock.acquire()
         except Timeout:
