@@ -5,17 +5,14 @@ tests/test_config_docs.py compares the two.
 
 from __future__ import annotations
 
-import json
-import types
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from vlm.config import RunConfig
+from vlm.config_keys import default_of, section_inside, values_of
 from vlm.schema import OneOf, annotation_of, one_of
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs/config.md"
@@ -38,7 +35,7 @@ def with_tables(document: str) -> str:
 def _tables(prefix: str, section: type[BaseModel]) -> Iterator[tuple[type[BaseModel], str]]:
     yield section, _table(prefix, section)
     for name, field in section.model_fields.items():
-        inner, is_list = _section(field.annotation)
+        inner, is_list = section_inside(field.annotation)
         union, place = one_of(annotation_of(field)), f"{prefix}{name}{'[]' if is_list else ''}"
         if inner is not None and union is not None:
             yield inner, _table(f"{place}.", inner, union)
@@ -60,55 +57,16 @@ def _table(
     """
     lines = [f"### {prefix.rstrip('.') or 'Top level'}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
-        inner, is_list = _section(field.annotation)
+        inner, is_list = section_inside(field.annotation)
         if name in left_out.model_fields or (inner is not None and not is_list and field.get_default() is not None):
             continue  # it has a table of its own, and cannot be null
-        meaning, values, default = field.description or "", _values(field.annotation), _default(field)
+        meaning, values, default = field.description or "", values_of(field.annotation), default_of(field)
         if name == "kind" and union is not None:
             meaning, values = union.meaning(), ", ".join(f"`{kind}`" for kind in union.kinds)
             default = f'`"{union.default}"`' if union.default else "required"
         meaning = meaning.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| `{name}` | {values} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
-
-
-def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section inside `X`, `X | None` or `tuple[X, ...]`, and whether it is a list of them."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, False
-    origin = get_origin(annotation)
-    if origin in (tuple, Annotated, Union, types.UnionType):
-        found = next((s for s, _ in map(_section, get_args(annotation)) if s), None)
-        return found, origin is tuple and found is not None
-    return None, False
-
-
-def _values(annotation: Any) -> str:
-    origin, inner = get_origin(annotation), get_args(annotation)
-    section, is_list = _section(annotation)
-    if section is not None:
-        return "list of sections" if is_list else "section"
-    if origin is Annotated:
-        return _values(inner[0])
-    if origin is Literal:
-        return ", ".join(f"`{value}`" for value in inner)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_values(one) for one in inner if one is not type(None))
-    if origin is tuple:
-        kinds = [one for one in inner if one is not Ellipsis]
-        return f"list of {_values(kinds[0])}" if Ellipsis in inner else f"{len(kinds)} x {_values(kinds[0])}"
-    if origin is dict:
-        return f"keys {_values(inner[0])}; {_values(inner[1])}"
-    return {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}[annotation]
-
-
-def _default(field: Any) -> str:
-    if field.is_required():
-        return "required"
-    default = field.get_default(call_default_factory=True)
-    if default is PydanticUndefined or isinstance(default, BaseModel):
-        return ""
-    return f"`{json.dumps(default)}`" if default is not None else "none"
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from vlm.launch import launched_rank
 
@@ -15,6 +17,7 @@ LEVELS = ("info", "warning", "error")
 PROGRESS_SECONDS = 15.0  # between the lines of a log file; a terminal has a live line instead
 _least = 0  # place in LEVELS of what is shown
 _live = ""  # the live line on screen now; rewritten after every ordinary line
+_copy: TextIO | None = None  # where every line goes too
 
 
 def is_logging_rank() -> bool:
@@ -33,12 +36,32 @@ def log_level(name: str) -> Iterator[None]:
         _least = before
 
 
+@contextmanager
+def copied_to(path: Path) -> Iterator[None]:
+    """Within the block, lines are added to a file too, unless standard error is that file. What cannot be written is
+    left out."""
+    global _copy
+    if not is_logging_rank() or _is_stderr(path):
+        yield
+        return
+    with path.open("a", encoding="utf-8") as file:
+        before, _copy = _copy, file
+        try:
+            yield
+        finally:
+            _copy = before
+
+
 def log(message: str, level: str = "info") -> None:
     """Print a line on standard error, above the live line if there is one."""
     if is_logging_rank() and LEVELS.index(level) >= _least:
         erase = "\r\033[K" if _live else ""
         sys.stderr.write(f"{erase}{message}\n{_live}")
         sys.stderr.flush()
+        if _copy is not None:
+            with suppress(OSError):  # a full disk costs the line, not the run
+                _copy.write(f"{message}\n")
+                _copy.flush()
 
 
 def warn(message: str) -> None:
@@ -123,6 +146,13 @@ def format_seconds(seconds: float) -> str:
     if whole < 60:
         return f"{whole}s"
     return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _is_stderr(path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(sys.stderr.fileno()), path.stat())
+    except (OSError, ValueError):  # there is no such file, or standard error is none
+        return False
 
 
 def _columns() -> int:

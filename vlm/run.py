@@ -19,7 +19,7 @@ from vlm.data.skips import SkipLog
 from vlm.distributed import gather_objects, is_main, main_first, on_main, process_group, rank, world_size
 from vlm.errors import ConfigError, DataError, VLMError
 from vlm.launch import ignored_settings, launched_size
-from vlm.logs import log, log_level, warn
+from vlm.logs import copied_to, log, log_level, warn
 from vlm.models.build import build_encoder
 from vlm.models.llm import IMAGE_TOKEN, load_tokenizer
 from vlm.objectives.lm import LanguageModelingConfig
@@ -51,7 +51,7 @@ from vlm.train.optim import build_schedule
 from vlm.train.profile import StepProfile
 from vlm.train.reference import REFERENCE, with_reference, with_reference_of
 from vlm.train.resume import OPTIMIZER_STATE, RunState, flatten, read_progress, refuse_other_run
-from vlm.train.runfolder import RunFolder
+from vlm.train.runfolder import LOG, RunFolder
 from vlm.train.sampling import SampleQuestions
 from vlm.train.saving import CheckpointWriter
 from vlm.train.switches import torch_switches
@@ -88,6 +88,7 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
         torch_switches(config.train),
         _process_group(config, device),
         RunFolder(config.output_dir) as run,
+        copied_to(run.path / LOG),
         _explain_out_of_memory(config),
     ):
         checkpoint = on_main(lambda: _resumed(run.path, resume_step))

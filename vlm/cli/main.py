@@ -24,6 +24,7 @@ from vlm.cli import (
     prove,
     runs,
     serve,
+    studio,
     train,
     webui,
 )  # fmt: skip
@@ -39,7 +40,7 @@ app = typer.Typer(
 )
 _COMMANDS = (
     *(configs, adopt, models, plan, prove, train, runs, predict, export),
-    *(merge, convert, importing, chat, webui, serve),
+    *(merge, convert, importing, chat, webui, studio, serve),
 )
 for module in _COMMANDS:
     module.register(app)

@@ -17,7 +17,9 @@ from vlm.logs import warn
 from vlm.train.checkpoint import clean_temporary
 from vlm.train.ended import ENDED, OWNER
 
-_BEFORE_A_RUN = ("run.lock", OWNER, ENDED)  # stand there before config.yaml does
+LOG = "train.log"  # what the console shows
+LAUNCH = ".train.json"  # the process that `vlm studio` started; see vlm.apps.studio.jobs
+_BEFORE_A_RUN = ("run.lock", OWNER, ENDED, LOG, LAUNCH)  # stand there before config.yaml does
 
 
 class RunFolder:

@@ -10,7 +10,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -72,7 +72,26 @@ class RunningPage:
 
 
 def serve(models: ModelStore, options: WebOptions) -> RunningPage:
-    """Start serving; returns once the page answers.
+    """Start serving the chat; returns once the page answers. Raises as `serve_page`."""
+
+    def build(uploads: Uploads) -> gr.Blocks:
+        from vlm.apps.web.page import build_page
+
+        examples = _copied(options.examples, uploads.folder / "examples", uploads)
+        return build_page(models, uploads, options.language, options.settings, examples, options.max_waiting)
+
+    return serve_page(build, options, HEAD)
+
+
+def serve_page(
+    build: Callable[[Uploads], gr.Blocks], options: WebOptions, head: str, inner: Callable[[Any], Any] | None = None
+) -> RunningPage:
+    """Start serving a page; returns once it answers.
+
+    Args:
+        build: makes the page, once gradio may be imported.
+        head: put into the page before anything of gradio's runs.
+        inner: wraps the app between the guard and gradio.
 
     Raises:
         ConfigError: the port is in use or may not be taken.
@@ -81,7 +100,7 @@ def serve(models: ModelStore, options: WebOptions) -> RunningPage:
     listener = bind(options.host, options.port)
     folder = Path(tempfile.mkdtemp(prefix="vlm-webui-")).resolve()
     try:
-        page = _launch(models, options, listener, folder)
+        page = _launch(build, options, listener, folder, head, inner)
     except BaseException:
         listener.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -91,6 +110,17 @@ def serve(models: ModelStore, options: WebOptions) -> RunningPage:
 
 def run_web(models: ModelStore, options: WebOptions) -> None:
     """What `vlm webui` does: serve until Ctrl-C or SIGTERM. Raises as `serve`."""
+    shown = models.labels
+    greeting = f"Models: {', '.join(shown[:8])}{' ...' if len(shown) > 8 else ''}\nOpen {{url}}   Ctrl-C ends it."
+    run_until_ended(lambda: serve(models, options), greeting)
+
+
+def run_until_ended(start: Callable[[], RunningPage], greeting: str) -> None:
+    """Serve until Ctrl-C or SIGTERM. Raises as `serve_page`.
+
+    Args:
+        greeting: printed once the page answers, with its address for `{url}`.
+    """
     ended = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -98,9 +128,9 @@ def run_web(models: ModelStore, options: WebOptions) -> None:
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        running = serve(models, options)
+        running = start()
         try:
-            _greet(running, models)
+            print(greeting.replace("{url}", running.url), flush=True)
             ended.wait()
             print("stopped", flush=True)
         finally:
@@ -127,7 +157,10 @@ def find_examples(folder: Path) -> list[Example]:
     return asked
 
 
-def _launch(models: ModelStore, options: WebOptions, listener: socket.socket, folder: Path) -> gr.Blocks:
+def _launch(
+    build: Callable[[Uploads], gr.Blocks], options: WebOptions, listener: socket.socket, folder: Path, head: str,
+    inner: Callable[[Any], Any] | None,
+) -> gr.Blocks:  # fmt: skip
     for name in _OVERRIDES:
         os.environ.pop(name, None)
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read when components are made and when the app is
@@ -139,18 +172,15 @@ def _launch(models: ModelStore, options: WebOptions, listener: socket.socket, fo
             raise
         raise MissingPackageError("gradio", "the browser chat", "serve") from None
     gradio.http_server.start_server = partial(_start_server, listener, _url(options.host, listener))
-    from vlm.apps.web.page import build_page
-
     uploads = Uploads(folder)
-    examples = _copied(options.examples, folder / "examples", uploads)
-    page = build_page(models, uploads, options.language, options.settings, examples, options.max_waiting)
+    page = build(uploads)
     max_file_size = options.max_file_mb * MEGABYTE
     local_only = is_loopback(options.host) and not options.share
     page.launch(
         auth=options.auth,
         share=options.share,
         max_file_size=max_file_size,
-        app_kwargs=_app_options(uploads, local_only, max_file_size, MAX_IMAGES * max_file_size + MEGABYTE),
+        app_kwargs=_app_options(uploads, local_only, max_file_size, head, inner),
         prevent_thread_lock=True,
         quiet=not options.share,  # else the public address is printed
         show_error=False,
@@ -208,14 +238,18 @@ def _copied(examples: Sequence[Example], folder: Path, uploads: Uploads) -> list
     return copied
 
 
-def _app_options(uploads: Uploads, local_only: bool, max_file_size: int, max_body: int) -> dict[str, Any]:
+def _app_options(
+    uploads: Uploads, local_only: bool, max_file_size: int, head: str, inner: Callable[[Any], Any] | None
+) -> dict[str, Any]:
     from starlette.middleware import Middleware
 
     from vlm.apps.web.guard import Guard
 
     guard: Any = Guard
-    limits = {"max_file_size": max_file_size, "max_body": max_body}
-    middleware = Middleware(guard, uploads=uploads, local_only=local_only, head=HEAD, **limits)
+    limits = {"max_file_size": max_file_size, "max_body": MAX_IMAGES * max_file_size + MEGABYTE}
+    middleware = [Middleware(guard, uploads=uploads, local_only=local_only, head=head, **limits)]
+    if inner is not None:
+        middleware.append(Middleware(inner))
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -223,10 +257,4 @@ def _app_options(uploads: Uploads, local_only: bool, max_file_size: int, max_bod
         yield
 
     hidden = {"docs_url": None, "redoc_url": None, "openapi_url": None}
-    return {"middleware": [middleware], "lifespan": lifespan, **hidden}
-
-
-def _greet(running: RunningPage, models: ModelStore) -> None:
-    shown = models.labels
-    print(f"Models: {', '.join(shown[:8])}{' ...' if len(shown) > 8 else ''}")
-    print(f"Open {running.url}   Ctrl-C ends it.", flush=True)
+    return {"middleware": middleware, "lifespan": lifespan, **hidden}

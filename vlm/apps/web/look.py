@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from vlm.apps.web.texts import BUTTONS
@@ -100,7 +101,18 @@ function vlmStart() {
 }
 """
 
-HEAD = f"<style>{_CSS}</style><script>{_SCRIPT.replace('NAMES', json.dumps(BUTTONS, ensure_ascii=False))}</script>"
+
+def head(css: str, names: Mapping[str, str], script: str = "") -> str:
+    """What a page of ours has in its head.
+
+    Args:
+        names: gradio's own buttons, English -> Chinese.
+    """
+    shared = _SCRIPT.replace("NAMES", json.dumps(names, ensure_ascii=False))
+    return f"<style>{css}</style><script>{shared}{script}</script>"
+
+
+HEAD = head(_CSS, BUTTONS)
 
 START = "() => { vlmStart(); }"
 

@@ -60,6 +60,11 @@ async def _never_fetch(block: Any, path: str | None) -> str | None:
     return path
 
 
+def never_fetch() -> None:
+    """Let gradio download nothing that a request names, in every page of this process."""
+    setattr(gr.blocks.Block, _FETCH, _never_fetch)
+
+
 @dataclass
 class Widgets:
     """Every component that has a text or a value."""
@@ -101,7 +106,7 @@ def build_page(
     """
     first = language or "en"
     settings = settings or GenerationSettings()
-    setattr(gr.blocks.Block, _FETCH, _never_fetch)
+    never_fetch()
     with gr.Blocks(title=tell(first, "title"), analytics_enabled=False, fill_height=True, delete_cache=None) as page:
         widgets = _lay_out(WebChat(models, uploads, first), first, settings, examples)
         _connect(page, widgets, language, examples)

@@ -1,0 +1,269 @@
+"""What the studio knows without a browser: drafts, jobs, run folders, its key."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlm.apps.studio import commands, jobs, watch
+from vlm.apps.studio.draft import Draft, shown_values
+from vlm.apps.studio.form import form_html, problems_html
+from vlm.apps.studio.key import KeyGuard
+from vlm.apps.studio.texts import _TEXTS
+from vlm.config import RunConfig, load_config, read_source
+from vlm.config_keys import all_keys
+from vlm.errors import ConfigError, RunLocked, VLMError
+from vlm.runs import Series
+
+PROJECT = "tiny/pretrain"
+
+
+# Keys of the config
+
+
+def test_the_form_has_every_key_of_the_config_once():
+    keys = [about.key for about in all_keys()]
+    assert len(keys) == len(set(keys)) > 100
+    assert {key for key in keys if "." not in key} >= {"name", "output_dir", "seed"}
+    assert RunConfig.model_fields.keys() == {re.split(r"[.\[]", key)[0] for key in keys}
+
+
+@pytest.mark.parametrize(
+    ("key", "control", "choices", "kinds"),
+    [
+        ("train.schedule", "choice", ("constant", "linear", "cosine", "step"), ()),
+        ("train.max_steps", "line", (), ()),
+        ("data.packing", "choice", ("true", "false"), ()),
+        ("data.cache_features", "choice", ("true", "false", "auto"), ()),
+        ("data.sources", "yaml", (), ()),
+        ("model.lora", "section", (), ()),
+        ("model.trainable", "yaml", (), ()),
+        ("model.projector.layer_norm", "choice", ("true", "false"), ("mlp",)),
+    ],
+)
+def test_each_key_gets_the_control_that_its_type_asks_for(
+    key: str, control: str, choices: tuple[str, ...], kinds: tuple[str, ...]
+):
+    about = next(about for about in all_keys() if about.key == key)
+    assert (about.control, about.choices, about.kinds) == (control, choices, kinds)
+    assert about.meaning or key == "data.packing" or control == "yaml"
+
+
+# Drafts
+
+
+def test_a_draft_is_the_command_and_the_yaml_that_it_runs():
+    draft = Draft(PROJECT, nproc=2).with_value("train.max_steps", "7").with_value("data.system", '"2 words"')
+    assert (
+        draft.command() == """vlm train tiny/pretrain --nproc 2 --options 'data.system="2 words"' train.max_steps=7"""
+    )
+    assert draft.command("plan").startswith("vlm plan tiny/pretrain --gpus 2 --options ")
+    assert "max_steps: 7" in draft.yaml()
+    assert load_config(PROJECT, draft.options).data.system == "2 words"
+
+
+def test_what_the_form_shows_says_the_same_when_it_is_typed_again():
+    """So a value that nobody touched cannot change by going through the form."""
+    project = "quickstart/finetune"
+    draft = Draft(project)
+    for key, text in shown_values(draft).items():
+        draft = draft.with_value(key, text)
+    assert load_config(project, draft.options) == load_config(project)
+    assert read_source(project, draft.options).values == read_source(project).values
+
+
+def test_block_yaml_becomes_one_line_of_the_command():
+    draft = Draft(PROJECT).with_value("data.sources", "- path: a.json\n  weight: 1e-1")
+    assert draft.options == ('data.sources=[{"path": "a.json", "weight": 0.1}]',)
+
+
+def test_problems_are_told_at_their_keys():
+    draft = Draft(PROJECT).with_value("seed", "-1").with_value("train.max_steps", "many")
+    draft = draft.with_value("data.sources", "[{path: no/such.json}]")
+    found = draft.check().of_keys
+    assert found["seed"] == "expected at least 0 (found -1)"
+    assert found["train.max_steps"] == "expected a whole number (found 'many')"
+    paths = Draft(PROJECT).with_value("data.sources", "[{path: no/such.json}]").check()
+    assert paths.of_keys["data.sources"].startswith("data.sources[0].path: data file no/such.json does not exist")
+    assert not paths.is_right
+
+
+def test_a_problem_of_no_key_is_not_lost():
+    draft = Draft(PROJECT).with_value("train.epochs", "2")  # beside max_steps: the section refuses
+    problems = draft.check()
+    assert "max_steps" in " ".join([*problems.of_keys.values(), *problems.others])
+
+
+@pytest.mark.parametrize(("key", "text"), [("no.such", "1"), ("data.sources[].path", "x"), ("seed", "1" * 30_000)])
+def test_what_no_form_sends_is_refused(key: str, text: str):
+    with pytest.raises(ConfigError):
+        Draft(PROJECT).with_value(key, text)
+
+
+def test_the_form_escapes_what_it_shows():
+    draft = Draft(PROJECT).with_value("data.system", '"<script>alert(1)</script>"')
+    page = form_html(draft, "en") + problems_html({"seed": "<b>"}, ["<i>"], ["<u>"], "zh")
+    assert not re.search(r"<script|<b>(?!1|2)|<i>|<u>", page.replace("<b>2 处", ""))
+    assert page.count('data-key="') == len([about for about in all_keys() if "[]" not in about.key])
+
+
+def test_every_text_is_there_in_both_languages():
+    for name, (english, chinese) in _TEXTS.items():
+        assert not re.search("[一-鿿]", english) or name == "language"
+        assert re.search("[一-鿿]", chinese) or name == "language"
+        assert re.findall(r"\{\w+\}", english) == re.findall(r"\{\w+\}", chinese)
+
+
+# Jobs
+
+
+def sleeper(code: str = "import time; time.sleep(60)") -> Any:
+    """Starts a process in place of `vlm`, which prints its arguments first."""
+
+    def start(arguments: Sequence[str], log: Path) -> int:
+        with log.open("ab") as output:
+            process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=output, start_new_session=True)
+        started.append(process)
+        return process.pid
+
+    started: list[subprocess.Popen[bytes]] = []
+    start.started = started  # type: ignore[attr-defined]
+    return start
+
+
+def test_a_job_is_known_from_its_run_folder_and_ends_when_it_is_stopped(tmp_path: Path):
+    start = sleeper()
+    job = jobs.begin(tmp_path / "run", "train", ["train", "a b.yaml"], start)
+    assert jobs.read(tmp_path / "run", "train") == job
+    assert job.is_running
+    assert watch.look_at(tmp_path / "run", tmp_path).state == "starting"
+    assert [run.label for run in watch.list_runs(tmp_path)] == ["run"]
+    assert jobs.read_log(tmp_path / "run") == "$ vlm train 'a b.yaml'"
+    with pytest.raises(RunLocked, match="runs already"):
+        jobs.begin(tmp_path / "run", "train", ["train", "a b.yaml"], start)
+    jobs.stop(tmp_path / "run")
+    assert start.started[0].wait(timeout=30) == -15
+    assert not job.is_running
+    with pytest.raises(VLMError, match="nothing trains there now"):
+        jobs.stop(tmp_path / "run")
+
+
+def test_a_later_process_of_the_same_number_is_not_taken_for_the_job(tmp_path: Path):
+    values = {"pid": os.getpid(), "host": jobs.socket.gethostname(), "arguments": [], "created": 1.0, "code": None}
+    (tmp_path / ".train.json").write_text(json.dumps(values))
+    job = jobs.read(tmp_path, "train")
+    assert job is not None
+    assert not job.is_running
+    assert watch.look_at(tmp_path, tmp_path).state == "not_started"
+
+
+@pytest.mark.parametrize(("code", "state"), [(143, "stopped"), (-15, "stopped"), (2, "failed")])
+def test_how_a_launch_ended_before_it_trained(tmp_path: Path, code: int, state: str):
+    values = {"pid": 1, "host": "x", "arguments": [], "created": 1.0, "code": code}
+    (tmp_path / ".train.json").write_text(json.dumps(values))
+    assert watch.look_at(tmp_path, tmp_path).state == state
+
+
+def test_the_log_shows_what_a_live_line_said_last(tmp_path: Path):
+    (tmp_path / "train.log").write_bytes(b"begun\nstep 1\r\x1b[Kstep 2\r\x1b[Kstep 3\nend\n")
+    assert jobs.read_log(tmp_path).split("\n") == ["begun", "\x1b[Kstep 3", "end"]
+    assert jobs.read_log(tmp_path, lines=2) == "end"
+    assert jobs.read_log(tmp_path / "none") == ""
+
+
+# What the run folders say
+
+
+def write_run(run: Path, losses: Sequence[float]) -> Path:
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("train: {max_steps: 10, global_batch_size: 4}\n")
+    lines = [{"step": step, "loss": loss, "learning_rate": 0.1} for step, loss in enumerate(losses, 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_runs_are_drawn_over_each_other_by_their_labels(tmp_path: Path):
+    for name, losses in (("a/pretrain", [3.0, 2.0]), ("b", [4.0])):
+        write_run(tmp_path / name, losses)
+    runs = watch.list_runs(tmp_path)
+    assert [(run.label, run.state) for run in runs] == [("a/pretrain", "interrupted"), ("b", "interrupted")]
+    assert watch.curves(runs, "loss") == {"a/pretrain": Series([1, 2], [3.0, 2.0]), "b": Series([1], [4.0])}
+    assert watch.curves(runs, "none") == {}
+    assert watch.numbers_of([run.path for run in runs]) == ["loss", "learning_rate"]
+
+
+def test_samples_are_shown_newest_first_and_a_torn_line_is_left_out(tmp_path: Path):
+    lines = [json.dumps({"step": step, "prompt": "?", "answer": "!"}) for step in (10, 20)]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + '\n{"step": 3')
+    assert [sample["step"] for sample in watch.samples(tmp_path)] == [20, 10]
+
+
+def test_figures_are_those_of_vlm_eval(tmp_path: Path):
+    assert watch.figures(tmp_path) == ""
+    row = {"task": "talk", "metric": "loss", "own": 1.0, "baseline": None, "num_records": 5}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"results": [row]}))
+    assert "| talk | loss | 1.000 | - | - |  | 5 |" in watch.figures(tmp_path)
+
+
+# Commands
+
+
+def test_supervised_tokens_keep_their_colour_and_nothing_of_a_record_is_markup():
+    rule, record = "\x1b[92m─── \x1b[0ma.json: record 1: 5 tokens ───", "\x1b[2m<b>\x1b[0m\x1b[36m[image x 4]\x1b[0m"
+    output = f"{rule}\n{record}\x1b[1;32mA cat.\x1b[0m\n"
+    assert commands.to_html(output) == (
+        '<h4>a.json: record 1: 5 tokens</h4><div><span class="read">&lt;b&gt;</span>'
+        '<span class="image">[image x 4]</span><span class="reply">A cat.</span></div>'
+    )
+
+
+def test_preview_and_plan_are_the_commands_of_the_terminal():
+    asked: list[list[str]] = []
+
+    def call(arguments: Sequence[str]) -> tuple[int, str]:
+        asked.append(list(arguments))
+        return 0, "[2026-01-01 00:00:00,000] [WARNING] noise\n\x1b[1mfits\x1b[0m: 1 GiB\n"
+
+    draft = Draft(PROJECT).with_value("seed", "3")
+    assert commands.plan(draft, call) == "fits: 1 GiB"
+    preview = commands.preview(draft, 2, call)
+    assert (preview.html, preview.sheet, preview.is_right) == ("<div>fits: 1 GiB</div>", "", True)
+    assert asked[0] == ["plan", PROJECT, "--options", "seed=3"]
+    assert asked[1][:7] == ["data", "preview", PROJECT, "--options", "seed=3", "-n", "2"]
+
+
+# The key
+
+
+def ask(path: str = "/", query: str = "", cookie: str = "") -> tuple[int, dict[str, str]]:
+    """Status and headers, of a guard whose key is `right`."""
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1:7861"), (b"cookie", cookie.encode())]
+    scope = {"type": "http", "path": path, "query_string": query.encode(), "headers": headers}
+    asyncio.run(KeyGuard(app, "right")(scope, send, send))
+    return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+
+
+def test_only_the_browser_with_the_key_gets_in():
+    assert ask()[0] == ask(query="key=wrong")[0] == ask(cookie="vlm_studio_7861=wrong")[0] == 401
+    assert ask("/gradio_api/queue/join", "key=right")[0] == 401  # the address opens the page, nothing else
+    status, headers = ask(query="key=right")
+    assert (status, headers["location"]) == (303, "/")
+    assert "HttpOnly" in headers["set-cookie"]
+    assert ask("/config", cookie=headers["set-cookie"].partition(";")[0])[0] == 200

@@ -1,0 +1,186 @@
+"""Commands that run apart from the page: each in a session of its own, with a pid file and a log in its run folder.
+
+All that is known of a job is read from there, so a page that opens later, or another server, sees the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from vlm.errors import RunLocked, VLMError
+from vlm.files import write_atomically
+from vlm.runs import is_locked
+from vlm.train.ended import OWNER
+from vlm.train.runfolder import LAUNCH, LOG
+
+Kind = Literal["train", "export", "eval"]
+KINDS: tuple[Kind, ...] = ("train", "export", "eval")
+Begin = Callable[[Sequence[str], Path], int]  # arguments of `vlm`, log -> process id
+_TAIL_BYTES = 64 << 10
+_CLOCK_SECONDS = 2.0  # by which a process may seem younger than the file that names it
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that was begun for a run."""
+
+    kind: Kind
+    pid: int
+    host: str
+    arguments: tuple[str, ...]  # of `vlm`
+    created: float  # of the process, seconds since 1970: tells it from a later one of the same number
+    code: int | None = None  # exit code; None while it runs, and when nobody was there to see its end
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["vlm", *self.arguments])
+
+    @property
+    def is_running(self) -> bool:
+        return self.code is None and _process_of(self.pid, self.host, self.created) is not None
+
+
+def begin(run: Path, kind: Kind, arguments: Sequence[str], start: Begin | None = None) -> Job:
+    """Start a command for a run and return at once. Its output goes to the end of the job's log in the run folder.
+
+    Args:
+        arguments: of the `vlm` command.
+        start: for tests; a process of its own session by default.
+
+    Raises:
+        RunLocked: such a job runs already, or another process trains there.
+        VLMError: the folder cannot be written.
+    """
+    before = read(run, kind)
+    if before is not None and before.is_running:
+        raise RunLocked(f"{run}: `{before.command}` runs already (process {before.pid}). Stop it first")
+    if kind == "train" and is_locked(run):
+        raise RunLocked(f"{run}: another process is training here. Stop it first, or choose another output_dir")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        log = log_file(run, kind)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"$ {shlex.join(['vlm', *arguments])}\n")
+        pid = (start or _start)(arguments, log)
+        created = psutil.Process(pid).create_time() if psutil.pid_exists(pid) else time.time()
+        job = Job(kind, pid, socket.gethostname(), tuple(arguments), created)
+        _write(run, job)
+    except OSError as error:
+        raise VLMError(f"{run}: `vlm {kind}` could not be started ({error.strerror or error})") from None
+    return job
+
+
+def read(run: Path, kind: Kind) -> Job | None:
+    """The last job of a kind that was begun for a run; None if there was none, or its file is damaged."""
+    try:
+        values = json.loads(_job_file(run, kind).read_text(encoding="utf-8"))
+        return Job(kind, values["pid"], values["host"], tuple(values["arguments"]), values["created"], values["code"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def stop(run: Path) -> str:
+    """Ask the process that trains in a run folder to end: it finishes the step, saves, and exits with 143.
+
+    Returns:
+        what was asked, in words.
+
+    Raises:
+        VLMError: none trains there, or it is on another machine.
+    """
+    job = read(run, "train")
+    if job is not None and job.is_running:
+        os.kill(job.pid, signal.SIGTERM)
+        return f"process {job.pid}: SIGTERM"
+    owner = _read_owner(run)
+    if owner is None or not is_locked(run):
+        raise VLMError(f"{run}: nothing trains there now")
+    if owner["host"] != socket.gethostname():
+        raise VLMError(f"{run}: process {owner['pid']} on {owner['host']} trains there; stop it on that machine")
+    if _process_of(owner["pid"], owner["host"], None) is None:
+        raise VLMError(f"{run}: the folder is locked, but its process {owner['pid']} is not seen from here")
+    os.kill(owner["pid"], signal.SIGTERM)
+    return f"process {owner['pid']}: SIGTERM"
+
+
+def log_file(run: Path, kind: Kind) -> Path:
+    return run / (LOG if kind == "train" else f"{kind}.log")
+
+
+def read_log(run: Path, kind: Kind = "train", lines: int = 200) -> str:
+    """The last lines that a job printed; of a live line of a terminal, what it said last."""
+    try:
+        with log_file(run, kind).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(line.rpartition("\r")[2] for line in text.split("\n")[-lines:]).strip("\n")
+
+
+def _job_file(run: Path, kind: Kind) -> Path:
+    return run / (LAUNCH if kind == "train" else f".{kind}.json")
+
+
+def _start(arguments: Sequence[str], log: Path) -> int:
+    """A process that goes on when this one ends. While this one lives it is reaped, and its exit code noted."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        environment.pop(name, None)  # set for the page
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vlm.cli.main", *arguments],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environment,
+        )  # fmt: skip
+    threading.Thread(target=_note_end, args=(process, log), daemon=True).start()
+    return process.pid
+
+
+def _note_end(process: subprocess.Popen[bytes], log: Path) -> None:
+    code = process.wait()
+    with suppress(OSError):  # the run folder was removed meanwhile
+        for kind in KINDS:
+            job = read(log.parent, kind)
+            if log == log_file(log.parent, kind) and job is not None and job.pid == process.pid:
+                _write(log.parent, Job(kind, job.pid, job.host, job.arguments, job.created, code))
+
+
+def _write(run: Path, job: Job) -> None:
+    values = {"pid": job.pid, "host": job.host, "arguments": job.arguments, "created": job.created, "code": job.code}
+    write_atomically(_job_file(run, job.kind), json.dumps(values) + "\n")
+
+
+def _process_of(pid: int, host: str, created: float | None) -> psutil.Process | None:
+    """A process of this machine that lives, and that began when it is said to have."""
+    if host != socket.gethostname():
+        return None
+    try:
+        process = psutil.Process(pid)
+        is_same = created is None or abs(process.create_time() - created) < _CLOCK_SECONDS
+        return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.Error:
+        return None
+
+
+def _read_owner(run: Path) -> dict[str, Any] | None:
+    try:
+        owner = json.loads((run / OWNER).read_text(encoding="utf-8"))
+        return owner if isinstance(owner["pid"], int) and isinstance(owner["host"], str) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

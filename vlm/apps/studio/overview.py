@@ -1,0 +1,310 @@
+"""The tab of runs: the list, curves over each other, samples, log, figures; stop, resume, export, evaluate."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from vlm.apps.studio import jobs, watch
+from vlm.apps.studio.texts import tell
+from vlm.apps.studio.watch import Run
+from vlm.apps.web.texts import Language
+from vlm.errors import ConfigError, VLMError
+
+Changes = dict[Any, Any]
+SECONDS = 2.0  # between two looks at the run folders
+# of curves, told apart by the colour-blind too (Okabe and Ito 2008)
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_ACTIONS = ("stop", "resume", "export", "evaluate")
+
+
+@dataclass
+class Overview:
+    """Its components."""
+
+    table: gr.HTML
+    run: gr.Dropdown
+    compare: gr.Dropdown
+    number: gr.Dropdown
+    buttons: dict[str, gr.Button]
+    loss: gr.LinePlot
+    second: gr.LinePlot
+    log: gr.HTML
+    log_tab: gr.Tab
+    samples: gr.HTML
+    samples_tab: gr.Tab
+    figures: gr.Markdown
+    figures_tab: gr.Tab
+    timer: gr.Timer
+
+    @property
+    def live(self) -> list[Any]:
+        """What changes by itself."""
+        shown = [self.table, self.run, self.compare, self.number, self.loss, self.second, self.log, self.samples]
+        return [*shown, self.figures, *self.buttons.values()]
+
+
+def lay_out() -> Overview:
+    table = gr.HTML(elem_id="table", padding=False, elem_classes=["wide"])
+    with gr.Row():
+        run = gr.Dropdown([], value=None, elem_id="run", scale=3)
+        compare = gr.Dropdown([], value=[], multiselect=True, elem_id="compare", scale=4)
+        number = gr.Dropdown([], value="learning_rate", allow_custom_value=True, elem_id="number", scale=2)
+    with gr.Row():
+        buttons = {
+            name: gr.Button(
+                interactive=False, size="sm", elem_id=name, variant="stop" if name == "stop" else "secondary"
+            )
+            for name in _ACTIONS
+        }
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=340):
+            loss = _plot("loss", 250)
+            second = _plot("second", 210)
+        with gr.Column(scale=5, min_width=340), gr.Tabs():
+            with gr.Tab() as log_tab:
+                log = gr.HTML(elem_id="log", padding=False)
+            with gr.Tab() as samples_tab:
+                samples = gr.HTML(elem_id="samples", padding=False, elem_classes=["wide"])
+            with gr.Tab() as figures_tab:
+                figures = gr.Markdown(elem_id="figures")
+    return Overview(
+        table, run, compare, number, buttons, loss, second, log, log_tab, samples, samples_tab, figures, figures_tab,
+        gr.Timer(SECONDS),
+    )  # fmt: skip
+
+
+def _plot(name: str, height: int) -> gr.LinePlot:
+    return gr.LinePlot(
+        frame_of({}), x="step", y="value", color="run", height=height, elem_id=name, tooltip="all", visible=False
+    )
+
+
+def texts_of(w: Overview, language: Language) -> Changes:
+    updates: Changes = {
+        w.run: gr.update(label=tell(language, "run")),
+        w.compare: gr.update(label=tell(language, "compare")),
+        w.number: gr.update(label=tell(language, "number")),
+        w.log_tab: gr.update(label=tell(language, "log")),
+        w.samples_tab: gr.update(label=tell(language, "samples")),
+        w.figures_tab: gr.update(label=tell(language, "figures")),
+    }
+    return updates | {button: gr.update(value=tell(language, name)) for name, button in w.buttons.items()}
+
+
+class Looked:
+    """What a page was shown last, so that only what changed is sent: drawing anew would close an open list."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, Any] = {}
+
+    def __deepcopy__(self, memo: object) -> Looked:
+        return Looked()
+
+    def forget(self) -> None:
+        """All is sent at the next look: the language changed, or the page was loaded anew."""
+        self._shown.clear()
+
+    def update(self, name: str, value: Any, update: Any) -> Any:
+        """`update` where `value` is another than the last one of this name, else nothing."""
+        if self._shown.get(name, self) == value:
+            return gr.skip()
+        self._shown[name] = value
+        return update
+
+
+def look(w: Overview, folder: Path, label: Any, over: Any, number: Any, language: Language, looked: Looked) -> Changes:
+    """All that the run folders say now.
+
+    Args:
+        label: of the run whose log, samples and figures are shown; None takes the first that runs.
+        over: labels of the runs that are drawn too.
+        number: name of the second curve.
+    """
+    runs = watch.list_runs(folder)
+    by_label = {run.label: run for run in runs}
+    busy = next((run.label for run in runs if run.can_stop), runs[-1].label if runs else None)
+    label = label if label in by_label else busy
+    run = by_label.get(label) if label is not None else None
+    drawn = [by_label[name] for name in dict.fromkeys([label, *(over or [])]) if name in by_label]
+    name = number if isinstance(number, str) and number else "learning_rate"
+    labels = list(by_label)
+    table = table_html(runs, folder, label, language)
+    names = watch.numbers_of([each.path for each in drawn])
+    changes: Changes = {
+        w.table: looked.update("table", table, table),
+        w.run: looked.update("run", (labels, label), gr.update(choices=labels, value=label)),
+        w.compare: looked.update("compare", labels, gr.update(choices=labels)),
+        w.number: looked.update("number", names, gr.update(choices=names)),
+    }
+    for plot, each in ((w.loss, "loss"), (w.second, name)):
+        curves = watch.curves(drawn, each)
+        held_out = watch.curves(drawn, "held_out_loss") if each == "loss" else {}
+        curves |= {f"{label} ({tell(language, 'held_out')})": series for label, series in held_out.items()}
+        frame = frame_of(curves)
+        title = tell(language, "loss") if each == "loss" else each
+        shown = gr.LinePlot(
+            frame, x="step", y="value", color="run", y_title=title, x_title=tell(language, "step"), color_title=" ",
+            visible=len(frame) > 0, color_map=colours_of(list(curves)),
+        )  # fmt: skip
+        changes[plot] = looked.update(f"plot-{plot.elem_id}", (each, language, frame.to_json()), shown)
+    return changes | _details(w, run, language, looked)
+
+
+def _details(w: Overview, run: Run | None, language: Language, looked: Looked) -> Changes:
+    path = None if run is None else run.path
+    log = "" if path is None else _logs(path)
+    log_html = f"<div class='tail'><pre>{html.escape(log)}</pre></div>" if log else _empty(tell(language, "no_log"))
+    samples = samples_html(watch.samples(path) if path else [], language)
+    figures = (watch.figures(path) if path else "") or tell(language, "nothing_yet")
+    can = {
+        "stop": run is not None and run.can_stop,
+        "resume": run is not None and run.can_resume and not run.jobs,
+        "export": run is not None and not run.jobs and bool(run.summary and run.summary.step),
+        "evaluate": run is not None and not run.jobs and run.has_export,
+    }
+    changes: Changes = {
+        w.log: looked.update("log", log_html, log_html),
+        w.samples: looked.update("samples", samples, samples),
+        w.figures: looked.update("figures", figures, figures),
+    }
+    for name, button in w.buttons.items():
+        changes[button] = looked.update(f"button-{name}", can[name], gr.update(interactive=can[name]))
+    return changes
+
+
+def act(name: str, folder: Path, label: Any, language: Language, begin: jobs.Begin | None) -> str:
+    """Stop, resume, export or evaluate the run of a label. Returns what was done, in words.
+
+    Raises:
+        VLMError: there is no such run, or it cannot be done now.
+    """
+    run = next((run for run in watch.list_runs(folder) if run.label == label), None)
+    if run is None:
+        raise ConfigError(tell(language, "choose_run"))
+    if name == "stop":
+        jobs.stop(run.path)
+        return tell(language, "asked_to_stop")
+    kind, arguments = {
+        "resume": ("train", _resume(run.path)),
+        "export": ("export", ["export", str(run.path)]),
+        "evaluate": ("eval", ["eval", str(run.path)]),
+    }[name]
+    job = jobs.begin(run.path, kind, arguments, begin)  # type: ignore[arg-type]
+    return tell(language, "begun", command=job.command)
+
+
+def _resume(run: Path) -> list[str]:
+    """The command that began it, else one that reads the config it keeps."""
+    job = jobs.read(run, "train")
+    if not (run / "config.yaml").is_file():
+        raise VLMError(f"{run}: it was never begun, so there is nothing to go on with; start it from its project")
+    return list(job.arguments) if job is not None else ["train", str(run / "config.yaml")]
+
+
+def table_html(runs: Sequence[Run], folder: Path, chosen: str | None, language: Language) -> str:
+    """One line for each run."""
+    if not runs:
+        return _empty(tell(language, "no_runs", runs=folder))
+    left = ("run", "state", "step")
+    right = ("loss", "held_out", "rate", "speed", "left")
+    head = "".join(f"<th>{html.escape(tell(language, name))}</th>" for name in left)
+    head += "".join(f"<th class='number'>{html.escape(tell(language, name))}</th>" for name in right)
+    lines = "".join(_line(run, run.label == chosen, language) for run in runs)
+    return f"<table class='runs'><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def _line(run: Run, is_chosen: bool, language: Language) -> str:
+    summary = run.summary
+    state = f"<span class='state {run.state}'>{html.escape(tell(language, run.state))}</span>"
+    if run.jobs:
+        state += f" <small>{html.escape(tell(language, 'job_running', jobs=', '.join(run.jobs)))}</small>"
+    why = summary.error if summary is not None and summary.error else _last_error(run)
+    why = f"<div class='why'>{html.escape(why[:300])}</div>" if why else ""
+    cells = [f"<td class='name'>{html.escape(run.label)}{why}</td><td>{state}</td>"]
+    if summary is None:
+        return f"<tr{' class=chosen' * is_chosen}>{cells[0]}<td></td>{'<td></td>' * 5}</tr>"
+    total = summary.max_steps
+    share = min(1.0, summary.step / total) if total else 0.0
+    step = f"{summary.step:,}" + (f" / {total:,}" if total else "")
+    cells.append(f"<td>{step}<div class='bar'><i style='width:{share:.0%}'></i></div></td>")
+    numbers = (
+        _short(summary.loss, ".4f"), _short(summary.held_out_loss, ".4f"), _short(summary.learning_rate, ".2e"),
+        _short(summary.tokens_per_second, ",.0f"),
+        _time_left(summary.hours_left) if run.can_stop else "",
+    )  # fmt: skip
+    cells += [f"<td class='number'>{number}</td>" for number in numbers]
+    return f"<tr{' class=chosen' * is_chosen}>{''.join(cells)}</tr>"
+
+
+def samples_html(samples: Sequence[dict[str, Any]], language: Language) -> str:
+    if not samples:
+        return _empty(tell(language, "nothing_yet"))
+    lines = ""
+    for sample in samples:
+        step, prompt, image, answer = (
+            html.escape(str(sample.get(name) or "")) for name in ("step", "prompt", "image", "answer")
+        )
+        lines += f"<tr><td>{step}</td><td>{prompt}<br><small>{image}</small></td><td>{answer}</td></tr>"
+    return f"<table class='samples'><tbody>{lines}</tbody></table>"
+
+
+def frame_of(curves: dict[str, watch.Series]) -> pd.DataFrame:
+    """Columns step, value and run, a line for each point. Of no points too the columns have types: gradio draws text
+    on another kind of axis."""
+    points = [
+        (step, value, label)
+        for label, series in curves.items()
+        for step, value in zip(series.steps, series.values, strict=True)
+    ]
+    frame = pd.DataFrame(points, columns=["step", "value", "run"])
+    return frame.astype({"step": "int64", "value": "float64", "run": "str"})
+
+
+def colours_of(labels: Sequence[str]) -> dict[str, str]:
+    """One for each curve, in their order.
+
+    >>> colours_of(["a", "b"])
+    {'a': '#0072b2', 'b': '#d55e00'}
+    """
+    return {label: _COLOURS[place % len(_COLOURS)] for place, label in enumerate(labels)}
+
+
+def _logs(run: Path) -> str:
+    """Of training, and of the export or evaluation that was begun after it."""
+    found = {kind: jobs.read_log(run, kind) for kind in jobs.KINDS}
+    return "\n\n".join(text for text in found.values() if text)
+
+
+def _last_error(run: Run) -> str:
+    """What a run that ended badly said last."""
+    if run.state not in ("not_started", "failed"):
+        return ""
+    lines = jobs.read_log(run.path, lines=40).split("\n")
+    return next((line for line in reversed(lines) if line.startswith("error:") or "Error: " in line), "")
+
+
+def _short(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _time_left(hours: float | None) -> str:
+    """
+    >>> _time_left(0.01), _time_left(0.5), _time_left(30.25), _time_left(None)
+    ('36 s', '30 min', '30.2 h', '')
+    """
+    if hours is None:
+        return ""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:.1f} h"
+
+
+def _empty(text: str) -> str:
+    return f"<p class='empty'>{html.escape(text)}</p>"
