@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from collections.abc import Iterator
@@ -58,8 +59,18 @@ def check(words: list[str]) -> list[str]:
     return []
 
 
+@functools.cache
+def the_command() -> Any:
+    return typer.main.get_command(app)
+
+
+@functools.cache
+def the_schema() -> dict[str, Any]:
+    return json_schema()
+
+
 def check_vlm(words: list[str]) -> list[str]:
-    command: Any = typer.main.get_command(app)
+    command = the_command()
     arguments = repeat_options(with_hyphens(words))
     while hasattr(command, "commands"):
         verb, *arguments = arguments
@@ -71,7 +82,7 @@ def check_vlm(words: list[str]) -> list[str]:
 
 def is_key(key: str) -> bool:
     """Whether `a.b.c` is a key of the config."""
-    schema = json_schema()
+    schema = the_schema()
     section: dict[str, Any] = schema
     for part in re.sub(r"\[.*?\]", "", key).split("."):  # of a list any entry, of a dict any key
         section = section.get("properties", {}).get(part)

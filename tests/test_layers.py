@@ -23,7 +23,7 @@ LAYERS = {
     "artifacts": 4, "plan": 4, "runs": 4,
     "inference": 5, "prepare": 5, "compare": 5,
     "export": 6, "evaluation": 6, "proof": 6,
-    "run": 7, "apps": 7, "adopt": 7,
+    "run": 7, "blame": 7, "apps": 7, "adopt": 7,
     "cli": 8,
 }  # fmt: skip
 BOTTOM = {name for name, layer in LAYERS.items() if layer == 0}  # single files that may use each other

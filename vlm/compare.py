@@ -157,19 +157,21 @@ def draw(comparison: Comparison, path: Path) -> None:
         plt.close(figure)
 
 
-def lay_out(rows: Sequence[Sequence[str]]) -> str:
-    """Lines of columns: the first one left, the others right.
+def lay_out(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Lines of columns, those of `left` at their left edge, the others right.
 
     >>> print(lay_out([["", "a"], ["loss", "1.25"]]))
              a
     loss  1.25
     """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if column in left else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 def _places(series: Sequence[Series]) -> list[tuple[int, list[float | None]]]:

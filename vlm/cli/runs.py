@@ -9,12 +9,14 @@ from typing import Annotated
 
 import typer
 
+from vlm.cli.configs import Options
 from vlm.cli.options import AsJson
+from vlm.config_checks import load_checked
 from vlm.errors import DataError
 
 
 def register(app: typer.Typer) -> None:
-    for command in (runs, compare):
+    for command in (runs, compare, blame):
         app.command()(command)
 
 
@@ -69,6 +71,24 @@ def compare(
     draw(comparison, out)
     print(as_table(comparison))
     print(f"\n{out}")
+
+
+def blame(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    step: Annotated[int, typer.Option(help="The step, as metrics.jsonl counts.")],
+    top: Annotated[int, typer.Option(min=1, help="Records to print.")] = 20,
+    options: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a step of a run again, and rank its records by loss and gradient norm. Writes nothing into the run."""
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise DataError(f"{run} is not a run folder: it has no config.yaml. vlm runs lists those below a folder")
+    checked = load_checked(str(config), [*(options or ()), f"output_dir={json.dumps(str(run))}"])
+    from vlm.blame import blame_step, report
+
+    found = blame_step(checked, step)
+    print(json.dumps(found.as_json(), indent=2, ensure_ascii=False) if as_json else "\n".join(report(found, top)))
 
 
 def _number(value: float | None, form: str) -> str:

@@ -280,12 +280,12 @@ class BatchStream:
         """Micro-batch `number` of this rank, counted from the start of the run."""
         step, micro = divmod(number, self.microbatches_per_step)
         if self._dealt[0] != step:
-            self._dealt = step, self._rows_of_rank(step)
+            self._dealt = step, self.rows_of_step(step)
         start = micro * self.micro_batch_size
         return read_batch(self.order.scan, self._dealt[1][start : start + self.micro_batch_size], self.collator)
 
-    def _rows_of_rank(self, step: int) -> list[np.ndarray]:
-        """This rank's rows of record numbers in a step; empty ones fill up the last step of an epoch."""
+    def rows_of_step(self, step: int) -> list[np.ndarray]:
+        """This rank's rows of record numbers in a step, from 0; empty ones fill up the last step of an epoch."""
         epoch, within = self._locate(step)
         start = within * self.global_batch_size
         packed = self.order.rows(epoch)

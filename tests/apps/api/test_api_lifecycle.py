@@ -6,17 +6,17 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from api_server import user
+from warm import Ranks, started
 
 from vlm.apps.address import bind
 from vlm.apps.api.server import default_name
@@ -28,18 +28,23 @@ slow = pytest.mark.slow
 FLAGS = ["--port", "0", "--device", "cpu", "--model-name", "tiny"]
 
 
+def serve(*arguments: str) -> None:
+    main(["serve", *arguments])
+
+
 class Process:
     """A running `vlm serve`."""
 
-    def __init__(self, export: Path, *flags: str) -> None:
-        command = [sys.executable, "-m", "vlm.cli.main", "serve", str(export), *FLAGS, *flags]
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-        assert self.process.stdout is not None
-        self.line = self.process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", self.line)
-        assert found, self.line + (self.process.stderr.read() if self.process.stderr else "")
-        self.url = found[0]
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        deadline = time.monotonic() + 120
+        found = None
+        while found is None:
+            assert ranks.codes == [None], ranks.output
+            assert time.monotonic() < deadline, ranks.output
+            time.sleep(0.02)
+            found = re.search(r"^serving .* (http://127\.0\.0\.1:\d+)/v1 .*\n", ranks.output, re.MULTILINE)
+        self.line, self.url = found[0], found[1]
 
     def stream(self, max_tokens: int, **settings: Any) -> tuple[Any, Callable[[], str]]:
         """Starts a reply and waits for its first bytes; then the thread that reads it and the text so far."""
@@ -62,26 +67,25 @@ class Process:
         assert started.wait(60)
         return thread, lambda: "".join(text)
 
-    def end(self, *signals: int) -> int:
+    def send(self, number: int) -> None:
+        os.kill(self.ranks.processes[0].pid, number)
+
+    def wait(self) -> int | None:
+        """The exit status."""
+        self.ranks.processes[0].join(60)
+        return self.ranks.codes[0]
+
+    def end(self, *signals: int) -> int | None:
         for number in signals:
-            self.process.send_signal(number)
+            self.send(number)
             time.sleep(0.3)
-        return self.process.wait(60)
+        return self.wait()
 
 
 @pytest.fixture
 def start(export: Path) -> Iterator[Callable[..., Process]]:
-    started: list[Process] = []
-
-    def run(*flags: str) -> Process:
-        started.append(Process(export, *flags))
-        return started[-1]
-
-    yield run
-    for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-        one.process.wait()
+    with ExitStack() as stack:
+        yield lambda *flags: Process(stack.enter_context(started(serve, str(export), *FLAGS, *flags)))
 
 
 @slow
@@ -89,13 +93,13 @@ def test_sigterm_finishes_what_is_written_and_refuses_the_rest(start: Callable[.
     server = start("--max-running", "4")
     assert re.match(r"serving tiny at http://127\.0\.0\.1:\d+/v1 ", server.line)
     threads = [server.stream(900) for _ in range(4)]
-    server.process.send_signal(signal.SIGTERM)
+    server.send(signal.SIGTERM)
     deadline = time.monotonic() + 30
     while httpx.get(f"{server.url}/health").status_code == 200:
         assert time.monotonic() < deadline
     refused = httpx.post(server.url + CHAT, json={"model": "tiny", "messages": user("Hello")})
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
-    assert server.process.wait(60) == 0
+    assert server.wait() == 0
     for thread, text in threads:
         thread.join(10)
         assert text().endswith("data: [DONE]\n\n")
@@ -118,8 +122,7 @@ def test_a_second_signal_cuts_replies_off(start: Callable[..., Process], number:
     assert server.end(number, number) == code
     thread.join(10)
     assert was_cut(text())
-    assert server.process.stderr is not None
-    assert "Traceback" not in server.process.stderr.read()
+    assert "Traceback" not in server.ranks.output
 
 
 @slow
@@ -138,8 +141,7 @@ def test_an_idle_server_ends_at_once(start: Callable[..., Process], number: int)
     keep = httpx.Client()
     keep.get(f"{server.url}/health")  # a connection that stays open holds nothing up
     assert server.end(number) == 0
-    assert server.process.stderr is not None
-    assert "Traceback" not in server.process.stderr.read()
+    assert "Traceback" not in server.ranks.output
 
 
 @slow
