@@ -83,8 +83,8 @@ def compare(
     worst = (norms[0] - norms[1]).norm() / norms[1].norm()
     what = ", ".join(f"{key}: {value}" for key, value in settings.items())
     print(
-        f"| `{name}` | {theirs}Trainer{f' ({what})' if what else ''} | {loss:.6f} | {abs(found - loss) / abs(loss):.1e} | "
-        f"{apart:.1e} | {worst:.1e} |",
+        f"| `{name}` | {theirs}Trainer{f' ({what})' if what else ''} | {loss:.6f} | "
+        f"{abs(found - loss) / abs(loss):.1e} | {apart:.1e} | {worst:.1e} |",
         flush=True,
     )
 
