@@ -87,6 +87,16 @@ def test_what_does_not_fit_is_said_with_what_to_do(parts: Path, tmp_path: Path):
     assert "  finetune: DOES NOT FIT" in as_text(adopted)
 
 
+def test_where_memory_is_short_fewer_rows_are_computed_at_once(parts: Path, tmp_path: Path):
+    adopt([str(parts / "clip")], str(parts / "llm"), tmp_path / "pair", memory="1.07GiB")
+    rows = {
+        name: load_config(tmp_path / f"pair/{name}.yaml").train.micro_batch_size
+        for name in ("pretrain", "finetune", "finetune_lora")
+    }
+    assert rows["pretrain"] == 4
+    assert rows["finetune_lora"] < rows["finetune"] < 4
+
+
 def test_a_base_model_gets_a_template_of_plain_words_and_the_command_that_prepares_it(parts: Path, tmp_path: Path):
     base = tmp_path / "base"
     write_llm(base, TEXTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -111,7 +112,8 @@ def _fit_line(topic: str, config: RunConfig, room: _Memory, shape: ModelShape) -
     plan = estimate(config, 1, shape=shape)
     said = verdict(plan, room.bytes)
     if plan.peak <= usable(room.bytes):
-        return Line(topic, f"{said.partition(' (')[0]}, {room.name}; {plan.micro_batch_size} rows a forward")
+        rows = plan.micro_batch_size
+        return Line(topic, f"{said.partition(' (')[0]}, {room.name}; {rows} row{'s' * (rows > 1)} at once")
     others = alternatives(config, 1, room.bytes, shape, limit=1)
     if not others:
         return Line(topic, limit=f"{said}, {room.name}", advice="a smaller model, or more devices: vlm plan")
@@ -152,16 +154,18 @@ def _pipeline_line(folder: Path, pair: Pair, shape: ModelShape) -> Line:
 
 def _commands(folder: Path, pair: Pair, needs_data: bool) -> Iterator[str]:
     runs = f"cache/runs/{folder.resolve().name}"
-    last = LORA if pair.has_linears else FINETUNE
-    yield f"vlm prove {folder / TRIAL}   # with the weights: nothing is assumed"
-    yield f"vlm train {folder / TRIAL}   # two steps on drawn images, to see the whole way"
+    last = Path(LORA if pair.has_linears else FINETUNE)
+    files = {name: shlex.quote(str(folder / name)) for name in (PRETRAIN, FINETUNE, TRIAL, last.name)}
+    first, second = (shlex.quote(f"{runs}/{stage}") for stage in (Path(PRETRAIN).stem, last.stem))
+    yield f"vlm prove {files[TRIAL]}   # with the weights: nothing is assumed"
+    yield f"vlm train {files[TRIAL]}   # two steps on drawn images, to see the whole way"
     if needs_data:
-        yield f"$EDITOR {folder / PRETRAIN} {folder / FINETUNE}   # data.sources: your own data"
-    yield f"vlm train {folder / PRETRAIN}"
-    yield f"vlm export {runs}/{Path(PRETRAIN).stem}"
-    yield f"vlm train {folder / last}"
-    yield f"vlm export {runs}/{Path(last).stem}"
-    yield f"vlm chat {runs}/{Path(last).stem}/export --image cat.png"
+        yield f"$EDITOR {files[PRETRAIN]} {files[FINETUNE]}   # data.sources: your own data"
+    yield f"vlm train {files[PRETRAIN]}"
+    yield f"vlm export {first}"
+    yield f"vlm train {files[last.name]}"
+    yield f"vlm export {second}"
+    yield f"vlm chat {shlex.quote(f'{runs}/{last.stem}/export')} --image cat.png"
 
 
 def _readme(folder: Path, pair: Pair, lines: Sequence[Line], commands: Sequence[str]) -> str:

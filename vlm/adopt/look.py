@@ -71,7 +71,8 @@ def look(
     encoders: Sequence[str], llm: str, *, backend: Backend | None = None, pretrained: str | None = None,
     template: str | None = None,
 ) -> Pair:  # fmt: skip
-    """
+    """Find out what a project of these parts has to say.
+
     Args:
         encoders: folders or names; of several the features are joined by channel.
         llm: a folder or name.

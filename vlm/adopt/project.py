@@ -37,12 +37,12 @@ class Sources:
     def drawn(cls, folder: Path) -> Sources:
         return cls(str(folder / CAPTIONS), str(folder / CONVERSATIONS), str(folder / IMAGES), True)
 
-    def lines(self, path: str, prompt: str | None = None, note: str = "") -> list[str]:
-        """`data.sources` as YAML."""
+    def lines(self, path: str, prompt: str | None = None, stay: bool = False) -> list[str]:
+        """`data.sources` as YAML. `stay`: drawn images are what is meant."""
         keys = [f"path: {_text(path)}"]
         keys += [f"images: {_text(self.images)}"] if self.images is not None else []
         keys += [f"prompt: {_text(prompt)}"] if prompt is not None else []
-        note = "  # drawn shapes, until your own data stands here" if self.are_drawn else ""
+        note = "  # drawn shapes, until your own data stands here" if self.are_drawn and not stay else ""
         return [f"  sources:{note}", f"    - {{{', '.join(keys)}}}"]
 
 
@@ -133,7 +133,7 @@ def _trial(pair: Pair, drawn: Sources) -> list[str]:
         f"output_dir: cache/runs/${{name}}/{Path(TRIAL).stem}",
         "init_from: null",
         "data:",
-        *drawn.lines(drawn.conversations),
+        *drawn.lines(drawn.conversations, stay=True),
         f"  max_length: {min(pair.max_length, 2 * (pair.tokens_per_image + _TRIAL_WORDS))}",
         "  workers: 0",
         "  held_out: 0",
@@ -189,6 +189,6 @@ def _copy_bases(target: Path) -> None:
     found = next((folder / BASE for folder in project_folders() if (folder / BASE / PRETRAIN).is_file()), None)
     if found is None:
         raise ConfigError(f"no projects/{BASE} here, which hold the rates of the stages; run this in the repository")
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     for name in (PRETRAIN, FINETUNE, LORA):
         shutil.copyfile(found / name, target / name)
