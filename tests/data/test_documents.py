@@ -61,6 +61,36 @@ def test_only_the_last_piece_ends_as_a_text_does(texts, bpe):
     assert [scan.lengths[number] for number in numbers] == [len(scan.reader.read(n).input_ids) for n in numbers]
 
 
+def test_each_piece_is_encoded_once_and_once_more_where_its_end_is_looked_for(texts, bpe, monkeypatch):
+    encoded, looked_at = [], []
+    encode, ends_of_tokens = ConversationTokenizer.encode, ConversationTokenizer.ends_of_tokens
+    monkeypatch.setattr(ConversationTokenizer, "encode", lambda *a: encoded.append(a[1]) or encode(*a))
+    monkeypatch.setattr(
+        ConversationTokenizer, "ends_of_tokens", lambda *a: looked_at.append(len(a[1])) or ends_of_tokens(*a)
+    )
+    scan = scan_of(texts, bpe)
+    num_pieces = len(scan.lengths)
+    assert num_pieces <= len(encoded) <= num_pieces + 2  # the ends of "Short." and "End." are not looked for
+    assert sum(looked_at) < 2 * len(SENTENCES)
+
+
+def test_large_documents_are_shared_out_a_few_at_a_time(tmp_path, bpe, monkeypatch):
+    def work_of(reader, numbers, work, workers, what, chunk, many):
+        sizes.append((chunk, many))
+        yield 0, measure(reader, numbers)
+
+    sizes = []
+    monkeypatch.setattr("vlm.data.scan.in_chunks", work_of)
+    monkeypatch.setattr("vlm.data.scan.CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr("vlm.data.scan.MANY_BYTES", 6 << 10)
+    for name, text in (("small.txt", "One.\n<|endoftext|>\n" * 8), ("large.txt", "One.\n<|endoftext|>\n" + SENTENCES)):
+        (tmp_path / name).write_text(text)
+        scan_of(tmp_path / name, bpe)
+    (tmp_path / "large.jsonl").write_text(json.dumps({"text": SENTENCES}))
+    scan_of(tmp_path / "large.jsonl", bpe)
+    assert sizes == [(53, 323), (1, 10), (2000, 50_000)]  # of 19 and some 600 bytes a document, and of records
+
+
 def test_pieces_come_from_the_cache_too_and_belong_to_their_record(texts, bpe):
     first, second = scan_of(texts, bpe), scan_of(texts, bpe)
     assert second.reader.pieces.table.tolist() == first.reader.pieces.table.tolist()
@@ -81,7 +111,7 @@ def test_pieces_are_read_from_the_cache_on_a_second_start_and_from_their_text_if
     from_text = read_all(fresh)
     assert len(from_text) > 5
     with monkeypatch.context() as patched:
-        patched.setattr(ConversationTokenizer, "fit", lambda *_: pytest.fail("tokenized again"))
+        patched.setattr(ConversationTokenizer, "encode", lambda *_: pytest.fail("tokenized again"))
         second = scan_of(texts, bpe)
         assert read_all(second) == read_all(first) == from_text
     assert (second.reader.places > 0).all()

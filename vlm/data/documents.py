@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vlm.batch import Example
 from vlm.data.conversation import Conversation
 from vlm.data.tokenize import ConversationTokenizer
 
 PIECE_COLUMNS = 5  # of the table: number of the record, first character, tokens, supervised tokens, place in the store
-_CHARACTERS_PER_TOKEN = 6  # looked at first; more where that is not enough
+_CHARACTERS_PER_TOKEN = 4  # of a text's first piece; then as the piece before had
+_MARGIN = 16  # tokens; that many before its cut, a text's tokens are those of the longer text
 _LEAST_SHARE = 0.75  # of a piece that is kept when it is shortened to the end of a line or word
 
 
@@ -63,16 +65,24 @@ def may_cut(conversation: Conversation, tokenizer: ConversationTokenizer) -> boo
     )
 
 
-def cut_document(conversation: Conversation, tokenizer: ConversationTokenizer, max_length: int) -> list[int]:
-    """Where the pieces of a text begin, in characters; [0] for one that fits into `max_length` tokens.
+def cut_document(
+    conversation: Conversation, tokenizer: ConversationTokenizer, max_length: int
+) -> list[tuple[int, Example]]:
+    """A text as pieces of at most `max_length` tokens: the first character of each, and the piece. One for a text that
+    fits, none for one that says nothing.
 
     A piece is as long as fits, then shortened to the end of a line, else of a word, if one lies in its last quarter.
+
+    Raises:
+        RecordError: not even one character fits, or a piece says nothing; see `ConversationTokenizer.fit`.
     """
-    text, starts, start = conversation.turns[-1].text.rstrip(), [], 0
+    text, pieces, start = conversation.turns[-1].text.rstrip(), [], 0
+    expected = _CHARACTERS_PER_TOKEN * max_length  # characters of a full piece
     while start < len(text):
-        starts.append(start)
-        start = _end_of_piece(conversation, text, start, tokenizer, max_length)
-    return starts
+        stop, piece = _next_piece(conversation, text, start, expected, tokenizer, max_length)
+        pieces.append((start, piece))
+        start, expected = stop, (stop - start) * max_length // len(piece.input_ids)
+    return pieces
 
 
 def piece_of(conversation: Conversation, start: int, stop: int | None) -> Conversation:
@@ -82,21 +92,33 @@ def piece_of(conversation: Conversation, start: int, stop: int | None) -> Conver
     return conversation.with_turns((*before, last.with_text(text)), goes_on=stop is not None)
 
 
-def _end_of_piece(
-    conversation: Conversation, text: str, start: int, tokenizer: ConversationTokenizer, max_length: int
-) -> int:
-    for stop in _guesses(text, start, tokenizer, max_length):
-        goes_on = None if stop == len(text) else stop
-        if len(tokenizer.encode(piece_of(conversation, start, goes_on))[0]) <= max_length:
-            return stop
-    return start + 1  # not even one character fits: `fit` then says so of this record
+def _next_piece(
+    conversation: Conversation, text: str, start: int, expected: int, tokenizer: ConversationTokenizer, max_length: int
+) -> tuple[int, Example]:
+    """Where the piece that begins at `start` ends, and the piece."""
+
+    def piece_to(stop: int) -> Conversation:
+        return piece_of(conversation, start, None if stop == len(text) else stop)
+
+    if len(text) - start <= expected:  # as of most texts, and of a long one's end
+        piece = piece_to(len(text))
+        encoded = tokenizer.encode(piece)
+        if len(encoded[0]) <= max_length - _MARGIN:
+            return len(text), tokenizer.example(piece, *encoded)
+    for stop in _guesses(text, start, expected, tokenizer, max_length):
+        piece = piece_to(stop)
+        encoded = tokenizer.encode(piece)
+        if len(encoded[0]) <= max_length:
+            return stop, tokenizer.example(piece, *encoded)
+    # not even one character fits: `fit` says so of this record
+    return start + 1, tokenizer.fit(piece_to(start + 1), max_length, 0, "drop")
 
 
-def _guesses(text: str, start: int, tokenizer: ConversationTokenizer, max_length: int) -> Iterator[int]:
+def _guesses(text: str, start: int, expected: int, tokenizer: ConversationTokenizer, max_length: int) -> Iterator[int]:
     """Where a piece may end, the farthest first: tokens at a cut differ from those of the whole text."""
-    width = _CHARACTERS_PER_TOKEN * max_length
+    width = expected * 5 // 4 + _MARGIN
     ends = tokenizer.ends_of_tokens(text[start : start + width])
-    while len(ends) <= max_length and start + width < len(text):
+    while len(ends) < max_length + _MARGIN and start + width < len(text):
         width *= 2
         ends = tokenizer.ends_of_tokens(text[start : start + width])
     if len(ends) <= max_length:

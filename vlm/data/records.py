@@ -65,6 +65,12 @@ class RecordSource:
         """For messages; begins `where`, and is another for every source of a config."""
         return self.index.name
 
+    @property
+    def num_text_bytes(self) -> int:
+        """Of a file of plain text, as it lies there; 0 of any other."""
+        path = Path(self.config.path)
+        return path.stat().st_size if source_kind(path) == ".txt" else 0
+
     def __len__(self) -> int:
         return len(self.index)
 

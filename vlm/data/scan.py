@@ -37,7 +37,9 @@ from vlm.logs import Progress, log, warn
 
 COLUMNS = 6  # of the table: tokens, images, supervised tokens, tokens of the stem, its key, place in the store
 CHUNK = 2000  # records per task of a scanning process
+CHUNK_BYTES = 1 << 20  # the same of documents of plain text
 MANY = 50_000  # records that are spread over the cores though data.workers is 0: half a minute's work on one
+MANY_BYTES = 24 << 20  # the same of documents of plain text
 STORE_SECONDS = 30.0  # between writes of a table that is not finished; an interrupted scan goes on from there
 
 _MEASURED = "the records are measured"
@@ -110,13 +112,12 @@ class ExampleReader:
         Raises:
             RecordError: see `ConversationTokenizer.fit`, for the whole record.
         """
-        starts = [0]
         if type(conversation) is Conversation and conversation.turns and may_cut(conversation, self.tokenizer):
-            starts = cut_document(conversation, self.tokenizer, self.max_length)
-        if len(starts) < 2:
-            return [(0, self.tokenize(conversation))]
-        spans = zip(starts, [*starts[1:], None], strict=True)
-        return [(start, self.tokenize(piece_of(conversation, start, stop))) for start, stop in spans]
+            pieces = cut_document(conversation, self.tokenizer, self.max_length)
+            text = conversation.turns[-1].text
+            if len(pieces) > 1 or (pieces and not text[-1].isspace()):
+                return pieces
+        return [(0, self.tokenize(conversation))]  # white space at the end of a text that is whole stays
 
     def tokenize(self, conversation: Conversation) -> Example:
         return self.tokenizer.fit(conversation, self.max_length, self.max_images, self.over_long)
@@ -147,9 +148,7 @@ class Scan:
     shares: Shares  # which records begin alike
     skips: list[Skip] = field(default_factory=list)
     unread: UnreadLog = field(default_factory=UnreadLog)
-    reference: np.ndarray | None = (
-        None  # float32 [n, 2]: log-probabilities of replies under the reference; NaN: unknown
-    )
+    reference: np.ndarray | None = None  # float32 [n, 2]: log-probabilities of replies under it; NaN: unknown
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -235,7 +234,8 @@ def scan_records(reader: ExampleReader, cache: Path | None, workers: int = 0) ->
     skips: list[Skip] = []
     written, is_new = time.monotonic(), loaded is None
     writing = replace(reader, store=store if reader.reads == "conversation" else None)
-    for start, measured in in_chunks(writing, again, measure, workers, "data: measured"):
+    sizes = _sizes_of_work(reader)
+    for start, measured in in_chunks(writing, again, measure, workers, "data: measured", *sizes):
         table[:, again[start : start + measured.table.shape[1]]] = measured.table
         pieces = np.concatenate([pieces, measured.pieces]) if len(measured.pieces) else pieces
         skips += measured.skips
@@ -326,16 +326,30 @@ def _measure_pieces(reader: ExampleReader, number: int, pieces: list[tuple[int, 
     return table
 
 
+def _sizes_of_work(reader: ExampleReader) -> tuple[int, int]:
+    """`chunk` and `many` of `in_chunks`: fewer records where they are documents of plain text, which may be large."""
+    mean = sum(source.num_text_bytes for source in reader.sources) / max(1, len(reader))
+    if not mean:
+        return CHUNK, MANY
+    return max(1, min(CHUNK, int(CHUNK_BYTES / mean))), max(1, min(MANY, int(MANY_BYTES / mean)))
+
+
 def in_chunks(
-    reader: ExampleReader, numbers: np.ndarray, work: Work[Result], workers: int, what: str, chunk: int | None = None
+    reader: ExampleReader,
+    numbers: np.ndarray,
+    work: Work[Result],
+    workers: int,
+    what: str,
+    chunk: int | None = None,
+    many: int | None = None,
 ) -> Iterator[tuple[int, Result]]:
     """Do `work` to `numbers`, `chunk` records at a time, in several processes when there is enough of it.
 
     Args:
         work: a function that another process can import.
-        workers: processes; with 0, all cores are used for MANY records or more.
+        workers: processes; with 0, all cores are used for `many` records or more.
         what: begins the lines that tell the progress.
-        chunk: None means CHUNK.
+        chunk, many: None means CHUNK and MANY.
 
     Yields:
         (start, result) of `numbers[start : start + chunk]`, in order.
@@ -346,7 +360,7 @@ def in_chunks(
     size = chunk or CHUNK
     starts = range(0, len(numbers), size)
     chunks = [numbers[start : start + size] for start in starts]
-    num_processes = usable_workers(workers or (len(numbers) if len(numbers) >= MANY else 0))
+    num_processes = usable_workers(workers or (len(numbers) if len(numbers) >= (many or MANY) else 0))
     done = 0
     with Progress(what, len(numbers), "records") as progress:
         try:

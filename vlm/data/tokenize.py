@@ -71,7 +71,10 @@ class ConversationTokenizer:
             RecordError: rules no_supervised_tokens (no reply, or only empty ones), empty_reply (some are empty: the
                 model would learn to say nothing), image_without_encoder.
         """
-        ids, labels = self.encode(conversation)
+        return self.example(conversation, *self.encode(conversation))
+
+    def example(self, conversation: Conversation, ids: list[int], labels: list[int]) -> Example:
+        """Of what `encode` returned for the conversation. Raises RecordError as `__call__`."""
         replies = [turn for turn in conversation.turns if turn.role == "assistant" and turn.is_learned]
         empty = [not turn.text.strip() for turn in replies]
         if all(empty) or labels.count(IGNORE_INDEX) == len(labels):
