@@ -82,11 +82,9 @@ def compare(
     norms = [torch.cat([tensors[n].flatten() for n in gradient]) for tensors in (found_gradient, gradient)]
     worst = (norms[0] - norms[1]).norm() / norms[1].norm()
     what = ", ".join(f"{key}: {value}" for key, value in settings.items())
-    print(
-        f"| `{name}` | {theirs}Trainer{f' ({what})' if what else ''} | {loss:.6f} | "
-        f"{abs(found - loss) / abs(loss):.1e} | {apart:.1e} | {worst:.1e} |",
-        flush=True,
-    )
+    trainer_name = f"{theirs}Trainer ({what})" if what else f"{theirs}Trainer"
+    differences = f"{abs(found - loss) / abs(loss):.1e} | {apart:.1e} | {worst:.1e}"
+    print(f"| `{name}` | {trainer_name} | {loss:.6f} | {differences} |", flush=True)
 
 
 def run_ours(
