@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
@@ -94,6 +94,14 @@ def run_warm(
         return next((code for code in ranks.codes if code), 0), ranks.output
 
 
+def begin(arguments: Sequence[str], log: Path) -> int:
+    """`vlm` with these arguments, in a session of its own; what it prints is added to a file. Returns its number."""
+    start_server()
+    process = _processes.Process(target=_enter, args=(log, {**os.environ}, vlm, tuple(arguments), "a"))
+    process.start()
+    return process.pid
+
+
 def start_server() -> None:
     """If it does not run. It looks for modules in PYTHONPATH only."""
     before = os.environ.get("PYTHONPATH")
@@ -115,9 +123,11 @@ def _launch_variables(rank: int, nproc: int, port: int) -> dict[str, str]:
     return ranks | sizes | store
 
 
-def _enter(log: Path, environment: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _enter(
+    log: Path, environment: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...], mode: str = "w"
+) -> None:
     os.setsid()
-    with log.open("w") as file:
+    with log.open(mode) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ.clear()
@@ -128,6 +138,11 @@ def _enter(log: Path, environment: dict[str, str], work: Callable[..., None], ar
 
 def train(*arguments: str) -> None:
     """`vlm train` with these arguments, as `work`."""
+    vlm("train", *arguments)
+
+
+def vlm(*arguments: str) -> None:
+    """`vlm` with these arguments, as `work`."""
     from vlm.cli.main import main
 
-    main(["train", *arguments])
+    main(arguments)

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from vlm.errors import ConfigError, RunLocked
+from vlm.logs import copied_to, log, log_level, warn
 from vlm.train.runfolder import RunFolder
 
 HOLD = """
@@ -69,3 +70,18 @@ def test_temporary_folders_of_an_interrupted_save_are_cleaned_at_the_next_start(
     (run / "config.yaml").write_text("")
     with RunFolder(run):
         assert list((run / "checkpoints").iterdir()) == []
+
+
+def test_lines_of_the_console_are_added_to_a_file_but_not_twice_to_one_that_is_the_console(tmp_path, monkeypatch):
+    path = tmp_path / "train.log"
+    path.write_text("before\n")
+    with log_level("warning"), copied_to(path):
+        log("not shown, so not kept")
+        warn("careful")
+    log("after")
+    assert path.read_text() == "before\nwarning: careful\n"
+    with path.open("a") as console:
+        monkeypatch.setattr(sys, "stderr", console)
+        with copied_to(path):
+            log("once")
+    assert path.read_text().count("once") == 1

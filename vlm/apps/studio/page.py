@@ -88,15 +88,14 @@ def _lay_out(studio: Studio, first: Session) -> Widgets:
     return Widgets(session, heading, language, theme, notice, tabs, tab, of_configure, of_runs, of_chat)
 
 
-def texts_of(w: Widgets, session: Session) -> Changes:
-    """All texts of the page in the session's language."""
-    language = session.language
+def texts_of(w: Widgets, language: Language, draft: Draft | None) -> Changes:
+    """All texts of the page in a language."""
     updates: Changes = {
         w.heading: f"## {tell(language, 'title')}",
         w.language: tell(language, "language"),
         **{tab: gr.update(label=tell(language, name)) for name, tab in w.tab.items()},
     }
-    updates |= configure.texts_of(w.configure, language, session.draft)
+    updates |= configure.texts_of(w.configure, language, draft)
     return updates | overview.texts_of(w.overview, language) | talk.texts_of(w.talk, language)
 
 
@@ -192,7 +191,7 @@ class Actions:
     def _in_language(self, session: Session) -> Changes:
         session.sides.speak(session.language)
         session.looked.forget()
-        changes = texts_of(self.w, session)
+        changes = texts_of(self.w, session.language, session.draft)
         return changes if session.draft is None else changes | self._outcome(session)
 
     def _outcome(self, session: Session) -> Changes:
@@ -215,9 +214,7 @@ class Actions:
 def _connect(page: gr.Blocks, w: Widgets, do: Actions) -> None:
     """Quick events skip the queue; commands and answers go through it."""
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    first = Session.__new__(Session)
-    first.language, first.draft = "en", None
-    texts = [*texts_of(w, first), *w.configure.checked, w.notice]
+    texts = [*texts_of(w, "en", None), *w.configure.checked, w.notice]
     mark: dict[str, Any] = {"inputs": w.configure.wrong, "js": MARK, **quick}
     page.load(do.opened, w.session, texts, **quick).then(None, js=START, **quick)
     w.language.click(do.switched, w.session, texts, **quick).then(None, js=REMEMBER_LANGUAGE, **quick).then(

@@ -90,10 +90,6 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "input": ("Ask both, or drop an image here", "同时提问两个模型，或拖入图片"),
     "clear": ("New chat", "新对话"),
     "tokens": ("Longest answer (tokens)", "回答的最大词元数"),
-    "no_models": ("No export yet: export a run first.", "还没有导出的模型：请先导出训练。"),
-    "takes_no_images": ("(This model reads no images.)", "（该模型不支持图片。）"),
-    "busy": ("An answer is being written. Wait for its end.", "正在回答，请稍候。"),
-    "failed_here": ("It failed. The server's log says why.", "出错了，原因见服务器日志。"),
 }
 
 # Gradio's own buttons, by their English names.
