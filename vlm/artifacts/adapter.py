@@ -15,7 +15,7 @@ from vlm.artifacts.layouts import open_parts
 from vlm.artifacts.manifest import NAME, Manifest, read_manifest
 from vlm.artifacts.peft_adapter import PeftAdapter, changed_names, merged
 from vlm.errors import CheckpointError
-from vlm.models.config import LoRAConfig
+from vlm.models.config import LoRAConfig, QuantizationConfig
 from vlm.models.decoders import is_transposed
 from vlm.models.lora import SAVED, adapter_delta, adapter_shapes
 from vlm.models.trainable import adapted_linears, misfit, part_weights, saved_modules
@@ -32,6 +32,7 @@ class Adapter:
     tensors: dict[str, Tensor]  # canonical names
     base: dict[str, str]  # fingerprints of the language model that it was trained beside
     replaces_own: bool
+    quantization: QuantizationConfig | None  # of the weights that it was trained beside
 
 
 def read_adapter(folder: str | Path, export: Path, manifest: Manifest) -> Adapter:
@@ -60,7 +61,8 @@ def read_adapter(folder: str | Path, export: Path, manifest: Manifest) -> Adapte
     start = theirs.origin.get("init_from") or place
     tensors = dict(open_parts(place, replace(theirs, included=("llm.lora",)), theirs.model))
     continued = export.resolve() in (Path(start).resolve(), place.resolve())
-    return Adapter(place, theirs.model.lora, tensors, base, continued and "llm.lora" in manifest.included)
+    replaces_own = continued and "llm.lora" in manifest.included
+    return Adapter(place, theirs.model.lora, tensors, base, replaces_own, theirs.model.llm.quantization)
 
 
 @torch.no_grad()

@@ -55,6 +55,7 @@ def assemble_export(
     Raises:
         CheckpointError: see `vlm.inference.load.load`.
     """
+    has_own = False
     if manifest.layout == LLAVA:
         built = _from_llava(folder, manifest, dtype, device)
     else:
@@ -67,6 +68,8 @@ def assemble_export(
     elif adapter is not None:
         if "llm" in manifest.included:
             check_loaded_base(model, adapter, folder)
+        if adapter.quantization is not None and not has_own:  # what it was trained beside
+            round_linears(model.llm, adapter.quantization, torch.device("cpu"))
         fold_adapter(model, adapter.lora, adapter.tensors, f"--adapter {adapter.folder}")
     cast_weights(model.llm, dtype)
     model.requires_grad_(False).eval()

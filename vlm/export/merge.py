@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -24,8 +24,10 @@ from vlm.errors import CheckpointError
 from vlm.faults import fault
 from vlm.inference.load import choose_device
 from vlm.logs import Progress, log, warn
+from vlm.models.config import QuantizationConfig
 from vlm.models.decoders import is_transposed
 from vlm.models.native import is_native
+from vlm.models.quantize import names_of_packed, rounded
 from vlm.models.tokenizer_files import SETTINGS, VOCABULARY, read_json
 from vlm.models.weight_files import LazyTensors, WeightFiles, joined
 from vlm.precision import DTYPES
@@ -54,7 +56,8 @@ def merge_folder(
     """Add adapters to a base model's weights and write a folder that loads as the base does.
 
     Peak memory is one file of weights (`max_shard_size`, or the largest tensor) and the adapters. Weights are
-    added in float32 and rounded once. The folder appears complete or not at all.
+    added in float32 and rounded once. Where an adapter is of an export that was trained beside packed weights (QLoRA),
+    it is added to the values of these. The folder appears complete or not at all.
 
     Args:
         base: a language model or any other model in transformers' layout, with safetensors.
@@ -75,7 +78,8 @@ def merge_folder(
     files, settings = _open_base(folder), read_json(folder / "config.json")
     model = _shape_of(folder, settings)
     adapters, head = _split_head(model, files, adapters)
-    tensors = merged(files, adapters, _transposed(model, files, adapters), device)
+    transposed = _transposed(model, files, adapters)
+    tensors = merged(_as_packed(model, files, adapters, transposed), adapters, transposed, device)
     tensors = joined(tensors, head)
     formats = {name: _format(files.dtypes.get(name, "F32"), dtype) for name in tensors}
     bits = {name: _bits(files.dtypes.get(name, "F32"), formats[name]) for name in tensors}
@@ -139,6 +143,37 @@ def _transposed(model: nn.Module | None, files: WeightFiles, adapters: Sequence[
     else:
         wanted = [name for each in adapters if each.settings.get("fan_in_fan_out") for name in each.layers]
     return set(match_names(wanted, _modules(files)).values())
+
+
+def _as_packed(
+    model: nn.Module | None, files: WeightFiles, adapters: Sequence[PeftAdapter], transposed: Collection[str]
+) -> LazyTensors:
+    """The base's tensors [...]; of layers that were packed while an adapter trained, the packed weights' values."""
+    configs = {adapter.folder: config for adapter in adapters if (config := _quantization(adapter))}
+    if not configs:
+        return files
+    place, config = next(iter(configs.items()))
+    if model is None or any(other != config for other in configs.values()):
+        what = "is of a class with code of its own" if model is None else "would be packed in two ways"
+        raise CheckpointError(
+            f"{place} was trained beside packed weights ({config.format}), and the base model {what}, so what the "
+            "adapter belongs to is not known. Merge it by vlm export RUN --full"
+        )
+    log(f"{place} was trained beside {config.format} weights: the base model's linear layers take their values")
+    cpu = torch.device("cpu")
+    modules = set(match_names(names_of_packed(model, config, cpu), _modules(files)).values())
+
+    def read(name: str) -> Tensor:
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or module not in modules:
+            return files[name]
+        return rounded(files[name].float(), config, cpu, module in transposed)
+
+    return LazyTensors(files.shapes, read)
+
+
+def _quantization(adapter: PeftAdapter) -> QuantizationConfig | None:
+    return read_manifest(adapter.folder.parent).model.llm.quantization if _is_of_export(adapter) else None
 
 
 def _split_head(

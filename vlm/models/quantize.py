@@ -63,8 +63,30 @@ def round_linears(llm: Any, config: QuantizationConfig, device: torch.device) ->
     """
     for module in _fitting(llm, config, device, "model.llm.quantization")[0].values():
         weight: Any = module.weight
-        rounded = unpacked(_packed(module, config, weight.dtype).to(device)).to(weight.device, weight.dtype)
-        weight.copy_(rounded.T if is_transposed(module) else rounded)
+        weight.copy_(rounded(weight, config, device, is_transposed(module)))
+
+
+def names_of_packed(llm: Any, config: QuantizationConfig, device: torch.device) -> list[str]:
+    """The linear layers that `pack_linears` packs, by their names inside `llm`, which may be on the meta device."""
+    return list(_fitting(llm, config, device, "model.llm.quantization")[0])
+
+
+@torch.no_grad()
+def rounded(weight: Tensor, config: QuantizationConfig, device: torch.device, is_transposed: bool = False) -> Tensor:
+    """The values that a linear layer's weight has once it is packed, in its dtype and on its device.
+
+    Args:
+        weight: [out, in], or [in, out] where it is transposed.
+        device: where it is rounded.
+
+    Returns:
+        of the same shape.
+    """
+    plain = (weight.T if is_transposed else weight).contiguous()
+    linear = nn.Linear(plain.shape[1], plain.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(plain, requires_grad=False)
+    values = unpacked(_packed(linear, config, weight.dtype).to(device)).to(weight.device, weight.dtype)
+    return values.T if is_transposed else values
 
 
 def unpacked(layer: Any) -> Tensor:
