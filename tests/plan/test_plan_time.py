@@ -9,7 +9,9 @@ import bench_plan_time
 import pytest
 import torch
 from conftest_plan import changed
+from PIL import Image
 
+from vlm.batch import ImageSpec
 from vlm.cli.main import main
 from vlm.errors import ConfigError
 from vlm.plan import measure
@@ -18,6 +20,7 @@ from vlm.plan.cost import Attention, Load, Product, Sweep
 from vlm.plan.estimate import GIB, Plan, estimate
 from vlm.plan.link import measure_link
 from vlm.plan.machine import DATA_SHEETS, Machine, machine_of_sheet
+from vlm.plan.records import _draft_share, _pixels_of
 from vlm.plan.report import alternatives_table, full_report, time_lines
 from vlm.plan.step_time import Records, RunTime, full_row, run_time, step_parts
 
@@ -91,6 +94,29 @@ def test_hours_follow_from_steps_or_from_the_data(config, plan):
     assert run_time(epochs, plan, MACHINE, None).hours is None
     known = run_time(epochs, plan, MACHINE, Records(num_records=1000, num_rows=200, row=ROW))
     assert (known.num_steps, known.samples) == (150, 20)  # 4 rows a step of 5 records each
+
+
+def test_with_drop_last_an_epoch_has_the_steps_that_its_rows_fill(config, plan):
+    rows = Records(num_records=100, num_rows=18, row=ROW)  # 4 rows a step
+    for drop_last, steps in ((False, 5), (True, 4)):
+        changes = changed(config, train={"max_steps": None, "epochs": 3}, data={"drop_last": drop_last})
+        assert run_time(changes, plan, MACHINE, rows).num_steps == 3 * steps
+
+
+def test_a_draft_of_a_jpeg_reads_all_bits_and_makes_fewer_pixels():
+    """The rates of docs/benchmarks.md, for an encoder that sees 336 pixels: 1/2 of 1600 x 1200, 1/4 of 4000 x 3000."""
+    spec = ImageSpec(size=336, mean=(0.5,) * 3, std=(0.5,) * 3, num_tokens=1)
+    shares = [_draft_share(size, spec) for size in ((640, 480), (1600, 1200), (4000, 3000))]
+    assert shares == pytest.approx([1, 0.31, 0.1375])
+
+
+def test_the_files_that_a_draft_shrinks_are_jpegs(tmp_path):
+    spec = ImageSpec(size=16, mean=(0.5,) * 3, std=(0.5,) * 3, num_tokens=1)
+    paths = [str(tmp_path / f"a.{ending}") for ending in ("jpg", "png")]
+    for path in paths:
+        Image.new("RGB", (64, 64)).save(path)
+    assert _pixels_of(paths, None) == [4096, 4096]
+    assert _pixels_of(paths, spec) == pytest.approx([4096 * 0.31, 4096])
 
 
 def test_an_image_is_read_by_the_pixels_of_its_file(config, plan):

@@ -258,14 +258,14 @@ def _decode(
     with _open(source) as image:
         _check_size(image.size, max_pixels, label)
         if draft_for is not None and not draft_for.reads_size:
-            image.draft(None, _draft_size(image.size, draft_for))  # of other formats than JPEG nothing changes
+            image.draft(None, draft_size(image.size, draft_for))  # of other formats than JPEG nothing changes
         image.load()
         rgb = _to_rgb(_upright(image), background)
         _tell_of_animation(image, label)  # looks at the second frame, so only now
         return rgb
 
 
-def _draft_size(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+def draft_size(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
     """Width and height that an image of `size` must have at least when it is decoded: twice those it is resized to, as
     for Pillow's thumbnails, for the encoder that sees most."""
     widths, heights = zip(*(_twice_resized(size, member) for member in spec.members), strict=True)

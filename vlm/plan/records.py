@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from vlm.batch import ImageSpec
 from vlm.config import RunConfig
 from vlm.data.build import build_conversation_tokenizer, build_reader
-from vlm.data.images import upright_size
+from vlm.data.images import draft_size, upright_size
 from vlm.data.packing import pack_in_windows
 from vlm.errors import RecordError, VLMError
 from vlm.models.build import build_image_spec
@@ -22,6 +23,7 @@ from vlm.plan.step_time import Records
 
 SAMPLE = 512  # records that are read; one window of packing
 _IMAGES = 128  # whose headers are read
+_UNPACKING = 0.08  # share of decoding a JPEG that is done at any scale; from the rates in docs/benchmarks.md
 _BINS = 12  # lengths of records are counted in so many classes
 
 
@@ -42,6 +44,7 @@ def _read_some(config: RunConfig) -> Records | str:
     if missing:
         return f"{missing[0]} does not exist"
     spec = build_image_spec(config.model)
+    draft_for = None if spec is None or spec.reads_size or not data.jpeg_draft else spec
     tokenizer = load_tokenizer(config.model.llm.path, config.model.trust_remote_code)
     image_id = None if spec is None else tokenizer.get_vocab()[IMAGE_TOKEN]
     tokens = build_conversation_tokenizer(data, tokenizer, spec, image_id)
@@ -50,7 +53,7 @@ def _read_some(config: RunConfig) -> Records | str:
     rng = np.random.default_rng(config.seed)
     chosen = rng.choice(len(weights), min(SAMPLE, len(weights)), replace=False, p=weights / weights.sum())
     found: list[tuple[int, int, int]] = []
-    pixels: list[int] = []
+    pixels: list[float] = []
     looked_at = 0
     for number in chosen:
         if len(found) >= SAMPLE:  # of long texts, which are cut
@@ -62,7 +65,7 @@ def _read_some(config: RunConfig) -> Records | str:
             continue
         for _, example in pieces:
             found += [(len(each.input_ids), len(each.images), each.num_supervised) for each in example.branches]
-            pixels += _pixels_of(example.images) if len(pixels) < _IMAGES else []
+            pixels += _pixels_of(example.images, draft_for) if len(pixels) < _IMAGES else []
     if not found:
         return "none of the records that were looked at can be used"
     lengths, images, supervised = np.array(found, dtype=np.int64).T
@@ -81,13 +84,25 @@ def _read_some(config: RunConfig) -> Records | str:
     return Records(num_records, num_records * rows / len(found), row)
 
 
-def _pixels_of(images: Sequence[str | bytes]) -> list[int]:
-    """Of each image file whose header can be read."""
+def _pixels_of(images: Sequence[str | bytes], draft_for: ImageSpec | None) -> list[float]:
+    """Of each image file whose header can be read; of a JPEG at reduced scale, those that take as long."""
     found = []
     for image in images:
         with suppress(RecordError):  # training skips and names its record
-            found.append(math.prod(upright_size(image)))
+            size = upright_size(image)
+            found.append(math.prod(size) * (_draft_share(size, draft_for) if draft_for and _is_jpeg(image) else 1.0))
     return found
+
+
+def _is_jpeg(image: str | bytes) -> bool:
+    return image.startswith(b"\xff\xd8") if isinstance(image, bytes) else image.lower().endswith((".jpg", ".jpeg"))
+
+
+def _draft_share(size: tuple[int, int], spec: ImageSpec) -> float:
+    """Of the time that decoding a JPEG of that width and height takes, with `data.jpeg_draft`."""
+    possible = min(side // least for side, least in zip(size, draft_size(size, spec), strict=True))
+    scale = next((scale for scale in (8, 4, 2) if scale <= possible), 1)
+    return _UNPACKING + (1 - _UNPACKING) / scale**2
 
 
 def _histogram(lengths: np.ndarray, rows: int) -> tuple[tuple[float, float], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from vlm.config import RunConfig
@@ -57,9 +58,20 @@ def run_time(config: RunConfig, plan: Plan, machine: Machine, records: Records |
     row = full_row(config, plan.shape) if records is None else records.row
     steps = config.train.max_steps
     if steps is None and records is not None:
-        steps = max(1, round((config.train.epochs or 1) * records.num_rows / rows))
+        steps = _steps_in(config.train.epochs or 1, round(records.num_rows) / rows, config.data.drop_last)
     samples = None if records is None else records.num_records / records.num_rows * rows
     return RunTime(step_parts(config, plan, machine, row), samples, steps)
+
+
+def _steps_in(epochs: float, steps: float, drop_last: bool) -> int:
+    """Optimizer steps, as `BatchStream.steps_in` counts them; `steps` is what the rows of one epoch fill.
+
+    >>> _steps_in(3, 4.5, drop_last=False), _steps_in(3, 4.5, drop_last=True), _steps_in(0.5, 4.5, drop_last=False)
+    (15, 12, 3)
+    """
+    each = math.floor(steps) if drop_last else math.ceil(steps)
+    whole = math.floor(epochs)
+    return max(1, whole * each + math.ceil((epochs - whole) * each))
 
 
 def full_row(config: RunConfig, shape: ModelShape) -> Load:
