@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 from vlm.batch import IGNORE_INDEX, Example
 from vlm.data.collate import Collator
 from vlm.data.config import SourceConfig
-from vlm.data.conversation import IMAGE, Turn
+from vlm.data.conversation import IMAGE, Preference, Turn
 from vlm.data.parse import parse_record
 from vlm.data.preferences import parse_judged, parse_preference
+from vlm.data.records import open_source
 from vlm.data.sharing import Shares, find_pair_stem
-from vlm.errors import RecordError
+from vlm.errors import DataError, RecordError
 from vlm.models.segments import find_segments
 
 X = IGNORE_INDEX
@@ -67,6 +70,18 @@ def test_columns_rename_what_a_preference_is_made_of():
     source = SourceConfig(path="x.json", columns={"chosen": "preferred_text", "rejected": "other", "prompt": "ask"})
     pair = parse_preference({"ask": "Q", "preferred_text": "good", "other": "bad"}, source)
     assert (pair.turns[-1].text, pair.rejected[-1].text, pair.unread) == ("good", "bad", ())
+
+
+def test_a_ranking_of_llama_factory_is_read_where_pairs_are(tmp_path: Path):
+    entry = {"file_name": "pairs.json", "ranking": True, "columns": {"prompt": "ask", "chosen": "y", "rejected": "n"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"pairs": entry}))
+    (tmp_path / "pairs.json").write_text(json.dumps([{"ask": "Q", "y": "good", "n": "bad"}]))
+    source = SourceConfig(path=str(tmp_path / "dataset_info.json"))
+    pair = open_source(source, tmp_path, reads="preference").conversation(0)
+    assert isinstance(pair, Preference)
+    assert (pair.turns[-1].text, pair.rejected[-1].text) == ("good", "bad")
+    with pytest.raises(DataError, match="ranking: true, a data set of replies to be compared, for objective dpo"):
+        open_source(source, tmp_path)
 
 
 REFUSED = [

@@ -14,23 +14,26 @@ from vlm.logs import warn
 # their name of a column -> ours, per formatting, with the key that stands there if the entry names none
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 _SHAREGPT = {"messages": "conversations"}
-_COMMON = ("history", "system", "images")
+_COMMON = ("history", "system", "images", "chosen", "rejected", "kto_tag")
 _TAGS = {"role_tag": "from", "content_tag": "value"}
 _ROLE_TAGS = {
     "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "user", "function_tag": "assistant",
     "system_tag": "system",
 }  # fmt: skip
 _READ = ("file_name", "formatting", "columns", "tags", "ranking")
-_UNREAD_COLUMNS = ("videos", "audios", "tools", "chosen", "rejected", "kto_tag")  # judged record by record
+_UNREAD_COLUMNS = ("videos", "audios", "tools")  # judged record by record
 
 
-def resolve_dataset_info(config: SourceConfig) -> SourceConfig:
+def resolve_dataset_info(config: SourceConfig, reads: str = "conversation") -> SourceConfig:
     """The source that an entry of a dataset_info.json describes; any other source as it is.
 
     Columns and roles that `config` names itself count before those of the entry.
 
+    Args:
+        reads: what the records must be, as the objective says.
+
     Raises:
-        DataError: `dataset` is missing, or names none; the entry names no file, or pairs to be compared.
+        DataError: `dataset` is missing, or names none; the entry names no file, or pairs where others are read.
     """
     path = Path(config.path)
     is_listed = (
@@ -49,8 +52,10 @@ def resolve_dataset_info(config: SourceConfig) -> SourceConfig:
     where = f"{path}, entry {name}"
     if not entry.get("file_name"):
         raise DataError(f"{where}: names no file on disk (file_name), and nothing is fetched")
-    if entry.get("ranking"):
-        raise DataError(f"{where}: ranking: true, a data set of replies to be compared, which is not trained on")
+    if entry.get("ranking") and reads != "preference":
+        raise DataError(
+            f"{where}: ranking: true, a data set of replies to be compared, for objective dpo, orpo or simpo"
+        )
     unread = [key for key in entry if key not in _READ]
     if unread:
         warn(f"data: {where}: not read: {', '.join(f'{key}: {json.dumps(entry[key])[:60]}' for key in unread)}")

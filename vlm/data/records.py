@@ -149,7 +149,7 @@ def open_source(
     Raises:
         DataError: the file is missing, empty or of an unknown kind; the images folder is missing.
     """
-    config = resolve_dataset_info(config)
+    config = resolve_dataset_info(config, reads)
     path = Path(config.path)
     root = Path(config.images) if config.images is not None else path if path.is_dir() else path.parent
     index = SOURCES.get(source_kind(path), open_index)(path, cache, name)
