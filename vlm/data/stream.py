@@ -8,7 +8,7 @@ import json
 import math
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -320,6 +320,13 @@ class EvalBatches:
             start = (number * self.num_data_ranks + self.data_rank) * self.batch_size
             rows: list = [self.rows[i] if i < len(self.rows) else () for i in range(start, start + self.batch_size)]
             yield read_batch(self.scan, rows, self.collator)
+
+    def by_source(self) -> dict[str, EvalBatches]:
+        """The batches of each source by its name, where rows hold records of one source each."""
+        rows: dict[str, list[np.ndarray]] = {}
+        for row in self.rows:
+            rows.setdefault(self.scan.reader.locate(int(row[0]))[0].name, []).append(row)
+        return {name: replace(self, rows=some) for name, some in rows.items()}
 
 
 def read_batch(scan: Scan, rows: list, collator: Collator) -> Batch:
