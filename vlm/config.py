@@ -61,6 +61,9 @@ class RunConfig(Section):
             raise ValueError("data.cache_features needs a frozen encoder, but model.trainable names vision; drop one")
         if reason := self.engine.why_not_optimizer(self.train) or self.engine.why_not_tuned(self.model, self.train):
             raise ValueError(reason)
+        names = [task.name for task in self.evaluation.tasks]
+        if unknown := [name for name in self.train.eval_tasks if name not in names]:
+            raise ValueError(f"train.eval_tasks: {unknown[0]} is no name of evaluation.tasks, which are {names}")
         if self.train.is_paged and self.engine.keeps_optimizer_on_host:
             raise ValueError(
                 f"train.optimizer {self.train.optimizer} pages GPU memory, but engine.offload keeps the optimizer in "

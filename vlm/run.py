@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +18,14 @@ from vlm.data.image_order_counts import count_image_orders
 from vlm.data.skips import SkipLog
 from vlm.distributed import gather_objects, is_main, main_first, on_main, process_group, rank, world_size
 from vlm.errors import ConfigError, DataError, VLMError
+from vlm.evaluation.during import build_measure, tasks_during
+from vlm.evaluation.gate import refuse
+from vlm.inference.load import LoadedModel
 from vlm.launch import ignored_settings, launched_size
 from vlm.logs import copied_to, log, log_level, warn
 from vlm.models.build import build_encoder
 from vlm.models.llm import IMAGE_TOKEN, load_tokenizer
+from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.lm import LanguageModelingConfig
 from vlm.plan.estimate import estimate
 from vlm.precision import autocast_dtype
@@ -39,14 +43,15 @@ from vlm.proof.prove import prove, prove_run
 from vlm.proof.records import choose
 from vlm.schema import chosen_kinds, section_defaults
 from vlm.settle import CACHE_FEATURES, FIRST_WITH_BALANCE, FIRST_WITH_SHARING, VISION_COMPUTE, settle_precision
+from vlm.train.best import BestSoFar
 from vlm.train.checkpoint import checkpoint_of, newest_verified, read_info, set_later_aside
 from vlm.train.engines.device import choose_device
 from vlm.train.engines.kinds import kind_of_launch
-from vlm.train.events import RunEvents
+from vlm.train.events import Measured, RunEvents
 from vlm.train.features import fill_with_all_ranks
 from vlm.train.interrupt import StopRequest
 from vlm.train.loop import Every, TrainLoop
-from vlm.train.metrics import Reporter, plot_loss
+from vlm.train.metrics import Reporter, plot_loss, read_metrics
 from vlm.train.optim import build_schedule
 from vlm.train.profile import StepProfile
 from vlm.train.reference import REFERENCE, with_reference, with_reference_of
@@ -109,6 +114,8 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
             parts = replace(parts, start_step=state.load(checkpoint))
             log(f"resuming after step {parts.start_step} from {checkpoint}")
         run.write_config(config_text)  # not before: a refused resume leaves the run as it was
+        failed_gates: list[str] = []
+        done = max(parts.start_step, parts.max_steps)
         if parts.start_step < parts.max_steps:
             if config.objective.needs_reference:
                 began = {"identity": identity, "start": start}
@@ -124,14 +131,16 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
                     steps = {"start_step": parts.start_step, "max_steps": parts.max_steps, "num_steps": profile_steps}
                     loop.events.append(Every(1, StepProfile(run.path, device, **steps)))
                 try:
-                    loop.run(parts.start_step)
+                    done = loop.run(parts.start_step)
                 finally:
                     events.close()
             if is_main():
                 _plot(run.path)
+            failed_gates = events.failed_gates
         elif parts.start_step > parts.max_steps:
             log(f"nothing to train: the run is beyond train.max_steps {parts.max_steps} already")
-        log(f"done: {max(parts.start_step, parts.max_steps)} steps in {run.path}; next: vlm export {run.path}")
+        log(f"done: {done} steps in {run.path}; next: vlm export {run.path}")
+        refuse(failed_gates)
         return run.path
 
 
@@ -290,6 +299,8 @@ def _build_loop(
         assemble=lambda checkpoint: assemble_checkpoint(config, checkpoint, parts.device),
         held_out=data.held_out,
         counted=config.objective.counted,
+        measure=_build_measure(parts) if settings.eval_tasks else None,
+        best=_best_so_far(parts, run),
     )
     loop = TrainLoop(
         engine=parts.engine,
@@ -303,9 +314,49 @@ def _build_loop(
         events=events.periodic(),
         save_every=settings.save_every,
         max_bad_steps=settings.max_bad_steps,
+        is_over=events.is_over,
         thaw={str(part): step for part, step in settings.thaw.items()},
     )
     return loop, events
+
+
+def _build_measure(parts: Prepared) -> Callable[[VisionLanguageModel], Measured]:
+    """Of `train.eval_tasks`."""
+    config, built = parts.config, parts.built
+    tokenizer = parts.data.conversation_tokenizer
+
+    def loaded_of(model: VisionLanguageModel) -> LoadedModel:
+        return LoadedModel(
+            model=model,
+            tokenizer=built.tokenizer,
+            conversation_tokenizer=tokenizer,
+            image_spec=built.image_spec,
+            image_token_id=built.image_token_id,
+            config=config.model,
+            system=config.data.system,
+            device=parts.device,
+            compute_dtype=autocast_dtype(config.train.precision) or torch.float32,
+        )
+
+    tasks = tasks_during(config.evaluation, config.train.eval_tasks, config.train.eval_records)
+    return build_measure(tasks, Path(config.data.cache), tokenizer, loaded_of)
+
+
+def _best_so_far(parts: Prepared, run: RunFolder) -> BestSoFar | None:
+    """What of `train.keep_best` was measured before, where a run is resumed. Raises ConfigError if it never will be."""
+    name = parts.config.train.keep_best
+    if name is None:
+        return None
+    if name == "held_out_loss" and parts.data.held_out is None:
+        raise ConfigError(
+            "train.keep_best is held_out_loss, but nothing is held out: set data.held_out or data.eval_sources"
+        ).on_every_rank()
+    tasks = {task.name: task for task in parts.config.evaluation.tasks}
+    task = tasks.get(name) or tasks.get(name.rpartition(".")[0])
+    best = BestSoFar(name, lower_is_better=task is None or task.lower_is_better)
+    metrics = run.path / "metrics.jsonl"
+    best.add_lines(on_main(lambda: [*read_metrics(metrics)] if metrics.is_file() else []))
+    return best
 
 
 def _plot(run: Path) -> None:

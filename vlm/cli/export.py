@@ -19,7 +19,8 @@ def export(
     out: Annotated[Path | None, typer.Argument(help="Where it goes; default: RUN/export, or RUN/export-full.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Write everything merged, not only what trained.")] = False,
     checkpoint: Annotated[
-        str | None, typer.Option(help="A step, such as 500 or step-000500; default: the newest. 检查点的步数。")
+        str | None,
+        typer.Option(help="A step, such as 500, or best; default: the newest. 检查点的步数。"),
     ] = None,
     dtype: Annotated[
         Literal["auto", "fp16", "bf16", "fp32"],
@@ -33,7 +34,7 @@ def export(
     """Write a checkpoint of a run in the form that chat, serving and the next stage load."""
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run} is no run folder: it holds no config.yaml. Name the output_dir of a training run")
-    step = None if checkpoint is None else step_of(checkpoint)
+    step = _best_of(run) if checkpoint == "best" else None if checkpoint is None else step_of(checkpoint)
     if format == "pth":
         if max_shard_size is not None:
             raise ConfigError("--max-shard-size does not go with --format pth, which writes one file: drop one")
@@ -44,6 +45,17 @@ def export(
     from vlm.export.run import export_run
 
     print(export_run(run, out, full=full, max_shard_size=max_shard_size or "5GB", dtype=dtype, step=step))
+
+
+def _best_of(run: Path) -> int:
+    from vlm.train.checkpoint import best_step
+
+    step = best_step(run)
+    if step is None:
+        raise CheckpointError(
+            f"{run} has no best checkpoint, as train.keep_best makes one; `vlm ckpt ls {run}` lists all"
+        )
+    return step
 
 
 def step_of(checkpoint: str) -> int:

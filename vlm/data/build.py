@@ -230,16 +230,23 @@ def build_eval_batches(scan: Scan, numbers: np.ndarray, config: DataConfig, stre
     if len(numbers) == 0:
         return None
     lengths, num_images = scan.sizes_in_row(stream.order.shares_images)
-    rows = pack_in_windows(
-        numbers,
-        lengths,
-        num_images,
-        max_length=config.max_length,
-        max_images=config.max_images,
-        window=config.pack_window if config.packing else 1,
-        seed=[0],
-        shares=scan.shares if stream.order.shares_images else None,
-    )
+    by_source: dict[str, list[int]] = {}  # no row holds records of two, so that each source has a loss of its own
+    for number in numbers:
+        by_source.setdefault(scan.reader.locate(int(number))[0].name, []).append(int(number))
+    rows = [
+        row
+        for some in by_source.values()
+        for row in pack_in_windows(
+            np.asarray(some, dtype=numbers.dtype),
+            lengths,
+            num_images,
+            max_length=config.max_length,
+            max_images=config.max_images,
+            window=config.pack_window if config.packing else 1,
+            seed=[0],
+            shares=scan.shares if stream.order.shares_images else None,
+        )
+    ]
     return EvalBatches(scan, rows, stream.collator, stream.micro_batch_size, stream.data_rank, stream.num_data_ranks)
 
 

@@ -333,6 +333,13 @@ class EvalBatches:
         start = (number * self.num_data_ranks + self.data_rank) * self.batch_size
         return [self.rows[i] if i < len(self.rows) else () for i in range(start, start + self.batch_size)]
 
+    def by_source(self) -> dict[str, EvalBatches]:
+        """The batches of each source by its name, where rows hold records of one source each."""
+        rows: dict[str, list[np.ndarray]] = {}
+        for row in self.rows:
+            rows.setdefault(self.scan.reader.locate(int(row[0]))[0].name, []).append(row)
+        return {name: replace(self, rows=some) for name, some in rows.items()}
+
 
 def read_batch(scan: Scan, rows: list, collator: Collator) -> Batch:
     """Read the records of `rows` (record numbers) and collate them. Records that broke since the scan are skipped."""

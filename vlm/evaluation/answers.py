@@ -46,7 +46,8 @@ def write_answers(
     Args:
         cache: where features of images come from.
         on_answer: called with a question's place among `questions` as soon as it is answered; not in their order.
-        max_running: answers written at the same time; None takes what suits the device.
+        max_running: answers written at the same time, whatever memory is free; None takes what suits the device and
+            its free memory.
 
     Raises:
         RecordError: an image cannot be read, or a prompt and its answer are longer than the model reads.
@@ -54,7 +55,6 @@ def write_answers(
     """
     if not questions:
         return []
-    max_running = max_running or MAX_RUNNING.get(loaded.device.type, 16)
     places = _same(questions, is_sampled=settings.temperature > 0)
     writer = _Writer(loaded, questions, cache, settings, on_answer, [places[key] for key in places])
     writer.run(max_running)
@@ -89,9 +89,12 @@ class _Writer:
         self.answers: dict[int, Answer] = {}
         self.errors: list[tuple[OpenQuestion, Exception]] = []
 
-    def run(self, max_running: int) -> None:
+    def run(self, at_once: int | None) -> None:
         longest = max(self._num_tokens(question) for question in self.questions)
-        budget = min(fitting_tokens(self.loaded, max_running), max_running * round_up(longest))
+        max_running = at_once or MAX_RUNNING.get(self.loaded.device.type, 16)
+        budget = max_running * round_up(longest)
+        if at_once is None:
+            budget = min(budget, fitting_tokens(self.loaded, max_running))
         if round_up(longest) > budget:
             raise ConfigError(
                 f"the longest prompt and its answer take {longest:,} tokens, the memory that is free holds {budget:,}: "
@@ -170,7 +173,7 @@ class _Writer:
             None,
             settings.max_new_tokens,
             self.loaded.conversation_tokenizer.stop_ids,
-            SamplingSettings(settings.temperature, settings.top_p, seed=seed if settings.temperature else None),
+            SamplingSettings(settings.temperature, settings.top_p, seed=seed),
             on_token,
             on_end,
             SharedPrompt(embeddings),

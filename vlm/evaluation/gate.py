@@ -39,7 +39,7 @@ def refuse(problems: Sequence[str]) -> None:
             "are no better than shuffled ones, it does not use them. Usual causes: the projector was not loaded or not "
             "trained, another layer or normalisation than in training, or images that belong to other records. The "
             "figures are written all the same; `vlm data preview` shows the records, `vlm prove` the model"
-        )
+        ).on_every_rank()  # those of a run all measure
 
 
 def _problems(gate: GateConfig, row: Row, lower_is_better: bool) -> list[str]:

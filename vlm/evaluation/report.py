@@ -112,12 +112,16 @@ class TaskResult:
     problems: list[str]
 
 
-def measure(loaded: LoadedModel, config: EvaluationConfig, cache: Path) -> list[TaskResult]:
-    """Measure every task. Images are encoded once for all tasks that fit in memory."""
+def measure(loaded: LoadedModel, config: EvaluationConfig, cache: Path, at_once: int | None = None) -> list[TaskResult]:
+    """Measure every task. Images are encoded once for all tasks that fit in memory.
+
+    Args:
+        at_once: answers written at the same time; None takes what suits the device and its free memory.
+    """
     features = FeatureCache(loaded)
     results = []
     for task in config.tasks:
-        rows = _run_task(loaded, task, features, config.seed, cache)
+        rows = _run_task(loaded, task, features, config.seed, cache, at_once)
         results.append(TaskResult(task, rows, gate_problems(task, rows)))
     return results
 
@@ -134,7 +138,9 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     print(markdown)
 
 
-def _run_task(loaded: LoadedModel, task: TaskConfig, features: FeatureCache, seed: int, cache: Path) -> list[Row]:
+def _run_task(
+    loaded: LoadedModel, task: TaskConfig, features: FeatureCache, seed: int, cache: Path, at_once: int | None
+) -> list[Row]:
     questions = read_task(task, loaded.conversation_tokenizer, cache, seed)
     shown = [image for question in questions for image in question.images]
     # an image that takes another number of tokens cannot stand in the place of this one
@@ -146,7 +152,7 @@ def _run_task(loaded: LoadedModel, task: TaskConfig, features: FeatureCache, see
         white = _blank_image()
         blanked = [replace(question, images=(white,) * len(question.images)) for question in questions]
     # together: what is asked of an image as its own and as another's is computed once
-    answers = iter(_ask(loaded, task, [*questions, *swapped, *blanked], features, seed))
+    answers = iter(_ask(loaded, task, [*questions, *swapped, *blanked], features, seed, at_once))
     own, shuffled, blank = (
         _figures(task, some, list(islice(answers, len(some))), f"{which} images") if some else {}
         for which, some in (("own", questions), ("shuffled", swapped), ("blank", blanked))
@@ -160,8 +166,9 @@ def _run_task(loaded: LoadedModel, task: TaskConfig, features: FeatureCache, see
 
 
 def _ask(
-    loaded: LoadedModel, task: TaskConfig, questions: Sequence[Any], features: FeatureCache, seed: int
-) -> list[Any]:
+    loaded: LoadedModel, task: TaskConfig, questions: Sequence[Any], features: FeatureCache, seed: int,
+    at_once: int | None,
+) -> list[Any]:  # fmt: skip
     """The scores of each question's replies, or the text that the model writes."""
     settings, answered = task.writing(seed), 0
     with Progress(f"evaluation: {task.name}:", len(questions), "questions") as progress:
@@ -175,7 +182,8 @@ def _ask(
         if settings is None:
             answers = score_candidates(loaded, questions, features, on_progress=progress.show)
         else:
-            answers = [answer.text for answer in write_answers(loaded, questions, features, settings, on_answer)]
+            written = write_answers(loaded, questions, features, settings, on_answer, at_once)
+            answers = [answer.text for answer in written]
     log(f"evaluation: {task.name}: {len(questions)} questions, {progress.seconds:.1f} s")
     return answers
 

@@ -30,6 +30,7 @@ from vlm.logs import warn
 FORMAT_VERSION = 2  # 1 had whole tensors of one rank in weights.safetensors; it is still read
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
+_BEST = "best"  # a file with the name of the best checkpoint, beside `latest`
 _NEWER = "format version"  # how `verify` begins when a checkpoint is not damaged but of a newer program
 
 
@@ -94,6 +95,20 @@ def _make_latest(run: Path, final: Path, keep_last: int) -> None:
     write_atomically(final.parent / "latest", final.name)
     fault("save:prune")
     _prune(run, keep_last)
+
+
+def mark_best(run: Path, step: int) -> None:
+    """Keep the checkpoint of `step` until another one is marked, however many are written after it."""
+    write_atomically(run / "checkpoints" / _BEST, checkpoint_folder(run, step).name)
+
+
+def best_step(run: Path) -> int | None:
+    """Of the checkpoint that is marked as the best and there; None if there is none."""
+    try:
+        name = (run / "checkpoints" / _BEST).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return next((_step_of(path) for path in _steps(run) if path.name == name), None)
 
 
 def newest_verified(run: Path) -> Path | None:
@@ -222,7 +237,10 @@ def _write_manifest(folder: Path, step: int, info: dict[str, Any]) -> None:
 
 
 def _prune(run: Path, keep_last: int) -> None:
+    best = best_step(run)
     for path in _steps(run)[: -max(2, keep_last)]:
+        if _step_of(path) == best:
+            continue
         # renamed first: a kill in the middle of the deletion must not leave a folder that looks complete
         doomed = path.with_name(f"{_TEMPORARY}old-{path.name}-{secrets.token_hex(4)}")
         path.rename(doomed)

@@ -73,7 +73,16 @@ class TrainConfig(Section):
     on_save_failure: Literal["continue", "stop"] = "continue"
     """A full disk during a save: keep training with the old checkpoints, or stop with exit code 5."""
     eval_every: PositiveInt | None = None
-    """Steps between measurements of the held-out loss; null never."""
+    """Steps between measurements of the held-out loss and of eval_tasks; null never."""
+    eval_tasks: tuple[str, ...] = ()
+    """Names of evaluation.tasks that are measured then too."""
+    eval_records: PositiveInt = 32
+    """Records of each of them, the first of its file."""
+    keep_best: str | None = None
+    """Keep the checkpoint that is best by this, beside keep_last: held_out_loss, the name of one of eval_tasks (its
+    first figure), or TASK.FIGURE."""
+    early_stop: PositiveInt | None = None
+    """End the run after so many measurements in a row that are no better than keep_best's; null never."""
     sample_every: PositiveInt | None = None
     """Steps between sampled answers; null never."""
     samples: tuple[SampleConfig, ...] = ()
@@ -103,6 +112,16 @@ class TrainConfig(Section):
             raise ValueError("set exactly one of epochs and max_steps")
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("set warmup_steps or warmup_ratio, not both")
+        if self.eval_tasks and self.eval_every is None:
+            raise ValueError("eval_tasks without eval_every: set the steps between two measurements")
+        if self.keep_best is not None:
+            known = ["held_out_loss", *self.eval_tasks]
+            if self.keep_best not in known and not self.keep_best.startswith(tuple(f"{n}." for n in self.eval_tasks)):
+                raise ValueError(f"keep_best {self.keep_best}: expected one of {', '.join(known)}, or TASK.FIGURE")
+            if self.eval_every is None:
+                raise ValueError("keep_best without eval_every: set the steps between two measurements")
+        if self.early_stop is not None and self.keep_best is None:
+            raise ValueError("early_stop without keep_best: name what must become better")
         if self.trackers_online and not self.trackers:
             raise ValueError("trackers_online without trackers: name those that may send")
         if self.schedule == "step" and self.decay_every is None:

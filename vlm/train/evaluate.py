@@ -9,8 +9,7 @@ from vlm.train.engines.base import Engine
 
 
 def held_out_loss(engine: Engine, batches: Iterable[Batch]) -> tuple[float, int, list[Skip]]:
-    """Mean loss over all batches, each supervised token counted equally; the normalizer; the records of all data ranks
-    that could not be read."""
+    """Summed loss over all batches; the normalizer; the records of all data ranks that could not be read."""
     total, normalizer = 0.0, 0
     own: list[Skip] = []
     for read in batches:
@@ -20,4 +19,4 @@ def held_out_loss(engine: Engine, batches: Iterable[Batch]) -> tuple[float, int,
         normalizer += count
         own += batch.skipped
     skips = [skip for each in engine.gather_from_data_ranks(own) for skip in each]
-    return total / max(normalizer, 1), normalizer, skips
+    return total, normalizer, skips

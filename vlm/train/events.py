@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from vlm.batch import Batch, Skip
 from vlm.data.skips import SkipLog
-from vlm.distributed import note, on_main, together
-from vlm.errors import DataError, RecordError
+from vlm.distributed import gather_objects, note, on_main, together
+from vlm.errors import ConfigError, DataError, RecordError
 from vlm.logs import log, warn
 from vlm.models.vlm import VisionLanguageModel
+from vlm.train.best import BestSoFar
+from vlm.train.checkpoint import mark_best
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import StepOutput
 from vlm.train.evaluate import held_out_loss
@@ -26,6 +29,20 @@ from vlm.train.sampling import SampleQuestions
 from vlm.train.saving import CheckpointWriter
 
 Pixels = torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What evaluation tasks say of the model that trains."""
+
+    figures: dict[str, float]  # by the name that they have in metrics.jsonl, the first of each task under its name too
+    failed_gates: list[str]
+
+
+class HeldOut(Protocol):
+    """Held-out records. `by_source` has their batches, by the name of their source."""
+
+    def by_source(self) -> Mapping[str, Iterable[Batch]]: ...
 
 
 @dataclass
@@ -40,9 +57,13 @@ class RunEvents:
     skips: SkipLog
     questions: SampleQuestions
     assemble: Callable[[Path], VisionLanguageModel | None]  # checkpoint -> whole model; None if there is no room
-    held_out: Iterable[Batch] | None
+    held_out: HeldOut | None
     counted: str = "tokens"  # what the normalizer counts
+    measure: Callable[[VisionLanguageModel], Measured] | None = None  # train.eval_tasks; None: there are none
+    best: BestSoFar | None = None  # train.keep_best
+    failed_gates: list[str] = field(default_factory=list)  # of the last measurement
     _samples_wait: bool = False  # for the next checkpoint
+    _tasks_wait: bool = False
 
     def periodic(self) -> list[Every]:
         return [
@@ -68,14 +89,70 @@ class RunEvents:
         except DataError as error:
             raise error.on_every_rank() from None
 
+    def is_over(self) -> bool:
+        """Whether train.early_stop ends the run. Alike on all ranks."""
+        patience = self.settings.early_stop
+        return patience is not None and self.best is not None and self.best.num_since >= patience
+
     def evaluate(self, step: int) -> None:
-        """Held-out loss per supervised token, or per pair or reply, into metrics.jsonl and the log."""
+        """Held-out loss per supervised token, or per pair or reply, of each source too, and the figures of tasks: into
+        metrics.jsonl and the log. Tasks that no process can measure wait for the next save."""
+        self._evaluate_loss(step)
+        if self.measure is None:
+            return
+        note(f"step {step}: evaluation tasks")
+        with self.state.engine.whole_model() as model:
+            measured = None if model is None else gather_objects(self.measure(model))[0]
+        self._tasks_wait = measured is None
+        if measured is not None:
+            self._tell(step, measured, None)
+
+    def _evaluate_loss(self, step: int) -> None:
         note(f"step {step}: held-out loss")
-        loss, count, skips = held_out_loss(self.state.engine, self.held_out or ())
-        self.skips.list_held_out(skips, step)
-        if count:
-            self.reporter.write({"step": step, "held_out_loss": loss, f"held_out_{self.counted}": count})
-            log(f"step {step}: held-out loss {loss:.4f} over {count:,} {self.counted}")
+        by_source = {} if self.held_out is None else self.held_out.by_source()
+        found: dict[str, tuple[float, int]] = {}
+        for name, batches in by_source.items():
+            total, count, skips = held_out_loss(self.state.engine, batches)
+            self.skips.list_held_out(skips, step)
+            found[name] = (total, count)
+        number = sum(count for _, count in found.values())
+        if not number:
+            return
+        loss = sum(total for total, _ in found.values()) / number
+        line: dict[str, Any] = {"step": step, "held_out_loss": loss, f"held_out_{self.counted}": number}
+        if len(found) > 1:
+            line |= {f"held_out_loss/{name}": total / count for name, (total, count) in found.items() if count}
+        self.reporter.write(line)
+        log(f"step {step}: held-out loss {loss:.4f} over {number:,} {self.counted}")
+        self._follow(step, line, None)
+
+    def _tell(self, step: int, measured: Measured, checkpoint: Path | None) -> None:
+        """
+        Args:
+            checkpoint: that was measured; None: the model as it is now.
+        """
+        if self.best is not None and self.best.name != "held_out_loss" and self.best.name not in measured.figures:
+            known = ", ".join(measured.figures)
+            raise ConfigError(f"train.keep_best {self.best.name}: measured are {known}").on_every_rank()
+        self.failed_gates = measured.failed_gates
+        line = {"step": step, **measured.figures}
+        self.reporter.write(line)
+        said = ", ".join(f"{name} {value:.4f}" for name, value in measured.figures.items())
+        log(f"step {step}: {said}")
+        self._follow(step, line, checkpoint)
+
+    def _follow(self, step: int, line: Mapping[str, Any], checkpoint: Path | None) -> None:
+        """Keep the checkpoint of this step, if it is the best so far by `train.keep_best`."""
+        best = self.best
+        if best is None or best.name not in line:
+            return
+        if best.add(step, line[best.name]):
+            checkpoint = checkpoint or self.writer.save(step, required=False, wait=True)
+            if checkpoint is not None:
+                on_main(lambda: mark_best(self.run.path, step))
+                log(f"step {step}: the best so far by {best.name}, {best.value:.4f}: kept as {checkpoint}")
+        elif self.is_over():
+            log(f"step {step}: {best.num_since} times no better than {best.name} {best.value} of step {best.step}")
 
     def sample(self, step: int) -> None:
         """Answer the configured questions, into samples.jsonl and the log. Where no process can, at the next save."""
@@ -103,14 +180,31 @@ class RunEvents:
         Returns:
             whether it is there: false too if it is still being written.
         """
-        checkpoint = self.writer.save(step, required, wait=self._samples_wait)
+        checkpoint = self.writer.save(step, required, wait=self._samples_wait or self._tasks_wait)
         if checkpoint is None:
             return False
+        if self._tasks_wait:
+            self._tasks_wait = False
+            note(f"step {step}: evaluation tasks from the checkpoint")
+            measured = on_main(lambda: self._measure_from(checkpoint, step))
+            if measured is not None:
+                self._tell(step, measured, checkpoint)
         if self._samples_wait:
             self._samples_wait = False
             note(f"step {step}: samples from the checkpoint")
             on_main(lambda: self._answer_from(checkpoint, step))
         return True
+
+    def _measure_from(self, checkpoint: Path, step: int) -> Measured | None:
+        assert self.measure is not None
+        try:
+            model = self.assemble(checkpoint)
+            if model is not None:
+                return self.measure(model)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        log(f"step {step}: train.eval_tasks are not measured, as the whole model does not fit here; vlm eval an export")
+        return None
 
     def _answer_from(self, checkpoint: Path, step: int) -> None:
         try:

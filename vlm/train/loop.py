@@ -72,15 +72,22 @@ class TrainLoop:
     events: list[Every] = field(default_factory=list)  # run in order after a step
     save_every: int = 500
     max_bad_steps: int = 0
+    is_over: Callable[[], bool] = lambda: False  # whether the run ends before `max_steps`, agreed on by all ranks
     thaw: Mapping[str, int] = field(default_factory=dict)  # part -> step, from 0, from which on it trains
 
-    def run(self, start_step: int = 0) -> None:
-        """Train from `start_step` to `max_steps` and save at the end.
+    def run(self, start_step: int = 0) -> int:
+        """Train from `start_step` to `max_steps`, or until it `is_over`, and save at the end.
+
+        Returns:
+            the number of finished steps.
 
         Raises:
             TrainingDiverged: a non-finite loss or gradient norm, beyond `max_bad_steps`. No update was made with it.
             Preempted: SIGTERM or Ctrl-C; the step in work was finished and saved.
         """
+        if self.is_over():
+            log(f"nothing to train: the run ended after step {start_step}, as train.early_stop says")
+            return start_step
         bad_steps = 0
         timer = self.engine.timer
         batches = self.stream.iterate(start_step)
@@ -101,7 +108,7 @@ class TrainLoop:
             self.report(step + 1, microbatches, output, counts, timer.read())
             for event in self.events:
                 event(step + 1)
-            finished = step + 1 == self.max_steps
+            finished = step + 1 == self.max_steps or self.is_over()
             stopping = self.stop_requested() is not None
             if finished or stopping or (step + 1) % self.save_every == 0:
                 note(f"step {step + 1}: saving")
@@ -114,6 +121,9 @@ class TrainLoop:
                     raise Preempted(
                         f"{stopped}: stopped after step {step + 1} and saved; the same command resumes there"
                     )
+                if finished:
+                    return step + 1
+        return start_step
 
     def _settle_still(self, step: int, is_first: bool) -> None:
         self.engine.still = frozenset(part for part, at in self.thaw.items() if step < at)

@@ -154,7 +154,7 @@ def plot_loss(run: Path) -> Path:
     source = run / "metrics.jsonl"
     if not source.exists():
         raise DataError(f"{source} does not exist: {run} is not a run folder, or no step was made yet")
-    lines = list(_whole_lines(source))
+    lines = list(read_metrics(source))
     training = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
     if not training:
@@ -178,8 +178,8 @@ def plot_loss(run: Path) -> Path:
     return run / "loss.png"
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """A line that is being written, or was torn by a kill or a full disk, is left out."""
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl. One that is being written, or was torn by a kill or a full disk, is left out."""
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             yield json.loads(line)
