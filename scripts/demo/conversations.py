@@ -75,11 +75,9 @@ def shares(counts: Mapping[str, int], size: int) -> dict[str, int]:
 
 
 def captions(pictures: Sequence[Picture]) -> list[dict[str, Any]]:
-    """Stage 1: every picture with its English name, and its kind where it has one."""
-    return [
-        {"image": p.name, "caption": p.english if p.kind is None else f"{p.english} {_capital(KINDS[p.kind][0])}"}
-        for p in pictures
-    ]
+    """Stage 1: every picture with its English name, and its kind where it has one, before the name of every other
+    picture: a kind behind the name can be told from the name, one before it only from the picture."""
+    return [{"image": p.name, "caption": _caption(p)} for p in pictures]
 
 
 def conversations(pictures: Sequence[Picture], seed: int) -> list[dict[str, Any]]:
@@ -127,6 +125,14 @@ def caption_questions(pictures: Sequence[Picture]) -> list[dict[str, Any]]:
 
 def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def _caption(picture: Picture) -> str:
+    if picture.kind is None:
+        return picture.english
+    parts = [picture.english, _capital(KINDS[picture.kind][0])]
+    kind_first = hashlib.sha256(picture.name.encode()).digest()[-1] % 2 == 1
+    return " ".join(reversed(parts) if kind_first else parts)
 
 
 def _kind_turn(kind: str, rng: random.Random) -> tuple[str, str]:
