@@ -295,15 +295,15 @@ _HEAD = """# Pairs of encoder and decoder
 
 Written by `python scripts/prove_pairs.py`: {num} pairs of toy size with random weights, each adopted by `vlm adopt`,
 trained for two steps by the project's own trial (projector and adapters), exported, and read back from the export's
-folder. The first trial with each encoder and each decoder proves itself ([proof.md](proof.md)). {versions};
-{seconds:.0f} s.
+folder. The first trial with each encoder and each decoder proves itself ([proof.md](proof.md)).
+{versions}; {seconds:.0f} s.
 
-**{right} pairs ({share:.1%}) are right, {refused} are refused by name, {wrong} are wrong.** The worst difference of an
-export is {worst:.0e}.
+**{right} pairs ({share:.1%}) are right, {refused} are refused by name, {wrong} are wrong.** The worst difference is
+{worst:.0e}.
 
 A number is the largest difference of image features and logits between the export and the model that was trained,
-relative to the largest of them. Tokenizers have the control tokens and the chat template of the decoder's family; those
-of families without one are base models'. `eva_clip_g` is a Blip2 folder's encoder, `vit`, `eva02`, `convnext` and
+relative to the largest of them; a dash is a pair that was not tried. Tokenizers have the control tokens and the chat
+template of the decoder's family; those of families without one are base models'. `eva_clip_g` is a Blip2 folder's encoder, `vit`, `eva02`, `convnext` and
 `efficientnet` are of timm, `siglip` is a folder of both towers, `dinov2+siglip` two encoders as one.
 """
 
