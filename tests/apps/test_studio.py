@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from vlm.apps.studio import commands, jobs, watch
+from vlm.apps.studio.chart import Curve, chart_html
 from vlm.apps.studio.draft import Draft, shown_values
 from vlm.apps.studio.form import form_html, problems_html
 from vlm.apps.studio.key import KeyGuard
@@ -199,6 +200,15 @@ def test_runs_are_drawn_over_each_other_by_their_labels(tmp_path: Path):
     assert watch.curves(runs, "loss") == {"a/pretrain": Series([1, 2], [3.0, 2.0]), "b": Series([1], [4.0])}
     assert watch.curves(runs, "none") == {}
     assert watch.numbers_of([run.path for run in runs]) == ["loss", "learning_rate"]
+
+
+def test_curves_are_drawn_from_the_first_step_to_the_last_and_what_is_not_finite_is_left_out():
+    curves = [Curve("<a>", Series([1, 3], [2.0, 1.0])), Curve("b", Series([1, 2], [float("nan"), 1.5]), 1, True)]
+    page = chart_html("loss", curves)
+    assert re.findall(r"points='([^']*)'", page) == ["64.0,17.6 628.0,208.4", "346.0,113.0"]
+    assert re.findall(r"<b>(.*?)</b>", page) == ["1", "1.5"]
+    assert "<a>" not in page
+    assert chart_html("loss", curves[:0]) == chart_html("loss", [Curve("c", Series([1], [float("inf")]))]) == ""
 
 
 def test_samples_are_shown_newest_first_and_a_torn_line_is_left_out(tmp_path: Path):

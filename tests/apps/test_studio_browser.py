@@ -114,7 +114,7 @@ def watch_stop_and_resume(page: Any, run: Path) -> None:
     page.click("#start")
     page.wait_for_selector("#table .state.running")
     page.wait_for_function("/^[2-9]/.test(document.querySelector('#table tbody td:nth-child(3)').innerText)")
-    page.wait_for_selector("#loss canvas, #loss svg.marks")
+    page.wait_for_selector("#loss polyline", state="attached")
     assert "steps: 100000" in page.inner_text("#log")
     page.click("#stop")
     page.wait_for_selector(_STOPPED)

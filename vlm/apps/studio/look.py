@@ -94,6 +94,16 @@ table.runs .bar i { display: block; height: 100%; border-radius: 3px; background
   overflow-wrap: anywhere; color: var(--body-text-color); background: none; border: 0; }
 table.samples td { white-space: normal; overflow-wrap: anywhere; }
 table.samples td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.chart { margin: 0 0 12px !important;
+  border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 8px 10px; }
+.chart figcaption { font-size: .82rem; font-weight: 600; color: var(--body-text-color); margin: 0 !important; }
+.chart svg { width: 100%; height: auto; display: block; margin: 4px 0; }
+.chart line { stroke: var(--border-color-primary); stroke-width: 1; }
+.chart polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.chart text { font: 11px var(--font); fill: var(--body-text-color-subdued); }
+.chart div { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .76rem; color: var(--body-text-color); }
+.chart div i { display: inline-block; width: 18px; margin-right: 5px; vertical-align: middle; }
+.gradio-container:not(:has(#form-rows)) #outcome { display: none; }
 #figures { overflow-x: auto; }
 #figures table { font-size: .8rem; width: 100%; border-color: var(--border-color-primary) !important; }
 #figures :is(th, td) { padding: 5px 8px !important; word-break: normal !important; overflow-wrap: normal !important;
@@ -139,18 +149,18 @@ function vlmKinds() {
 function vlmFilter() {
   const box = document.querySelector('#filter');
   const words = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
-  vlmKinds();
   for (const section of document.querySelectorAll('#form-rows > details')) {
     let any = false;
     for (const row of section.querySelectorAll('.row')) {
       const text = `${row.dataset.row} ${row.textContent}`.toLowerCase();
       const fits = words.every(word => text.includes(word));
-      if (words.length) row.classList.toggle('hidden', !fits);
+      row.classList.toggle('hidden', !fits);
       any = any || fits;
     }
     section.classList.toggle('hidden', words.length > 0 && !any);
     if (words.length && any) section.open = true;
   }
+  if (!words.length) vlmKinds();
 }
 document.addEventListener('input', event => {
   if (event.target.id === 'filter') vlmFilter();

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from vlm.apps.studio import jobs, watch
+from vlm.apps.studio.chart import Curve, chart_html
 from vlm.apps.studio.texts import tell
 from vlm.apps.studio.watch import Run
 from vlm.apps.web.texts import Language
@@ -19,8 +19,6 @@ from vlm.errors import ConfigError, VLMError
 
 Changes = dict[Any, Any]
 SECONDS = 2.0  # between two looks at the run folders
-# of curves, told apart by the colour-blind too (Okabe and Ito 2008)
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _ACTIONS = ("stop", "resume", "export", "evaluate")
 
 
@@ -33,8 +31,8 @@ class Overview:
     compare: gr.Dropdown
     number: gr.Dropdown
     buttons: dict[str, gr.Button]
-    loss: gr.LinePlot
-    second: gr.LinePlot
+    loss: gr.HTML
+    second: gr.HTML
     log: gr.HTML
     log_tab: gr.Tab
     samples: gr.HTML
@@ -65,8 +63,8 @@ def lay_out() -> Overview:
         }
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=340):
-            loss = _plot("loss", 250)
-            second = _plot("second", 210)
+            loss = gr.HTML(elem_id="loss", padding=False)
+            second = gr.HTML(elem_id="second", padding=False)
         with gr.Column(scale=5, min_width=340), gr.Tabs():
             with gr.Tab() as log_tab:
                 log = gr.HTML(elem_id="log", padding=False)
@@ -78,12 +76,6 @@ def lay_out() -> Overview:
         table, run, compare, number, buttons, loss, second, log, log_tab, samples, samples_tab, figures, figures_tab,
         gr.Timer(SECONDS),
     )  # fmt: skip
-
-
-def _plot(name: str, height: int) -> gr.LinePlot:
-    return gr.LinePlot(
-        frame_of({}), x="step", y="value", color="run", height=height, elem_id=name, tooltip="all", visible=False
-    )
 
 
 def texts_of(w: Overview, language: Language) -> Changes:
@@ -143,18 +135,21 @@ def look(w: Overview, folder: Path, label: Any, over: Any, number: Any, language
         w.compare: looked.update("compare", labels, gr.update(choices=labels)),
         w.number: looked.update("number", names, gr.update(choices=names)),
     }
-    for plot, each in ((w.loss, "loss"), (w.second, name)):
-        curves = watch.curves(drawn, each)
-        held_out = watch.curves(drawn, "held_out_loss") if each == "loss" else {}
-        curves |= {f"{label} ({tell(language, 'held_out')})": series for label, series in held_out.items()}
-        frame = frame_of(curves)
-        title = tell(language, "loss") if each == "loss" else each
-        shown = gr.LinePlot(
-            frame, x="step", y="value", color="run", y_title=title, x_title=tell(language, "step"), color_title=" ",
-            visible=len(frame) > 0, color_map=colours_of(list(curves)),
-        )  # fmt: skip
-        changes[plot] = looked.update(f"plot-{plot.elem_id}", (each, language, frame.to_json()), shown)
+    for place, each in ((w.loss, "loss"), (w.second, name)):
+        chart = _chart(drawn, each, language)
+        changes[place] = looked.update(f"chart-{place.elem_id}", chart, chart)
     return changes | _details(w, run, language, looked)
+
+
+def _chart(runs: Sequence[Run], name: str, language: Language) -> str:
+    """A number of several runs; beside the loss, the held-out loss as dashed lines."""
+    groups = {run.label: group for group, run in enumerate(runs)}
+    curves = [Curve(label, series, groups[label]) for label, series in watch.curves(runs, name).items()]
+    if name == "loss":
+        held_out = watch.curves(runs, "held_out_loss").items()
+        told = tell(language, "held_out")
+        curves += [Curve(f"{label} ({told})", series, groups[label], is_dashed=True) for label, series in held_out]
+    return chart_html(tell(language, "loss") if name == "loss" else name, curves)
 
 
 def _details(w: Overview, run: Run | None, language: Language, looked: Looked) -> Changes:
@@ -253,27 +248,6 @@ def samples_html(samples: Sequence[dict[str, Any]], language: Language) -> str:
         )
         lines += f"<tr><td>{step}</td><td>{prompt}<br><small>{image}</small></td><td>{answer}</td></tr>"
     return f"<table class='samples'><tbody>{lines}</tbody></table>"
-
-
-def frame_of(curves: dict[str, watch.Series]) -> pd.DataFrame:
-    """Columns step, value and run, a line for each point. Of no points too the columns have types: gradio draws text
-    on another kind of axis."""
-    points = [
-        (step, value, label)
-        for label, series in curves.items()
-        for step, value in zip(series.steps, series.values, strict=True)
-    ]
-    frame = pd.DataFrame(points, columns=["step", "value", "run"])
-    return frame.astype({"step": "int64", "value": "float64", "run": "str"})
-
-
-def colours_of(labels: Sequence[str]) -> dict[str, str]:
-    """One for each curve, in their order.
-
-    >>> colours_of(["a", "b"])
-    {'a': '#0072b2', 'b': '#d55e00'}
-    """
-    return {label: _COLOURS[place % len(_COLOURS)] for place, label in enumerate(labels)}
 
 
 def _logs(run: Path) -> str:
