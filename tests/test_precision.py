@@ -2,12 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
+import time
+from contextlib import ExitStack
 
 import pytest
 import torch
 from torch import nn
+from warm import started
 
 from vlm import precision
 from vlm.errors import ConfigError
@@ -90,15 +91,20 @@ def test_a_cache_that_cannot_be_written_costs_a_measurement_only(machine, monkey
     assert precision.cpu_speed() == NEWER
 
 
+def print_remembered():
+    print(precision.remember("x", lambda: [time.sleep(1), os.getpid()]))
+
+
 @pytest.mark.slow
 def test_processes_that_start_together_choose_alike(tmp_path):
     """Each would measure something else; the first one's result is everybody's."""
-    measure = "lambda: [time.sleep(1), os.getpid()]"
-    code = f"import os, time; from vlm.precision import remember; print(remember('x', {measure}))"
-    environment = {**os.environ, "VLM_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", code]
-    children = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert len({child.communicate()[0] for child in children}) == 1
+    with ExitStack() as stack:
+        children = [stack.enter_context(started(print_remembered, VLM_CACHE_DIR=str(tmp_path))) for _ in range(3)]
+        for child in children:
+            child.wait(60)
+            assert child.codes == [0], child.output
+        (answer,) = {child.output for child in children}
+    assert answer.startswith("[None, ")
 
 
 def test_other_instructions_of_the_same_cpu_are_another_machine(monkeypatch):

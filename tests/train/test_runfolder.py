@@ -1,34 +1,31 @@
 import json
 import os
-import subprocess
-import sys
+import time
 
 import pytest
+from warm import started
 
 from vlm.errors import ConfigError, RunLocked
 from vlm.logs import copied_to, log, log_level, warn
 from vlm.train.runfolder import RunFolder
 
-HOLD = """
-import sys
-from vlm.train.runfolder import RunFolder
-with RunFolder(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+
+def hold(path: str) -> None:
+    with RunFolder(path):
+        print("held", flush=True)
+        time.sleep(3600)
 
 
 @pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_and_told_whose_it_is(tmp_path):
     run = tmp_path / "run"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RunLocked, match=f"process {holder.pid}"), RunFolder(run):
+    with started(hold, str(run)) as holder:
+        while holder.output != "held\n":
+            assert holder.codes == [None], holder.output
+            time.sleep(0.02)
+        with pytest.raises(RunLocked, match=f"process {holder.processes[0].pid}"), RunFolder(run):
             pass
         holder.kill()
-        holder.wait()
     with RunFolder(run):  # the lock of a killed process is taken over
         assert json.loads((run / "run.owner.json").read_text())["pid"] == os.getpid()
 
