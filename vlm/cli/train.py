@@ -171,10 +171,12 @@ def deepspeed_options(name: str | None) -> list[str]:
 
     >>> deepspeed_options("zero3")
     ['engine.kind=zero', 'engine.stage=3']
+    >>> deepspeed_options("deepspeed_zero3") == deepspeed_options("zero3")  # XTuner's name
+    True
     """
     if name is None:
         return []
-    if name in ("zero0", "zero1", "zero2", "zero3"):
+    if name.removeprefix("deepspeed_") in ("zero0", "zero1", "zero2", "zero3"):
         return ["engine.kind=zero", f"engine.stage={name[-1]}"]
     if not name.endswith(".json"):
         raise ConfigError(f"--deepspeed {name}: known are zero0, zero1, zero2, zero3, or the path of a .json file")
