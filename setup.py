@@ -87,5 +87,8 @@ setup(
     package_data={"vlm.models": ["measured.json"]},
     install_requires=core,
     extras_require=extras,
-    entry_points={"console_scripts": ["vlm=vlm.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["vlm=vlm.cli.main:main"],
+        "lmms_eval.models": ["vlm=vlm.apps.lmms_plugin:manifests"],
+    },
 )

@@ -11,10 +11,24 @@ from types import SimpleNamespace
 import pytest
 
 from vlm.cli.process import repeat_options, run, with_hyphens
-from vlm.errors import CheckpointError, ConfigError, DataError, Preempted, TrainingDiverged
+from vlm.errors import CheckpointError, ConfigError, DataError, GateFailed, Preempted, TrainingDiverged
 
 REPOSITORY = Path(__file__).parents[2]
-VERBS = ("ls", "cp", "show", "validate", "config-schema", "train", "eval", "plot", "export", "chat", "data", "ckpt")
+VERBS = (
+    "ls",
+    "cp",
+    "show",
+    "validate",
+    "config-schema",
+    "train",
+    "eval",
+    "predict",
+    "plot",
+    "export",
+    "chat",
+    "data",
+    "ckpt",
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +38,7 @@ VERBS = ("ls", "cp", "show", "validate", "config-schema", "train", "eval", "plot
         (DataError("b"), 3, "error: b\n"),
         (TrainingDiverged("c"), 4, "error: c\n"),
         (CheckpointError("d"), 5, "error: d\n"),
+        (GateFailed("e"), 6, "error: e\n"),
         (Preempted("stopped after step 3"), 143, "stopped after step 3\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
