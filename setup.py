@@ -63,6 +63,7 @@ extras["test"] = [
     "pytest>=9",
     "pytest-timeout>=2.4",
     "pytest-xdist>=3.8",
+    "uv>=0.9",
     "hypothesis>=6.150",
     "pexpect>=4.9",
     "scikit-image>=0.25",

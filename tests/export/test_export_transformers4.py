@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from environments import make_environment
 from tiny_export import model_config, write_decoder, write_image, write_llm, write_run, write_siglip
 
 from vlm.data.conversation import IMAGE, Conversation, Turn
@@ -21,6 +21,8 @@ from vlm.export.run import export_run
 from vlm.inference.load import load
 
 VERSION = "4.57.6"
+PACKAGES = [f"transformers=={VERSION}", "tokenizers==0.22.2", "huggingface-hub==0.36.2"]  # of one another's time
+BORROWED = ["torch", "pillow", "numpy", "jinja2", "pyyaml", "regex", "requests", "safetensors", "tqdm", "packaging"]
 READER = Path(__file__).parent.parent / "transformers4_reader.py"
 ROPE = {"rope_type": "default", "rope_theta": 2e4}
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5,
@@ -53,25 +55,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def python(request: pytest.FixtureRequest) -> Path:
-    """The interpreter of an environment with transformers 4 and the same torch, without torchvision."""
+    """The interpreter of an environment with transformers 4 and this one's torch, without torchvision."""
     folder = request.config.cache.mkdir(f"transformers-{VERSION}")
     interpreter, done = folder / "bin" / "python", folder / "done"
     if not done.exists():
-        venv.create(folder, with_pip=True, clear=True)
-        packages = [
-            f"transformers=={VERSION}",
-            f"torch=={torch.__version__.partition('+')[0]}",
-            "pillow",
-            "numpy",
-            "jinja2",
-        ]
-        pip = subprocess.run(
-            [interpreter, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True, check=False
-        )
-        if pip.returncode:
-            pytest.skip(
-                f"transformers {VERSION} cannot be installed from the registry here: {pip.stderr.strip()[-300:]}"
-            )
+        make_environment(folder, PACKAGES, borrowed=BORROWED)
         done.touch()
     return interpreter
 
@@ -148,3 +136,6 @@ def test_transformers_4_computes_the_same(name: str, answers: dict[str, Any]):
 
 def test_the_environment_is_not_this_one(python: Path):
     assert python.parent.parent != Path(sys.prefix)
+    code = "import importlib.util as u; print([n for n in ('vlm', 'torchvision', 'torch') if u.find_spec(n) is None])"
+    seen = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout == "['vlm', 'torchvision']\n"

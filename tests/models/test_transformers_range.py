@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import venv
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from environments import make_environment
 from tiny_models import write_llm
 
 from vlm.batch import Batch
@@ -123,18 +123,5 @@ def lowest_version() -> str:
 
 def lowest_environment(folder: Path) -> str:
     """An interpreter with the lowest transformers and what only fits it; skips the test where no index answers."""
-    venv.create(folder, with_pip=True)
-    python = str(folder / "bin/python")
-    own = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
-    behind = [path for path in sys.path if path.endswith("-packages")]
-    (Path(own) / "zz_behind.pth").write_text("\n".join(behind) + "\n")
     wanted = [f"transformers=={lowest_version()}.0", "tokenizers==0.22.2", "huggingface_hub==1.33.0"]
-    done = subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--no-deps", *wanted], capture_output=True, text=True, timeout=600
-    )
-    if done.returncode != 0:
-        pytest.skip(f"pip cannot install {wanted[0]}: {done.stderr[-200:]}")
-    return python
+    return str(make_environment(folder, wanted, behind=[path for path in sys.path if path.endswith("-packages")]))

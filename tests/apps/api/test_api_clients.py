@@ -7,18 +7,18 @@ import json
 import os
 import shutil
 import subprocess
-import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from api_server import NAME, Running, user
+from environments import make_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 HERE = Path(__file__).parent / "clients"
-PYTHON = ["openai", "langchain-openai", "litellm", "llama-index-llms-openai-like"]
+PYTHON = ["openai", "langchain-openai", "litellm", "llama-index-llms-openai-like>=0.5"]
 NPM = ["openai@6", "ai@6", "@ai-sdk/openai-compatible@2", "@ai-sdk/openai@3", "zod@4"]
 ENVIRONMENT = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "DO_NOT_TRACK": "1", "NO_PROXY": "127.0.0.1"}
 # what each client should get: the reply about the image, the beginning of a text gone on with, or itself
@@ -37,8 +37,8 @@ def python(request: pytest.FixtureRequest) -> Path:
     folder = request.config.cache.mkdir("api-clients-python")
     interpreter, done = folder / "bin" / "python", folder / "done"
     if not done.exists():
-        venv.create(folder, with_pip=True, clear=True)
-        _install([interpreter, "-m", "pip", "install", "-q", *PYTHON], folder, done)
+        make_environment(folder, PYTHON)
+        done.touch()
     return interpreter
 
 
@@ -50,15 +50,12 @@ def npm(request: pytest.FixtureRequest) -> Path:
     done = folder / "done"
     if not done.exists():
         (folder / "package.json").write_text('{"private": true}')
-        _install(["npm", "install", "--no-audit", "--no-fund", "--loglevel=error", *NPM], folder, done)
+        command = ["npm", "install", "--no-audit", "--no-fund", "--loglevel=error", *NPM]
+        tried = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if tried.returncode:
+            pytest.skip(f"the registry has not given the clients: {tried.stderr.strip()[-300:]}")
+        done.touch()
     return folder
-
-
-def _install(command: list[Any], folder: Path, done: Path) -> None:
-    tried = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if tried.returncode:
-        pytest.skip(f"the registry has not given the clients ({command[0]}): {tried.stderr.strip()[-300:]}")
-    done.touch()
 
 
 @pytest.fixture
