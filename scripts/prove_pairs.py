@@ -303,8 +303,9 @@ folder. The first trial with each encoder and each decoder proves itself ([proof
 
 A number is the largest difference of image features and logits between the export and the model that was trained,
 relative to the largest of them; a dash is a pair that was not tried. Tokenizers have the control tokens and the chat
-template of the decoder's family; those of families without one are base models'. `eva_clip_g` is a Blip2 folder's encoder, `vit`, `eva02`, `convnext` and
-`efficientnet` are of timm, `siglip` is a folder of both towers, `dinov2+siglip` two encoders as one.
+template of the decoder's family; those of families without one are base models'. `eva_clip_g` is a Blip2 folder's
+encoder, `vit`, `eva02`, `convnext` and `efficientnet` are of timm, `siglip` is a folder of both towers, `dinov2+siglip`
+two encoders as one.
 """
 
 
