@@ -37,7 +37,7 @@ from vlm.compat import prepare, quiet_progress
 from vlm.config import resolve_for_log
 from vlm.config_checks import load_checked
 from vlm.data.template import TEMPLATES, control_words
-from vlm.errors import VLMError
+from vlm.errors import Preempted, VLMError
 from vlm.export.run import export_run
 from vlm.models.encoders.hf import TOWERS
 from vlm.models.known import KNOWN
@@ -125,6 +125,8 @@ def _train_and_export(row: Row, proves: bool) -> float:
             export_run(run)
         steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         assert sum("loss" in json.loads(line) for line in steps) >= 2
+    except Preempted:  # Ctrl-C or SIGTERM ends the script, not this pair alone
+        raise
     except Exception as error:
         row.state, row.reason = "wrong", _one_line(error)
     return found[0] if found else 0.0
