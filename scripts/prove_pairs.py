@@ -37,7 +37,7 @@ from vlm.compat import prepare, quiet_progress
 from vlm.config import resolve_for_log
 from vlm.config_checks import load_checked
 from vlm.data.template import TEMPLATES, control_words
-from vlm.errors import VLMError
+from vlm.errors import Preempted, VLMError
 from vlm.export.run import export_run
 from vlm.models.encoders.hf import TOWERS
 from vlm.models.known import KNOWN
@@ -125,6 +125,8 @@ def _train_and_export(row: Row, proves: bool) -> float:
             export_run(run)
         steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         assert sum("loss" in json.loads(line) for line in steps) >= 2
+    except Preempted:  # Ctrl-C or SIGTERM ends the script, not this pair alone
+        raise
     except Exception as error:
         row.state, row.reason = "wrong", _one_line(error)
     return found[0] if found else 0.0
@@ -303,8 +305,9 @@ folder. The first trial with each encoder and each decoder proves itself ([proof
 
 A number is the largest difference of image features and logits between the export and the model that was trained,
 relative to the largest of them; a dash is a pair that was not tried. Tokenizers have the control tokens and the chat
-template of the decoder's family; those of families without one are base models'. `eva_clip_g` is a Blip2 folder's encoder, `vit`, `eva02`, `convnext` and
-`efficientnet` are of timm, `siglip` is a folder of both towers, `dinov2+siglip` two encoders as one.
+template of the decoder's family; those of families without one are base models'. `eva_clip_g` is a Blip2 folder's
+encoder, `vit`, `eva02`, `convnext` and `efficientnet` are of timm, `siglip` is a folder of both towers, `dinov2+siglip`
+two encoders as one.
 """
 
 
