@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm.apps.web.models import Export, ModelStore, find_exports
+from vlm.apps.web.models import Export, ModelStore, OnProgress, find_exports
 from vlm.apps.web.state import PageError, WebChat
 from vlm.apps.web.texts import Language
 from vlm.apps.web.uploads import Uploads
@@ -16,6 +16,7 @@ from vlm.artifacts.manifest import NAME
 from vlm.config import read_kept_config
 from vlm.errors import VLMError
 from vlm.generation.generate import GenerationSettings
+from vlm.inference.load import LoadedModel, load
 from vlm.logs import warn
 
 Messages = list[dict[str, Any]]
@@ -40,12 +41,13 @@ class Choices:
     """Exports below a folder and what their runs began from; found anew at each look, since runs add to them.
 
     Args:
-        store: holds those that were asked.
+        device: where they are loaded.
     """
 
-    def __init__(self, runs: Path, store: ModelStore) -> None:
+    def __init__(self, runs: Path, device: str = "auto") -> None:
         self.runs = runs
-        self.store = store
+        self.device = device
+        self.store = ModelStore([], max_loaded=2, load_export=self._load)
         self._numbers: dict[tuple[Path, float], int] = {}
 
     def all(self) -> list[Choice]:
@@ -77,6 +79,14 @@ class Choices:
             self._numbers[key] = len(self.store.exports)
             self.store.exports.append(Export(choice.label, choice.path))
         return self._numbers[key]
+
+    def _load(self, path: Path, on_progress: OnProgress) -> LoadedModel:
+        """A language model is asked as the runs that began from it ask it: it may have no chat template of its own."""
+        runs = [export.path.parent for export in find_exports(None, self.runs)]
+        run = next((run for run in runs if not (path / NAME).is_file() and base_of(run) == path), None)
+        template = None if run is None else read_kept_config(run / "config.yaml").data.template
+        template = None if template == "plain" else template  # which has no words for a question
+        return load(path, device=self.device, on_progress=on_progress, template=template)
 
 
 def base_of(run: Path) -> Path | None:

@@ -17,7 +17,6 @@ from vlm.apps.studio.settings import Studio
 from vlm.apps.studio.texts import tell
 from vlm.apps.web.guard import cookie_of, owner_of
 from vlm.apps.web.look import LANGUAGE_COOKIE, REMEMBER_LANGUAGE, START, THEME_SWITCH
-from vlm.apps.web.models import ModelStore
 from vlm.apps.web.page import never_fetch
 from vlm.apps.web.state import PageError
 from vlm.apps.web.texts import Language, preferred
@@ -61,8 +60,7 @@ class Widgets:
 def build_page(studio: Studio, uploads: Uploads) -> gr.Blocks:
     """The page, not yet served."""
     never_fetch()
-    store = ModelStore([], studio.device, max_loaded=2)
-    first = Session(SideBySide(Choices(studio.runs, store), uploads))
+    first = Session(SideBySide(Choices(studio.runs, studio.device), uploads))
     with gr.Blocks(title=tell("en", "title"), analytics_enabled=False, fill_width=True, delete_cache=None) as page:
         widgets = _lay_out(studio, first)
         _connect(page, widgets, Actions(widgets, studio))
