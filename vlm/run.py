@@ -44,7 +44,7 @@ from vlm.proof.records import choose
 from vlm.schema import chosen_kinds, section_defaults
 from vlm.settle import CACHE_FEATURES, FIRST_WITH_BALANCE, FIRST_WITH_SHARING, VISION_COMPUTE, settle_precision
 from vlm.train.best import BestSoFar
-from vlm.train.checkpoint import checkpoint_of, newest_verified, read_info, set_later_aside
+from vlm.train.checkpoint import best_step, checkpoint_of, newest_verified, read_info, set_later_aside
 from vlm.train.engines.device import choose_device
 from vlm.train.engines.kinds import kind_of_launch
 from vlm.train.events import Measured, RunEvents
@@ -356,6 +356,9 @@ def _best_so_far(parts: Prepared, run: RunFolder) -> BestSoFar | None:
     best = BestSoFar(name, lower_is_better=task is None or task.lower_is_better)
     metrics = run.path / "metrics.jsonl"
     best.add_lines(on_main(lambda: [*read_metrics(metrics)] if metrics.is_file() else []))
+    if best.step is not None and on_main(lambda: best_step(run.path)) != best.step:
+        warn(f"the checkpoint of step {best.step}, the best by {name}, is gone: what is measured now counts anew")
+        return BestSoFar(name, best.lower_is_better)
     return best
 
 

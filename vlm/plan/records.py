@@ -52,9 +52,9 @@ def _read_some(config: RunConfig) -> Records | str:
     weights = np.concatenate([np.full(len(each), each.config.weight) for each in reader.sources])
     rng = np.random.default_rng(config.seed)
     chosen = rng.choice(len(weights), min(SAMPLE, len(weights)), replace=False, p=weights / weights.sum())
-    found: list[tuple[int, int, int]] = []
+    found: list[tuple[int, int, int]] = []  # of a preference one for each reply
     pixels: list[float] = []
-    looked_at = 0
+    looked_at = examples = 0
     for number in chosen:
         if len(found) >= SAMPLE:  # of long texts, which are cut
             break
@@ -63,14 +63,15 @@ def _read_some(config: RunConfig) -> Records | str:
             pieces = reader.cut(reader.conversation(int(number)))
         except RecordError:
             continue
+        examples += len(pieces)
         for _, example in pieces:
             found += [(len(each.input_ids), len(each.images), each.num_supervised) for each in example.branches]
             pixels += _pixels_of(example.images, draft_for) if len(pixels) < _IMAGES else []
     if not found:
         return "none of the records that were looked at can be used"
     lengths, images, supervised = np.array(found, dtype=np.int64).T
-    num_records = float(weights.sum()) * (1 - data.held_out) * len(found) / looked_at
-    rows = len(found)
+    num_records = float(weights.sum()) * (1 - data.held_out) * examples / looked_at
+    rows = examples
     if data.packing:
         order = np.arange(len(found))
         packed = pack_in_windows(
@@ -81,7 +82,7 @@ def _read_some(config: RunConfig) -> Records | str:
     row = Load(images.sum() / rows, supervised.sum() / rows, _histogram(lengths, rows))
     if pixels:
         row = replace(row, image_pixels=float(np.mean(pixels)))
-    return Records(num_records, num_records * rows / len(found), row)
+    return Records(num_records, num_records * rows / examples, row)
 
 
 def _pixels_of(images: Sequence[str | bytes], draft_for: ImageSpec | None) -> list[float]:

@@ -59,7 +59,7 @@ def with_reference(
         ]
         count = sum(int(np.isfinite(table).sum()) for table in tables)
         log(f"reference: log-probabilities of {count:,} replies, computed once in {time.monotonic() - began:.1f} s")
-        on_main(lambda: _write(path, tables, digest))
+        on_main(lambda: _write(path, tables, digest, _digest(data, {})))
     return data.with_reference(tables)
 
 
@@ -138,17 +138,17 @@ def _read(path: Path, data: Data, digest: str | None) -> Tables | None:
     except (SafetensorError, OSError):
         return None
     fits = [table.shape for table in tables] == [(len(scan.lengths), 2) for scan in data.scans]
-    is_whole = written.get("sum") == _sum(tables)
+    is_whole = written.get("sum") == _sum(tables) and written.get("data") == _digest(data, {})
     return tables if fits and is_whole and digest in (None, written.get("digest")) else None
 
 
-def _write(path: Path, tables: Tables, digest: str) -> None:
-    """Raises OSError."""
+def _write(path: Path, tables: Tables, digest: str, data: str) -> None:
+    """`digest` of data and start, `data` of the data alone. Raises OSError."""
     from safetensors.numpy import save_file
 
     with replacing(path, make_folder=False) as temporary:
         named = {f"scan-{number}": table for number, table in enumerate(tables)}
-        save_file(named, temporary, metadata={"digest": digest, "sum": _sum(tables)})
+        save_file(named, temporary, metadata={"digest": digest, "data": data, "sum": _sum(tables)})
         flush(temporary)
     flush(path.parent)
 
