@@ -47,7 +47,7 @@ from vlm.train.best import BestSoFar
 from vlm.train.checkpoint import checkpoint_of, newest_verified, read_info, set_later_aside
 from vlm.train.engines.device import choose_device
 from vlm.train.engines.kinds import kind_of_launch
-from vlm.train.events import Measured, RunEvents
+from vlm.train.events import FAILED, Measured, RunEvents
 from vlm.train.features import fill_with_all_ranks
 from vlm.train.interrupt import StopRequest
 from vlm.train.loop import Every, TrainLoop
@@ -139,6 +139,8 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
             failed_gates = events.failed_gates
         elif parts.start_step > parts.max_steps:
             log(f"nothing to train: the run is beyond train.max_steps {parts.max_steps} already")
+        if parts.start_step >= parts.max_steps:
+            failed_gates = _gates_failed_before(config, run)
         log(f"done: {done} steps in {run.path}; next: vlm export {run.path}")
         refuse(failed_gates)
         return run.path
@@ -301,6 +303,7 @@ def _build_loop(
         counted=config.objective.counted,
         measure=_build_measure(parts) if settings.eval_tasks else None,
         best=_best_so_far(parts, run),
+        failed_gates=_gates_failed_before(config, run),
     )
     loop = TrainLoop(
         engine=parts.engine,
@@ -354,9 +357,21 @@ def _best_so_far(parts: Prepared, run: RunFolder) -> BestSoFar | None:
     tasks = {task.name: task for task in parts.config.evaluation.tasks}
     task = tasks.get(name) or tasks.get(name.rpartition(".")[0])
     best = BestSoFar(name, lower_is_better=task is None or task.lower_is_better)
-    metrics = run.path / "metrics.jsonl"
-    best.add_lines(on_main(lambda: [*read_metrics(metrics)] if metrics.is_file() else []))
+    best.add_lines(on_main(lambda: _lines_before(run)))
     return best
+
+
+def _gates_failed_before(config: RunConfig, run: RunFolder) -> list[str]:
+    """What the last measurement of an earlier launch did not pass. Nothing where the config has no gates any more."""
+    names = config.train.eval_tasks
+    if not any(task.gate is not None for task in config.evaluation.tasks if task.name in names):
+        return []
+    return on_main(lambda: next((line[FAILED] for line in reversed(_lines_before(run)) if FAILED in line), []))
+
+
+def _lines_before(run: RunFolder) -> list[dict[str, Any]]:
+    metrics = run.path / "metrics.jsonl"
+    return [*read_metrics(metrics)] if metrics.is_file() else []
 
 
 def _plot(run: Path) -> None:
