@@ -28,7 +28,7 @@ from vlm.objectives import OBJECTIVES
 from vlm.objectives.base import ObjectiveConfig
 from vlm.objectives.lm import LanguageModelingConfig
 from vlm.schema import OneOf, PathText, Section, annotation_of, chosen_kinds, one_of
-from vlm.train.config import TrainConfig
+from vlm.train.config import LINE_NAMES, TrainConfig
 from vlm.train.engines.kind import EngineKind
 from vlm.train.engines.kinds import ENGINES, Auto
 
@@ -64,6 +64,12 @@ class RunConfig(Section):
         names = [task.name for task in self.evaluation.tasks]
         if unknown := [name for name in self.train.eval_tasks if name not in names]:
             raise ValueError(f"train.eval_tasks: {unknown[0]} is no name of evaluation.tasks, which are {names}")
+        taken = LINE_NAMES.union(self.objective.build().metric_names)
+        if said := [name for name in self.train.eval_tasks if name in taken or name.startswith("held_out_")]:
+            raise ValueError(
+                f"train.eval_tasks: {said[0]} is a number of the run itself in metrics.jsonl, which the task's figure "
+                "would pass for; give the task another name"
+            )
         if self.train.is_paged and self.engine.keeps_optimizer_on_host:
             raise ValueError(
                 f"train.optimizer {self.train.optimizer} pages GPU memory, but engine.offload keeps the optimizer in "

@@ -47,7 +47,7 @@ from vlm.train.best import BestSoFar
 from vlm.train.checkpoint import best_step, checkpoint_of, newest_verified, read_info, set_later_aside
 from vlm.train.engines.device import choose_device
 from vlm.train.engines.kinds import kind_of_launch
-from vlm.train.events import Measured, RunEvents
+from vlm.train.events import FAILED, Measured, RunEvents
 from vlm.train.features import fill_with_all_ranks
 from vlm.train.interrupt import StopRequest
 from vlm.train.loop import Every, TrainLoop
@@ -139,6 +139,8 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
             failed_gates = events.failed_gates
         elif parts.start_step > parts.max_steps:
             log(f"nothing to train: the run is beyond train.max_steps {parts.max_steps} already")
+        if parts.start_step >= parts.max_steps:
+            failed_gates = _gates_failed_before(config, run)
         log(f"done: {done} steps in {run.path}; next: vlm export {run.path}")
         refuse(failed_gates)
         return run.path
@@ -164,12 +166,16 @@ def prove_alone(config: RunConfig) -> Proof:
     with _process_group(config, device), _explain_out_of_memory(config):
         config = settle_precision(config, device)
         torch.manual_seed(config.seed + rank())
-        parts = prepare_run(config, device)
-        if config.objective.needs_reference:
-            computed, others = on_main(lambda: choose(parts.data))
-            data = with_reference_of(parts.data, config.data, parts.engine, {*computed, *others})
-            parts = replace(parts, data=data)
-        return prove(parts)
+        return prove(with_first_reference(prepare_run(config, device)))
+
+
+def with_first_reference(parts: Prepared) -> Prepared:
+    """With the reference of the records that the proof looks at, where the objective has one."""
+    if not parts.config.objective.needs_reference:
+        return parts
+    computed, others = on_main(lambda: choose(parts.data))
+    data = with_reference_of(parts.data, parts.config.data, parts.engine, {*computed, *others})
+    return replace(parts, data=data)
 
 
 def _process_group(config: RunConfig, device: torch.device) -> AbstractContextManager[None]:
@@ -301,6 +307,7 @@ def _build_loop(
         counted=config.objective.counted,
         measure=_build_measure(parts) if settings.eval_tasks else None,
         best=_best_so_far(parts, run),
+        failed_gates=_gates_failed_before(config, run),
     )
     loop = TrainLoop(
         engine=parts.engine,
@@ -354,12 +361,24 @@ def _best_so_far(parts: Prepared, run: RunFolder) -> BestSoFar | None:
     tasks = {task.name: task for task in parts.config.evaluation.tasks}
     task = tasks.get(name) or tasks.get(name.rpartition(".")[0])
     best = BestSoFar(name, lower_is_better=task is None or task.lower_is_better)
-    metrics = run.path / "metrics.jsonl"
-    best.add_lines(on_main(lambda: [*read_metrics(metrics)] if metrics.is_file() else []))
+    best.add_lines(on_main(lambda: _lines_before(run)))
     if best.step is not None and on_main(lambda: best_step(run.path)) != best.step:
         warn(f"the checkpoint of step {best.step}, the best by {name}, is gone: what is measured now counts anew")
         return BestSoFar(name, best.lower_is_better)
     return best
+
+
+def _gates_failed_before(config: RunConfig, run: RunFolder) -> list[str]:
+    """What the last measurement of an earlier launch did not pass. Nothing where the config has no gates any more."""
+    names = config.train.eval_tasks
+    if not any(task.gate is not None for task in config.evaluation.tasks if task.name in names):
+        return []
+    return on_main(lambda: next((line[FAILED] for line in reversed(_lines_before(run)) if FAILED in line), []))
+
+
+def _lines_before(run: RunFolder) -> list[dict[str, Any]]:
+    metrics = run.path / "metrics.jsonl"
+    return [*read_metrics(metrics)] if metrics.is_file() else []
 
 
 def _plot(run: Path) -> None:

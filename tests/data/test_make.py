@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlm.data import make
 from vlm.data.config import SourceConfig
-from vlm.data.make import MakeSettings, encode_image, make_records, read_pairs
+from vlm.data.make import MakeSettings, _done, encode_image, make_records, read_pairs
 from vlm.data.parse import parse_record
 from vlm.errors import ConfigError, DataError, RecordError, VLMError
 
@@ -148,6 +148,15 @@ def test_images_are_sent_small_and_without_what_the_camera_wrote(images):
     raw = base64.b64decode(encode_image(images / "big.jpg", 100).partition(",")[2])
     assert Image.open(io.BytesIO(raw)).size == (100, 67)
     assert b"a camera" not in raw
+
+
+def test_what_is_done_is_read_by_lines_of_json_and_a_torn_one_goes(tmp_path):
+    lines = [
+        json.dumps({"image": name, "answer": "a\u2028b"}, ensure_ascii=False) + "\n" for name in ("1.png", "2.png")
+    ]
+    (tmp_path / "pairs.jsonl").write_bytes("".join(lines).encode() + b'{"image": "\xe7\x8b')
+    assert _done(tmp_path / "pairs.jsonl") == {"1.png", "2.png"}
+    assert (tmp_path / "pairs.jsonl").read_text("utf-8") == "".join(lines)
 
 
 def test_wrong_addresses_models_and_files_are_named(images, tmp_path):

@@ -50,7 +50,8 @@ def test_rows_that_a_stray_quote_joins_are_reported_with_their_number(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "cell", ["Two\nlines", "One, two,\nthree", "a\nb\nc", 'She said, "Hi"\nand left, "so"\nto say']
+    "cell",
+    ["Two\nlines", "a\u2028b,c\u2028d,e", "One, two,\nthree", "a\nb\nc", 'She said, "Hi"\nand left, "so"\nto say'],
 )
 def test_cells_of_several_lines_are_read(tmp_path, cell):
     quoted = cell.replace('"', '""')

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from vlm.evaluation.metrics import accuracy, derangement, loss_per_token, majority_share
+from vlm.evaluation.metrics import accuracy, derangement, jackknife, loss_per_token, majority_share
 
 
 def test_accuracy_counts_records_whose_true_candidate_is_likeliest():
@@ -32,6 +32,11 @@ def test_every_token_counts_equally_whichever_record_it_is_in():
     assert figure.value == pytest.approx(3.1)
     # deviations from the ratio: 1 - 3.1 = -2.1 and 30 - 27.9 = 2.1
     assert figure.standard_error == pytest.approx(math.sqrt((2.1**2 + 2.1**2) * 2) / 10)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    figure = jackknife([[value] for value in (0.0, 0.0, 1.0, 1.0)], lambda total: total[0] / 3)  # of the three left
+    assert figure.standard_error == pytest.approx(math.sqrt(1 / 3 / 4))
 
 
 def test_nothing_to_count_is_not_a_number():

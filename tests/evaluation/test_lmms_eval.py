@@ -110,7 +110,9 @@ def test_answers_come_in_the_order_of_the_requests_from_texts_and_from_messages(
 
 
 @pytest.mark.slow
-def test_continuations_are_scored_without_the_end_of_the_reply(package: None, seeing: Path, docs: list[dict[str, Any]]):
+def test_continuations_have_their_mean_loss_without_the_end_of_the_reply(
+    package: None, seeing: Path, docs: list[dict[str, Any]]
+):
     from vlm.evaluation.predict import FeatureCache, score_candidates
     from vlm.evaluation.questions import OpenQuestion, Question
     from vlm.evaluation.task_kinds import GenerateTask
@@ -127,7 +129,9 @@ def test_continuations_are_scored_without_the_end_of_the_reply(package: None, se
     replies = [model.loaded.tokenizer(name, add_special_tokens=False).input_ids for name in names]
     asked = Question(question.prompt_ids, replies, replies, 0, "", question.images, "")
     (expected,) = score_candidates(model.loaded, [asked], FeatureCache(model.loaded))
-    assert [score for score, _ in scores] == pytest.approx(expected, abs=1e-4)
+    losses = [-score / len(reply) for score, reply in zip(expected, replies, strict=True)]
+    assert [loss for loss, _ in scores] == pytest.approx(losses, abs=1e-4)
+    assert min(range(3), key=lambda place: scores[place][0]) == 1  # lmms-eval takes the least: green
     (computed,) = model.loglikelihood(
         [SimpleNamespace(args=("Which colour?", lambda doc: doc["answer"], show, 1, "colours", "test"))]
     )

@@ -56,7 +56,17 @@ def test_yes_and_no_are_counted_as_pope_does():
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("Not at all", False), ("It isn't.", False), ("Nothing wrong, yes", True), ("", None), ("对", True)],
+    [
+        ("Not at all", False),
+        ("It isn't.", False),
+        ("Nothing wrong, yes", True),
+        ("", None),
+        ("对", True),
+        ("没错", True),
+        ("不错，有", True),
+        ("没错，没有", False),
+        ("错", False),
+    ],
 )
 def test_an_answer_says_yes_or_no_in_its_first_sentence(text: str, says: bool | None):
     assert is_yes(text) is says
@@ -66,6 +76,9 @@ def test_choices_are_told_by_letter():
     found = figures("choice_letter", ["B", "(A) a cat", "The answer is C", "a dog"], ["B", "A", "D", "A"])
     assert found["accuracy by letter"].value == 0.5
     assert letter_of("A cat sits here") is None
+    says = {"The answer is a cat": None, "I see no options": None}
+    says |= {"The answer is a.": "A", "the answer is (a) cat": "A", "ANSWER: B, a cat": "B"}
+    assert {text: letter_of(text) for text in says} == says
 
 
 @pytest.mark.parametrize(("name", "answer"), [("yes_no", "maybe"), ("choice_letter", "a cat")])
@@ -80,6 +93,8 @@ def test_vqa_wants_three_people_of_ten_and_relaxed_accuracy_five_per_cent():
     assert vqa_accuracy("ball game", people) == 1.0
     assert [relaxed_accuracy(text, ["1,000"]) for text in ("1050", "1051", "one")] == [1.0, 0.0, 0.0]
     assert relaxed_accuracy("0", ["0"]) == 1.0
+    not_finite = [("nan", "nan"), ("NaN", "1"), ("7", "inf"), ("inf", "7")]  # compared as texts
+    assert [relaxed_accuracy(text, [answer]) for text, answer in not_finite] == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch):

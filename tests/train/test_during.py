@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from vlm.cli.main import app
 from vlm.cli.process import run
 from vlm.config import load_config
 from vlm.errors import ConfigError
+from vlm.run import _gates_failed_before
 from vlm.train.checkpoint import best_step, mark_best, save_checkpoint
+from vlm.train.config import LINE_NAMES
+from vlm.train.engines.base import StepOutput
+from vlm.train.events import Measured, RunEvents
+from vlm.train.loop import StepCounts
+from vlm.train.metrics import Reporter
 
 TASK = {
     "name": "shape",
@@ -52,13 +61,15 @@ def test_a_run_measures_tasks_keeps_the_best_and_ends_early_with_its_gate(
     lines = lines_of(folder)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     measured = [line for line in lines if "shape" in line]
-    assert measured[0] == {"step": 2, "shape": 0.0, "shape.shuffled": 0.0, "shape.exact match": 0.0}
+    assert measured[0] == {"step": 2, "shape": 0.0, "shape.shuffled": 0.0, "shape.exact match": 0.0,
+                           "failed_gates": measured[0]["failed_gates"]}  # fmt: skip
+    assert len(measured[0]["failed_gates"]) == 1
     held_out = next(line for line in lines if "held_out_loss" in line)
     finetune, pretrain = (held_out[f"held_out_loss/{name}.jsonl"] for name in ("finetune", "pretrain"))
     assert min(finetune, pretrain) < held_out["held_out_loss"] < max(finetune, pretrain)
     kept = {path.name for path in (folder / "checkpoints").glob("step-*")}
     assert kept == {"step-000002", "step-000003", "step-000006"}  # two newest, and the best
-    assert vlm("train", config) == 0
+    assert vlm("train", config) == 6  # the gate is not passed by that
     assert "nothing to train: the run ended after step 6" in capsys.readouterr().err
     assert vlm("export", folder, "--checkpoint", "best") == 0
     assert json.loads((folder / "export-step-2/vlm.json").read_text())["origin"]["steps"] == 2
@@ -92,6 +103,64 @@ def test_the_best_checkpoint_is_kept_whatever_comes_after(tmp_path: Path):
     assert best_step(tmp_path) == 2
     mark_best(tmp_path, 7)  # of a checkpoint that could not be written
     assert best_step(tmp_path) is None
+
+
+def test_a_measurement_that_runs_out_of_memory_waits_for_the_next_save(capsys: pytest.CaptureFixture[str]):
+    written: list[dict[str, Any]] = []
+    found: list[Measured | None] = [None, Measured({"shape": 0.5}, ["shape: too low"])]
+
+    def measure(model: Any) -> Measured:
+        measured = found.pop(0)
+        if measured is None:
+            raise torch.OutOfMemoryError
+        return measured
+
+    nothing = dict.fromkeys(("settings", "run", "writer", "skips", "questions", "assemble", "held_out"))
+    engine, reporter = SimpleNamespace(whole_model=lambda: nullcontext("model")), SimpleNamespace(write=written.append)
+    events = RunEvents(**nothing, state=SimpleNamespace(engine=engine), reporter=reporter, measure=measure)  # type: ignore[arg-type]
+    events.evaluate(4)
+    assert events._tasks_wait
+    assert not written
+    assert "step 4: train.eval_tasks ran out of memory" in capsys.readouterr().err
+    events.evaluate(8)
+    assert not events._tasks_wait
+    assert written == [{"step": 8, "shape": 0.5, "failed_gates": ["shape: too low"]}]
+
+
+def test_a_gate_that_was_not_passed_is_known_to_the_next_launch_as_long_as_there_is_one(config_file, tmp_path: Path):
+    lines: list[dict[str, Any]] = [{"step": 2, "shape": 0.9, "failed_gates": []}, {"step": 4, "failed_gates": ["low"]}]
+    for number, failed in ((1, []), (2, ["low"])):
+        texts = [json.dumps(line) + "\n" for line in [*lines[:number], {"step": 5, "loss": 1.0}]]
+        (tmp_path / "metrics.jsonl").write_text("".join(texts))
+        for gate in (TASK["gate"], None):
+            tasks = [TASK | {"path": "x.json", "gate": gate}]
+            path = config_file(evaluation={"tasks": tasks}, train__eval_tasks=["shape"], train__eval_every=2)
+            found = _gates_failed_before(load_config(path), SimpleNamespace(path=tmp_path))  # type: ignore[arg-type]
+            assert found == (failed if gate else [])
+
+
+def test_every_number_of_a_line_is_no_name_for_a_task():
+    lines: list[dict[str, Any]] = []
+    run = SimpleNamespace(path=None, append=lambda name, line: lines.append(line))
+    settings = SimpleNamespace(log_every=1, learning_rate=1.0, trackers=(), tensorboard=False, trackers_online=False)
+    reporter = Reporter(run, settings, lambda step: 1.0, lambda step: 0.5, start_step=0, max_steps=2)  # type: ignore[arg-type]
+    reporter.record(1, StepOutput(1.0, 1.0, True, loss_scale=2.0), StepCounts(1, 1, 1, 1, 1, 0, 1), {})
+    assert {*lines[0], "failed_gates"} == LINE_NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "is_taken"),
+    [("loss", "lm", True), ("held_out_loss", "lm", True), ("accuracy", "lm", False), ("accuracy", "dpo", True)],
+)
+def test_a_task_that_is_called_as_a_number_of_the_run_is_refused(
+    config_file, name: str, objective: str, is_taken: bool
+):
+    tasks = [TASK | {"path": "x.json", "name": name}]
+    changes = {"evaluation": {"tasks": tasks}, "objective": {"kind": objective}, "train__eval_every": 2}
+    load_config(config_file(**changes))  # `vlm eval` alone
+    path = config_file(**changes, train__eval_tasks=[name])
+    with pytest.raises(ConfigError, match=f"eval_tasks: {name} is a number of") if is_taken else nullcontext():
+        load_config(path)
 
 
 @pytest.mark.parametrize(

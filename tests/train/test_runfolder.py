@@ -58,6 +58,8 @@ def test_rewind_drops_lines_past_the_step_and_a_torn_last_line(tmp_path):
             run.append("metrics.jsonl", {"step": step})
         with (run.path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 1, "lo')
+        with (run.path / "metrics.jsonl").open("ab") as file:
+            file.write("狗".encode()[:2])  # the kill came in the middle of a character
         run.rewind("metrics.jsonl", 2)
         assert (run.path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 

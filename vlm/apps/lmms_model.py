@@ -1,4 +1,4 @@
-"""Any export as a model of lmms-eval: generation, and log-likelihoods of continuations. See docs/evaluation.md.
+"""Any export as a model of lmms-eval: generation, and losses of continuations. See docs/evaluation.md.
 
 Its requests are tuples; which fields they have depends on the class that is asked, see `_asked` and `loglikelihood`.
 """
@@ -78,8 +78,12 @@ class SimpleModel(lmms):  # type: ignore[misc]
         return [texts[place] for place in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of each request, the continuation's log-probability in nats, and whether it is the greedy one. The token that
-        ends a reply is not part of it."""
+        """Of each request, the continuation's mean loss per token in nats, and whether it is the greedy one. The token
+        that ends a reply is not part of it.
+
+        A loss, whatever the name says: lmms-eval's own models return `outputs.loss`, and its tasks of kind
+        `multiple_choice` take the candidate with the least (`ConfigurableTask.process_results`).
+        """
         results = []
         for request in requests:
             text, target, *place = request.args
@@ -121,7 +125,8 @@ class SimpleModel(lmms):  # type: ignore[misc]
             hidden_states = loaded.model.decode(embeddings, positions)[:, len(prompt) - 1 : -1]
             logs = loaded.model.logits(hidden_states)[0].float().log_softmax(-1)
         wanted = torch.tensor(reply, device=logs.device)
-        return logs.gather(1, wanted[:, None]).double().sum().item(), bool((logs.argmax(-1) == wanted).all())
+        loss = -logs.gather(1, wanted[:, None]).double().mean().item()
+        return loss, bool((logs.argmax(-1) == wanted).all())
 
 
 class ChatModel(SimpleModel):

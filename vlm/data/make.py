@@ -303,14 +303,14 @@ def _done(path: Path) -> set[str]:
     """Names of the images in a file of an earlier start. A line that a kill tore is taken away."""
     if not path.exists():
         return set()
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
     try:
-        names = {json.loads(line)["image"] for line in whole.splitlines()}
+        names = {json.loads(line)["image"] for line in whole.split(b"\n")[:-1]}
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{path} holds lines that are no records of `vlm data make`; name another file") from None
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
+    if whole != raw:
+        path.write_bytes(whole)
     return names
 
 

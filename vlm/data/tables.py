@@ -50,7 +50,7 @@ def refuse_joined_rows(raw: bytes, delimiter: str, num_columns: int) -> None:
     The sign: each line of the row, read alone, has the header's number of cells, and the lines after the first name
     image files, or are several, with no doubled quote that would show that a program wrote them.
     """
-    lines = raw.decode("utf-8", "replace").strip("\r\n").splitlines()
+    lines = [line.decode("utf-8", "replace") for line in raw.strip(b"\r\n").splitlines()]  # bytes: not at U+2028
     if len(lines) < 2 or any(line.count(delimiter) != num_columns - 1 for line in lines):
         return
     later = [cell.strip(' "').lower() for line in lines[1:] for cell in line.split(delimiter)]

@@ -85,7 +85,8 @@ def jackknife(sums: Sequence[Sequence[float]], value: Callable[[Sequence[float]]
     if n == 1:
         return Figure(value(total.tolist()), math.nan, 1)
     left = [value(rest) for rest in (total - shares).tolist()]
-    spread = math.fsum((each - math.fsum(left) / n) ** 2 for each in left)
+    middle = math.fsum(left) / n
+    spread = math.fsum((each - middle) ** 2 for each in left)
     return Figure(value(total.tolist()), math.sqrt(spread * (n - 1) / n), n)
 
 

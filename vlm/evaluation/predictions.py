@@ -5,6 +5,7 @@ While it is written, each process has a part of its own; the last thing is to jo
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -111,23 +112,20 @@ class _Work:
         write_atomically(self.about, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
 
     def _parts(self) -> list[Path]:
-        return sorted(self.target.parent.glob(f".{self.target.stem}.part-*.jsonl"))
+        return sorted(self.target.parent.glob(f".{glob.escape(self.target.stem)}.part-*.jsonl"))
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         """What is there; the last line of a part that was cut off is left out."""
         for file in (self.target, *self._parts()):
             if file.is_file():
-                for text in file.read_text(encoding="utf-8").splitlines(keepends=True):
-                    if text.endswith("\n"):
-                        yield json.loads(text)
+                yield from map(json.loads, _whole_lines(file))
 
     def _write(self, loaded: LoadedModel, questions: Sequence[OpenQuestion], features: FeatureCache) -> None:
         if not questions:
             return
         part = self.target.with_name(f".{self.target.stem}.part-{rank()}.jsonl")
         if part.is_file():
-            whole = [text for text in part.read_text(encoding="utf-8").splitlines(keepends=True) if text.endswith("\n")]
-            write_atomically(part, "".join(whole))
+            write_atomically(part, "".join(f"{line}\n" for line in _whole_lines(part)))
         what = f"predict: {self.task.name}:"
         with part.open("a", encoding="utf-8") as file, Progress(what, len(questions), "records") as progress:
             answered = 0
@@ -158,6 +156,12 @@ class _Work:
             for name, figure in self.task.figures(questions, written).items():
                 value = with_error(figure.value, figure.standard_error)
                 log(f"predict: {self.task.name}: {name} {value} over {figure.num_records} records")
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """A last line that was cut off is left out, be it in the middle of a character. Texts of JSON may hold what
+    `str.splitlines` takes for the end of a line, such as U+2028."""
+    return [line.decode("utf-8") for line in file.read_bytes().split(b"\n")[:-1]]
 
 
 def _line(question: OpenQuestion, answer: Answer) -> dict[str, Any]:

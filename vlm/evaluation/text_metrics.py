@@ -5,6 +5,7 @@ Chinese is cut into words by jieba (ROUGE) or into characters by sacrebleu's own
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -29,9 +30,11 @@ _YES = {"yes", "yeah", "true", "correct"}
 _NO = {"no", "not", "false", "incorrect"}
 _CHINESE_NO = ("不", "否", "没", "错")
 _CHINESE_YES = ("是", "有", "对", "正确")
+# a small letter before other words may be the article: it counts in brackets or at the very end
 _SAYS_LETTER = re.compile(
-    r"(?:answer|option|choice|答案|选项|选)\s*(?:is|是|为|:)?\s*\(?([A-Za-z])(?![A-Za-z])", re.IGNORECASE
+    r"(?:(?i:answer|option|choice)(?![a-z])|答案|选项|选)\s*(?i:is|是|为|:)?\s*\(?([A-Z](?![A-Za-z])|[a-z](?=\)|\W*$))"
 )
+_DOUBLE_NO = re.compile("(?:没有?|不)错(?!误)")  # "quite right"
 _TOLERANCE = 0.05  # of a number, in `relaxed_accuracy`
 
 
@@ -107,9 +110,7 @@ def letter_of(text: str) -> str | None:
     text = unicodedata.normalize("NFKC", text).strip()
     if begins := re.match(r"\(?([A-Za-z])(?:[).:,、]|$)", text):
         return begins[1].upper()
-    said = re.findall(
-        r"(?:answer|option|choice|答案|选项|选)\s*(?:is|是|为|:)?\s*\(?([A-Za-z])(?![A-Za-z])", text, re.I
-    )
+    said = _SAYS_LETTER.findall(text)
     return said[-1].upper() if said else None
 
 
@@ -122,6 +123,7 @@ def is_yes(text: str) -> bool | None:
     [True, False, True, False, None]
     """
     first = re.split(r"[.。!！\n]", unicodedata.normalize("NFKC", text).strip(), maxsplit=1)[0].lower()
+    first = _DOUBLE_NO.sub("对", first)
     words = set(re.findall(r"[a-z']+", first))
     if words & _NO or any(word.endswith("n't") for word in words) or any(sign in first for sign in _CHINESE_NO):
         return False
@@ -238,11 +240,13 @@ def _is_close(written: str, answer: str) -> float:
 
 
 def _number(text: str) -> float | None:
+    """None of what is none, or not finite."""
     text = text.strip().rstrip(".").replace(",", "")
     try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 TEXT_METRICS: dict[str, TextMetric] = {

@@ -18,6 +18,15 @@ class SampleConfig(Section):
     """An image file; null asks about none."""
 
 
+# what a line of metrics.jsonl has beside the objective's numbers and the held-out loss, see `Reporter.record`
+LINE_NAMES = frozenset({
+    "step", "epoch", "loss", "grad_norm", "learning_rate", "supervised_tokens", "tokens_per_second",
+    "images_per_second", "fill", "data_share", "step_seconds", "data_seconds", "encode_seconds",
+    "forward_backward_seconds", "optimizer_seconds", "save_seconds", "skipped", "bad_steps", "memory_gib", "seconds",
+    "loss_scale", "overflowed_steps", "failed_gates",
+})  # fmt: skip
+
+
 class TrainConfig(Section):
     epochs: PositiveFloat | None = None
     """Passes over the data; turned into steps before the first one."""

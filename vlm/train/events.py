@@ -29,6 +29,7 @@ from vlm.train.sampling import SampleQuestions
 from vlm.train.saving import CheckpointWriter
 
 Pixels = torch.Tensor | None
+FAILED = "failed_gates"  # of a line of metrics.jsonl: texts, where all else are numbers
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class RunEvents:
     counted: str = "tokens"  # what the normalizer counts
     measure: Callable[[VisionLanguageModel], Measured] | None = None  # train.eval_tasks; None: there are none
     best: BestSoFar | None = None  # train.keep_best
-    failed_gates: list[str] = field(default_factory=list)  # of the last measurement
+    failed_gates: list[str] = field(default_factory=list)  # of the last measurement, be it of an earlier launch
     _samples_wait: bool = False  # for the next checkpoint
     _tasks_wait: bool = False
 
@@ -102,10 +103,27 @@ class RunEvents:
             return
         note(f"step {step}: evaluation tasks")
         with self.state.engine.whole_model() as model:
-            measured = None if model is None else gather_objects(self.measure(model))[0]
+            measured = None if model is None else self._measure(model, step)
         self._tasks_wait = measured is None
         if measured is not None:
             self._tell(step, measured, None)
+
+    def _measure(self, model: VisionLanguageModel, step: int) -> Measured | None:
+        """On all ranks. None where one ran out of memory. Each of them gets to the end of its own measurement, or to
+        its error, before any goes on."""
+        measured = gather_objects(together(lambda: self._unless_out_of_memory(model)))
+        if None not in measured:
+            return measured[0]
+        torch.cuda.empty_cache()
+        warn(f"step {step}: train.eval_tasks ran out of memory; they are tried again at the next save")
+        return None
+
+    def _unless_out_of_memory(self, model: VisionLanguageModel) -> Measured | None:
+        assert self.measure is not None
+        try:
+            return self.measure(model)
+        except torch.OutOfMemoryError:
+            return None
 
     def _evaluate_loss(self, step: int) -> None:
         note(f"step {step}: held-out loss")
@@ -135,7 +153,7 @@ class RunEvents:
             known = ", ".join(measured.figures)
             raise ConfigError(f"train.keep_best {self.best.name}: measured are {known}").on_every_rank()
         self.failed_gates = measured.failed_gates
-        line = {"step": step, **measured.figures}
+        line = {"step": step, **measured.figures, FAILED: measured.failed_gates}
         self.reporter.write(line)
         said = ", ".join(f"{name} {value:.4f}" for name, value in measured.figures.items())
         log(f"step {step}: {said}")

@@ -180,7 +180,7 @@ def plot_loss(run: Path) -> Path:
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics.jsonl. One that is being written, or was torn by a kill or a full disk, is left out."""
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text("utf-8", "replace").split("\n"):
         try:
             yield json.loads(line)
         except ValueError:

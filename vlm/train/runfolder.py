@@ -73,7 +73,7 @@ class RunFolder:
         """Drop the lines of a .jsonl file that a resumed run will write again: past `step`, or torn by a kill."""
         path = self.path / name
         if is_main() and path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").split("\n") if _line_step(line) <= step]
+            kept = [line for line in path.read_text("utf-8", "replace").split("\n") if _line_step(line) <= step]
             write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def _check(self) -> None:
