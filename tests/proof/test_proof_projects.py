@@ -16,6 +16,7 @@ from vlm.cli.process import run
 from vlm.config import load_config, shipped_projects
 from vlm.prepare import prepare_run
 from vlm.proof.prove import prove
+from vlm.run import with_first_reference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 REPOSITORY = Path(__file__).parents[2]
@@ -122,6 +123,17 @@ def write_text(path: Path, part: str) -> str:
     return str(path)
 
 
+def write_pairs(path: Path, conversations: Path) -> str:
+    """The first question of every conversation, its reply preferred to another."""
+    pairs = []
+    for line in conversations.read_text().splitlines():
+        record = json.loads(line)
+        question, reply = (turn["value"] for turn in record["conversations"][:2])
+        pairs.append({"image": record["image"], "prompt": question, "chosen": reply, "rejected": f"Not {reply}"})
+    path.write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory) -> Path:
     from vlm.compat import prepare as prepare_libraries
@@ -159,6 +171,8 @@ def test_the_recipe_is_not_refused_at_toy_size(name, toys, proven, monkeypatch):
     source = {"path": str(toys / f"data/{part}.jsonl"), "images": str(toys / "data/images")}
     if is_text:
         source = {"path": write_text(toys / f"{part}-text.jsonl", part)}
+    elif values["objective"]["kind"] == "dpo":
+        source["path"] = write_pairs(toys / "pairs.jsonl", toys / "data/finetune.jsonl")
     values["data"] |= {"sources": [source], "eval_sources": [], "held_out": 0, "workers": 0, "cache": f"{toys}/cache"}
     values["train"] |= {"precision": "fp32", "samples": [], "global_batch_size": 8, "micro_batch_size": 2}
     values["evaluation"] = {}
@@ -168,11 +182,12 @@ def test_the_recipe_is_not_refused_at_toy_size(name, toys, proven, monkeypatch):
     if text in proven:  # the toy of another recipe, such as the same run with another engine
         return
     path.write_text(text)
-    proof = prove(prepare_run(load_config(path), torch.device("cpu")), seconds=math.inf)
+    parts = with_first_reference(prepare_run(load_config(path), torch.device("cpu")))
+    proof = prove(parts, seconds=math.inf)
     assert proof.failed == [], proof.table()
     left = {name: finding.note for name, finding in proof.findings.items() if finding.passed is None}
     proven.add(text)
-    if not is_text:
+    if not is_text and values["objective"]["kind"] == "lm":
         assert left.keys() - {"shared_image"} == {"initial_weights"}, left  # rows of one record share no image
 
 
