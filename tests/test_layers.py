@@ -35,7 +35,7 @@ SECTIONS |= {"vlm.train.engines.kind", "vlm.train.engines.kinds", "vlm.models.pr
 SECTIONS |= {"vlm.evaluation.task_kinds"}
 LIGHT = (
     "vlm.config", "vlm.config_checks", "vlm.cli.main", "vlm.errors", "vlm.batch", "vlm.schema", "vlm.layered_yaml",
-    "vlm.logs",
+    "vlm.logs", "vlm.train.checkpoint",
 )  # fmt: skip
 
 

@@ -99,6 +99,20 @@ def test_another_programs_llava_is_the_start_of_a_run_and_computes_the_same(tmp_
 
 
 @pytest.mark.slow
+def test_several_layers_of_the_encoder_are_joined_in_their_order(root: Path, tmp_path: Path):
+    theirs = write_llava(tmp_path / "llava", root / "llm", root / "clip", vision_feature_layer=[-2, -3])
+    vision = {"backend": "hf", "path": str(root / "clip"), "layer": [-2, -3], "resize": "crop"}
+    ours, _ = begin(model_config(root, **{**MLP, "vision": vision}), tmp_path / "llava")
+    pixels, ids = torch.randn(1, 3, 28, 28), torch.tensor([[theirs.config.image_token_id] * 16 + [5, 6, 7]])
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits[0, :, :-1]
+    assert (logits(ours, pixels) - expected).abs().max() < 1e-5 * expected.abs().max()
+    vision["layer"] = [-3, -2]
+    with pytest.raises(CheckpointError, match=r"reads blocks \[1, 0\].*in this order.*is \[-3, -2\]"):
+        begin(model_config(root, **{**MLP, "vision": vision}), tmp_path / "llava")
+
+
+@pytest.mark.slow
 def test_every_stage_of_a_pipeline_gets_what_the_whole_model_gets(root: Path):
     config = model_config(root, **MLP)
     whole, report = begin(config, root / "llava")
@@ -192,7 +206,7 @@ def test_a_tensor_that_is_none_of_llavas_is_named(root: Path, tmp_path: Path):
     ("key", "value", "message"),
     [
         ("projector_hidden_act", "relu", "is relu, neither linear nor gelu"),
-        ("vision_feature_layer", [-2, -3], "several layers"),
+        ("vision_feature_layer", [-2, 0], "the embeddings of its encoder"),
         ("multimodal_projector_bias", False, "no bias"),
         ("vision_config", {"model_type": "dinov2"}, "its encoder is a dinov2"),
         ("vision_config", {"model_type": "siglip_vision_model"}, "drops the first patch"),

@@ -211,6 +211,16 @@ def test_a_llava_next_is_taken_with_one_tile_an_image(root: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_several_layers_of_an_encoder_stay_several(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    whole = write_llava(tmp_path / "llava", root / "llm", root / "clip", vision_feature_layer=[-2, -3])
+    copy_tokenizer(root, tmp_path / "llava")
+    loaded = load(import_folder(tmp_path / "llava", tmp_path / "ours"), "cpu", "fp32")
+    assert "layer: [-1, -2]" in capsys.readouterr().err  # of the two blocks that are kept
+    expected = expected_logits(whole)
+    assert (logits(loaded.model) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.slow
 def test_a_prismatic_checkpoint_has_the_logits_of_its_parts(root: Path, tmp_path: Path):
     prepare()
     import timm

@@ -19,6 +19,7 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.export.merge import merge_folder
 from vlm.export.run import export_run
 from vlm.inference.load import load
+from vlm.inference.messages import to_conversation
 
 CHATML = TEMPLATES["chatml"].jinja("<|im_start|>", "<|im_end|>", False)
 
@@ -69,13 +70,33 @@ def test_the_page_offers_the_model_with_and_without_the_adapter(llm: Path):
 
 
 @pytest.mark.slow
-def test_an_exports_own_adapter_goes_on_a_plain_base_too(tmp_path: Path):
-    write_run(tmp_path / "run", model_config(tmp_path, vision=None, trainable=["llm.lora"]))
-    export = export_run(tmp_path / "run")
-    expected = load(export, "cpu", "fp32").chat("Hello", max_new_tokens=8)
+def test_a_plain_base_with_an_exports_adapter_is_asked_as_the_export_is(tmp_path: Path, capsys):
+    """The base's own template says something else: another system prompt, and other marks."""
+    config = model_config(tmp_path, vision=None, trainable=["llm.lora"])
+    (tmp_path / "llm" / "chat_template.jinja").write_text(TEMPLATES["vicuna"].jinja("<s>", "</s>", False))
+    write_run(tmp_path / "run", config)
+    whole = json.loads((tmp_path / "run" / "config.yaml").read_text())
+    whole["data"]["system"] = "Be brief."
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(whole))
+    export = load(export_run(tmp_path / "run"), "cpu", "fp32")
+    adapted = load(tmp_path / "llm", "cpu", "fp32", adapter=tmp_path / "run" / "export")
+    asked = [to_conversation("Hello", (), export.template)]
+    asked.append(
+        to_conversation(
+            [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "What?"}], (), export.template
+        )
+    )
+    for conversation in asked:
+        prompts = [model.conversation_tokenizer.prompt(conversation) for model in (export, adapted)]
+        assert prompts[0] == prompts[1]
+        assert "<|im_start|>" in export.tokenizer.decode(prompts[0])
+    assert "Be brief." in export.tokenizer.decode(export.conversation_tokenizer.prompt(asked[0]))
+    assert adapted.conversation_tokenizer.stop_ids == export.conversation_tokenizer.stop_ids
+    assert adapted.chat("Hello", max_new_tokens=8) == export.chat("Hello", max_new_tokens=8)
+    assert "template chatml; with the adapter and the prompts of the export" in capsys.readouterr().err
     assert (
-        load(tmp_path / "llm", "cpu", "fp32", adapter=export, template="chatml").chat("Hello", max_new_tokens=8)
-        == expected
+        load(tmp_path / "llm", "cpu", "fp32", adapter=tmp_path / "run" / "export", template="vicuna").template.name
+        == "vicuna"
     )
 
 

@@ -33,6 +33,7 @@ class Adapter:
     base: dict[str, str]  # fingerprints of the language model that it was trained beside
     replaces_own: bool
     quantization: QuantizationConfig | None  # of the weights that it was trained beside
+    manifest: Manifest  # of the export that it lies in
 
 
 def read_adapter(folder: str | Path, export: Path, manifest: Manifest) -> Adapter:
@@ -62,7 +63,7 @@ def read_adapter(folder: str | Path, export: Path, manifest: Manifest) -> Adapte
     tensors = dict(open_parts(place, replace(theirs, included=("llm.lora",)), theirs.model))
     continued = export.resolve() in (Path(start).resolve(), place.resolve())
     replaces_own = continued and "llm.lora" in manifest.included
-    return Adapter(place, theirs.model.lora, tensors, base, replaces_own, theirs.model.llm.quantization)
+    return Adapter(place, theirs.model.lora, tensors, base, replaces_own, theirs.model.llm.quantization, theirs)
 
 
 @torch.no_grad()

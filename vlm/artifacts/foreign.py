@@ -54,7 +54,7 @@ class Foreign:
         tensors: by canonical name: `projector.*`; `llm.*` and `vision.*` where the folder has weights of its own.
         projector: its section of the config.
         llm, vision: name or folder of the base models, as the other program named them; "" where it did not.
-        layer: of the encoder, counted from its end.
+        layer: of the encoder, counted from its end; one of several is then its last.
         backend: the library of the encoder.
         text_config, vision_config: shapes of the parts that lie in the folder whole, as config.json has them.
         adapter, vision_adapter: LoRA of the language model and of the encoder, which is merged.
@@ -68,7 +68,7 @@ class Foreign:
     projector: ProjectorConfig
     llm: str = ""
     vision: str = ""
-    layer: int = -2
+    layer: int | tuple[int, ...] = -2
     keep_class_token: bool = False
     resize: Resize = "pad"
     background: tuple[int, int, int] = _CLIP_MEAN_COLOUR
@@ -151,14 +151,16 @@ def _llava_hf(folder: Path, settings: Mapping[str, Any]) -> Foreign:
     llm = llm_shape(config.text_config)
     tensors = llava_adapter(config, llm).to_ours(files)
     tensors.refuse_unread(str(folder))
+    blocks = max(vision.layers) + 1
+    layers = tuple(layer - blocks for layer in vision.layers)
     notes = ["an image is one tile here: image_newline and the tiles of LLaVA-NeXT are left out"]
     is_next = settings["model_type"] == NEXT
     return Foreign(
         "LLaVA of transformers" + ", NeXT" * is_next, tensors, manifest.model.projector,
-        layer=-1, keep_class_token=vision.keep_class_token,
+        layer=layers if len(layers) > 1 else -1, keep_class_token=vision.keep_class_token,
         resize="squash" if is_next else vision.resize, background=vision.background,
         text_config={**config.text_config.to_dict(), "architectures": [type(llm).__name__]},
-        vision_config={**config.vision_config.to_dict(), "num_hidden_layers": max(vision.layers) + 1},
+        vision_config={**config.vision_config.to_dict(), "num_hidden_layers": blocks},
         notes=notes if is_next else (), normalisation=(spec.mean, spec.std),
     )  # fmt: skip
 

@@ -100,12 +100,13 @@ def manifest_of(folder: Path, config: Any) -> Manifest:
     spec = _image_spec(folder, config)
     resize: Any = spec.resize
     keeps_class = TOWERS[_tower(config)] and config.vision_feature_select_strategy == "full"
+    taken = _taken_blocks(config)
     model = ModelConfig(
         vision=VisionConfig(
             backend="hf",
             path=".",
             keep_class_token=keeps_class,
-            layer=_kept_blocks(config) - 1,
+            layer=taken if len(taken) > 1 else taken[0],
             resize=resize,
             background=spec.background,
         ),
@@ -153,6 +154,14 @@ def refuse_other_llava(
         return
     if model.vision.keep_class_token != before.keep_class_token:
         raise CheckpointError(f"{where}: set model.vision.keep_class_token to {str(before.keep_class_token).lower()}")
+    taken, now = _from_last(before.layers), _from_last(model.vision.layers)
+    if len(taken) > 1 and min(model.vision.layers) < 0 <= max(model.vision.layers):
+        raise CheckpointError(f"{where}: write all of model.vision.layer from the encoder's end, or all from its start")
+    if taken != now and max(len(taken), len(now)) > 1:
+        raise CheckpointError(
+            f"{where}: its projector reads blocks {list(before.layers)} of the encoder, counted from 0, in this order, "
+            f"and model.vision.layer is {list(model.vision.layers)}"
+        )
     if model.projector.patches_per_token > 1 or model.projector.normalize:
         raise CheckpointError(
             f"{where}: LLaVA's projector neither pools nor standardises: remove model.projector.pool, unshuffle and "
@@ -192,8 +201,8 @@ def read_llava_config(folder: Path) -> Any:
 def _why_not_ours(config: Any) -> str | None:
     if _tower(config) not in TOWERS:
         return f"its encoder is a {_tower(config)}, neither {' nor '.join(TOWERS)}"
-    if not isinstance(config.vision_feature_layer, int):
-        return f"it reads several layers of its encoder ({config.vision_feature_layer})"
+    if min(_taken_blocks(config)) < 0:
+        return f"it reads the embeddings of its encoder, before any block (vision_feature_layer {_layers(config)})"
     if config.vision_feature_select_strategy == "default" and not TOWERS[_tower(config)]:
         return "it drops the first patch of its encoder, which has no class token"
     if _kind(config) is None:
@@ -235,9 +244,19 @@ def _unread(config: Any) -> list[Rule]:
 
 def _kept_blocks(config: Any) -> int:
     """Blocks of the encoder up to the last one whose output is taken."""
-    blocks, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
-    layers = [layer] if isinstance(layer, int) else layer
-    return max(each if each >= 0 else blocks + 1 + each for each in layers)  # transformers' layer 0 is the embeddings
+    return max(_taken_blocks(config)) + 1
+
+
+def _taken_blocks(config: Any) -> tuple[int, ...]:
+    """Blocks of the encoder, from 0, whose outputs are taken, in the order in which they are joined by channel."""
+    blocks = config.vision_config.num_hidden_layers
+    # transformers' layer 0 is the embeddings
+    return tuple(each - 1 if each >= 0 else blocks + each for each in _layers(config))
+
+
+def _layers(config: Any) -> list[int]:
+    layer = config.vision_feature_layer
+    return [layer] if isinstance(layer, int) else list(layer)
 
 
 def _num_rows(config: LLMConfig) -> int:
@@ -280,6 +299,11 @@ def _identity_of(first: Tensor) -> Tensor:
 
 def _read_only(rule: Rule) -> Rule:
     return Rule(rule.ours, rule.theirs, rule.to_ours, None)
+
+
+def _from_last(layers: Sequence[int]) -> list[int]:
+    """Distances from the last block that is taken, which is the same one where every tensor fits."""
+    return [layer - max(layers) for layer in layers]
 
 
 def _short(values: Sequence[float]) -> str:

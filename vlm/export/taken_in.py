@@ -106,7 +106,7 @@ def _parts(
     elif found.vision_config is not None:
         _write_encoder(found, source, target / VISION_PART)
     if brings_vision:
-        vision, layer = str(target / VISION_PART), -1
+        vision, layer = str(target / VISION_PART), found.layer if isinstance(found.layer, tuple) else -1
     config = ModelConfig(
         vision=VisionConfig(
             backend=found.backend, path=_named(vision, "--vision", source), layer=layer, resize=found.resize,
@@ -134,7 +134,8 @@ def _write_llm(found: Foreign, source: Path, target: Path, max_shard_size: str) 
 def _write_encoder(found: Foreign, source: Path, target: Path) -> None:
     """An encoder's folder as transformers writes it, without blocks after the one whose output is taken."""
     assert found.vision_config is not None
-    kept = int(found.vision_config["num_hidden_layers"]) + found.layer + 1
+    last = found.layer if isinstance(found.layer, int) else max(found.layer)
+    kept = int(found.vision_config["num_hidden_layers"]) + last + 1
     names = [name for name in found.tensors if part_of(name) == VISION_PART and _block_of(name) < kept]
     settings = {**found.vision_config, "num_hidden_layers": kept}
     if not any(".head." in name for name in names):
@@ -201,6 +202,7 @@ def _how_to_go_on(final: Path, model: ModelConfig, brought: tuple[str, ...]) -> 
     places = {part: final / part if part in brought else None for part in (LLM, VISION_PART)}
     keeps = ", keep_class_token: true" if vision.keep_class_token else ""
     projector = model.projector
+    layer = vision.layer if isinstance(vision.layer, int) else list(vision.layer)
     depth = f", depth: {projector.depth}" if isinstance(projector, MLPProjectorConfig) else ""
     multiple = model.llm.pad_vocab_to_multiple_of
     padded = f", pad_vocab_to_multiple_of: {multiple}" if multiple else ""
@@ -208,7 +210,7 @@ def _how_to_go_on(final: Path, model: ModelConfig, brought: tuple[str, ...]) -> 
         "to go on training, in a config:",
         f"  init_from: {final}",
         "  model:",
-        f"    vision: {{backend: {vision.backend}, path: {places[VISION_PART] or vision.path}, layer: {vision.layer}, "
+        f"    vision: {{backend: {vision.backend}, path: {places[VISION_PART] or vision.path}, layer: {layer}, "
         f"resize: {vision.resize}, background: {list(vision.background)}{keeps}}}",
         f"    projector: {{kind: {projector.kind}{depth}}}",
         f"    llm: {{path: {places[LLM] or model.llm.path}{padded}}}",

@@ -230,7 +230,8 @@ def load(
         device: "cpu", "cuda", "cuda:1"; "auto" takes the GPU if there is one.
         precision: "auto" computes in bfloat16 where the hardware does so natively, else in float32.
         adapter: a LoRA folder that peft wrote. Or another export, whose LoRA adapter is added to this one's before both
-            are merged; if it went on training this one's adapter (init_from), it replaces that.
+            are merged; if it went on training this one's adapter (init_from), it replaces that. A plain model folder
+            is then asked with that export's template, system prompt and end tokens.
         template: chat template, by name, instead of the export's.
         image_order: where the images of a user turn are put, before its words ("first"), after them ("last"), or as
             they come ("keep"); None does as the training data did, which the export says.
@@ -262,8 +263,10 @@ def load(
     prepare()
     folder = Path(path)
     manifest = read_model(folder)
-    name = known_template(template or manifest.template)
     other = None if adapter is None else _read_adapter(Path(adapter), folder, manifest)
+    if isinstance(other, Adapter) and is_plain(folder):
+        manifest = _asked_as_trained(manifest, other)
+    name = known_template(template or manifest.template)
     found = with_bases_found(manifest, folder)
     built = assemble_export(folder, found, dtype, target, other, on_progress)
     if bits is not None:
@@ -279,7 +282,7 @@ def load(
     on_progress(1.0)
     if is_plain(folder) or isinstance(other, PeftAdapter):
         kind = f"{describe(manifest)}, template {tokens.template.name}" if is_plain(folder) else "an export"
-        log(f"{folder}: {kind}" + (f"; with the adapter {other.describe()}" if isinstance(other, PeftAdapter) else ""))
+        log(f"{folder}: {kind}" + (f"; with the adapter {_name_of(other)}" if other is not None else ""))
     return LoadedModel(
         model=built.model,
         tokenizer=built.tokenizer,
@@ -297,6 +300,26 @@ def _read_adapter(adapter: Path, folder: Path, manifest: Manifest) -> Adapter | 
     if is_peft(adapter) and not is_of_export(adapter):
         return read_peft(adapter)
     return with_start_found(read_adapter(adapter, folder, manifest), folder, manifest)
+
+
+def _asked_as_trained(manifest: Manifest, adapter: Adapter) -> Manifest:
+    """A plain base model is asked as the run that trained the adapter asked it, not as its own template says."""
+    theirs = adapter.manifest
+    return replace(
+        manifest,
+        template=theirs.template,
+        system=theirs.system,
+        stop_ids=theirs.stop_ids,
+        begins=theirs.begins,
+        image_order=theirs.image_order,
+    )
+
+
+def _name_of(adapter: Adapter | PeftAdapter) -> str:
+    """For a log."""
+    if isinstance(adapter, PeftAdapter):
+        return adapter.describe()
+    return f"and the prompts of the export {adapter.folder}"
 
 
 def build_tokens(

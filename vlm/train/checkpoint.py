@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm.distributed import is_main, on_main, together
 from vlm.errors import CheckpointError
 from vlm.faults import fault
 from vlm.files import flush, sha256, write_atomically
@@ -59,6 +58,8 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], info: d
         OSError: the disk is full or not writable, for whichever rank. Nothing of the failed checkpoint stays; older
             ones are untouched.
     """
+    from vlm.distributed import is_main, on_main, together  # torch, which listing checkpoints does without
+
     final = checkpoint_folder(run, step)
     if on_main(lambda: final.exists() and not verify(final)):
         return final  # a run that fell back to an older checkpoint came here again
