@@ -12,6 +12,7 @@ import time
 import pytest
 from filelock import FileLock
 
+from vlm import runs
 from vlm.errors import DataError
 from vlm.runs import find_runs, is_locked, list_runs, read_series, summarize
 
@@ -131,6 +132,17 @@ def test_series_are_all_numbers_by_name_and_a_step_without_one_is_left_out(tmp_p
     assert "step" not in series
     assert summarize(run).step == 3
     assert summarize(run).loss == 2.0
+
+
+def test_series_are_parsed_again_only_when_the_file_changed(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", step_line(1, 4.0))
+    parsed = []
+    monkeypatch.setattr("vlm.runs._parse", lambda text, parse=runs._parse: parsed.append(len(text)) or parse(text))
+    assert [read_series(run)["loss"].values for _ in range(3)] == [[4.0]] * 3
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(step_line(2, 3.0)) + "\n")
+    assert [read_series(run)["loss"].values for _ in range(3)] == [[4.0, 3.0]] * 3
+    assert len(parsed) == 2
 
 
 def test_runs_are_found_below_a_folder_and_nothing_inside_a_run(tmp_path):

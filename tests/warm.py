@@ -94,10 +94,14 @@ def run_warm(
         return next((code for code in ranks.codes if code), 0), ranks.output
 
 
-def begin(arguments: Sequence[str], log: Path) -> int:
-    """`vlm` with these arguments, in a session of its own; what it prints is added to a file. Returns its number."""
+def begin(arguments: Sequence[str], log: Path, folder: Path) -> int:
+    """`vlm` with these arguments in a working directory and a session of its own; what it prints is added to a file.
+
+    Returns:
+        its number.
+    """
     start_server()
-    process = _processes.Process(target=_enter, args=(log, {**os.environ}, vlm, tuple(arguments), "a"))
+    process = _processes.Process(target=_enter, args=(log, {**os.environ}, vlm, tuple(arguments), "a", folder))
     process.start()
     return process.pid
 
@@ -124,14 +128,17 @@ def _launch_variables(rank: int, nproc: int, port: int) -> dict[str, str]:
 
 
 def _enter(
-    log: Path, environment: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...], mode: str = "w"
-) -> None:
+    log: Path, environment: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...], mode: str = "w",
+    folder: Path | None = None,
+) -> None:  # fmt: skip
     os.setsid()
     with log.open(mode) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ.clear()
     os.environ.update(environment)
+    if folder is not None:
+        os.chdir(folder)
     work(*arguments)
     sys.stdout.flush()
 

@@ -25,8 +25,9 @@ from vlm.settle import settle_precision
 from vlm.train.checkpoint import CheckpointInfo, list_checkpoints, read_info
 from vlm.train.engines.device import choose_device
 from vlm.train.engines.kinds import Local
-from vlm.train.loop import TrainLoop
+from vlm.train.loop import TrainLoop, still_at
 from vlm.train.optim import build_schedule
+from vlm.train.reference import REFERENCE, with_reference
 from vlm.train.resume import RunState
 from vlm.train.switches import torch_switches
 
@@ -84,7 +85,8 @@ def blame_step(config: RunConfig, step: int) -> Blame:
 
     Raises:
         ConfigError: the run has no such step.
-        CheckpointError: the data, its order or the model is another one than the run's.
+        CheckpointError: the data, its order or the model is another one than the run's; or the file of its reference
+            is missing.
     """
     device = choose_device(config.engine.device)
     run, engine = Path(config.output_dir), Local(device=config.engine.device)
@@ -100,6 +102,9 @@ def blame_step(config: RunConfig, step: int) -> Blame:
         if not 1 <= step <= parts.max_steps:
             raise ConfigError(f"--step {step}: {run} has steps 1 to {parts.max_steps}")
         from_step = _restore(parts, run, before[-1]) if before else 0
+        if config.objective.needs_reference:  # the run's own, so nothing is written
+            data = with_reference(parts.data, config.data, parts.engine, run / REFERENCE, {}, resumes=True)
+            parts = replace(parts, data=data)
         with log_level("info"):
             _train_until(parts, from_step, step - 1)
             return _blame(parts, run, from_step, step)
@@ -127,8 +132,12 @@ def _train_until(parts: Prepared, start: int, last: int) -> None:
             save=lambda step, required: True,
             save_every=last,
             max_bad_steps=settings.max_bad_steps,
-            thaw={str(part): at for part, at in settings.thaw.items()},
+            thaw=_thaw(parts),
         ).run(start)
+
+
+def _thaw(parts: Prepared) -> dict[str, int]:
+    return {str(part): at for part, at in parts.config.train.thaw.items()}
 
 
 def _blame(parts: Prepared, run: Path, from_step: int, step: int) -> Blame:
@@ -137,6 +146,7 @@ def _blame(parts: Prepared, run: Path, from_step: int, step: int) -> Blame:
     normalizer = max(1.0, float(sum(map(parts.objective.normalizer, batches))))
     numbers = np.concatenate(stream.rows_of_step(step - 1))
     model.train()
+    engine.still = still_at(step - 1, _thaw(parts))
     with ExitStack() as stack:
         random_state = torch.get_rng_state()
         stack.enter_context(unchanged(model, parts.config.seed))

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -133,7 +134,8 @@ def summarize(run: Path) -> RunSummary:
 def read_series(run: Path) -> dict[str, Series]:
     """Every number of metrics.jsonl by its name: loss, held_out_loss, grad_norm, learning_rate, tokens_per_second ...
 
-    A step without a number, such as the loss of one that was not applied, is left out of its series.
+    A step without a number, such as the loss of one that was not applied, is left out of its series. While the file
+    stays as it is, the same series are returned again, so they are not to be changed.
 
     Raises:
         DataError: there is no metrics.jsonl. Usually the path is not a run folder, or no step was made yet.
@@ -141,6 +143,13 @@ def read_series(run: Path) -> dict[str, Series]:
     path = run / METRICS
     if not path.is_file():
         raise DataError(f"{path} does not exist: {run} is not a run folder, or no step was made yet")
+    about = path.stat()
+    return dict(_series_of(path.resolve(), about.st_size, about.st_mtime_ns))
+
+
+@lru_cache(maxsize=16)  # runs that pages draw now
+def _series_of(path: Path, size: int, mtime_ns: int) -> dict[str, Series]:
+    """Size and time tell the file from an earlier one at the same path."""
     found: dict[str, Series] = {}
     for line in _parse(path.read_bytes()):
         for name, value in line.items():

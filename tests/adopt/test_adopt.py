@@ -11,9 +11,10 @@ import pytest
 from demo.tiny import tiny_tokenizer, write_encoder, write_llm
 from tokenizers_for_tests import TEXTS, sentencepiece_like
 
-from vlm.adopt.adopt import Adopted, adopt, as_text
+from vlm.adopt.adopt import Adopted, _removed_on_error, adopt, as_text
 from vlm.adopt.encoders import find_backend
-from vlm.adopt.look import choose_projector
+from vlm.adopt.look import choose_projector, look
+from vlm.adopt.project import FINETUNE, LORA, Sources, write_project
 from vlm.adopt.template import choose_template
 from vlm.config import load_config
 from vlm.config_checks import config_problems, load_checked
@@ -79,6 +80,32 @@ def test_a_folder_that_holds_something_is_left_alone(parts: Path, tmp_path: Path
     with pytest.raises(ConfigError, match="exists already and is not empty"):
         adopt([str(parts / "clip")], str(parts / "llm"), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_empty_folder_behind_a_link_is_as_it_was_after_an_error(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+
+    def fail_halfway(folder: Path) -> None:
+        with _removed_on_error(folder):
+            (folder / "data").mkdir()
+            (folder / "data/a.png").touch()
+            (folder / "trial.yaml").touch()
+            raise ConfigError("half way")
+
+    for name in ("link", "new"):
+        with pytest.raises(ConfigError, match="half way"):
+            fail_halfway(tmp_path / name)
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["empty", "link"]
+
+
+def test_the_adapters_stage_keeps_its_own_rows_where_the_full_stage_gets_fewer(parts: Path, tmp_path: Path):
+    pair = look([str(parts / "clip")], str(parts / "llm"))
+    drawn = Sources.drawn(tmp_path / "data")
+    for given, expected in (({}, (4, 4)), ({FINETUNE: 2}, (2, 4)), ({FINETUNE: 2, LORA: 1}, (2, 1))):
+        write_project(tmp_path, pair, drawn, drawn, given)
+        found = tuple(load_config(tmp_path / name).train.micro_batch_size for name in (FINETUNE, LORA))
+        assert found == expected
 
 
 def test_what_does_not_fit_is_said_with_what_to_do(parts: Path, tmp_path: Path):

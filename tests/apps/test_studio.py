@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vlm.apps.studio.chart import Curve, chart_html
 from vlm.apps.studio.draft import Draft, shown_values
 from vlm.apps.studio.form import form_html, problems_html
 from vlm.apps.studio.key import KeyGuard
+from vlm.apps.studio.overview import act
 from vlm.apps.studio.texts import _TEXTS
 from vlm.config import RunConfig, load_config, read_source
 from vlm.config_keys import all_keys
@@ -130,9 +132,10 @@ def test_every_text_is_there_in_both_languages():
 def sleeper(code: str = "import time; time.sleep(60)") -> Any:
     """Starts a process in place of `vlm`, which prints its arguments first."""
 
-    def start(arguments: Sequence[str], log: Path) -> int:
+    def start(arguments: Sequence[str], log: Path, folder: Path) -> int:
         with log.open("ab") as output:
-            process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=output, start_new_session=True)
+            command = [sys.executable, "-c", code, *arguments]
+            process = subprocess.Popen(command, stdout=output, start_new_session=True, cwd=folder)
         started.append(process)
         return process.pid
 
@@ -156,6 +159,45 @@ def test_a_job_is_known_from_its_run_folder_and_ends_when_it_is_stopped(tmp_path
     assert not job.is_running
     with pytest.raises(VLMError, match="nothing trains there now"):
         jobs.stop(tmp_path / "run")
+
+
+def test_of_two_clicks_at_once_one_starts_a_process(tmp_path: Path):
+    start = sleeper()
+
+    def click(_: int) -> bool:
+        try:
+            return bool(jobs.begin(tmp_path, "export", ["export", "."], start))
+        except RunLocked:
+            return False
+
+    with ThreadPoolExecutor(4) as clicks:
+        assert sorted(clicks.map(click, range(4))) == [False, False, False, True]
+    (process,) = start.started
+    process.kill()
+    process.wait()
+
+
+def test_a_run_that_was_moved_goes_on_where_it_lies_and_reads_its_data_where_it_was_begun(tmp_path: Path):
+    """Its config and the command that began it name a relative folder, of another working directory."""
+    write_run(tmp_path / "work/runs/old", [3.0])
+    begun: list[tuple[list[str], Path]] = []
+
+    def start(arguments: Sequence[str], log: Path, folder: Path) -> int:
+        begun.append((list(arguments), folder))
+        return 2**22 + 1  # no process: it ended at once
+
+    first = ["train", "a.yaml", "--options", "output_dir=runs/old", "seed=3"]
+    jobs.begin(tmp_path / "work/runs/old", "train", first, start, tmp_path / "work")
+    (tmp_path / "work/runs/old").rename(tmp_path / "new")
+    for name in ("resume", "resume", "evaluate", "export"):
+        act(name, tmp_path, "new", "en", start)
+    here = ["--options", f'output_dir="{tmp_path / "new"}"']
+    resumed, run = [*first, *here], str(tmp_path / "new")
+    expected = [first, resumed, resumed, ["eval", run, *here], ["export", run]]
+    assert begun == [(arguments, tmp_path / "work") for arguments in expected]
+    (tmp_path / "new/.train.json").unlink()  # as if from a terminal
+    act("resume", tmp_path, "new", "en", start)
+    assert begun[-1] == (["train", str(tmp_path / "new/config.yaml"), *here], Path.cwd())
 
 
 def test_a_later_process_of_the_same_number_is_not_taken_for_the_job(tmp_path: Path):
@@ -254,26 +296,31 @@ def test_preview_and_plan_are_the_commands_of_the_terminal():
 # The key
 
 
-def ask(path: str = "/", query: str = "", cookie: str = "") -> tuple[int, dict[str, str]]:
-    """Status and headers, of a guard whose key is `right`."""
-    sent: list[Any] = []
+async def page(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+def ask(guard: KeyGuard, path: str = "/", query: str = "", cookie: str = "") -> tuple[int, dict[str, str]]:
+    """Status and headers of its answer."""
+    sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
 
     headers = [(b"host", b"127.0.0.1:7861"), (b"cookie", cookie.encode())]
     scope = {"type": "http", "path": path, "query_string": query.encode(), "headers": headers}
-    asyncio.run(KeyGuard(app, "right")(scope, send, send))
+    asyncio.run(guard(scope, send, send))
     return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}
 
 
 def test_only_the_browser_with_the_key_gets_in():
-    assert ask()[0] == ask(query="key=wrong")[0] == ask(cookie="vlm_studio_7861=wrong")[0] == 401
-    assert ask("/gradio_api/queue/join", "key=right")[0] == 401  # the address opens the page, nothing else
-    status, headers = ask(query="key=right")
+    guard = KeyGuard(page, "right")
+    for query, cookie in (("", ""), ("key=wrong", ""), ("", "vlm_studio_7861=wrong"), ("", "vlm_studio_7861=right")):
+        assert ask(guard, "/", query, cookie)[0] == 401
+    assert ask(guard, "/gradio_api/queue/join", "key=right")[0] == 401  # the address opens the page, nothing else
+    status, headers = ask(guard, query="key=right")
     assert (status, headers["location"]) == (303, "/")
     assert "HttpOnly" in headers["set-cookie"]
-    assert ask("/config", cookie=headers["set-cookie"].partition(";")[0])[0] == 200
+    assert "right" not in headers["set-cookie"]
+    assert ask(guard, "/config", cookie=headers["set-cookie"].partition(";")[0])[0] == 200
+    assert ask(KeyGuard(page, "right"), "/config", cookie=headers["set-cookie"].partition(";")[0])[0] == 401

@@ -110,6 +110,26 @@ def test_text_alone_reaches_every_trained_weight_with_a_zero_gradient(parts):
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
+def test_a_rehearsal_leaves_out_the_parts_that_stand_still_as_a_step_does(parts):
+    config, built, collate, examples = parts
+    objective, batches = LanguageModeling(), [collate([[x] for x in examples[:2]])]
+    engine = LocalEngine(
+        LossModule(built.model, objective), build_optimizer(built.model, config.train),
+        device=torch.device("cpu"), max_grad_norm=0.5,
+    )  # fmt: skip
+    built.model.train()
+    weight = float(objective.normalizer(batches[0]))
+    norms = []
+    for still in (frozenset(), frozenset({"projector"})):
+        engine.still = still
+        torch.manual_seed(0)
+        rehearsed = engine.rehearse(batches, weight, lambda: None)
+        torch.manual_seed(0)
+        norms.append((rehearsed[1], engine.train_step(batches, weight, 0.0).grad_norm))
+    assert all(rehearsed == made for rehearsed, made in norms)
+    assert norms[0][0] > norms[1][0]
+
+
 def test_a_loss_that_is_not_finite_becomes_nan_and_any_other_stays_to_the_bit():
     """DeepSpeed looks at gradients alone, and those of an infinite loss may be finite."""
     for value in (float("inf"), -float("inf"), float("nan")):

@@ -14,6 +14,7 @@ from torch import Tensor
 from warm import run_warm
 
 from vlm.batch import IGNORE_INDEX, Example
+from vlm.blame import blame_step
 from vlm.config import load_config
 from vlm.data.collate import Collator
 from vlm.errors import CheckpointError, ConfigError, Preempted
@@ -222,6 +223,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit_with_the_reference_it_began_w
     assert [[line[name] for name in names] for line in lines_of(again)] == [
         [line[name] for name in names] for line in lines_of(whole)
     ]
+    before = sorted((file, file.stat().st_mtime_ns) for file in whole.rglob("*"))
+    blame = blame_step(load_config(path), 5)  # reads the reference too
+    assert (blame.from_step, blame.is_same) == (3, True)
+    assert blame.grad_norm == pytest.approx(blame.told_grad_norm, rel=1e-5)
+    assert sorted((file, file.stat().st_mtime_ns) for file in whole.rglob("*")) == before
     (again / REFERENCE).unlink()
     with pytest.raises(CheckpointError, match="the log-probabilities of the model that this run started from are miss"):
         train(load_config(path, [*other, "train.max_steps=8"]), path.read_text())

@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+import threading
 import time
 
 import pytest
@@ -29,6 +30,15 @@ def test_a_second_run_in_the_same_folder_is_refused_and_told_whose_it_is(tmp_pat
         holder.kill()
     with RunFolder(run):  # the lock of a killed process is taken over
         assert json.loads((run / "run.owner.json").read_text())["pid"] == os.getpid()
+
+
+def test_a_reader_that_looks_for_a_moment_does_not_refuse_a_run(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    reader = (tmp_path / "run.lock").open("wb")
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    threading.Timer(0.1, reader.close).start()
+    with RunFolder(tmp_path):
+        assert reader.closed
 
 
 def test_an_output_dir_that_is_a_file_is_refused(tmp_path):

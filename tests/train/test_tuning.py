@@ -11,6 +11,7 @@ from tiny_export import write_clip, write_image, write_llm
 
 from vlm.artifacts.initial import load_init
 from vlm.artifacts.peft_adapter import read_peft
+from vlm.blame import blame_step
 from vlm.config import load_config
 from vlm.data.build import build_conversation_tokenizer, build_reader
 from vlm.data.scan import scan_records
@@ -219,6 +220,10 @@ def test_a_part_stands_still_until_its_step_and_a_resume_goes_on_so(toys, tmp_pa
     before, after = (part_of_step(run, step, "llm.lora") for step in (2, 3))
     assert all(not tensor.any() for name, tensor in before.items() if "lora_B" in name)  # as an adapter starts
     assert all(tensor.any() for name, tensor in after.items() if "lora_B" in name)
+    for step in (1, 3):  # from right before it: the norm is of what trains in it
+        blame = blame_step(load_config(path), step)
+        assert blame.from_step == step - 1
+        assert blame.grad_norm == pytest.approx(blame.told_grad_norm, rel=1e-5)
     final = weights(run)
     shutil.rmtree(list_checkpoints(run)[-1].path)
     trained(path)

@@ -203,7 +203,10 @@ def _removed_on_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if was_there:
-            folder.mkdir()
+        # of one that was there only what it holds: `.` and a link cannot be removed themselves
+        for each in folder.iterdir() if was_there else [folder]:
+            if each.is_dir():
+                shutil.rmtree(each, ignore_errors=True)
+            else:
+                each.unlink(missing_ok=True)
         raise

@@ -62,8 +62,8 @@ def write_project(folder: Path, pair: Pair, sources: Sources, drawn: Sources, mi
         (folder / name).write_text("\n".join([*lines, *_sizes(name, pair, rows)]) + "\n", encoding="utf-8")
     if pair.has_linears:
         lines = _lora()
-        if LORA in micro_batches:
-            lines += ["train:", f"  micro_batch_size: {micro_batches[LORA]}  # as many as fit"]
+        if {FINETUNE, LORA} & set(micro_batches):  # not what the stage below it has
+            lines += ["train:", f"  micro_batch_size: {micro_batches.get(LORA, _MICRO_BATCH)}  # as many as fit"]
         (folder / LORA).write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / TRIAL).write_text("\n".join(_trial(pair, drawn)) + "\n", encoding="utf-8")
 

@@ -52,6 +52,19 @@ class Every:
             self.event(step)
 
 
+def still_at(step: int, thaw: Mapping[str, int]) -> frozenset[str]:
+    """Parts that stand still in a step.
+
+    Args:
+        step: from 0.
+        thaw: part -> the step, from 0, from which on it trains.
+
+    >>> sorted(still_at(1, {"vision": 2, "llm": 1}))
+    ['vision']
+    """
+    return frozenset(part for part, at in thaw.items() if step < at)
+
+
 @dataclass
 class TrainLoop:
     """All that decides what a step is; `run` makes them.
@@ -126,7 +139,7 @@ class TrainLoop:
         return start_step
 
     def _settle_still(self, step: int, is_first: bool) -> None:
-        self.engine.still = frozenset(part for part, at in self.thaw.items() if step < at)
+        self.engine.still = still_at(step, self.thaw)
         for part, at in self.thaw.items():
             if step == at:
                 log(f"step {step + 1}: {part} trains from here on")

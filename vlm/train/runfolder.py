@@ -19,7 +19,9 @@ from vlm.train.ended import ENDED, OWNER
 
 LOG = "train.log"  # what the console shows
 LAUNCH = ".train.json"  # the process that `vlm studio` started; see vlm.apps.studio.jobs
-_BEFORE_A_RUN = ("run.lock", OWNER, ENDED, LOG, LAUNCH)  # stand there before config.yaml does
+LAUNCH_LOCK = ".jobs.lock"  # held while that file and its like are written
+_LOOK_SECONDS = 0.5  # for which a reader may share the lock, as vlm.runs.is_locked does for a moment
+_BEFORE_A_RUN = ("run.lock", OWNER, ENDED, LOG, LAUNCH, LAUNCH_LOCK)  # stand there before config.yaml does
 
 
 class RunFolder:
@@ -34,7 +36,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock = FileLock(self.path / "run.lock", timeout=0)
+        self._lock = FileLock(self.path / "run.lock", timeout=_LOOK_SECONDS)
 
     def __enter__(self) -> RunFolder:
         on_main(self._take)

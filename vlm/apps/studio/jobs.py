@@ -16,22 +16,24 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from filelock import FileLock
 
 from vlm.errors import RunLocked, VLMError
 from vlm.files import write_atomically
 from vlm.runs import is_locked
 from vlm.train.ended import OWNER
-from vlm.train.runfolder import LAUNCH, LOG
+from vlm.train.runfolder import LAUNCH, LAUNCH_LOCK, LOG
 
 Kind = Literal["train", "export", "eval"]
 KINDS: tuple[Kind, ...] = ("train", "export", "eval")
-Begin = Callable[[Sequence[str], Path], int]  # arguments of `vlm`, log -> process id
+Begin = Callable[[Sequence[str], Path, Path], int]  # arguments of `vlm`, log, working directory -> process id
 _TAIL_BYTES = 64 << 10
+_LOCK_SECONDS = 10.0  # a start takes far less
 _CLOCK_SECONDS = 2.0  # by which a process may seem younger than the file that names it
 
 
@@ -45,6 +47,7 @@ class Job:
     arguments: tuple[str, ...]  # of `vlm`
     created: float  # of the process, seconds since 1970: tells it from a later one of the same number
     code: int | None = None  # exit code; None while it runs, and when nobody was there to see its end
+    folder: str | None = None  # working directory, from which relative paths of its config are; None: not known
 
     @property
     def command(self) -> str:
@@ -55,41 +58,58 @@ class Job:
         return self.code is None and _process_of(self.pid, self.host, self.created) is not None
 
 
-def begin(run: Path, kind: Kind, arguments: Sequence[str], start: Begin | None = None) -> Job:
+def begin(
+    run: Path, kind: Kind, arguments: Sequence[str], start: Begin | None = None, folder: Path | None = None
+) -> Job:
     """Start a command for a run and return at once. Its output goes to the end of the job's log in the run folder.
 
     Args:
         arguments: of the `vlm` command.
         start: for tests; a process of its own session by default.
+        folder: working directory; None is that of this process.
 
     Raises:
         RunLocked: such a job runs already, or another process trains there.
         VLMError: the folder cannot be written.
     """
+    folder = Path.cwd() if folder is None else folder
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with _alone(run):
+            _refuse_second(run, kind)
+            log = log_file(run, kind)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"$ {shlex.join(['vlm', *arguments])}\n")
+            pid = (start or _start)(arguments, log, folder)
+            created = psutil.Process(pid).create_time() if psutil.pid_exists(pid) else time.time()
+            job = Job(kind, pid, socket.gethostname(), tuple(arguments), created, folder=str(folder))
+            _write(run, job)
+    except OSError as error:
+        raise VLMError(f"{run}: `vlm {kind}` could not be started ({error.strerror or error})") from None
+    return job
+
+
+def _alone(run: Path) -> FileLock:
+    """Held from the look at a job file until it is written, so that of two clicks at once one starts a process."""
+    return FileLock(run / LAUNCH_LOCK, timeout=_LOCK_SECONDS)
+
+
+def _refuse_second(run: Path, kind: Kind) -> None:
     before = read(run, kind)
     if before is not None and before.is_running:
         raise RunLocked(f"{run}: `{before.command}` runs already (process {before.pid}). Stop it first")
     if kind == "train" and is_locked(run):
         raise RunLocked(f"{run}: another process is training here. Stop it first, or choose another output_dir")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        log = log_file(run, kind)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(f"$ {shlex.join(['vlm', *arguments])}\n")
-        pid = (start or _start)(arguments, log)
-        created = psutil.Process(pid).create_time() if psutil.pid_exists(pid) else time.time()
-        job = Job(kind, pid, socket.gethostname(), tuple(arguments), created)
-        _write(run, job)
-    except OSError as error:
-        raise VLMError(f"{run}: `vlm {kind}` could not be started ({error.strerror or error})") from None
-    return job
 
 
 def read(run: Path, kind: Kind) -> Job | None:
     """The last job of a kind that was begun for a run; None if there was none, or its file is damaged."""
     try:
         values = json.loads(_job_file(run, kind).read_text(encoding="utf-8"))
-        return Job(kind, values["pid"], values["host"], tuple(values["arguments"]), values["created"], values["code"])
+        arguments = tuple(values["arguments"])
+        return Job(
+            kind, values["pid"], values["host"], arguments, values["created"], values["code"], values.get("folder")
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -138,7 +158,7 @@ def _job_file(run: Path, kind: Kind) -> Path:
     return run / (LAUNCH if kind == "train" else f".{kind}.json")
 
 
-def _start(arguments: Sequence[str], log: Path) -> int:
+def _start(arguments: Sequence[str], log: Path, folder: Path) -> int:
     """A process that goes on when this one ends. While this one lives it is reaped, and its exit code noted."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
@@ -147,6 +167,7 @@ def _start(arguments: Sequence[str], log: Path) -> int:
         process = subprocess.Popen(
             [sys.executable, "-m", "vlm.cli.main", *arguments],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environment,
+            cwd=folder,
         )  # fmt: skip
     threading.Thread(target=_note_end, args=(process, log), daemon=True).start()
     return process.pid
@@ -154,15 +175,17 @@ def _start(arguments: Sequence[str], log: Path) -> int:
 
 def _note_end(process: subprocess.Popen[bytes], log: Path) -> None:
     code = process.wait()
-    with suppress(OSError):  # the run folder was removed meanwhile
+    if not log.parent.is_dir():  # the run folder was removed meanwhile
+        return
+    with suppress(OSError), _alone(log.parent):
         for kind in KINDS:
             job = read(log.parent, kind)
             if log == log_file(log.parent, kind) and job is not None and job.pid == process.pid:
-                _write(log.parent, Job(kind, job.pid, job.host, job.arguments, job.created, code))
+                _write(log.parent, replace(job, code=code))
 
 
 def _write(run: Path, job: Job) -> None:
-    values = {"pid": job.pid, "host": job.host, "arguments": job.arguments, "created": job.created, "code": job.code}
+    values = {name: value for name, value in asdict(job).items() if name != "kind"}
     write_atomically(_job_file(run, job.kind), json.dumps(values) + "\n")
 
 

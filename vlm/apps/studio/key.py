@@ -25,6 +25,7 @@ class KeyGuard:
     def __init__(self, app: App, key: str) -> None:
         self.app = app
         self.key = key
+        self.session = secrets.token_urlsafe(24)  # in the cookie: who reads that cannot open the address anew
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,22 +33,23 @@ class KeyGuard:
             return
         asked = parse_qs(scope["query_string"].decode("latin-1")).get("key", [""])[0]
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        if scope["path"] == _OWN or self._is_key(cookie_of(headers.get(b"cookie"), self.cookie_name(headers))):
+        if scope["path"] == _OWN or _is(cookie_of(headers.get(b"cookie"), self.cookie_name(headers)), self.session):
             await self.app(scope, receive, send)
-        elif scope["path"] == "/" and self._is_key(asked):
-            cookie = f"{self.cookie_name(headers)}={self.key}; Path=/; HttpOnly; SameSite=Lax"
+        elif scope["path"] == "/" and _is(asked, self.key):
+            cookie = f"{self.cookie_name(headers)}={self.session}; Path=/; HttpOnly; SameSite=Lax"
             await _answer(send, 303, [(b"location", b"/"), (b"set-cookie", cookie.encode())])
         else:
             await _answer(send, 401, [], _REFUSED.encode())
 
     @staticmethod
     def cookie_name(headers: MutableMapping[bytes, str]) -> str:
-        """One for each port, as browsers do not tell the ports of a host apart."""
+        """One for each port, as a browser sends the cookies of a host to all its ports."""
         port = headers.get(b"host", "").rpartition(":")[2]
         return f"{COOKIE}_{port if port.isdecimal() else 80}"
 
-    def _is_key(self, value: str | None) -> bool:
-        return value is not None and secrets.compare_digest(value.encode(), self.key.encode())
+
+def _is(value: str | None, secret: str) -> bool:
+    return value is not None and secrets.compare_digest(value.encode(), secret.encode())
 
 
 async def _answer(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes = b"") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,21 +187,38 @@ def act(name: str, folder: Path, label: Any, language: Language, begin: jobs.Beg
     if name == "stop":
         jobs.stop(run.path)
         return tell(language, "asked_to_stop")
+    place = run.path.resolve()
     kind, arguments = {
-        "resume": ("train", _resume(run.path)),
-        "export": ("export", ["export", str(run.path)]),
-        "evaluate": ("eval", ["eval", str(run.path)]),
+        "resume": ("train", _resume(place)),
+        "export": ("export", ["export", str(place)]),
+        "evaluate": ("eval", ["eval", str(place), *_in(place)]),
     }[name]
-    job = jobs.begin(run.path, kind, arguments, begin)  # type: ignore[arg-type]
+    job = jobs.begin(run.path, kind, arguments, begin, _working_directory(run.path))  # type: ignore[arg-type]
     return tell(language, "begun", command=job.command)
 
 
 def _resume(run: Path) -> list[str]:
-    """The command that began it, else one that reads the config it keeps."""
+    """The command that began it, else one that reads the config it keeps; in this folder, wherever it lay then.
+
+    Args:
+        run: absolute.
+    """
     job = jobs.read(run, "train")
     if not (run / "config.yaml").is_file():
         raise VLMError(f"{run}: it was never begun, so there is nothing to go on with; start it from its project")
-    return list(job.arguments) if job is not None else ["train", str(run / "config.yaml")]
+    arguments = list(job.arguments) if job is not None else ["train", str(run / "config.yaml")]
+    return arguments if arguments[-2:] == _in(run) else [*arguments, *_in(run)]
+
+
+def _in(run: Path) -> list[str]:
+    """The option that names this folder: its config may name another, from which it was copied or moved."""
+    return ["--options", f"output_dir={json.dumps(str(run), ensure_ascii=False)}"]
+
+
+def _working_directory(run: Path) -> Path | None:
+    """Where the run was begun, so that relative paths of its data and models lead to the same files."""
+    job = jobs.read(run, "train")
+    return Path(job.folder) if job is not None and job.folder is not None and Path(job.folder).is_dir() else None
 
 
 def table_html(runs: Sequence[Run], folder: Path, chosen: str | None, language: Language) -> str:

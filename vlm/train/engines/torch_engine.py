@@ -91,6 +91,7 @@ class TorchEngine(Engine):
         """Around DistributedDataParallel, whose buckets take their order from the first backward: all ranks have the
         same gradients here."""
         loss, *_ = self._backward(self.loss_module, microbatches, self.num_data_ranks / normalizer)
+        self._leave_still()
         seen = loss / normalizer, self.grad_norm().item(), look()
         self.optimizer.zero_grad(set_to_none=True)
         return seen
