@@ -115,7 +115,9 @@ def cpu_speed() -> CpuSpeed:
     return CpuSpeed(**remember("cpu", lambda: asdict(_measure_cpu())))
 
 
-def remember(what: str, measure: Callable[[], Any], again: bool = False) -> Any:
+def remember(
+    what: str, measure: Callable[[], Any], again: bool = False, keep: Callable[[Any], bool] = lambda found: True
+) -> Any:
     """The result of `measure`, a JSON value, from this process, from the file of this machine, or measured now.
 
     Processes that start together wait for the first one's result, so that all of them choose alike. A folder that
@@ -123,6 +125,7 @@ def remember(what: str, measure: Callable[[], Any], again: bool = False) -> Any:
 
     Args:
         again: measure now, and remember that.
+        keep: whether the next process may have what was measured.
     """
     key = f"{what} on {_machine_key()}"
     if again or key not in _remembered:
@@ -133,7 +136,8 @@ def remember(what: str, measure: Callable[[], Any], again: bool = False) -> Any:
                 found = None if again else _read(path, key)  # another process may have measured meanwhile
                 if found is None:
                     found = measure()
-                    _write(path, {"key": key, "value": found})
+                    if keep(found):
+                        _write(path, {"key": key, "value": found})
         _remembered[key] = found
     return _remembered[key]
 

@@ -130,7 +130,7 @@ def test_an_image_is_read_by_the_pixels_of_its_file(config, plan):
 def test_ranks_on_a_cpu_send_as_fast_as_two_of_them_were_measured_to(monkeypatch, tmp_path):
     monkeypatch.setenv("VLM_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("vlm.precision._remembered", {})
-    numbers = {"when": "today", "products": [], "sweeps": [], "attention": [], "adam": 1}
+    numbers = {"when": "today", "one_thread": 0, "products": [[1, 1, 1, 1e9]], "sweeps": [], "attention": [], "adam": 1}
     numbers |= {"image": 1, "decode": 1, "fit": 1}
     monkeypatch.setattr(measure, "_measure", lambda *_: numbers)
     monkeypatch.setattr(measure, "measure_link", lambda: 2e9)
@@ -203,7 +203,7 @@ def test_a_machine_is_measured_once_and_again_when_asked(monkeypatch, tmp_path):
     monkeypatch.setenv("VLM_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("vlm.precision._remembered", {})
     calls = []
-    numbers = {"when": "today", "products": [[1, 1, 1, 1e9]], "sweeps": [], "attention": [], "adam": 1}
+    numbers = {"when": "today", "one_thread": 0, "products": [[1, 1, 1, 1e9]], "sweeps": [], "attention": [], "adam": 1}
     numbers |= {"image": 1, "decode": 1, "fit": 1}
     monkeypatch.setattr(measure, "_measure", lambda *_: calls.append(1) or numbers)
     cpu = torch.device("cpu")
@@ -224,3 +224,13 @@ def test_a_small_model_takes_about_as_long_as_planned(monkeypatch, tmp_path):
         assert sum(bench_plan_time.estimated(timed).values()) == pytest.approx(bench_plan_time.measure(timed), rel=0.4)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("all_threads", "kept"),
+    [(9e10, True), (3e10, True), (2e6, False)],  # the last: threads that waited for cores that others used
+)
+def test_a_machine_that_others_keep_busy_is_not_remembered(all_threads, kept, capsys):
+    found = {"one_thread": 5e10, "products": [[16, 16, 16, 1e6], [1024, 1024, 1024, all_threads]]}
+    assert measure.is_undisturbed(found) is kept
+    assert ("25000 times as long" in "".join(capsys.readouterr())) is not kept

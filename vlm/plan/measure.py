@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.batch import ImageSpec
+from vlm.logs import warn
 from vlm.plan.link import measure_link
 from vlm.plan.machine import HEAD_DIM, HEADS, Machine
 from vlm.precision import remember
 
-_VERSION = 2  # of what is measured
+_VERSION = 3  # of what is measured
 _BUDGET = 0.03  # seconds that a call is repeated for, after a first one that warms up
 _LONG_BUDGET = 0.3  # of calls that are few
 _ROUNDS = 2  # of all products: what disturbs one of them is gone at the next
@@ -52,7 +53,7 @@ def measured_machine(device: torch.device, dtype: torch.dtype, again: bool = Fal
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     name = str(dtype).removeprefix("torch.")
     key = f"speed {_VERSION} of {device.type}, {name}, {threads} threads"
-    found = remember(key, lambda: _measure(device, dtype), again)
+    found = remember(key, lambda: _measure(device, dtype), again, keep=is_undisturbed)
     link = remember(f"link {_VERSION}", measure_link, again) if has_ranks and device.type == "cpu" else None
     where = "the GPU here" if device.type == "cuda" else f"this CPU, {threads} thread{'s' if threads > 1 else ''}"
     return Machine(
@@ -67,6 +68,19 @@ def measured_machine(device: torch.device, dtype: torch.dtype, again: bool = Fal
         link=link or _LINKS[device.type],
         is_link_assumed=link is None,
     )
+
+
+def is_undisturbed(found: dict[str, Any]) -> bool:
+    """Whether all threads together were at least half as fast as one of them in processor time, which nothing else on
+    the machine slows down. Threads that wait for a core make a product slower by any factor; a warning says so."""
+    fastest = max(rate for *_, rate in found["products"])
+    if found["one_thread"] <= 2 * fastest:
+        return True
+    warn(
+        f"matrix products took {found['one_thread'] / fastest:.0f} times as long on all threads as on one: other "
+        "programs keep the cores busy. The times below are too long, and not remembered; ask again when those are done"
+    )
+    return False
 
 
 def _in_a_step(numbers: float, light: float, heavy: float) -> tuple[float, float, float]:
@@ -84,6 +98,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         return {
             "when": time.strftime("%Y-%m-%d"),
             "products": _products(device, dtype),
+            "one_thread": _one_thread(dtype) if kind == "cpu" else 0.0,
             "sweeps": [_sweep(numbers, device, dtype) for numbers in _NUMBERS[kind]],
             "attention": [_attention(length, device, dtype) for length in _LENGTHS[kind]],
             "adam": _adam(_ADAM_PARAMETERS[kind], device),
@@ -125,6 +140,18 @@ def _products(device: torch.device, dtype: torch.dtype) -> list[list[float]]:
         rate = operations / _fastest(lambda a=left, b=right: F.linear(a, b), device)  # type: ignore[misc]
         found[m, k, n] = max(rate, found.get((m, k, n), 0.0))
     return [[*place, rate] for place, rate in found.items()]
+
+
+@torch.no_grad()
+def _one_thread(dtype: torch.dtype) -> float:
+    """Operations a second of a large product on one thread, in its processor time."""
+    threads, side = torch.get_num_threads(), max(_SHAPES["cpu"][1])
+    left, right = torch.ones(side, side, dtype=dtype), torch.ones(side, side, dtype=dtype)
+    torch.set_num_threads(1)
+    try:
+        return 2.0 * side**3 / _fastest(lambda: F.linear(left, right), torch.device("cpu"))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()
