@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up, fetch or make the parts, pretrain, finetune, evaluate, and talk about a picture that was never trained on.
-#   scripts/quickstart.sh          real weights and pictures: about 10 minutes on two cores, after downloads of 300 MB
+#   scripts/quickstart.sh          real weights and pictures: 10 to 12 minutes on two cores, after downloads of 300 MB
 #   scripts/quickstart.sh --tiny   random models and drawn pictures: under two minutes, no downloads
 # Finished stages are kept: run it again to go on where it stopped.
 set -euo pipefail
