@@ -85,7 +85,7 @@ def test_every_recipe_is_built_in_this_file():
     assert {name.partition("/")[0] for name in RECIPES} == {*SHAPES, "deepspeed"} | planned
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_projects() if not name.startswith("tiny/")])
+@pytest.mark.parametrize("name", [name for name in shipped_projects() if not name.startswith(DEMOS)])
 def test_the_models_of_every_recipe_have_kept_shapes_so_that_plan_needs_no_network(name):
     planned = load_checked(name, (), ("model",), (), with_kept_shapes)  # as `vlm plan` does
     encoders = planned.model.vision.encoders if planned.model.vision else ()

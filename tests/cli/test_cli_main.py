@@ -71,15 +71,21 @@ def test_a_misspelt_verb_names_the_nearest(vlm):
     assert "Did you mean 'train'?" in vlm("trian")[2]
 
 
+def processor_seconds(arguments):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["ls"], ["validate", "llava_qwen2_5_7b/pretrain"], ["config-schema"]]
 )
-def test_help_ls_and_validate_take_less_than_a_second(arguments):
-    """Processor time, which other load on the machine does not change; worst seen here 0.24 s."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "vlm.cli.main", *arguments], cwd=REPOSITORY, capture_output=True, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+def test_help_ls_and_validate_take_a_few_times_as_long_as_what_they_must_import(arguments):
+    """Three to five times seen: 0.24 s on free cores, over a second of processor time on busy ones. torch alone takes
+    ten times as long."""
+    least = min(processor_seconds(["-c", "import typer, pydantic, omegaconf"]) for _ in range(2))
+    assert any(processor_seconds(["-m", "vlm.cli.main", *arguments]) < 8 * least for _ in range(3))
 
 
 def test_flags_may_be_written_with_underscores():

@@ -115,7 +115,7 @@ def test_a_job_of_ours_alone_is_a_row_with_every_phase(in_this_process, tiny_par
     assert cells[1] == "ours"
     shares = [int(cell.removesuffix("%")) for cell in cells[7:11]]  # data, encode, fwd+bwd, optimizer
     assert 90 <= sum(shares) <= 102
-    assert min(shares[1:3]) > 0
+    assert shares[2] > 0  # a tiny encoder may take less than half a percent
 
 
 @pytest.mark.slow
