@@ -114,8 +114,6 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
             parts = replace(parts, start_step=state.load(checkpoint))
             log(f"resuming after step {parts.start_step} from {checkpoint}")
         run.write_config(config_text)  # not before: a refused resume leaves the run as it was
-        failed_gates: list[str] = []
-        done = max(parts.start_step, parts.max_steps)
         if parts.start_step < parts.max_steps:
             if config.objective.needs_reference:
                 began = {"identity": identity, "start": start}
@@ -125,25 +123,32 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
             if config.train.prove:
                 prove_run(parts, run.path)
             _rewind(run, parts, skips, checkpoint)
-            with StopRequest() as stop_request:
-                loop, events = _build_loop(parts, run, state, skips, stop_request)
-                if profile_steps:
-                    steps = {"start_step": parts.start_step, "max_steps": parts.max_steps, "num_steps": profile_steps}
-                    loop.events.append(Every(1, StepProfile(run.path, device, **steps)))
-                try:
-                    done = loop.run(parts.start_step)
-                finally:
-                    events.close()
-            if is_main():
-                _plot(run.path)
-            failed_gates = events.failed_gates
-        elif parts.start_step > parts.max_steps:
-            log(f"nothing to train: the run is beyond train.max_steps {parts.max_steps} already")
-        if parts.start_step >= parts.max_steps:
-            failed_gates = _gates_failed_before(config, run)
+            done, failed_gates = _train_on(parts, run, state, skips, profile_steps)
+        else:
+            done, failed_gates = parts.start_step, _gates_failed_before(config, run)
+            if done > parts.max_steps:
+                log(f"nothing to train: the run is beyond train.max_steps {parts.max_steps} already")
         log(f"done: {done} steps in {run.path}; next: vlm export {run.path}")
         refuse(failed_gates)
         return run.path
+
+
+def _train_on(
+    parts: Prepared, run: RunFolder, state: RunState, skips: SkipLog, profile_steps: int
+) -> tuple[int, list[str]]:
+    """All steps that are left. Returns the step that the run ended at, and which gates its last measurement failed."""
+    with StopRequest() as stop_request:
+        loop, events = _build_loop(parts, run, state, skips, stop_request)
+        if profile_steps:
+            steps = {"start_step": parts.start_step, "max_steps": parts.max_steps, "num_steps": profile_steps}
+            loop.events.append(Every(1, StepProfile(run.path, parts.device, **steps)))
+        try:
+            done = loop.run(parts.start_step)
+        finally:
+            events.close()
+    if is_main():
+        _plot(run.path)
+    return done, events.failed_gates
 
 
 def _resumed(run: Path, step: int | None) -> Path | None:

@@ -82,10 +82,9 @@ def processor_seconds(arguments):
     "arguments", [["--help"], ["ls"], ["validate", "llava_qwen2_5_7b/pretrain"], ["config-schema"]]
 )
 def test_help_ls_and_validate_take_a_few_times_as_long_as_what_they_must_import(arguments):
-    """Three to five times seen: 0.24 s on free cores, over a second of processor time on busy ones. torch alone takes
-    ten times as long."""
+    """Three to five times seen: 0.24 s on free cores, over a second of processor time on busy ones."""
     least = min(processor_seconds(["-c", "import typer, pydantic, omegaconf"]) for _ in range(2))
-    assert any(processor_seconds(["-m", "vlm.cli.main", *arguments]) < 8 * least for _ in range(3))
+    assert any(processor_seconds(["-m", "vlm.cli.main", *arguments]) < 6 * least for _ in range(3))
 
 
 def test_flags_may_be_written_with_underscores():

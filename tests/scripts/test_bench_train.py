@@ -110,12 +110,15 @@ def in_this_process(monkeypatch):
 
 
 def test_a_job_of_ours_alone_is_a_row_with_every_phase(in_this_process, tiny_parts, capsys):
-    assert bench_train.main([*tiny_parts, "--jobs", "J2-lora", "--against", ""]) == 0
-    cells = [cell.strip() for cell in capsys.readouterr().out.strip().splitlines()[-1].split("|")]
-    assert cells[1] == "ours"
-    shares = [int(cell.removesuffix("%")) for cell in cells[7:11]]  # data, encode, fwd+bwd, optimizer
-    assert 90 <= sum(shares) <= 102
-    assert shares[2] > 0  # a tiny encoder may take less than half a percent
+    for _ in range(3):  # of a tiny encoder's share, half a percent is rounded to none where other work disturbs a run
+        assert bench_train.main([*tiny_parts, "--jobs", "J2-lora", "--against", ""]) == 0
+        cells = [cell.strip() for cell in capsys.readouterr().out.strip().splitlines()[-1].split("|")]
+        assert cells[1] == "ours"
+        shares = [int(cell.removesuffix("%")) for cell in cells[7:11]]  # data, encode, fwd+bwd, optimizer
+        assert 90 <= sum(shares) <= 102
+        if min(shares[1:3]) > 0:
+            return
+    pytest.fail(f"encode, fwd+bwd: {shares[1:3]} %")
 
 
 @pytest.mark.slow

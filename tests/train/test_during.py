@@ -15,7 +15,7 @@ from vlm.cli.main import app
 from vlm.cli.process import run
 from vlm.config import load_config
 from vlm.errors import ConfigError
-from vlm.run import _gates_failed_before
+from vlm.run import _best_so_far, _gates_failed_before
 from vlm.train.checkpoint import best_step, mark_best, save_checkpoint
 from vlm.train.config import LINE_NAMES
 from vlm.train.engines.base import StepOutput
@@ -137,6 +137,23 @@ def test_a_gate_that_was_not_passed_is_known_to_the_next_launch_as_long_as_there
             path = config_file(evaluation={"tasks": tasks}, train__eval_tasks=["shape"], train__eval_every=2)
             found = _gates_failed_before(load_config(path), SimpleNamespace(path=tmp_path))  # type: ignore[arg-type]
             assert found == (failed if gate else [])
+
+
+def test_the_best_of_a_run_that_goes_on_counts_as_long_as_its_checkpoint_is_there(config_file, tmp_path: Path):
+    path = config_file(train__keep_best="held_out_loss", train__eval_every=2)
+    parts: Any = SimpleNamespace(config=load_config(path), data=SimpleNamespace(held_out=[]))
+    run: Any = SimpleNamespace(path=tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "held_out_loss": 1.0}\n{"step": 4, "held_out_loss": 2.0}\n')
+    checkpoint = tmp_path / "checkpoints/step-000002"
+    checkpoint.mkdir(parents=True)
+    mark_best(tmp_path, 2)
+    best = _best_so_far(parts, run)
+    assert best is not None
+    assert (best.step, best.value, best.num_since) == (2, 1.0, 1)
+    checkpoint.rmdir()
+    best = _best_so_far(parts, run)
+    assert best is not None
+    assert (best.step, best.value, best.num_since, best.lower_is_better) == (None, None, 0, True)
 
 
 def test_every_number_of_a_line_is_no_name_for_a_task():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from prove_engines import Case, run_cases, work, worst_differences
@@ -21,8 +23,9 @@ from vlm.errors import CheckpointError, ConfigError, Preempted
 from vlm.objectives import OBJECTIVES
 from vlm.objectives.base import Head
 from vlm.objectives.replies import Scores, score_replies
+from vlm.plan.records import Records, read_some
 from vlm.run import train
-from vlm.train.reference import REFERENCE
+from vlm.train.reference import REFERENCE, _digest, _read, _write
 
 X = IGNORE_INDEX
 SAID = [-3.0, -4.0, -1.0, -2.5]  # log-probabilities of chosen, rejected, chosen, rejected
@@ -168,6 +171,29 @@ def preferences(config_file, tiny: Path, tmp_path: Path):
         return config_file(objective={"kind": kind}, data__sources=[source], **settings)
 
     return write
+
+
+def test_the_plan_counts_pairs_and_tokens_of_both_replies(preferences, tmp_path: Path):
+    path = preferences("dpo", data__packing=False)
+    num_pairs = len((tmp_path / "records.jsonl").read_text().splitlines())
+    found = read_some(load_config(path))
+    assert isinstance(found, Records)
+    assert (found.num_records, found.num_rows) == (num_pairs, num_pairs)
+    assert found.row.images == 2
+
+
+def test_a_reference_is_of_its_own_data_and_start(tmp_path: Path):
+    def data_of(digest: str) -> Any:
+        scan = SimpleNamespace(lengths=np.ones(2), digest=lambda: digest)
+        return SimpleNamespace(scans=(scan,), train=SimpleNamespace(fingerprint="rows"))
+
+    data, path, tables = data_of("one"), tmp_path / REFERENCE, [np.array([[-1, -2], [-3, np.nan]], dtype=np.float32)]
+    start = _digest(data, {"seed": 0})
+    _write(path, tables, start, _digest(data, {}))
+    for digest in (start, None):  # a new run, and one that goes on
+        assert np.array_equal((_read(path, data, digest) or [])[0], tables[0], equal_nan=True)
+    assert _read(path, data, _digest(data, {"seed": 1})) is None
+    assert _read(path, data_of("held-out records of the same number"), None) is None
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
