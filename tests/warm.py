@@ -132,6 +132,7 @@ def _enter(
     folder: Path | None = None,
 ) -> None:  # fmt: skip
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # processes of its own begin as those of a fresh process
     with log.open(mode) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

@@ -213,6 +213,15 @@ def test_a_machine_is_measured_once_and_again_when_asked(monkeypatch, tmp_path):
     assert machine.seconds(Product(10, 10, 10)) == pytest.approx(2e-6)
 
 
+def test_processor_time_that_a_host_takes_back_makes_no_call_free(monkeypatch):
+    ticks = iter([0.0, 1e-3, 0.0, 0.0, 0.0, 1e-6, *[0.0, 2e-3] * 10_000])  # taken back from the second and the third call
+    monkeypatch.setattr(measure.time, "process_time", lambda: next(ticks))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    passed = iter([0.0, 0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(passed, 1.0))
+    assert measure._fastest(lambda: None, torch.device("cpu"), budget=0.05) == 2e-3
+
+
 # docs/plan.md has the errors of all 20; a busy machine moves both sides
 @pytest.mark.slow
 def test_a_small_model_takes_about_as_long_as_planned(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -268,6 +269,7 @@ class BatchStream:
             sampler=_CountFrom(first),
             batch_size=None,
             num_workers=self.workers,
+            multiprocessing_context=_start_method() if self.workers else None,
             prefetch_factor=4 if self.workers else None,
             worker_init_fn=_outlive_a_signal,
             generator=torch.Generator(),  # its own: the loader must not draw from training's random state
@@ -372,6 +374,12 @@ class _CountFrom(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         return itertools.count(self.start)
+
+
+def _start_method() -> str | None:
+    """How worker processes begin. The server that forks them by default from Python 3.14 on dies of a signal to the
+    whole group, and the workers with it; a plain fork has no such server."""
+    return "fork" if sys.platform == "linux" else None
 
 
 def _outlive_a_signal(_worker: int) -> None:
