@@ -213,8 +213,9 @@ def test_a_machine_is_measured_once_and_again_when_asked(monkeypatch, tmp_path):
     assert machine.seconds(Product(10, 10, 10)) == pytest.approx(2e-6)
 
 
+# the second and the third reading are taken back
 def test_processor_time_that_a_host_takes_back_makes_no_call_free(monkeypatch):
-    ticks = iter([0.0, 1e-3, 0.0, 0.0, 0.0, 1e-6, *[0.0, 2e-3] * 10_000])  # taken back from the second and the third call
+    ticks = iter([0.0, 1e-3, 0.0, 0.0, 0.0, 1e-6, *[0.0, 2e-3] * 10_000])
     monkeypatch.setattr(measure.time, "process_time", lambda: next(ticks))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     passed = iter([0.0, 0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06])
