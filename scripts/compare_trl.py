@@ -42,6 +42,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {  # name ->
     "dpo, hinge": ("dpo", {"loss": "hinge"}, "DPO", {"loss_type": "hinge"}),
     "orpo": ("orpo", {}, "ORPO", {}),
     "simpo": ("simpo", {"gamma": 0.05}, "CPO", {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.05}),
+    "reward": ("reward", {}, "Reward", {}),
+    "reward, center 0.1": ("reward", {"center": 0.1}, "Reward", {"center_rewards_coefficient": 0.1}),
     "kto": ("kto", {}, "KTO", {"loss_type": "apo_zero_unpaired"}),
 }
 
@@ -63,8 +65,9 @@ def main() -> None:
 def compare(
     trl: Any, llm: Path, folder: Path, name: str, kind: str, ours: dict[str, Any], theirs: str, settings: dict[str, Any]
 ) -> None:
-    policy, reference = (load_theirs(llm, noise) for noise in (NOISE, 0.0))
-    trainer = make_trainer(trl, theirs, policy, reference, llm, folder, settings | {"beta": BETA})
+    beta = {} if kind == "reward" else {"beta": BETA}
+    policy, reference = load_theirs(llm, NOISE, kind), load_theirs(llm, 0.0)
+    trainer = make_trainer(trl, theirs, policy, reference, llm, folder, settings | beta)
     trainer.model.eval()
     losses, rewards = [], []
     batches = list(trainer.get_train_dataloader())
@@ -76,7 +79,7 @@ def compare(
     loss = sum(losses) / len(losses)
     gradient = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
     examples = [example for row in trainer.train_dataset for example in examples_of(row, theirs)]
-    found, found_rewards, found_gradient = run_ours(llm, kind, {"beta": BETA} | ours, examples)
+    found, found_rewards, found_gradient = run_ours(llm, kind, beta | ours, examples)
     mean = [sum(each) / len(rewards) for each in zip(*rewards, strict=True)]
     apart = max(abs(a - b) for a, b in zip(found_rewards, mean, strict=True))
     norms = [torch.cat([tensors[n].flatten() for n in gradient]) for tensors in (found_gradient, gradient)]
@@ -91,7 +94,8 @@ def run_ours(
     llm: Path, kind: str, settings: dict[str, Any], examples: list[Example]
 ) -> tuple[float, tuple[float, float], dict[str, Any]]:
     """Loss, rewards of both kinds of replies, and the gradient by name. The reference is scored first, as in a run."""
-    config = ModelConfig(vision=None, llm={"path": str(llm)}, trainable=("llm",), gradient_checkpointing=False)
+    parts = ("llm", "value_head") if kind == "reward" else ("llm",)
+    config = ModelConfig(vision=None, llm={"path": str(llm)}, trainable=parts, gradient_checkpointing=False)
     built = build_model(config, precision="fp32", device="cpu", seed=0)
     model = built.model.eval()
     collate = Collator(None, 0, 1, shares_questions=model.lets_records_share)
@@ -104,7 +108,11 @@ def run_ours(
         replace(example, reference=tuple(known[start : start + count]))
         for example, start, count in zip(examples, starts, counts, strict=True)
     ]
-    model.llm.load_state_dict(load_theirs(llm, NOISE).state_dict())
+    policy = load_theirs(llm, NOISE, kind).state_dict()
+    if model.value_head is not None:
+        model.value_head.load_state_dict({"weight": policy.pop("score.weight")})
+        policy["lm_head.weight"] = policy["model.embed_tokens.weight"]  # the toy's are one
+    model.llm.load_state_dict(policy)
     objective = OBJECTIVES[kind](**settings).build()
     batch: Batch = collate([with_reference])
     loss, metrics = LossModule(model, objective)(batch)
@@ -117,6 +125,8 @@ def run_ours(
         pairs = objective.normalizer(batch)
         rewards = named["rewards_chosen"] / pairs, named["rewards_rejected"] / pairs
     gradient = {n: p.grad for n, p in model.llm.named_parameters() if p.grad is not None}
+    if model.value_head is not None:
+        gradient["score.weight"] = model.value_head.weight.grad
     return loss.item() / objective.normalizer(batch), rewards, gradient
 
 
@@ -139,9 +149,10 @@ def make_trainer(
             for row in rows
             for key in ("chosen", "rejected")
         ]
+    settings = settings if name == "Reward" else {"max_prompt_length": 128} | settings
     arguments = getattr(trl, f"{name}Config")(
         output_dir=str(folder / name), per_device_train_batch_size=1 if one_by_one else len(rows), report_to=[],
-        use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=256, max_prompt_length=128, **settings,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=256, **settings,
     )  # fmt: skip
     others = {"ref_model": reference} if name in ("DPO", "KTO") else {}
     return getattr(trl, f"{name}Trainer")(
@@ -159,6 +170,9 @@ def examples_of(row: dict[str, Any], trainer: str) -> Iterator[Example]:
         asked = row["prompt_input_ids"]
         wholes = [(asked, row[f"{key}_input_ids"]) for key in ("chosen", "rejected")]
         chosen, rejected = (Example([*a, *r], [IGNORE_INDEX] * len(a) + [*r], where=str(row)) for a, r in wholes)
+    elif trainer == "Reward":  # scores are read at the last token, the only one that need have a label
+        wholes = [row[f"{key}_input_ids"] for key in ("chosen", "rejected")]
+        chosen, rejected = (Example(ids, [IGNORE_INDEX] * (len(ids) - 1) + ids[-1:], where=str(row)) for ids in wholes)
     else:
         chosen, rejected = (
             Example(row[f"{key}_input_ids"], row[f"{key}_labels"], where=str(row)) for key in ("chosen", "rejected")
@@ -167,7 +181,10 @@ def examples_of(row: dict[str, Any], trainer: str) -> Iterator[Example]:
 
 
 def rewards_of(metrics: dict[str, Any]) -> tuple[float, float]:
-    """Means over the good and over the bad replies, as a trainer logs them."""
+    """Means over the good and over the bad replies, as a trainer logs them; RewardTrainer gives the scores."""
+    if "logits" in metrics:
+        chosen, rejected = metrics["logits"].detach().view(2, -1).mean(1).tolist()
+        return chosen, rejected
     if "rewards/chosen_sum" in metrics:  # KTO's
         return tuple(
             float(metrics[f"rewards/{key}_sum"]) / float(metrics[f"count/{key}"]) for key in ("chosen", "rejected")
@@ -175,16 +192,23 @@ def rewards_of(metrics: dict[str, Any]) -> tuple[float, float]:
     return tuple(float(metrics[f"rewards/{key}"]) for key in ("chosen", "rejected"))  # type: ignore[return-value]
 
 
-def load_theirs(llm: Path, noise: float) -> Any:
+def load_theirs(llm: Path, noise: float, kind: str = "") -> Any:
     """The model of a folder in float32, with noise on every weight, always the same."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    model = AutoModelForCausalLM.from_pretrained(llm).float()
+    if kind == "reward":
+        model = AutoModelForSequenceClassification.from_pretrained(llm, num_labels=1).float()
+        torch.nn.init.zeros_(model.score.weight)  # drawn anew at each loading
+        noise_of_head = 1.0
+    else:
+        model = AutoModelForCausalLM.from_pretrained(llm).float()
+        noise_of_head = noise
     model.warnings_issued = {}  # of transformers 4, where trl 0.24 makes notes
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += noise * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in model.named_parameters():
+            scale = noise_of_head if name == "score.weight" else noise
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
     return model
 
 

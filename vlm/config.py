@@ -59,7 +59,9 @@ class RunConfig(Section):
     def _parts_agree(self) -> RunConfig:
         if self.data.cache_features is True and self.model.trains_vision:
             raise ValueError("data.cache_features needs a frozen encoder, but model.trainable names vision; drop one")
-        if reason := self.engine.why_not_optimizer(self.train) or self.engine.why_not_tuned(self.model, self.train):
+        asks = bool(self.train.samples or self.train.eval_tasks)
+        reason = self.engine.why_not_optimizer(self.train) or self.engine.why_not_tuned(self.model, self.train)
+        if reason := reason or self.objective.why_not_parts(self.model.trainable, asks):
             raise ValueError(reason)
         names = [task.name for task in self.evaluation.tasks]
         if unknown := [name for name in self.train.eval_tasks if name not in names]:

@@ -40,7 +40,7 @@ def is_local(path: str) -> bool:
     return has_many_parts or path.startswith((".", "/", "~", "cache/"))
 
 
-TrainablePart = Literal["projector", "llm", "llm.lora", "vision", "vision.lora"]
+TrainablePart = Literal["projector", "llm", "llm.lora", "vision", "vision.lora", "value_head"]
 PARTS: tuple[TrainablePart, ...] = get_args(TrainablePart)  # in the order in which lines about them stand
 
 

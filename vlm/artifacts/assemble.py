@@ -109,7 +109,7 @@ def _from_parts(
         vision = build_vision(config.vision, dtype, weights="vision" not in manifest.included)
     on_progress(0.75)
     config = config.model_copy(update={"trainable": ()})
-    model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
+    model, spec, image_token_id = assemble(config, llm, vision, tokenizer, manifest.scores)
     load_weights(model, tensors, where=str(folder))
     missing = sorted(part_weights(model, "projector").keys() - tensors.keys())
     if missing:

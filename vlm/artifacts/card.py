@@ -31,6 +31,22 @@ print(processor.decode(new_ids, skip_special_tokens=True))
 ```
 """
 
+_REWARD_USE = """\
+## Use
+
+It scores replies, and writes none.
+
+```bash
+vlm predict {name} --data pairs.jsonl
+```
+
+```python
+from vlm.inference.reward import load_reward_model
+
+score = load_reward_model("{name}")  # conversations -> a float each
+```
+"""
+
 
 def draft_card(manifest: Manifest, name: str, notes: list[str], evidence: Sequence[str] = ()) -> str:
     """
@@ -44,7 +60,7 @@ def draft_card(manifest: Manifest, name: str, notes: list[str], evidence: Sequen
     lines = [
         "---",
         "library_name: " + ("transformers" if manifest.layout == "llava" else "vlm"),
-        "pipeline_tag: " + ("image-text-to-text" if manifest.image_spec else "text-generation"),
+        "pipeline_tag: " + _task(manifest),
         *(["base_model:"] if bases else []),  # names on a hub
         *(f"- {json.dumps(base)}" for base in bases),
         "---",
@@ -98,8 +114,17 @@ def _table(manifest: Manifest) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items() if value)]
 
 
+def _task(manifest: Manifest) -> str:
+    """Of the names that hubs know."""
+    if manifest.scores:
+        return "text-classification"
+    return "image-text-to-text" if manifest.image_spec else "text-generation"
+
+
 def _use(manifest: Manifest, name: str) -> list[str]:
     sees = manifest.image_spec is not None
+    if manifest.scores:
+        return _REWARD_USE.format(name=name).split("\n")
     flag, argument = (" --image image.png", ', images=["image.png"]') if sees else ("", "")
     lines = ["## Use", "", "```bash", f"vlm chat {name}{flag} --prompt 'What is this?'", "```", ""]
     lines += ["```python", "import vlm", "", f'model = vlm.load("{name}")']

@@ -11,7 +11,7 @@ from torch import nn
 from vlm.artifacts.fingerprint import differences, fingerprint_files
 from vlm.artifacts.layouts import open_parts
 from vlm.artifacts.llava import LLAVA, POOLING_HEAD, read_start, refuse_other_llava
-from vlm.artifacts.manifest import LLM, Manifest
+from vlm.artifacts.manifest import LLM, Manifest, without_value_head
 from vlm.errors import CheckpointError
 from vlm.models.config import LoRAConfig, ModelConfig
 from vlm.models.partition import full_shape
@@ -40,7 +40,8 @@ def load_init(target: VisionLanguageModel | Stage, config: ModelConfig, path: st
     """
     folder = Path(path)
     where = f"init_from {folder}"
-    manifest = read_start(folder)
+    start = read_start(folder)
+    manifest = without_value_head(start, config.trainable)
     if config.llm.quantization is not None and LLM in manifest.included:
         manifest = _without_llm(manifest, config, folder, where)
     tensors = open_parts(folder, manifest, config)
@@ -48,6 +49,8 @@ def load_init(target: VisionLanguageModel | Stage, config: ModelConfig, path: st
     model = target.built.model if isinstance(target, Stage) else target
     report = _check_base(target, manifest, config, bool(lora), where)
     own = _shapes_of(target)
+    if start.scores and not manifest.scores:
+        report.append("value_head: left out, as this config's objective has no use for one")
     if lora and not any(part_of(name) == "llm.lora" for name in own):
         assert manifest.model.lora is not None
         merge_adapter(model, lora, manifest.model.lora)
@@ -147,7 +150,7 @@ def _describe(own: Shapes, brought: Mapping[str, tuple[int, ...]]) -> list[str]:
     for part in PARTS:
         count = sum(part_of(name) == part and name in own for name in brought)
         total = sum(part_of(name) == part for name in own)
-        fresh = total - count if part in ("projector", "llm.lora") else 0
+        fresh = total - count if part in ("projector", "llm.lora", "value_head") else 0
         if count:
             report.append(f"{part}: {count} tensors loaded" + (f", {fresh} new ones start fresh" if fresh else ""))
         elif fresh:

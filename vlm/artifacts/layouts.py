@@ -1,6 +1,7 @@
 """What lies in an artifact's folder, by canonical name, whichever layout it is in. Nothing is read before it is needed.
 
 projector.safetensors                              projector.*
+value_head.safetensors                             value_head.*
 adapter/adapter_model.safetensors + _config.json   llm.lora.*, as peft writes it
 llm/*.safetensors + config.json                    llm.*, as transformers writes it; of a whole text model at the top
 vision.safetensors + vision/config.json            vision.*
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlm.artifacts.llava import LLAVA, open_llava
-from vlm.artifacts.manifest import ADAPTER, LLM, PROJECTOR, VISION, Manifest
+from vlm.artifacts.manifest import ADAPTER, LLM, PROJECTOR, VALUE_HEAD, VISION, Manifest
 from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig
 from vlm.models.trainable import part_of
@@ -29,6 +30,7 @@ _CANONICAL = WeightAdapter("vlm's layout", (rename("{*name}", "{*name}"),))
 ADAPTERS: dict[str, WeightAdapter] = {
     "projector": _CANONICAL,
     "vision": _CANONICAL,
+    "value_head": _CANONICAL,
     "llm.lora": WeightAdapter(
         "peft's layout",
         (
@@ -45,7 +47,7 @@ TOWER = WeightAdapter(
     (also("vision.trunk.model.{*rest}", "vision_model.{*rest}"), rename("vision.trunk.model.{*rest}", "{*rest}")),
 )
 VISION_PART = "vision"
-_FILES = {"projector": PROJECTOR, "vision": VISION, "llm.lora": ADAPTER}
+_FILES = {"projector": PROJECTOR, "vision": VISION, "llm.lora": ADAPTER, "value_head": VALUE_HEAD}
 
 
 def open_parts(folder: Path, manifest: Manifest, model: ModelConfig) -> LazyTensors:

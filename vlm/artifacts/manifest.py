@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +20,7 @@ NAME = "vlm.json"
 PROJECTOR = "projector.safetensors"
 VISION = "vision.safetensors"
 ADAPTER = "adapter/adapter_model.safetensors"
+VALUE_HEAD = "value_head.safetensors"
 LLM = "llm"  # a folder
 FORMAT = "vlm"
 FORMAT_VERSION = 1
@@ -34,8 +35,8 @@ class Manifest:
     Attributes:
         layout: "vlm" (parts in files of their own) or "llava" (one model that transformers loads by itself).
         model: with paths inside the export written relative to it, see `included`.
-        included: parts whose weights are in the folder: of projector, llm, llm.lora, vision. The others are read from
-            the base models that `model` names.
+        included: parts whose weights are in the folder: of projector, llm, llm.lora, vision, value_head. The others are
+            read from the base models that `model` names.
         trained: parts that the run trained, or that came trained with init_from.
         base: per base model ("llm", "vision"), fingerprints; see `fingerprint`.
         image_order: where the training data had the images of a user turn; prompts are brought into that order.
@@ -54,6 +55,11 @@ class Manifest:
     origin: dict[str, Any] = field(default_factory=dict)  # for the model card: steps, data files, base model names
     stop_ids: tuple[int, ...] = ()  # tokens that end a reply, of which the tokenizer names one only
     begins: bool | None = None  # prompts begin with the tokenizer's begin token; None: if it puts one there by itself
+
+    @property
+    def scores(self) -> bool:
+        """Whether it is a reward model, which scores replies and writes none."""
+        return "value_head" in self.included
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -131,6 +137,13 @@ def inside(folder: Path, model: ModelConfig, included: tuple[str, ...]) -> Model
         ]
         changes["vision"] = model.vision.with_encoders(named)
     return model.model_copy(update=changes)
+
+
+def without_value_head(manifest: Manifest, trainable: Collection[str]) -> Manifest:
+    """A reward model's export as a model begins with it that trains `trainable`: no other objective needs the head."""
+    if "value_head" in trainable:
+        return manifest
+    return replace(manifest, included=tuple(part for part in manifest.included if part != "value_head"))
 
 
 def _image_order(value: Any) -> ImageOrder:

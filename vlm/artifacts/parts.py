@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlm.artifacts.layouts import ADAPTERS, open_parts
 from vlm.artifacts.llava import read_start
-from vlm.artifacts.manifest import ADAPTER, LLM, PROJECTOR, VISION
+from vlm.artifacts.manifest import ADAPTER, LLM, PROJECTOR, VALUE_HEAD, VISION, without_value_head
 from vlm.artifacts.pins import pin_start, places_of, refuse_replaced
 from vlm.artifacts.shards import num_bytes, save_plain, write_shards
 from vlm.config import read_kept_config
@@ -73,7 +73,7 @@ def read_run(run: Path, step: int | None = None) -> Trained:
         model = model.model_copy(update={"projector": model.projector.exported()})
     if config.init_from is not None:
         start = Path(config.init_from)
-        manifest = read_start(start)
+        manifest = without_value_head(read_start(start), trained)
         keeps_llm = "llm" not in trained or "llm" in model.partial
         if keeps_llm and "llm.lora" not in trained and "llm.lora" in manifest.included:
             model = model.model_copy(update={"lora": manifest.model.lora})  # its adapter is carried over
@@ -98,7 +98,7 @@ def write_parts(folder: Path, trained: Trained, max_shard_size: str) -> tuple[st
 
     What a trained encoder or language model needs besides its weights (its shape) is not written here.
     """
-    for part, file in (("projector", PROJECTOR), ("vision", VISION)):
+    for part, file in (("projector", PROJECTOR), ("vision", VISION), ("value_head", VALUE_HEAD)):
         tensors = trained.part(part)
         if tensors:
             save_plain(tensors.items(), folder / file)

@@ -17,7 +17,7 @@ from typing import Any
 
 from vlm.artifacts.fingerprint import weight_files
 from vlm.artifacts.llava import LLAVA, read_start
-from vlm.artifacts.manifest import ADAPTER, LLM, NAME, PROJECTOR, VISION, Manifest
+from vlm.artifacts.manifest import ADAPTER, LLM, NAME, PROJECTOR, VALUE_HEAD, VISION, Manifest
 from vlm.errors import CheckpointError
 from vlm.files import sha256
 from vlm.logs import Progress, log
@@ -33,7 +33,7 @@ _LARGE = 16 << 20  # bytes; the sums of smaller files are not worth keeping
 _VOLATILE = ("transformers_version", "_name_or_path")  # written anew whenever a folder is saved, and never read
 _SETTINGS = VisionBackend.settings  # a language model may have images of its own
 _CHECKED = ("layout", "included", "lora", "projector")  # of vlm.json: how the parts of an export are used
-_FILES = {"projector": PROJECTOR, "vision": VISION, "llm.lora": ADAPTER}
+_FILES = {"projector": PROJECTOR, "vision": VISION, "llm.lora": ADAPTER, "value_head": VALUE_HEAD}
 _THREADS = 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,7 +49,8 @@ def predict(
     nproc: Nproc = None,
     options: Options = None,
 ) -> int:
-    """Write a model's answers to records, one line of JSON each. The same command goes on where it was stopped."""
+    """Write a model's answers to records, or a reward model's scores of their replies, one line of JSON each. The same
+    command goes on where it was stopped."""
     flags = {
         "--data": data, "--images": images, "--max-new-tokens": max_new_tokens, "--max-records": max_records,
         "--export": export, "--out": out, "--adapter": adapter,
@@ -63,23 +65,51 @@ def predict(
             f"{folder}{' with an adapter' * (adapter is not None)} is no export of a run, beside which the answers "
             "would go: say where with --out"
         )
-    tasks = _tasks_of(config) if data is None else [_task_of(data, images, metric or (), max_new_tokens, max_records)]
+    scores = _scores(folder)
+    if scores:
+        _refuse_to_write(folder, data, {"--metric": metric, "--max-new-tokens": max_new_tokens, "--adapter": adapter})
+        tasks = []
+    else:
+        tasks = (
+            _tasks_of(config) if data is None else [_task_of(data, images, metric or (), max_new_tokens, max_records)]
+        )
     nproc = asked_processes() if nproc is None else nproc
     if nproc is not None:
         return _launch(nproc, source, {**flags, **{"--metric": metric or None}}, options or ())
     from vlm.distributed import process_group
     from vlm.evaluation.predictions import predict as write
+    from vlm.evaluation.scores import score_file
     from vlm.train.engines.device import choose_device
 
     cache = Path(_CACHE if config is None else config.data.cache)
     seed = 0 if config is None else config.evaluation.seed
     device = choose_device("auto")
     with process_group(device, _TIMEOUT_SECONDS):
-        files = write(tasks, folder, out or folder.parent / "predictions", cache, seed, adapter, str(device))
+        out = out or folder.parent / "predictions"
+        if scores:
+            assert data is not None
+            files = [score_file(data, images, max_records, folder, out, cache, str(device))]
+        else:
+            files = write(tasks, folder, out, cache, seed, adapter, str(device))
     if is_logging_rank():
         for file in files:
             print(file)
     return 0
+
+
+def _scores(folder: Path) -> bool:
+    """Whether a folder is the export of a reward model."""
+    try:
+        return "value_head" in json.loads((folder / "vlm.json").read_text(encoding="utf-8"))["included"]
+    except (OSError, ValueError, KeyError, TypeError):  # loading it will say what is wrong
+        return False
+
+
+def _refuse_to_write(folder: Path, data: Path | None, given: Mapping[str, Any]) -> None:
+    if data is None:
+        raise ConfigError(f"{folder} is a reward model, which scores replies: give a file of them with --data")
+    if unused := [flag for flag, value in given.items() if value]:
+        raise ConfigError(f"{unused[0]} is of a model that writes; {folder} is a reward model, which scores replies")
 
 
 def _read(source: str, options: Sequence[str], is_asked: bool) -> tuple[RunConfig | None, Path]:

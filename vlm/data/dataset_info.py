@@ -54,7 +54,7 @@ def resolve_dataset_info(config: SourceConfig, reads: str = "conversation") -> S
         raise DataError(f"{where}: names no file on disk (file_name), and nothing is fetched")
     if entry.get("ranking") and reads != "preference":
         raise DataError(
-            f"{where}: ranking: true, a data set of replies to be compared, for objective dpo, orpo or simpo"
+            f"{where}: ranking: true, a data set of replies to be compared, for objective dpo, orpo, simpo or reward"
         )
     unread = [key for key in entry if key not in _READ]
     if unread:

@@ -30,7 +30,7 @@ _SENTENCE_KEYS = re.compile(r"task\w*|title|comment|info|extra", re.IGNORECASE) 
 _SHORT = 300  # letters
 _MOST_WORDS = 5
 CALLS_AS_TURNS = "Write calls as turns of their own, of role function_call"
-TO_BE_COMPARED = "a record of replies to be compared, for objective dpo, orpo or simpo"
+TO_BE_COMPARED = "a record of replies to be compared, for objective dpo, orpo, simpo or reward"
 _OBJECT_MARKS = re.compile(r"<ref-object>|<bbox>")  # ms-swift: filled in from `objects`
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from vlm.artifacts.evidence import with_error
 from vlm.artifacts.fingerprint import fingerprint_files
@@ -19,6 +19,7 @@ from vlm.artifacts.plain import read_model
 from vlm.distributed import barrier, in_own_time, on_main, rank, world_size
 from vlm.errors import CheckpointError, ConfigError
 from vlm.evaluation.answers import Answer, write_answers
+from vlm.evaluation.metrics import Figure
 from vlm.evaluation.predict import FeatureCache
 from vlm.evaluation.questions import OpenQuestion
 from vlm.evaluation.task_kinds import GenerateTask
@@ -26,6 +27,23 @@ from vlm.files import replacing, write_atomically
 from vlm.inference.load import LoadedModel, load
 from vlm.logs import Progress, log
 
+
+class Record(Protocol):
+    """One that a line is written for."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def where(self) -> str: ...
+    @property
+    def images(self) -> tuple[str | bytes, ...]: ...
+    @property
+    def id(self) -> str | int | None: ...
+
+
+Numbered = TypeVar("Numbered", bound=Record)
+OnLine = Callable[[int, dict[str, Any]], None]
+Write = Callable[[Sequence[Numbered], OnLine], None]
 _SETTINGS = ("max_new_tokens", "temperature", "top_p", "stop")  # of a task; they decide what is written
 
 
@@ -55,42 +73,73 @@ def predict(
         task.check_installed()
     loaded = load(export, device, image_order="keep", adapter=adapter)
     log(f"predict: {export} {loaded.describe_compute()}")
-    weights = _weights(export, adapter)
+    weights = weights_digest(export, adapter)
     features = FeatureCache(loaded)
-    return [_Work(task, out, seed).run(loaded, weights, features, cache) for task in tasks]
+    return [_answer(task, out, loaded, weights, features, cache, seed) for task in tasks]
 
 
-class _Work:
-    """One task: its files, and what is left of it."""
+def _answer(
+    task: GenerateTask, out: Path, loaded: LoadedModel, weights: str, features: FeatureCache, cache: Path, seed: int
+) -> Path:
+    file = PredictionFile(task.name, out)
+    questions = task.questions(loaded.conversation_tokenizer, cache, seed)
 
-    def __init__(self, task: GenerateTask, out: Path, seed: int) -> None:
-        if "/" in task.name or task.name.startswith("."):
-            raise ConfigError(f"evaluation task {task.name!r} names a file of predictions: take a name without / or .")
-        self.task = task
-        self.seed = seed
-        self.target = out / f"{task.name}.jsonl"
-        self.about = out / f"{task.name}.json"  # by what the lines were written
+    def write(own: Sequence[OpenQuestion], on_line: OnLine) -> None:
+        def on_answer(place: int, answer: Answer) -> None:
+            on_line(place, _said(own[place], answer))
 
-    def run(self, loaded: LoadedModel, weights: str, features: FeatureCache, cache: Path) -> Path:
-        questions = self.task.questions(loaded.conversation_tokenizer, cache, self.seed)
-        on_main(lambda: self._begin(self._identity(questions, weights)))
-        done = {line["number"] for line in self._lines()}
-        left = [question for question in questions if question.number not in done]
+        write_answers(loaded, own, features, task.writing(seed), on_answer)
+
+    file.fill(questions, _identity(task, questions, weights, seed), write)
+    if task.metrics and all(question.answers for question in questions):
+        written = [line["prediction"] for line in file.lines()]
+        on_main(lambda: tell_figures(task.name, task.figures(questions, written)))
+    return file.target
+
+
+def _identity(task: GenerateTask, questions: Sequence[OpenQuestion], weights: str, seed: int) -> dict[str, Any]:
+    asked = [[question.prompt_ids, [image_name(image) for image in question.images]] for question in questions]
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    settings = {name: getattr(task, name) for name in _SETTINGS}
+    drawn = {"seed": seed} if task.temperature else {}
+    return {"weights": weights, "records": digest, "num_records": len(questions), **settings, **drawn}
+
+
+class PredictionFile:
+    """`<out>/<name>.jsonl`, the parts of it that processes have written so far, and what they were written by."""
+
+    def __init__(self, name: str, out: Path) -> None:
+        if "/" in name or name.startswith("."):
+            raise ConfigError(f"evaluation task {name!r} names a file of predictions: take a name without / or .")
+        self.name = name
+        self.target = out / f"{name}.jsonl"
+        self.about = out / f"{name}.json"  # by what the lines were written
+
+    def fill(self, records: Sequence[Numbered], identity: dict[str, Any], write: Write[Numbered]) -> None:
+        """Write a line for every record that has none. All ranks of the launch call this.
+
+        Args:
+            identity: what decides the lines, as JSON.
+            write: called with this rank's records, and with what takes a line, by its record's place among these.
+
+        Raises:
+            ConfigError: what is there was written by something else.
+        """
+        on_main(lambda: self._begin(identity))
+        done = {line["number"] for line in self.lines()}
+        left = [record for record in records if record.number not in done]
         barrier()  # the parts are read before any rank writes to its own again
         if done:
-            log(f"predict: {self.task.name}: {len(done):,} of {len(questions):,} are there already")
+            log(f"predict: {self.name}: {len(done):,} of {len(records):,} are there already")
         own = left[rank() :: world_size()]
-        in_own_time(lambda: self._write(loaded, own, features))
-        on_main(lambda: self._join(len(questions)))
-        on_main(lambda: self._tell(questions))
-        return self.target
+        in_own_time(lambda: self._write(own, write))
+        on_main(lambda: self._join(len(records)))
 
-    def _identity(self, questions: Sequence[OpenQuestion], weights: str) -> dict[str, Any]:
-        asked = [[question.prompt_ids, [_image(image) for image in question.images]] for question in questions]
-        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-        settings = {name: getattr(self.task, name) for name in _SETTINGS}
-        seed = {"seed": self.seed} if self.task.temperature else {}
-        return {"weights": weights, "records": digest, "num_records": len(questions), **settings, **seed}
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """What is there; the last line of a part that was cut off is left out."""
+        for file in (self.target, *self._parts()):
+            if file.is_file():
+                yield from map(json.loads, _whole_lines(file))
 
     def _begin(self, identity: dict[str, Any]) -> None:
         """Raises ConfigError where something else is there."""
@@ -114,48 +163,42 @@ class _Work:
     def _parts(self) -> list[Path]:
         return sorted(self.target.parent.glob(f".{glob.escape(self.target.stem)}.part-*.jsonl"))
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        """What is there; the last line of a part that was cut off is left out."""
-        for file in (self.target, *self._parts()):
-            if file.is_file():
-                yield from map(json.loads, _whole_lines(file))
-
-    def _write(self, loaded: LoadedModel, questions: Sequence[OpenQuestion], features: FeatureCache) -> None:
-        if not questions:
+    def _write(self, records: Sequence[Numbered], write: Write[Numbered]) -> None:
+        if not records:
             return
         part = self.target.with_name(f".{self.target.stem}.part-{rank()}.jsonl")
         if part.is_file():
             write_atomically(part, "".join(f"{line}\n" for line in _whole_lines(part)))
-        what = f"predict: {self.task.name}:"
-        with part.open("a", encoding="utf-8") as file, Progress(what, len(questions), "records") as progress:
-            answered = 0
+        what = f"predict: {self.name}:"
+        with part.open("a", encoding="utf-8") as file, Progress(what, len(records), "records") as progress:
+            written = 0
 
-            def on_answer(place: int, answer: Answer) -> None:
-                nonlocal answered
-                answered += 1
-                file.write(json.dumps(_line(questions[place], answer), ensure_ascii=False) + "\n")
+            def on_line(place: int, values: dict[str, Any]) -> None:
+                nonlocal written
+                written += 1
+                line = _about(records[place]) | values
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
-                progress.show(answered)
+                progress.show(written)
 
-            write_answers(loaded, questions, features, self.task.writing(self.seed), on_answer)
+            write(records, on_line)
 
     def _join(self, count: int) -> None:
         parts = self._parts()
         if not parts:
             return
-        lines = {line["number"]: line for line in self._lines()}
+        lines = {line["number"]: line for line in self.lines()}
         assert len(lines) == count
         with replacing(self.target) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(lines[number], ensure_ascii=False) + "\n" for number in sorted(lines))
         for part in parts:
             part.unlink()
 
-    def _tell(self, questions: Sequence[OpenQuestion]) -> None:
-        if self.task.metrics and all(question.answers for question in questions):
-            written = [line["prediction"] for line in self._lines()]
-            for name, figure in self.task.figures(questions, written).items():
-                value = with_error(figure.value, figure.standard_error)
-                log(f"predict: {self.task.name}: {name} {value} over {figure.num_records} records")
+
+def tell_figures(name: str, figures: Mapping[str, Figure]) -> None:
+    for what, figure in figures.items():
+        value = with_error(figure.value, figure.standard_error)
+        log(f"predict: {name}: {what} {value} over {figure.num_records} records")
 
 
 def _whole_lines(file: Path) -> list[str]:
@@ -164,12 +207,17 @@ def _whole_lines(file: Path) -> list[str]:
     return [line.decode("utf-8") for line in file.read_bytes().split(b"\n")[:-1]]
 
 
-def _line(question: OpenQuestion, answer: Answer) -> dict[str, Any]:
+def _about(record: Numbered) -> dict[str, Any]:
     return {
-        "number": question.number,
-        **({} if question.id is None else {"id": question.id}),
-        "record": question.where,
-        "images": [_image(image) for image in question.images],
+        "number": record.number,
+        **({} if record.id is None else {"id": record.id}),
+        "record": record.where,
+        "images": [image_name(image) for image in record.images],
+    }
+
+
+def _said(question: OpenQuestion, answer: Answer) -> dict[str, Any]:
+    return {
         "prompt": question.text,
         **({"answers": list(question.answers)} if question.answers else {}),
         "prediction": answer.text,
@@ -178,12 +226,12 @@ def _line(question: OpenQuestion, answer: Answer) -> dict[str, Any]:
     }
 
 
-def _image(image: str | bytes) -> str:
+def image_name(image: str | bytes) -> str:
     """Its path; of one that the record embeds, its sum."""
     return image if isinstance(image, str) else f"sha256:{hashlib.sha256(image).hexdigest()}"
 
 
-def _weights(export: Path, adapter: Path | None) -> str:
+def weights_digest(export: Path, adapter: Path | None) -> str:
     """What tells any two models apart: what their files say they are, and hashes of some weights."""
     said = asdict(read_model(export))
     folders = [path for root in (export, adapter) if root is not None for path in (root, *sorted(root.rglob("*/")))]

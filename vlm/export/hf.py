@@ -49,6 +49,8 @@ def why_not_llava(config: ModelConfig, built: Assembled) -> str | None:
     model, vision = built.model, built.model.vision
     if vision is None or config.vision is None:
         return "it has no vision encoder"
+    if model.value_head is not None:
+        return "it has a value head"
     if config.vision.fuse_with:
         return f"it has {len(config.vision.encoders)} encoders"
     reason = VISION_BACKENDS[config.vision.backend].why_not_llava(config.vision, vision)

@@ -61,6 +61,7 @@ class Answers:
         reply: greedy.
         features: float32 [1, T, D], the image as the language model gets it; None without an encoder.
         logits: float32 [NUM_POSITIONS or fewer, V], at the last positions of question and reply.
+        values: float32 [NUM_POSITIONS or fewer], what a value head says there; None without one.
     """
 
     ids: list[int]
@@ -68,6 +69,7 @@ class Answers:
     reply: list[int]
     features: Tensor | None
     logits: Tensor
+    values: Tensor | None = None
 
 
 def make_question(built: Assembled, tokens: ConversationTokenizer) -> Question:
@@ -101,7 +103,8 @@ def ask(built: Assembled, tokens: ConversationTokenizer, like: Answers | None = 
         ids = torch.tensor([question.ids + (reply if like is None else like.reply)])
         hidden_states = model(ids, torch.arange(ids.shape[1])[None], question.pixels)
         logits = model.logits(hidden_states[0, -NUM_POSITIONS:]).float()
-    return Answers(question.ids, frozenset(tokens.stop_ids), reply, features, logits)
+        values = None if model.value_head is None else model.values(hidden_states[0, -NUM_POSITIONS:])
+    return Answers(question.ids, frozenset(tokens.stop_ids), reply, features, logits, values)
 
 
 @torch.no_grad()
@@ -150,6 +153,8 @@ def _read_again(folder: Path, expected: Answers, dtype: torch.dtype) -> tuple[li
     lines, worst = differences(expected, found), relative(expected.logits, found.logits)
     if expected.features is not None:
         worst = max(worst, relative(expected.features, found.features))
+    if expected.values is not None:
+        worst = max(worst, relative(expected.values, found.values))
     if lines or manifest.layout != "llava":
         return lines, worst
     question = make_question(built, tokens)
@@ -175,6 +180,8 @@ def differences(expected: Answers, found: Answers) -> list[str]:
     if expected.features is not None:
         lines += compare(expected.features, found.features, "the features of an image")
     lines += compare(expected.logits, found.logits, "the logits")
+    if expected.values is not None:
+        lines += compare(expected.values, found.values, "the scores of the value head")
     if not lines and expected.reply != found.reply and not _is_tie(expected, found):
         lines.append(f"the greedy reply is {found.reply}, not {expected.reply}")
     return lines

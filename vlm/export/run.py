@@ -117,7 +117,8 @@ def finish_export(folder: Path, final: Path, written: Written, evidence: Sequenc
 def tell_export(final: Path, manifest: Manifest, what: str) -> None:
     """One line: what is in the folder, how large it is, and what to do with it."""
     size = sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
-    log(f"{final}: {', '.join(manifest.included)}, {size / 1e6:,.1f} MB; {what}; try: vlm chat {final}")
+    use = f"vlm predict {final} --data FILE" if manifest.scores else f"vlm chat {final}"
+    log(f"{final}: {', '.join(manifest.included)}, {size / 1e6:,.1f} MB; {what}; try: {use}")
 
 
 def default_name(full: bool, step: int | None) -> str:
@@ -186,7 +187,9 @@ def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DTyp
     )
     answers = ask(built, tokens)
     manifest = _manifest(trained, (), built, tokens)
-    everything = {name: t for part in ("projector", "vision") for name, t in part_weights(built.model, part).items()}
+    everything = {
+        name: t for part in ("projector", "vision", "value_head") for name, t in part_weights(built.model, part).items()
+    }
     included = write_parts(folder, replace(trained, tensors=everything), max_shard_size)
     llm.generation_config = generation_config(built, tokens)
     llm.save_pretrained(folder / place, max_shard_size=max_shard_size)
@@ -196,7 +199,7 @@ def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DTyp
             update={"path": place, "pad_vocab_to_multiple_of": None, "quantization": None}
         ),
         "lora": None,
-        "trainable": ("projector" if included else "llm",),
+        "trainable": ("projector" if "projector" in included else "llm",),
     }
     if trained.model.vision is not None:
         changes["vision"] = _write_encoder_config(folder, trained.model.vision, built)
@@ -238,7 +241,7 @@ def build_merged(trained: Trained, dtype: DType | None, precision: str = "fp32")
             leaves them as they were loaded.
         precision: in which the language model is loaded and the adapters are added to it; the encoder in float32.
     """
-    adapters = tuple(part for part in ("llm.lora", "vision.lora") if trained.part(part))
+    adapters = tuple(part for part in ("llm.lora", "vision.lora", "value_head") if trained.part(part))
     changes: dict[str, Any] = {"trainable": adapters, "partial": {}}
     if trained.model.vision is not None:
         changes["vision"] = trained.model.vision.model_copy(update={"compute": "fp32"})
@@ -267,7 +270,7 @@ def _with_whole_parts(trained: Trained, built: Assembled, dtype: DType = "auto")
             it is rounded to what is written.
     """
     model, whole, merged = trained.model, dict[str, Tensor](), {"vision.lora"}
-    if "llm" in model.partial:
+    if "llm" in model.partial or (trained.part("llm") and trained.part("value_head")):  # which trains no output layer
         on_disk, merged = dtype_on_disk(model.llm.path), {*merged, "llm.lora"}
         llm = part_weights(built.model, "llm")
         whole |= {name: tensor if name in trained.tensors else tensor.to(on_disk) for name, tensor in llm.items()}

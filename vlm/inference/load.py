@@ -33,7 +33,7 @@ from vlm.data.image_order import ImageOrder
 from vlm.data.images import load_image, to_tiles
 from vlm.data.template import TEMPLATES, ChatTemplate
 from vlm.data.tokenize import ConversationTokenizer
-from vlm.errors import ConfigError, RecordError
+from vlm.errors import CheckpointError, ConfigError, RecordError
 from vlm.generation.generate import GenerationSettings, generate
 from vlm.generation.streaming import CONTEXT, TextStream
 from vlm.inference.messages import ImageInput, Messages, to_conversation
@@ -256,6 +256,31 @@ def load(
     >>> reply == model.chat([{"role": "user", "content": [image, question]}], max_new_tokens=8)
     True
     """
+    return load_kind(
+        path, device, precision, adapter=adapter, template=template, image_order=image_order, bits=bits,
+        device_map=device_map, offload_folder=offload_folder, on_progress=on_progress,
+    )  # fmt: skip
+
+
+def load_kind(
+    path: str | Path,
+    device: str = "auto",
+    precision: Precision = "auto",
+    *,
+    is_reward: bool = False,
+    adapter: str | Path | None = None,
+    template: str | None = None,
+    image_order: ImageOrder | None = None,
+    bits: int | None = None,
+    device_map: str | None = None,
+    offload_folder: str | Path | None = None,
+    on_progress: OnProgress = lambda fraction: None,
+) -> LoadedModel:
+    """`load`, of a model that writes or, with `is_reward`, of one that scores replies.
+
+    Raises:
+        CheckpointError: also where the folder holds the other kind.
+    """
     target = torch.device(choose_device(device))
     dtype = choose_dtype(precision, target)
     check_bits(bits, target)
@@ -263,6 +288,7 @@ def load(
     prepare()
     folder = Path(path)
     manifest = read_model(folder)
+    _refuse_other_kind(folder, manifest, is_reward)
     other = None if adapter is None else _read_adapter(Path(adapter), folder, manifest)
     if isinstance(other, Adapter) and is_plain(folder):
         manifest = _asked_as_trained(manifest, other)
@@ -293,6 +319,20 @@ def load(
         system=manifest.system,
         device=target,
         compute_dtype=dtype,
+    )
+
+
+def _refuse_other_kind(folder: Path, manifest: Manifest, is_reward: bool) -> None:
+    if is_reward == manifest.scores:
+        return
+    if is_reward:
+        raise CheckpointError(
+            f"{folder} is not a reward model: it has no value head. Train one with objective: {{kind: reward}} and "
+            "value_head in model.trainable, and export it (docs/preferences.md)"
+        )
+    raise CheckpointError(
+        f"{folder} is a reward model: it scores replies and writes none, so chat, serve, webui and eval cannot use it. "
+        f"Score replies with `vlm predict {folder} --data FILE`, or vlm.inference.reward.load_reward_model"
     )
 
 

@@ -107,9 +107,16 @@ def build_image_spec(config: ModelConfig) -> ImageSpec | None:
 
 
 def assemble(
-    config: ModelConfig, llm: PreTrainedModel, vision: VisionEncoder | None, tokenizer: PreTrainedTokenizerFast | None
+    config: ModelConfig,
+    llm: PreTrainedModel,
+    vision: VisionEncoder | None,
+    tokenizer: PreTrainedTokenizerFast | None,
+    has_value_head: bool = False,
 ) -> tuple[VisionLanguageModel, ImageSpec | None, int | None]:
     """Put a projector between loaded parts and freeze what does not train.
+
+    Args:
+        has_value_head: whether there is one, though none trains.
 
     Returns:
         the model, what images must look like, and the id that marks their placeholders.
@@ -129,7 +136,11 @@ def assemble(
         spec = _image_spec(config.vision, vision, projector.num_tokens)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(llm)
-    model = VisionLanguageModel(llm, vision, projector, image_token_id)
+    scores = has_value_head or "value_head" in config.trainable
+    value_head = (
+        build_value_head(llm) if scores else None
+    )  # drawn after the projector, which so is that of a run without
+    model = VisionLanguageModel(llm, vision, projector, image_token_id, value_head)
     set_trainable(
         model, config.trainable, config.lora, vision_lora=config.vision_lora,
         partial={str(part): chosen for part, chosen in config.partial.items()},
@@ -139,6 +150,15 @@ def assemble(
     if config.gradient_checkpointing and model.has_frozen_llm:
         keep_blocks_still(llm)
     return model, spec, image_token_id
+
+
+def build_value_head(llm: PreTrainedModel) -> nn.Linear:
+    """[..., D] -> [..., 1] in float32, drawn so that scores begin at about 1 in size whatever D is (Stiennon et al.
+    2020, arXiv:2009.01325). Zeros would let no gradient through to what lies below."""
+    embeddings: Any = llm.get_input_embeddings().weight
+    head = nn.Linear(embeddings.shape[1], 1, bias=False)
+    nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    return head
 
 
 def start_projector(config: ModelConfig, model: VisionLanguageModel) -> None:

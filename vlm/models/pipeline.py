@@ -66,14 +66,15 @@ class BlockLayer(PipelineLayer):
 
 
 class OutputLayer(PipelineLayer):
-    """The norm, and the head, which the last stage's loss calls through `model.logits`."""
+    """The norm, and the heads, which the last stage's loss calls through `model.logits` and `model.values`."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
         super().__init__()
         parts = llm_parts(model.llm.config)
         self.norm = model.llm.get_submodule(parts.norm)
         self.head = model.llm.get_submodule(parts.head)
-        self.prefixes = (f"llm.{parts.norm}.", f"llm.{parts.head}.")
+        self.value_head = model.value_head
+        self.prefixes = (f"llm.{parts.norm}.", f"llm.{parts.head}.", "value_head.")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D], what the head reads."""

@@ -330,6 +330,8 @@ def _remove_other_stages(model: Any, own: Collection[str], keep_vision: bool) ->
         model.vision = None
         model.projector = None
     parts = llm_parts(model.llm.config)
+    if parts.head not in own:
+        model.value_head = None
     blocks = _block_names(model.llm)
     for name in (parts.embed, *blocks, parts.norm, parts.head, parts.rotary):
         if name not in own:

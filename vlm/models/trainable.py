@@ -81,6 +81,8 @@ def set_trainable(
     if model.projector is not None:
         for name in model.projector.frozen:
             model.projector.get_parameter(name).requires_grad_(False)
+    if "value_head" in parts:
+        _freeze_output_layer(model.llm)
     keep_trained_in_float32(model)
     if model.vision is not None:
         if "vision" in parts:
@@ -88,6 +90,22 @@ def set_trainable(
             for name in model.vision.unused_parameters():
                 model.vision.get_parameter(name).requires_grad_(False)
         model.vision.train(model.training)  # a frozen encoder leaves train mode
+
+
+def _freeze_output_layer(llm: Any) -> None:
+    """A model that scores makes no logits, so its output layer gets no gradient, unless it is the embedding too.
+
+    Raises:
+        ConfigError: `modules_to_save` names it.
+    """
+    embedding = llm.get_input_embeddings().weight
+    for name, parameter in llm.get_output_embeddings().named_parameters():
+        if parameter.requires_grad and "modules_to_save" in name:
+            raise ConfigError(
+                "model.lora.modules_to_save names the output layer, which gives no gradient to a model with value_head "
+                "in model.trainable: it scores replies and writes none. Leave it out"
+            )
+        parameter.requires_grad_(parameter is embedding and parameter.requires_grad)
 
 
 def keep_trained_in_float32(model: nn.Module) -> None:

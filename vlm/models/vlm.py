@@ -22,6 +22,7 @@ from vlm.models.recompute import RECOMPUTES
 from vlm.models.segments import decode_one_by_one
 from vlm.models.varlen import VARLEN, Decoder, decode_end_to_end
 from vlm.models.vision import VisionEncoder
+from vlm.precision import autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +33,7 @@ class VisionLanguageModel(nn.Module):
 
     Args:
         image_token_id: marks placeholders in `input_ids`. It may lie beyond the embedding: it is never looked up.
+        value_head: hidden states [..., D] -> [..., 1], of a model that scores replies.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class VisionLanguageModel(nn.Module):
         vision: VisionEncoder | None = None,
         projector: Projector | None = None,
         image_token_id: int | None = None,
+        value_head: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.vision = vision
         self.projector = projector
         self.llm: Any = llm  # a PreTrainedModel, whose methods are typed too loosely to check
         self.image_token_id = image_token_id
+        self.value_head = value_head
         self.packing = packing_of(llm.config)
         self.logits_rule = find_logits_rule(llm)
         self.embedding_factor = find_embedding_factor(llm)
@@ -154,6 +158,12 @@ class VisionLanguageModel(nn.Module):
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., V], scaled or capped as the language model does."""
         return head_logits(self.llm, hidden_states, self.logits_rule)
+
+    def values(self, hidden_states: Tensor) -> Tensor:
+        """[..., D] -> float32 [...], by the value head, in float32 whatever the rest computes in."""
+        assert self.value_head is not None
+        with autocast(hidden_states.device.type, None):
+            return self.value_head(hidden_states.float()).squeeze(-1)
 
     def decode(self, embeddings: Tensor, position_ids: Tensor, read: Tensor | None = None) -> Tensor:
         """Hidden states [B, L, D] after the final norm, of what `inputs_embeds` returns; positions as for `forward`."""

@@ -6,6 +6,7 @@ from vlm.objectives.base import ObjectiveConfig
 from vlm.objectives.kto import KTOConfig
 from vlm.objectives.lm import LanguageModelingConfig
 from vlm.objectives.preference import DPOConfig, ORPOConfig, SimPOConfig
+from vlm.objectives.reward import RewardConfig
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "lm": LanguageModelingConfig,
@@ -13,4 +14,5 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "orpo": ORPOConfig,
     "simpo": SimPOConfig,
     "kto": KTOConfig,
+    "reward": RewardConfig,
 }

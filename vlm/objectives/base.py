@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Head:
-    """The language model's head, as an objective calls it.
+    """The heads over the language model's hidden states, as an objective calls them.
 
     `min_calls` is how often every rank must call it for this batch: the most that any rank's objective has asked for.
     It is above 1 only where the ranks share the head's weight and would wait for each other; the engine sets it.
@@ -24,6 +24,7 @@ class Head:
 
     logits: Callable[[Tensor], Tensor]  # [S, D] -> [S, V]
     min_calls: int = 1
+    values: Callable[[Tensor], Tensor] | None = None  # [S, D] -> float32 [S], of a model with a value head
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """[S, D] -> [S, V], in the dtype of the computation."""
@@ -67,7 +68,30 @@ class ObjectiveConfig(KindSection):
     kind: str
     reads: ClassVar[Literal["conversation", "preference", "judged"]] = "conversation"  # what its records are
     needs_reference: ClassVar[bool] = False  # whether `Batch.replies.reference` must be there
+    needs_value_head: ClassVar[bool] = False  # whether its loss is of `Head.values`, not of logits
     counted: ClassVar[str] = "tokens"  # what its normalizer counts, for messages
+
+    def why_not_parts(self, trainable: Collection[str], asks: bool) -> str | None:
+        """Why it cannot train these parts of a model; None where it can.
+
+        Args:
+            trainable: of the model.
+            asks: whether the model shall answer questions while it trains.
+        """
+        has_head = "value_head" in trainable
+        if self.needs_value_head and not has_head:
+            return f"objective.kind {self.kind} trains a value head: add value_head to model.trainable"
+        if has_head and not self.needs_value_head:
+            return (
+                f"model.trainable names value_head, which objective.kind {self.kind} does not train; remove it there, "
+                "or set objective.kind to reward"
+            )
+        if self.needs_value_head and asks:
+            return (
+                f"objective.kind {self.kind} trains a model that scores replies and writes none; set train.samples and "
+                "train.eval_tasks to []"
+            )
+        return None
 
     def build(self) -> Objective:
         raise NotImplementedError

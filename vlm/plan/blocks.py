@@ -212,6 +212,24 @@ def head(shape: LLMShape, work: Workload, numerics: Numerics, *, is_trained: boo
     )
 
 
+def value_head(shape: LLMShape, work: Workload, numerics: Numerics, *, is_trained: bool) -> Part:
+    """Final norm, and a row of weights that reads the state at the end of each reply. The output matrix is there, and
+    nothing asks it."""
+    norm = shape.final_norm
+    saved = work.tokens * (FLOAT32 * shape.width + FLOAT32)
+    saved += work.tokens * shape.width * numerics.residual if is_trained else 0
+    return Part(
+        name="value_head",
+        weights=norm * (FLOAT32 if is_trained else numerics.frozen)
+        + shape.head * numerics.frozen
+        + FLOAT32 * shape.width,
+        trained=(norm if is_trained else 0) + shape.width,
+        saved=saved,
+        forward=work.tokens * shape.width * numerics.residual,
+        backward=work.tokens * shape.width * numerics.residual,
+    )
+
+
 def _made(numel: int, numerics: Numerics) -> int:
     """A matrix's gradient as it is computed, and in float32."""
     return numel * (FLOAT32 + (numerics.compute if numerics.is_autocast else 0))

@@ -147,7 +147,10 @@ def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics:
             )
         )
     inputs.append(blocks.embedding(shape.llm, work, numerics, first > 0))
-    output = [blocks.head(shape.llm, work, numerics, is_trained=last > 0, chunk_tokens=CHUNK_TOKENS)]
+    if "value_head" in trainable:
+        output = [blocks.value_head(shape.llm, work, numerics, is_trained=last > 0)]
+    else:
+        output = [blocks.head(shape.llm, work, numerics, is_trained=last > 0, chunk_tokens=CHUNK_TOKENS)]
     if shape.llm.saved and "llm.lora" in trainable:
         saved = shape.llm.saved
         output.append(Part(name="modules_to_save", weights=FLOAT32 * saved, trained=saved))
@@ -194,7 +197,8 @@ def _num_parameters(config: RunConfig, shape: ModelShape) -> int:
     adapters = shape.llm.lora_numel(lora) * len(llm.blocks) + llm.saved if lora else 0
     encoder = shape.vision.numel if shape.vision else 0
     projector = shape.projector.numel if shape.projector else 0
-    return llm.embedding + llm.head + llm.final_norm + sum(llm.blocks) + adapters + encoder + projector
+    value_head = llm.width if "value_head" in config.model.trainable else 0
+    return llm.embedding + llm.head + llm.final_norm + sum(llm.blocks) + adapters + encoder + projector + value_head
 
 
 def _device(
@@ -234,7 +238,7 @@ def _own_copy_of_a_tied_head(part: Part, shape: ModelShape, config: RunConfig, n
     """The last stage holds the embedding again when it is the head too."""
     if shape.llm.head:
         return part
-    is_trained = "llm" in config.model.trainable
+    is_trained = "llm" in config.model.trainable and "value_head" not in config.model.trainable
     weight = FLOAT32 if is_trained else numerics.frozen
     more = shape.llm.embedding if is_trained else 0
     return replace(part, weights=part.weights + weight * shape.llm.embedding, trained=part.trained + more)

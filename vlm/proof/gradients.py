@@ -195,7 +195,8 @@ def _summed_loss(probe: StateProbe, objective: Objective, states: Tensor, batch:
     """
     if not is_written_out(objective):
         with probe.autocast():
-            return objective.loss(states, batch.to(states.device), Head(probe.model.logits)).loss
+            head = Head(probe.model.logits, values=probe.model.values)
+            return objective.loss(states, batch.to(states.device), head).loss
     places = _targets(record)
     targets = torch.tensor([record.example.input_ids[place] for place in places], device=states.device)
     with probe.autocast():

@@ -87,7 +87,7 @@ def check_initial_weights(model: VisionLanguageModel, config: ModelConfig, init_
         tensors = open_parts(Path(init_from), replace(manifest, included=small), config)
     except CheckpointError as error:
         return holds(str(error))
-    parts = [part_weights(model, part) for part in ("projector", "vision", "llm.lora")]
+    parts = [part_weights(model, part) for part in ("projector", "vision", "llm.lora", "value_head")]
     # without an adapter that was merged, and what is spread over processes in pieces
     own = {
         name: tensor

@@ -20,7 +20,7 @@ from vlm.train.best import BestSoFar
 from vlm.train.checkpoint import mark_best
 from vlm.train.config import TrainConfig
 from vlm.train.engines.base import StepOutput
-from vlm.train.evaluate import held_out_loss
+from vlm.train.evaluate import Sums, held_out_sums
 from vlm.train.loop import Every, StepCounts
 from vlm.train.metrics import Reporter
 from vlm.train.resume import RunState
@@ -128,20 +128,24 @@ class RunEvents:
     def _evaluate_loss(self, step: int) -> None:
         note(f"step {step}: held-out loss")
         by_source = {} if self.held_out is None else self.held_out.by_source()
-        found: dict[str, tuple[float, int]] = {}
+        found: dict[str, Sums] = {}
         for name, batches in by_source.items():
-            total, count, skips = held_out_loss(self.state.engine, batches)
+            found[name], skips = held_out_sums(self.state.engine, batches)
             self.skips.list_held_out(skips, step)
-            found[name] = (total, count)
-        number = sum(count for _, count in found.values())
-        if not number:
+        if not any(sums.normalizer for sums in found.values()):
             return
-        loss = sum(total for total, _ in found.values()) / number
-        line: dict[str, Any] = {"step": step, "held_out_loss": loss, f"held_out_{self.counted}": number}
+        first, *others = found.values()
+        whole = sum(others, first)
+        loss, *metrics = (value / whole.normalizer for value in whole.values)
+        named = dict(zip(self.state.engine.objective.metric_names, metrics, strict=True))
+        line: dict[str, Any] = {"step": step, "held_out_loss": loss, f"held_out_{self.counted}": whole.normalizer}
+        line |= {f"held_out_{name}": value for name, value in named.items()}
         if len(found) > 1:
-            line |= {f"held_out_loss/{name}": total / count for name, (total, count) in found.items() if count}
+            each = {name: sums.values[0] / sums.normalizer for name, sums in found.items() if sums.normalizer}
+            line |= {f"held_out_loss/{name}": value for name, value in each.items()}
         self.reporter.write(line)
-        log(f"step {step}: held-out loss {loss:.4f} over {number:,} {self.counted}")
+        said = "".join(f", {name} {named[name]:.4f}" for name in ("accuracy", "margin") if name in named)
+        log(f"step {step}: held-out loss {loss:.4f} over {whole.normalizer:,} {self.counted}{said}")
         self._follow(step, line, None)
 
     def _tell(self, step: int, measured: Measured, checkpoint: Path | None) -> None:

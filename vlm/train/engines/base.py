@@ -85,8 +85,14 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def evaluate_sums(self, batch: Batch) -> tuple[list[float], int]:
+        """The loss and then the objective's metrics, in the order of their names, summed over all data ranks, and the
+        normalizer; without a gradient."""
+
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """Summed loss and normalizer over all data ranks, without a gradient."""
+        sums, normalizer = self.evaluate_sums(batch)
+        return sums[0], normalizer
 
     @abstractmethod
     def whole_model(self) -> AbstractContextManager[VisionLanguageModel | None]:
@@ -227,7 +233,8 @@ class LossModule(nn.Module):
                 self.objective.reads(batch),
                 device,
             )
-            output = self.objective.loss(hidden_states, batch, Head(self.model.logits, min_head_calls))
+            head = Head(self.model.logits, min_head_calls, self.model.values)
+            output = self.objective.loss(hidden_states, batch, head)
         return spoil(output.loss), stack_metrics(output, self.objective.metric_names)
 
 

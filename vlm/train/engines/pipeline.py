@@ -98,15 +98,15 @@ class PipelineEngine(Engine):
         dist.broadcast_object_list(texts, src=self.data_rank, group=group)  # the first stage's rank is its data rank
         return batches if self.stage.is_first else texts
 
-    def evaluate(self, batch: Batch) -> tuple[float, int]:
+    def evaluate_sums(self, batch: Batch) -> tuple[list[float], int]:
         self.model.eval()
         self._run.start([batch])
         self._engine.eval_batch(
             _nothing(), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=1
         )
         normalizer = self.objective.normalizer(batch) if self.stage.is_last else 0
-        summed, total = sum_over_ranks([self._run.sums.read()[0], float(normalizer)])
-        return summed, int(total)
+        *sums, total = sum_over_ranks([*self._run.sums.read(), float(normalizer)])
+        return sums, int(total)
 
     def sum_over_data_ranks(self, values: list[float]) -> list[float]:
         return sum_over_ranks(values, self._engine.grid.get_data_parallel_group())

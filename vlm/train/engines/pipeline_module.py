@@ -62,7 +62,8 @@ class StageRun:
 
     def _loss(self, hidden_states: Tensor, batch: Batch) -> Tensor:
         """[B, L, D] -> scalar, scaled for the backward; NaN if it is not finite."""
-        output = self.objective.loss(hidden_states, batch, Head(self.stage.built.model.logits))
+        model = self.stage.built.model
+        output = self.objective.loss(hidden_states, batch, Head(model.logits, values=model.values))
         loss = spoil(output.loss)
         self.sums.add(loss, stack_metrics(output, self.objective.metric_names))
         return poison(loss) * self._scale  # of NaN, DeepSpeed leaves the weights of every stage as they are
@@ -127,7 +128,7 @@ def pipeline_module(stage: Stage, run: StageRun, groups: list[dict[str, Any]], n
     specs: list[Any] = [Own(None)] * total
     for index, layer in enumerate(stage.layers, first):
         specs[index] = Own(layer)
-    if stage.tied_name in stage.trained:
+    if stage.tied_name in stage.trained and not any(name.startswith("value_head.") for name in stage.trained):
         specs[0] = OwnTied(own.get(InputsLayer), "embed.weight")
         specs[-1] = OwnTied(own.get(OutputLayer), "head.weight")
     with _quiet():

@@ -97,11 +97,12 @@ class TorchEngine(Engine):
         return seen
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> tuple[float, int]:
+    def evaluate_sums(self, batch: Batch) -> tuple[list[float], int]:
         self.model.eval()
-        loss, _ = self.loss_module(batch.to(self.device))
-        summed, normalizer = self.sum_over_data_ranks([loss.item(), float(self.objective.normalizer(batch))])
-        return summed, int(normalizer)
+        loss, metrics = self.loss_module(batch.to(self.device))
+        own = [loss.item(), *metrics.tolist(), float(self.objective.normalizer(batch))]
+        *sums, normalizer = self.sum_over_data_ranks(own)
+        return sums, int(normalizer)
 
     def gradients(self) -> list[Tensor]:
         """Of each trained weight that has one, of the weight's shape [...]."""

@@ -87,12 +87,13 @@ class ZeroEngine(Engine):
         return self.step_output(self.sum_over_data_ranks(sums.read()), normalizer, grad_norm, applied)
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> tuple[float, int]:
+    def evaluate_sums(self, batch: Batch) -> tuple[list[float], int]:
         self._engine.eval()
         (min_calls,) = self._agree_on_head_calls([batch])
-        loss, _ = self._engine(batch.to(self.device), min_calls)
-        summed, normalizer = self.sum_over_data_ranks([loss.item(), float(self.objective.normalizer(batch))])
-        return summed, int(normalizer)
+        loss, metrics = self._engine(batch.to(self.device), min_calls)
+        own = [loss.item(), *metrics.tolist(), float(self.objective.normalizer(batch))]
+        *sums, normalizer = self.sum_over_data_ranks(own)
+        return sums, int(normalizer)
 
     def whole_model(self) -> AbstractContextManager[VisionLanguageModel | None]:
         return nullcontext(self.model)  # at stage 3 each module gathers its weights when it is called
