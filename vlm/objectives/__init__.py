@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlm.objectives.base import ObjectiveConfig
+from vlm.objectives.grpo import GRPOConfig
 from vlm.objectives.kto import KTOConfig
 from vlm.objectives.lm import LanguageModelingConfig
 from vlm.objectives.preference import DPOConfig, ORPOConfig, SimPOConfig
@@ -13,4 +14,5 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "orpo": ORPOConfig,
     "simpo": SimPOConfig,
     "kto": KTOConfig,
+    "grpo": GRPOConfig,
 }
