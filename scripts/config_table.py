@@ -43,6 +43,7 @@ def _tables(prefix: str, section: type[BaseModel]) -> Iterator[tuple[type[BaseMo
             for kind, choice in union.kinds.items():
                 if choice.model_fields.keys() - inner.model_fields.keys():
                     yield choice, _table(f"{place}, kind {kind}", choice, left_out=inner)
+                    yield from islice(_tables(f"{place}.", choice), 1, None)
         elif inner is not None:
             yield from _tables(f"{place}.", inner)
 

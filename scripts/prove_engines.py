@@ -122,6 +122,7 @@ def train_case(config: Any, steps: int, out: Path, device: Any) -> None:
     from vlm.prepare import prepare_run
     from vlm.train.loop import TrainLoop
     from vlm.train.reference import with_reference_of
+    from vlm.train.rollouts import build_rollouts
 
     torch.manual_seed(config.seed)
     parts = prepare_run(config, device)
@@ -145,6 +146,7 @@ def train_case(config: Any, steps: int, out: Path, device: Any) -> None:
         max_steps=steps,
         report=report,
         save=lambda step, required: True,
+        roll=build_rollouts(config, data, parts.engine, parts.start, lambda line: None),
     ).run()
     if is_main():
         out.mkdir(parents=True)

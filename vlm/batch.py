@@ -117,6 +117,8 @@ class Example:
     rejected: Example | None = None  # of a preference: the same with the reply that is not preferred
     is_good: bool | None = None  # what the reply was judged to be; of a preference and most others None
     reference: tuple[float, ...] = ()  # log-probability of each reply under the reference model, where it is known
+    answer: str | None = None  # to verify replies with that the model writes itself; the labels are of this one
+    stem: int = 0  # tokens that it leaves to the last whole example before it in its row, which begins with them
 
     @property
     def num_supervised(self) -> int:
@@ -149,6 +151,27 @@ class Replies:
         return len(self.is_good) // 2
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A question of a batch that the model shall write replies to."""
+
+    input_ids: list[int]  # up to the reply, placeholders included
+    num_tiles: int  # of its images, in the batch's order
+    answer: str
+    where: str  # file and record
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Replies that the model wrote itself, R of them, and what each token of them is worth. Host memory."""
+
+    number: Tensor  # int64 [B, L]: which reply a token is of, -1 where none
+    num_replies: int  # R
+    advantages: Tensor  # float32 [B, L]
+    old: Tensor | None = None  # float32 [B, L]: log-probabilities under the weights that wrote them; None: those now
+    reference: Tensor | None = None  # float32 [B, L]: under the model that the run starts from
+
+
 @dataclass
 class Batch:
     """Rows of packed examples.
@@ -171,6 +194,8 @@ class Batch:
     skipped: list[Skip] = field(default_factory=list)  # examples left out: an image of theirs could not be read
     num_padding: int = 0  # padding tokens among the B * L
     replies: Replies | None = None  # of records that compare or judge replies
+    prompts: tuple[Prompt, ...] = ()  # of records with an answer to verify, in the order of `where`
+    rollouts: Rollouts | None = None  # where the replies are the model's own
     device: torch.device | None = None  # that computes with it; None: that of its tensors
 
     def to(self, device: torch.device) -> Batch:

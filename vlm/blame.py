@@ -97,6 +97,11 @@ def blame_step(config: RunConfig, step: int) -> Blame:
     with log_level("warning"), torch_switches(config.train):
         identity = read_info(intact[-1].path)["identity"] if intact else None
         config = settle_precision(config, device, identity)
+        if config.objective.writes_replies:
+            raise ConfigError(
+                f"{run}: objective.kind {config.objective.kind} learns from replies that the model wrote itself; they "
+                "are not made again here. rollouts.jsonl of the run has some of each step with their rewards"
+            )
         torch.manual_seed(config.seed)
         parts = prepare_run(config, device, calibrate=not before)
         if not 1 <= step <= parts.max_steps:

@@ -66,7 +66,9 @@ class RunConfig(Section):
         names = [task.name for task in self.evaluation.tasks]
         if unknown := [name for name in self.train.eval_tasks if name not in names]:
             raise ValueError(f"train.eval_tasks: {unknown[0]} is no name of evaluation.tasks, which are {names}")
-        taken = LINE_NAMES.union(self.objective.build().metric_names)
+        if reason := self.objective.why_not(self.engine, self.model.vision is not None and self.init_from is None):
+            raise ValueError(reason)
+        taken = LINE_NAMES.union(self.objective.numbers)
         if said := [name for name in self.train.eval_tasks if name in taken or name.startswith("held_out_")]:
             raise ValueError(
                 f"train.eval_tasks: {said[0]} is a number of the run itself in metrics.jsonl, which the task's figure "

@@ -127,6 +127,9 @@ def _keys_of_kinds(prefix: str, union: OneOf) -> Iterator[ConfigKey]:
         kinds = tuple(kind for kind, section in union.kinds.items() if name in section.model_fields)
         if name != "kind":
             yield _key(prefix + name, field, () if len(kinds) == len(union.kinds) else kinds)
+    for name, field in union.fields().items():
+        if (inner := one_of(annotation_of(field))) is not None:
+            yield from _keys_of_kinds(f"{prefix}{name}[].", inner)
 
 
 def _key(key: str, field: FieldInfo, kinds: tuple[str, ...] = ()) -> ConfigKey:

@@ -47,6 +47,7 @@ from vlm.train.features import ImageEncoder, fill_with_all_ranks, open_store
 from vlm.train.fragments import read_weights
 from vlm.train.initialize import CANDIDATES, fit_least_squares
 from vlm.train.optim import describe_sizes
+from vlm.train.rollouts import Start
 from vlm.train.scaling import loss_scale_for
 from vlm.train.trackers import check_trackers
 
@@ -64,6 +65,7 @@ class Prepared:
     engine: Engine
     objective: Objective
     max_steps: int
+    start: Start | None = None  # what trains, as it is before the first step, where the objective compares with it
     start_step: int = 0  # past 0 the weights are a checkpoint's
 
 
@@ -132,7 +134,8 @@ def prepare_run(config: RunConfig, device: torch.device, *, calibrate: bool = Tr
         loss_scale=loss_scale_for(config.train.precision),
     )
     engine = kind.build(inputs)
-    return Prepared(config, device, built, data, engine, objective, max_steps)
+    start = Start(built.model) if config.objective.keeps_start else None
+    return Prepared(config, device, built, data, engine, objective, max_steps, start)
 
 
 def _refuse_different_data(data: Data, max_steps: int) -> None:
@@ -246,9 +249,12 @@ def assemble_checkpoint(config: RunConfig, checkpoint: Path, device: torch.devic
 
 def _build_data(config: RunConfig, built: Assembled, place: Place) -> Data:
     """The streams. Rank 0 fills the caches of lengths and indexes on disk."""
+    settings = config.data
+    if config.objective.writes_replies:  # a row is a prompt; what is written to it makes rows of its own
+        settings = settings.model_copy(update={"packing": False})
     with main_first():
         return build_data(
-            config.data,
+            settings,
             built.tokenizer,
             built.image_spec,
             built.image_token_id,
@@ -446,10 +452,9 @@ def _with_features(
 
 
 def _describe_data(config: RunConfig, data: Data, max_steps: int) -> None:
-    log(
-        f"data: {data.num_records:,} records, {len(data.skips)} skipped, rows of {config.data.max_length} tokens "
-        f"{data.train.fill:.0%} full"
-    )
+    is_asked = config.objective.writes_replies
+    filled = "a prompt each" if is_asked else f"of {config.data.max_length} tokens {data.train.fill:.0%} full"
+    log(f"data: {data.num_records:,} records, {len(data.skips)} skipped, rows {filled}")
     records, tokens = data.train.order.num_shared(0)
     if records:
         paired = config.objective.reads == "preference"

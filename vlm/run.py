@@ -56,6 +56,7 @@ from vlm.train.optim import build_schedule
 from vlm.train.profile import StepProfile
 from vlm.train.reference import REFERENCE, with_reference, with_reference_of
 from vlm.train.resume import OPTIMIZER_STATE, RunState, flatten, read_progress, refuse_other_run
+from vlm.train.rollouts import ROLLOUTS, build_rollouts
 from vlm.train.runfolder import LOG, RunFolder
 from vlm.train.sampling import SampleQuestions
 from vlm.train.saving import CheckpointWriter
@@ -280,7 +281,7 @@ def _run_state(parts: Prepared, run: RunFolder, identity: dict[str, Any], start:
 
 def _rewind(run: RunFolder, parts: Prepared, skips: SkipLog, checkpoint: Path | None) -> None:
     """Drop what was written after the checkpoint that this launch goes on from; set newer checkpoints aside."""
-    for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl", ROLLOUTS):
         run.rewind(name, parts.start_step or -1)  # -1: all of a run that was killed before its first checkpoint
     if parts.start_step == 0:
         skips.list_found([skip for scan in parts.data.scans for skip in scan.skips])
@@ -328,6 +329,7 @@ def _build_loop(
         max_bad_steps=settings.max_bad_steps,
         is_over=events.is_over,
         thaw={str(part): step for part, step in settings.thaw.items()},
+        roll=build_rollouts(config, data, parts.engine, parts.start, lambda line: run.append(ROLLOUTS, line)),
     )
     return loop, events
 

@@ -14,7 +14,7 @@ from vlm.data.collate import Collator
 from vlm.data.config import SourceConfig
 from vlm.data.conversation import IMAGE, Preference, Turn
 from vlm.data.parse import parse_record
-from vlm.data.preferences import parse_judged, parse_preference
+from vlm.data.preferences import parse_judged, parse_preference, parse_verifiable
 from vlm.data.records import open_source
 from vlm.data.sharing import Shares, find_pair_stem
 from vlm.errors import DataError, RecordError
@@ -84,7 +84,37 @@ def test_a_ranking_of_llama_factory_is_read_where_pairs_are(tmp_path: Path):
         open_source(source, tmp_path)
 
 
+VERIFIED: dict[str, dict[str, Any]] = {
+    "texts": {"prompt": "Q", "answer": "4"},
+    "a number": {"question": "Q", "answer": 4},
+    "TRL": {"prompt": [ASKED], "solution": "4"},
+    "open-r1": {"problem": "Q", "solution": "2 + 2 = 4", "answer": "4"},
+    "ms-swift": {"messages": [ASKED, said("assistant", "x")], "solution": "4"},
+    "LLaVA": {"conversations": [HUMAN], "ground_truth": ["4"]},
+    "verl": {"prompt": [ASKED], "reward_model": {"style": "rule", "ground_truth": "4"}, "data_source": "sums"},
+}
+
+
+@pytest.mark.parametrize("record", VERIFIED.values(), ids=VERIFIED.keys())
+def test_a_question_with_an_answer_to_verify_is_read_however_it_is_written(record: dict[str, Any]):
+    asked = parse_verifiable(record, SOURCE)
+    assert [turn.text for turn in asked.turns] == ["Q", "4"]
+    assert (asked.answer, asked.unread) == ("4", ())
+
+
+def test_images_and_earlier_replies_stand_before_the_question_to_verify():
+    turns = [said("user", "<image>\nQ"), said("assistant", "yes"), said("user", "And?")]
+    source = SourceConfig(path="x.json", columns={"answer": "right"})
+    asked = parse_verifiable({"image": "a.png", "messages": turns, "right": "no"}, source)
+    assert (asked.images, asked.turns[0].parts) == (("a.png",), (IMAGE, "\nQ"))
+    assert [turn.is_learned for turn in asked.turns if turn.role == "assistant"] == [False, True]
+
+
 REFUSED = [
+    (parse_verifiable, {"messages": [ASKED, said("assistant", "x")]}, "no_answer"),
+    (parse_verifiable, {"prompt": "Q", "answer": {"a": 1}}, "no_answer"),
+    (parse_verifiable, PAIRS["texts"] | {"answer": "4"}, "preference_pair"),
+    (parse_verifiable, {"answer": "4"}, "unknown_format"),
     (parse_preference, {"messages": [ASKED, said("assistant", "x")]}, "no_preference"),
     (parse_preference, {"prompt": "Q", "completion": "x", "label": True}, "no_preference"),
     (parse_preference, {"prompt": "Q", "chosen": "x"}, "no_preference"),

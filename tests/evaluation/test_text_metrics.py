@@ -7,11 +7,12 @@ from typing import get_args
 
 import pytest
 
+from vlm.data.said import letter_of
 from vlm.errors import DataError, MissingPackageError
 from vlm.evaluation import text_metrics
 from vlm.evaluation.metrics import Figure
 from vlm.evaluation.task_kinds import MetricName
-from vlm.evaluation.text_metrics import TEXT_METRICS, is_yes, letter_of, relaxed_accuracy, vqa_accuracy
+from vlm.evaluation.text_metrics import TEXT_METRICS, is_yes, relaxed_accuracy, vqa_accuracy
 
 
 def figures(name: str, written: list[str], right: list[str]) -> dict[str, Figure]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlm.batch import IGNORE_INDEX, Batch, Example, ImageSpec, Replies, Skip
+from vlm.batch import IGNORE_INDEX, Batch, Example, ImageSpec, Prompt, Replies, Skip
 from vlm.data.features import FeatureStore
 from vlm.data.images import load_tiles
 from vlm.data.sharing import find_pair_stem, find_stem, may_join
@@ -65,6 +65,7 @@ class Collator:
         skipped = list(skips)
         kept_rows: list[list[_Placed]] = []
         pixels: list[Tensor] = []
+        prompts: list[Prompt] = []
         for row in rows:
             kept: list[_Placed] = []
             for example in row:
@@ -76,6 +77,8 @@ class Collator:
                     continue
                 pixels += found
                 kept += placed
+                if example.answer is not None:
+                    prompts.append(_prompt(example, example.answer, sum(map(len, found))))
             kept_rows.append(kept)
         longest = max((sum(placed.length for placed in row) for row in kept_rows), default=0)
         length = self.pad_to or max(8, -(-longest // 8) * 8)
@@ -93,12 +96,13 @@ class Collator:
             skipped=skipped,
             num_padding=ids.numel() - num_tokens,
             replies=_replies(kept_rows, length),
+            prompts=tuple(prompts),
         )
 
     def _place(self, before: list[_Placed], example: Example) -> list[_Placed]:
         """What an example brings to its row: of a preference both branches."""
         if example.rejected is None:
-            return [_Placed(example, self._num_shared(before, example))]
+            return [_Placed(example, example.stem or self._num_shared(before, example))]
         chosen, rejected = example.branches
         shared = find_pair_stem(example) if self.shares_questions else 0
         return [_Placed(chosen, 0, True), _Placed(rejected, shared, False)]
@@ -158,6 +162,12 @@ def _replies(rows: Sequence[Sequence[_Placed]], length: int) -> Replies | None:
             reference += placed.example.reference[1:] if placed.is_chosen is False else placed.example.reference[:1]
     known = torch.tensor(reference, dtype=torch.float32) if len(reference) == len(is_good) else None
     return Replies(number, torch.tensor(is_good, dtype=torch.bool), known)
+
+
+def _prompt(example: Example, answer: str, num_tiles: int) -> Prompt:
+    """What stands before the first token that would be learned."""
+    start = next(place for place, label in enumerate(example.labels) if label != IGNORE_INDEX)
+    return Prompt(example.input_ids[:start], num_tiles, answer, example.where)
 
 
 def _name(image: str | bytes) -> str:

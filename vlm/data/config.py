@@ -20,7 +20,7 @@ TURN_NAMES = ("from", "value", "role", "content")  # of `columns`: keys of turns
 _RECORD_NAMES = (
     "conversations", "messages", "image", "images", "caption", "text", "instruction", "input", "output", "query",
     "response", "question", "answer", "prompt", "completion", "context", "history", "system", "label", "loss", "weight",
-    "chosen", "rejected",
+    "chosen", "rejected", "solution", "ground_truth", "problem",
 )  # fmt: skip
 
 

@@ -96,6 +96,13 @@ class Judged(Conversation):
     is_good: bool = True
 
 
+@dataclass(frozen=True)
+class Verifiable(Conversation):
+    """A question whose replies the model writes itself, to be compared with an answer. `turns` end with the answer."""
+
+    answer: str = ""
+
+
 def join_texts(parts: Iterable[Part]) -> tuple[Part, ...]:
     """Texts that follow each other as one: what is written together is encoded together.
 

@@ -1,10 +1,11 @@
-"""Records of replies that were compared or judged -> Preference or Judged.
+"""Records of replies that were compared or judged -> Preference or Judged; of answers to verify -> Verifiable.
 
 A preference record becomes two records of conversations, one with each reply, which `vlm.data.parse` reads as it reads
 any other. Read are: `chosen` and `rejected` beside a question (`prompt`, `instruction` and the other names) or beside
 turns (`conversations`, `messages`, TRL's `prompt` as turns); as whole conversations; `output: [good, bad]`; and
 `messages` with the preferred reply and `rejected_response`. A judged record is a conversation with `label`, `kto_tag`
-or `desirable`, true or false.
+or `desirable`, true or false. A record to verify is a question, or turns that end with one, and `answer`, `solution`,
+`ground_truth`, or verl's `reward_model`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from vlm.data.config import TURN_NAMES, SourceConfig
-from vlm.data.conversation import Conversation, Judged, Preference, Turn
+from vlm.data.conversation import Conversation, Judged, Preference, Turn, Verifiable
 from vlm.data.fields import has_content, renamed, short
 from vlm.data.notes import ABSENT_COLUMN
 from vlm.data.parse import ANSWER_KEYS, CHAT_KEYS, QUESTION_KEYS, known_role, parse_record
 from vlm.data.unread import LABEL_KEYS
 from vlm.errors import RecordError
 
-Reads = Literal["conversation", "preference", "judged"]
+Reads = Literal["conversation", "preference", "judged", "verifiable"]
 CHOSEN_KEYS = ("chosen", "chosen_response")
 REJECTED_KEYS = ("rejected", "rejected_response")
+VERIFIED_KEYS = ("answer", "ground_truth", "solution", "reward_model")  # the first counts; others say it at length
+_PROBLEM = "problem"  # what mathematics data sets call the question
 Record = dict[str, Any]
 
 
@@ -72,10 +75,41 @@ def parse_judged(record: Record, config: SourceConfig, image_placement: str = "a
     return Judged(turns, parsed.images, unread=(*parsed.unread, *absent), is_good=bool(labels.pop()))
 
 
+def parse_verifiable(record: Record, config: SourceConfig, image_placement: str = "auto") -> Verifiable:
+    """A question with the answer that replies to it are compared with. Images are still as the record names them.
+
+    A reply that the turns end with is left out.
+
+    Raises:
+        RecordError: rules no_answer (no key of an answer, or not a text or number: a record of another objective), and
+            those of `parse_record`.
+    """
+    ours, plain, absent = _with_our_keys(record, config)
+    given = [key for key in VERIFIED_KEYS if has_content(ours.get(key))]
+    answer = _answer(ours[given[0]]) if given else None
+    if answer is None:
+        found = f"{given[0]} is {short(ours[given[0]])}" if given else f"keys {[key[:40] for key in sorted(ours)][:6]}"
+        raise RecordError(
+            "no_answer",
+            f"{found}; objective grpo reads a question and an answer to verify, a text or a number under "
+            f"{', '.join(VERIFIED_KEYS[:-1])}. Conversations are for objective lm",
+        )
+    rest = {key: value for key, value in ours.items() if key not in given}
+    if has_content(rest.get(_PROBLEM)) and not any(has_content(rest.get(key)) for key in (*QUESTION_KEYS, *CHAT_KEYS)):
+        rest["prompt"] = rest.pop(_PROBLEM)
+    chat = next((key for key in CHAT_KEYS if has_content(rest.get(key))), None)
+    if chat is not None and isinstance(rest[chat], list) and _is_reply(rest[chat][-1], config):
+        rest[chat] = rest[chat][:-1]
+    parsed = parse_record(_with_reply(rest, chat, answer, given[0], config), plain, image_placement)
+    turns = _learned_from(parsed.turns, len(parsed.turns) - 1)
+    return Verifiable(turns, parsed.images, unread=(*parsed.unread, *absent), answer=answer)
+
+
 READERS: dict[Reads, Callable[[Record, SourceConfig, str], Conversation]] = {
     "conversation": parse_record,
     "preference": parse_preference,
     "judged": parse_judged,
+    "verifiable": parse_verifiable,
 }
 
 
@@ -188,3 +222,14 @@ def _flag(value: Any) -> bool | None:
     if isinstance(value, str):
         return {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower())
     return bool(value) if isinstance(value, bool) or value in (0, 1) else None
+
+
+def _answer(value: Any) -> str | None:
+    """A text or a number, or a list of one, or what verl's `reward_model` holds; None for anything else."""
+    if isinstance(value, dict):
+        value = value.get("ground_truth")
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    text = str(value).strip() if is_number or isinstance(value, str) else ""
+    return text or None

@@ -243,6 +243,8 @@ def contact_sheet(images: list[tuple[Image.Image, str]], columns: int = 6) -> Im
 def _names_of_branches(example: Example) -> tuple[str, ...]:
     if example.rejected is not None:
         return "chosen, ", "rejected, "
+    if example.answer is not None:
+        return ("question and answer, ",)
     return ("" if example.is_good is None else "good, " if example.is_good else "bad, ",)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from vlm.batch import IGNORE_INDEX, Example, ImageSpec
-from vlm.data.conversation import Conversation, ImageSlot, Judged, Preference
+from vlm.data.conversation import Conversation, ImageSlot, Judged, Preference, Verifiable
 from vlm.data.images import image_layout
 from vlm.data.template import BOS, EOS, ChatTemplate, Piece, adds_bos, why_no_end
 from vlm.errors import ConfigError, RecordError
@@ -113,6 +113,9 @@ class ConversationTokenizer:
         if isinstance(conversation, Judged):
             _refuse_over_long(example, max_length, max_images)
             return replace(example, is_good=conversation.is_good)
+        if isinstance(conversation, Verifiable):
+            _refuse_over_long(example, max_length, max_images)
+            return replace(example, answer=conversation.answer)
         if len(example.input_ids) <= max_length and len(example.images) <= max_images:
             return example
         if over_long == "cut":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from vlm.data.said import letter_of
 from vlm.errors import DataError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -30,10 +31,6 @@ _YES = {"yes", "yeah", "true", "correct"}
 _NO = {"no", "not", "false", "incorrect"}
 _CHINESE_NO = ("不", "否", "没", "错")
 _CHINESE_YES = ("是", "有", "对", "正确")
-# a small letter before other words may be the article: it counts in brackets or at the very end
-_SAYS_LETTER = re.compile(
-    r"(?:(?i:answer|option|choice)(?![a-z])|答案|选项|选)\s*(?i:is|是|为|:)?\s*\(?([A-Z](?![A-Za-z])|[a-z](?=\)|\W*$))"
-)
 _DOUBLE_NO = re.compile("(?:没有?|不)错(?!误)")  # "quite right"
 _TOLERANCE = 0.05  # of a number, in `relaxed_accuracy`
 
@@ -99,19 +96,6 @@ def relaxed_accuracy(written: str, right: Answers) -> float:
     (1.0, 1.0, 0.0)
     """
     return max(_is_close(written, answer) for answer in right)
-
-
-def letter_of(text: str) -> str | None:
-    """The choice that an answer names: "B", "(B)", "B.", "B: a cat", "The answer is B". None if it names none.
-
-    >>> [letter_of(text) for text in ("B", "(b) a cat", "The answer is C.", "A cat.", "选 D", "none")]
-    ['B', 'B', 'C', None, 'D', None]
-    """
-    text = unicodedata.normalize("NFKC", text).strip()
-    if begins := re.match(r"\(?([A-Za-z])(?:[).:,、]|$)", text):
-        return begins[1].upper()
-    said = _SAYS_LETTER.findall(text)
-    return said[-1].upper() if said else None
 
 
 def is_yes(text: str) -> bool | None:

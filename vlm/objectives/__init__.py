@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlm.objectives.base import ObjectiveConfig
+from vlm.objectives.grpo import GRPOConfig
 from vlm.objectives.kto import KTOConfig
 from vlm.objectives.lm import LanguageModelingConfig
 from vlm.objectives.preference import DPOConfig, ORPOConfig, SimPOConfig
@@ -15,4 +16,5 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "simpo": SimPOConfig,
     "kto": KTOConfig,
     "reward": RewardConfig,
+    "grpo": GRPOConfig,
 }

@@ -62,14 +62,56 @@ class Objective(Protocol):
         """
 
 
+class Spreads(Protocol):
+    """What an objective asks of the section `engine`."""
+
+    @property
+    def reads_whole(self) -> bool: ...
+
+    def describe(self) -> str: ...
+
+
 class ObjectiveConfig(KindSection):
     """Base of the section `objective`; each kind has its own keys."""
 
     kind: str
-    reads: ClassVar[Literal["conversation", "preference", "judged"]] = "conversation"  # what its records are
+    # what its records are
+    reads: ClassVar[Literal["conversation", "preference", "judged", "verifiable"]] = "conversation"
     needs_reference: ClassVar[bool] = False  # whether `Batch.replies.reference` must be there
     needs_value_head: ClassVar[bool] = False  # whether its loss is of `Head.values`, not of logits
+    writes_replies: ClassVar[bool] = False  # whether the model writes the replies that it learns from
     counted: ClassVar[str] = "tokens"  # what its normalizer counts, for messages
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether what trains is kept as it is before the first step, to be compared with in every step."""
+        return False
+
+    @property
+    def numbers(self) -> frozenset[str]:
+        """Names that its numbers have in metrics.jsonl."""
+        return frozenset(self.build().metric_names)
+
+    def why_not(self, engine: Spreads, begins_blind: bool) -> str | None:
+        """Why it cannot train so; None where it can.
+
+        Args:
+            begins_blind: the run starts with a projector that was never trained.
+        """
+        if not self.writes_replies:
+            return None
+        if not engine.reads_whole:
+            return (
+                f"objective.kind {self.kind} writes replies with the whole model in each process, and engine.kind "
+                f"{engine.describe()} holds pieces of it; set engine.kind to ddp, or to zero with stage 2"
+            )
+        if self.keeps_start and begins_blind:
+            return (
+                f"objective.kind {self.kind} with kl above 0 holds the model to the one that the run starts from, "
+                "whose projector is random without init_from; name the export of a run that trained it, or set "
+                "objective.kl to 0"
+            )
+        return None
 
     def why_not_parts(self, trainable: Collection[str], asks: bool) -> str | None:
         """Why it cannot train these parts of a model; None where it can.

@@ -126,7 +126,7 @@ def read_record(scan: Scan, number: int) -> Record:
 
 
 def _record(conversation: Conversation, example: Example, trained: Example) -> Record:
-    return Record(conversation, replace(example, is_good=None, reference=()), trained)
+    return Record(conversation, replace(example, is_good=None, reference=(), answer=None), trained)
 
 
 def _as_far_as(conversation: Conversation, scan: Scan) -> Conversation:

@@ -23,7 +23,7 @@ LINE_NAMES = frozenset({
     "step", "epoch", "loss", "grad_norm", "learning_rate", "supervised_tokens", "tokens_per_second",
     "images_per_second", "fill", "data_share", "step_seconds", "data_seconds", "encode_seconds",
     "forward_backward_seconds", "optimizer_seconds", "save_seconds", "skipped", "bad_steps", "memory_gib", "seconds",
-    "loss_scale", "overflowed_steps", "failed_gates",
+    "rollouts_seconds", "loss_scale", "overflowed_steps", "failed_gates",
 })  # fmt: skip
 
 

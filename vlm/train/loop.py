@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from vlm.batch import Batch
@@ -32,6 +32,20 @@ class StepCounts:
     images: float
     skipped: float  # records left out
     seen: float  # records, those left out included
+
+
+class Roll(Protocol):
+    def __call__(self, step: int, batches: list[Batch]) -> tuple[list[Batch], Mapping[str, float]]:
+        """What a step learns from, made of what the stream brings, and numbers for the log. Every rank calls it.
+
+        Args:
+            step: from 0.
+        """
+
+
+def as_read(step: int, batches: list[Batch]) -> tuple[list[Batch], Mapping[str, float]]:
+    """A step learns from what the stream brings."""
+    return batches, {}
 
 
 class Report(Protocol):
@@ -87,6 +101,7 @@ class TrainLoop:
     max_bad_steps: int = 0
     is_over: Callable[[], bool] = lambda: False  # whether the run ends before `max_steps`, agreed on by all ranks
     thaw: Mapping[str, int] = field(default_factory=dict)  # part -> step, from 0, from which on it trains
+    roll: Roll = as_read
 
     def run(self, start_step: int = 0) -> int:
         """Train from `start_step` to `max_steps`, or until it `is_over`, and save at the end.
@@ -111,13 +126,14 @@ class TrainLoop:
             with timer("data"):
                 microbatches = next(batches)
             note(f"step {step + 1}: computing")
-            microbatches = self.engine.broadcast(microbatches)
+            microbatches, said = self.roll(step, self.engine.broadcast(microbatches))
             counts = self._count(microbatches)
             self._settle_still(step, step == start_step)
             output = self.engine.train_step(microbatches, max(1.0, counts.normalizer), self.schedule(step))
             if not output.applied and not output.overflowed:
                 bad_steps += 1
                 self._refuse(step + 1, output, microbatches, bad_steps)
+            output = replace(output, metrics={**output.metrics, **said})
             self.report(step + 1, microbatches, output, counts, timer.read())
             for event in self.events:
                 event(step + 1)

@@ -21,7 +21,7 @@ from vlm.train.config import TrainConfig
 from vlm.train.engines.base import StepOutput
 from vlm.train.loop import StepCounts
 from vlm.train.runfolder import RunFolder
-from vlm.train.timing import PHASES, describe_shares
+from vlm.train.timing import PHASES, ROLLOUTS, describe_shares
 from vlm.train.trackers import Trackers, tracker_names
 
 PLAIN_LINE_SECONDS = 10.0  # at most one progress line per this many seconds where there is no terminal
@@ -96,6 +96,7 @@ class Reporter:
         if step % self.log_every and step != self.max_steps:
             return
         seconds = max(time.monotonic() - window.started, 1e-9)
+        timed = [*PHASES, *([ROLLOUTS] if ROLLOUTS in window.phases else [])]
         line = {
             **{name: value / max(window.normalizer, 1) for name, value in window.metrics.items()},
             "step": step,
@@ -109,7 +110,7 @@ class Reporter:
             "fill": round(window.tokens / max(window.slots, 1), 4),
             "data_share": round(window.phases.get("data", 0.0) / seconds, 4),
             "step_seconds": round(seconds / window.steps, 6),
-            **{f"{phase}_seconds": round(window.phases.get(phase, 0.0) / window.steps, 6) for phase in PHASES},
+            **{f"{phase}_seconds": round(window.phases.get(phase, 0.0) / window.steps, 6) for phase in timed},
             "skipped": self.skipped,
             "bad_steps": window.bad_steps,
             "memory_gib": round(_memory_gib(), 2),
@@ -133,8 +134,9 @@ class Reporter:
     def _show(self, line: dict[str, Any], shares: str) -> None:
         step, done = line["step"], line["step"] - self._first_step
         left = (time.monotonic() - self._started) / max(done, 1) * (self.max_steps - step)
+        said = f"reward {line['reward']:.3f}  " if "reward" in line else ""
         text = (
-            f"step {step}/{self.max_steps}  loss {_or_dash(line['loss'])}  lr {line['learning_rate']:.2e}  "
+            f"step {step}/{self.max_steps}  loss {_or_dash(line['loss'])}  {said}lr {line['learning_rate']:.2e}  "
             f"{line['tokens_per_second']:,.0f} tok/s  {line['images_per_second']:.1f} img/s  fill {line['fill']:.0%}  "
             f"{shares}  skipped {line['skipped']}  {line['memory_gib']:.1f} GiB  ETA {format_seconds(left)}"
         )

@@ -19,6 +19,7 @@ PHASES = {
     "optimizer": "optimizer",  # norm, clipping, update
     "save": "save",
 }
+ROLLOUTS = "rollouts"  # a phase of runs whose model writes the replies that it learns from
 
 
 class StepTimer:
@@ -101,4 +102,5 @@ def describe_shares(seconds: Mapping[str, float], total: float) -> str:
     >>> describe_shares({"data": 1.0, "forward_backward": 6.0, "optimizer": 1.0}, 10.0)
     'data 10% encode 0% fwd+bwd 60% optimizer 10% save 0%'
     """
-    return " ".join(f"{name} {seconds.get(phase, 0.0) / total:.0%}" for phase, name in PHASES.items())
+    phases = PHASES | ({ROLLOUTS: ROLLOUTS} if ROLLOUTS in seconds else {})
+    return " ".join(f"{name} {seconds.get(phase, 0.0) / total:.0%}" for phase, name in phases.items())

@@ -1,0 +1,351 @@
+"""Rollouts: before a step the model as it is writes replies to the step's prompts, and they are judged.
+
+What a rank writes depends on nothing but the weights, the seed of the run, the step, the record and the number of the
+reply, so a run that is killed and goes on writes them again, and two ranks write what one would.
+
+Letters: N tiles of images, P patches, C width of the encoder, T tokens per tile, D width of the language model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.batch import Batch, Prompt
+from vlm.config import RunConfig
+from vlm.data.build import Data
+from vlm.data.collate import Collator
+from vlm.data.tokenize import ConversationTokenizer
+from vlm.distributed import note, together
+from vlm.errors import VLMError
+from vlm.generation.batched import BatchedGenerator, EndReason, Reply, SharedPrompt
+from vlm.generation.sampling import NewToken, SamplingSettings
+from vlm.generation.slot_cache import round_up
+from vlm.models.loss import find_supervised
+from vlm.models.trainable import trained_weights
+from vlm.models.vlm import VisionLanguageModel, evaluating
+from vlm.objectives.grpo import GRPOConfig, TokenScores
+from vlm.objectives.rewards import Reward, Written
+from vlm.precision import autocast
+from vlm.train.engines.base import Engine
+from vlm.train.loop import Roll, as_read
+from vlm.train.rollout_rows import Group, RowMaker
+from vlm.train.timing import ROLLOUTS as PHASE
+
+ROLLOUTS = "rollouts.jsonl"  # in the run folder
+_LEAST_STD = 1e-4  # added to a group's standard deviation, as TRL does
+
+
+class Start:
+    """What of the model trains, as it was when the run began: the reference of a KL divergence.
+
+    It takes the memory of what trains: of LoRA little, of a whole model a second copy.
+    """
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        self.model = model
+        self.kept = {name: tensor.detach().clone() for name, tensor in trained_weights(model).items()}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model as it was. Nothing may be trained or saved meanwhile."""
+        tensors = trained_weights(self.model)
+        now = {name: tensor.data for name, tensor in tensors.items()}
+        try:
+            for name, tensor in tensors.items():
+                tensor.data = self.kept[name]
+            yield
+        finally:
+            for name, tensor in tensors.items():
+                tensor.data = now[name]
+
+
+@dataclass
+class _Judged:
+    """A group with what was said and found of it."""
+
+    group: Group
+    written: list[Written]
+    values: dict[str, list[float | None]]  # of each reward, a value per reply
+    rewards: list[float]  # their weighted sums; empty where a reward could not be found out
+
+    @property
+    def has_signal(self) -> bool:
+        return len(set(self.rewards)) > 1
+
+
+class Rollouts:
+    """Makes the batches that a step learns from; see `Roll`.
+
+    Args:
+        seed: of the run.
+        tokenizer: writes prompts and reads replies.
+        make_rows: lays out the replies of a micro-batch.
+        autocast_dtype: of the computation; None computes in the weights' own dtype.
+        start: the reference; None where the objective needs none.
+        show: takes a line of rollouts.jsonl.
+    """
+
+    def __init__(
+        self,
+        settings: GRPOConfig,
+        engine: Engine,
+        *,
+        seed: int,
+        tokenizer: ConversationTokenizer,
+        make_rows: RowMaker,
+        start: Start | None,
+        show: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.seed = seed
+        self.tokenizer = tokenizer
+        self.make_rows = make_rows
+        self.start = start
+        self.show = show
+        self.rewards: dict[str, tuple[float, Reward]] = {
+            reward.label: (reward.weight, reward.build()) for reward in settings.rewards
+        }
+        self._generator: BatchedGenerator | None = None
+        self._errors: list[tuple[str, Exception]] = []  # of replies that could not be written, and their records
+
+    def __call__(self, step: int, batches: list[Batch]) -> tuple[list[Batch], Mapping[str, float]]:
+        note(f"step {step + 1}: rollouts")
+        with self.engine.timer(PHASE):
+            features, groups = together(lambda: self._write(step, batches))
+            judged = together(lambda: [self._judge(some) for some in groups])
+            self._show(step, [each for some in judged for each in some])
+            made = [
+                self.make_rows([each.group for each in some if each.rewards], batch, shown)
+                for some, batch, shown in zip(judged, batches, features, strict=True)
+            ]
+            if self.start is not None:
+                with self.start.in_place():
+                    made = [_with(batch, reference=said) for batch, said in zip(made, self._scores(made), strict=True)]
+            return made, self._numbers([each for some in judged for each in some])
+
+    def _write(self, step: int, batches: list[Batch]) -> tuple[list[Tensor | None], list[list[Group]]]:
+        """Of each micro-batch the features of its images [N, P, C], where the encoder is frozen, and its groups."""
+        model, device = self.engine.model, self.engine.device
+        with evaluating(model), torch.no_grad(), autocast(device.type, self.engine.autocast_dtype):
+            features = [self._encode(model, batch) for batch in batches]
+            groups = [[Group(prompt, []) for prompt in batch.prompts] for batch in batches]
+            replies = [
+                reply
+                for batch, some, shown in zip(batches, groups, features, strict=True)
+                for reply in self._replies(step, batch, some, shown)
+            ]
+            self._generate(model, replies)
+        is_kept = model.vision is None or model.vision.is_frozen
+        return [shown if is_kept else None for shown in features], groups
+
+    def _encode(self, model: VisionLanguageModel, batch: Batch) -> Tensor | None:
+        """[N, P, C] of the images of a batch; None without images."""
+        batch = batch.to(self.engine.device)
+        if batch.image_features is not None or batch.pixel_values is None:
+            return batch.image_features
+        assert model.vision is not None
+        return model.vision(batch.pixel_values)
+
+    def _replies(self, step: int, batch: Batch, groups: list[Group], features: Tensor | None) -> Iterator[Reply]:
+        """Those to all prompts of a micro-batch, to be written. features: [N, P, C] of its images."""
+        model, settings, at = self.engine.model, self.settings, 0
+        for group in groups:
+            prompt = group.prompt
+            shared = SharedPrompt()
+            if prompt.num_tiles:
+                assert features is not None
+                assert model.projector is not None
+                ids = torch.tensor([prompt.input_ids], device=self.engine.device)
+                shared = SharedPrompt(model.embed(ids, model.projector(features[at : at + prompt.num_tiles])))
+                at += prompt.num_tiles
+            for number in range(settings.group_size):
+                group.replies.append([])
+                yield self._reply(prompt, shared, group.replies[-1], _seed(self.seed, step, prompt.where, number))
+
+    def _reply(self, prompt: Prompt, shared: SharedPrompt, ids: list[int], seed: int) -> Reply:
+        """A reply whose tokens are added to `ids`, the one that ends it too."""
+        settings = self.settings
+
+        def on_token(token: NewToken) -> bool:
+            ids.append(token.id)
+            return token.id not in self.tokenizer.stop_ids
+
+        def on_end(reason: EndReason | Exception) -> None:
+            if isinstance(reason, Exception):
+                self._errors.append((prompt.where, reason))
+
+        room = self.make_rows.max_length - len(prompt.input_ids)
+        return Reply(
+            prompt.input_ids,
+            None,
+            max(1, min(settings.max_new_tokens, room)),
+            (),  # the token that ends a reply is learned, so it is seen here
+            SamplingSettings(settings.temperature, settings.top_p, settings.top_k, seed=seed),
+            on_token,
+            on_end,
+            shared,
+        )
+
+    def _generate(self, model: VisionLanguageModel, replies: list[Reply]) -> None:
+        if not replies:
+            return
+        longest = max(reply.num_reserved for reply in replies)
+        if self._generator is None:
+            self._generator = BatchedGenerator(model, max_running=self.settings.replies_at_once)
+        generator = self._generator
+        generator.max_tokens = self.settings.replies_at_once * round_up(longest)
+        for reply in replies:
+            generator.add(reply)
+        while generator.step() and not self._errors:
+            pass
+        if self._errors:
+            where, error = self._errors[0]
+            raise VLMError(f"{where}: no reply could be written: {type(error).__name__}: {error}") from error
+
+    def _judge(self, groups: Sequence[Group]) -> list[_Judged]:
+        """Rewards of all replies, and what each reply is worth beside the others of its group."""
+        written = [[self._written(group.prompt, reply) for reply in group.replies] for group in groups]
+        everything = [each for some in written for each in some]
+        found = {name: list(reward(everything)) for name, (_, reward) in self.rewards.items()}
+        judged, size = [], self.settings.group_size
+        for number, (group, some) in enumerate(zip(groups, written, strict=True)):
+            values = {name: each[number * size : (number + 1) * size] for name, each in found.items()}
+            rewards = self._sums(list(values.values()))
+            group.advantages = advantages(rewards, self.settings.scale_rewards)
+            judged.append(_Judged(group, some, values, rewards))
+        return judged
+
+    def _sums(self, values: list[list[float | None]]) -> list[float]:
+        """The reward of each reply; empty where one is not known."""
+        weights = [weight for weight, _ in self.rewards.values()]
+        sums = []
+        for each in zip(*values, strict=True):
+            known = [weight * value for weight, value in zip(weights, each, strict=True) if value is not None]
+            if len(known) < len(weights):
+                return []
+            sums.append(sum(known))
+        return sums
+
+    def _written(self, prompt: Prompt, reply: list[int]) -> Written:
+        is_whole = bool(reply) and reply[-1] in self.tokenizer.stop_ids
+        asked = [token for token in prompt.input_ids if token != self.tokenizer.image_token_id]
+        text = self.tokenizer.decode(reply[:-1] if is_whole else reply).strip()
+        return Written(self.tokenizer.decode(asked), text, prompt.answer, len(reply), is_whole)
+
+    def _scores(self, batches: list[Batch]) -> list[Tensor]:
+        """Log-probabilities of the tokens of all replies under the model as it is, float32 [S] of each batch."""
+        with self.engine.using(TokenScores(self.settings.temperature)) as scores:
+            for batch in batches:
+                self.engine.evaluate(batch)
+        return scores.found
+
+    def _show(self, step: int, judged: list[_Judged]) -> None:
+        for each in judged[: self.settings.shown_groups]:
+            replies = [
+                {
+                    "text": written.text,
+                    "tokens": written.num_tokens,
+                    "reward": each.rewards[number] if each.rewards else None,
+                    "advantage": each.group.advantages[number] if each.rewards else None,
+                    **{f"reward/{name}": values[number] for name, values in each.values.items()},
+                }
+                for number, written in enumerate(each.written)
+            ]
+            first = each.written[0]
+            self.show(
+                {"step": step + 1, "record": each.group.prompt.where, "prompt": first.prompt, "answer": first.answer,
+                 "replies": replies}
+            )  # fmt: skip
+
+    def _numbers(self, judged: list[_Judged]) -> dict[str, float]:
+        """Means over the replies and groups of all ranks, for the log."""
+        known = [each for each in judged if each.rewards]
+        written = [one for each in known for one in each.written]
+        by_name = [sum(value for each in known for value in each.values[name] if value is not None)
+                   for name in self.rewards]  # fmt: skip
+        own = [
+            len(judged), len(known), len(written),
+            sum(map(sum, (each.rewards for each in known))),
+            sum(statistics.stdev(each.rewards) for each in known),
+            sum(not each.has_signal for each in known),
+            sum(one.num_tokens for one in written),
+            sum(not one.is_whole for one in written),
+            *by_name,
+        ]  # fmt: skip
+        sums = self.engine.sum_over_data_ranks([float(value) for value in own])
+        groups, judged_groups, replies = (max(1.0, value) for value in sums[:3])
+        return {
+            "reward": sums[3] / replies,
+            "reward_std": sums[4] / judged_groups,
+            "no_signal": sums[5] / judged_groups,
+            "reply_tokens": sums[6] / replies,
+            "truncated": sums[7] / replies,
+            "not_judged": (sums[0] - sums[1]) / groups,
+            **{f"reward/{name}": value / replies for name, value in zip(self.rewards, sums[8:], strict=True)},
+        }
+
+
+def build_rollouts(
+    config: RunConfig, data: Data, engine: Engine, start: Start | None, show: Callable[[dict[str, Any]], None]
+) -> Roll:
+    """What a step of the run learns from: what the data brings, or replies to it."""
+    settings, objective = config.data, config.objective
+    if not isinstance(objective, GRPOConfig):
+        return as_read
+    pad_token_id = data.conversation_tokenizer.pad_token_id
+    collator = Collator(None, pad_token_id, settings.max_pixels)
+    shares = settings.share_images and engine.model.lets_records_share
+    return Rollouts(
+        objective,
+        engine,
+        seed=config.seed,
+        tokenizer=data.conversation_tokenizer,
+        make_rows=RowMaker(collator, settings.max_length, shares, settings.packing),
+        start=start,
+        show=show,
+    )
+
+
+def advantages(rewards: Sequence[float], scale: bool) -> list[float]:
+    """What each reply of a group is worth: its lead over the mean, divided by the standard deviation if that is asked
+    for. Zeros where all are rewarded alike.
+
+    >>> advantages([1.0, 0.0, 0.0, 1.0], scale=False)
+    [0.5, -0.5, -0.5, 0.5]
+    >>> advantages([0.1, 0.1, 0.1], scale=True)
+    [0.0, 0.0, 0.0]
+    """
+    if len(set(rewards)) < 2:
+        return [0.0] * len(rewards)
+    mean = statistics.fmean(rewards)
+    divisor = statistics.stdev(rewards) + _LEAST_STD if scale else 1.0
+    return [(reward - mean) / divisor for reward in rewards]
+
+
+def _seed(run: int, step: int, where: str, number: int) -> int:
+    """Of one reply, below 2**63.
+
+    >>> _seed(0, 1, "a.json: record 2", 3) == _seed(0, 1, "a.json: record 2", 3) != _seed(0, 1, "a.json: record 2", 4)
+    True
+    """
+    digest = hashlib.sha256(f"{run} {step} {number} {where}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def _with(batch: Batch, **scores: Tensor) -> Batch:
+    """The batch with log-probabilities [S] of its tokens, in the order of `find_supervised`, under the names given."""
+    assert batch.rollouts is not None
+    row, _, at = find_supervised(batch.labels, batch.position_ids)
+    placed: dict[str, Any] = {
+        name: torch.zeros(batch.labels.shape).index_put((row, at), said) for name, said in scores.items()
+    }
+    return replace(batch, rollouts=replace(batch.rollouts, **placed))
