@@ -170,6 +170,8 @@ class Rollouts:
     advantages: Tensor  # float32 [B, L]
     old: Tensor | None = None  # float32 [B, L]: log-probabilities under the weights that wrote them; None: those now
     reference: Tensor | None = None  # float32 [B, L]: under the model that the run starts from
+    values: Tensor | None = None  # float32 [B, L]: what a value head expected before each token
+    returns: Tensor | None = None  # float32 [B, L]: what it should have expected
 
 
 @dataclass

@@ -12,7 +12,7 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_va
 from pydantic.fields import FieldInfo
 
 from vlm.data.config import DataConfig
-from vlm.errors import CheckpointError, ConfigError
+from vlm.errors import ConfigError
 from vlm.evaluation.config import EvaluationConfig
 from vlm.layered_yaml import Key, Source, dotted, leaves, read_layers
 from vlm.models.config import ModelConfig
@@ -105,36 +105,6 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> RunConfig:
     if config is None or problems:
         raise_problems(path, problems)
     return config
-
-
-class KeptConfig(NamedTuple):
-    """What an export needs of a run's config."""
-
-    model: ModelConfig
-    data: DataConfig
-    init_from: str | None
-
-
-def read_kept_config(path: Path) -> KeptConfig:
-    """Of the config.yaml in a run folder, references resolved in these sections only: others may name secrets.
-
-    Raises:
-        CheckpointError: it is not there, or was edited.
-    """
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path.parent} is no run of this program: it has no {path.name}. Name the output_dir of a run"
-        )
-    try:
-        whole: Any = OmegaConf.load(path)
-        model, data = (OmegaConf.to_container(whole[name], resolve=True) for name in ("model", "data"))
-        init_from = OmegaConf.select(whole, "init_from")
-        return KeptConfig(ModelConfig.model_validate(model), DataConfig.model_validate(data), init_from)
-    except (ValidationError, ValueError, KeyError, OSError, OmegaConfBaseException) as error:
-        reason = str(error).replace("\n", "; ")[:300]
-        raise CheckpointError(
-            f"{path} cannot be used ({reason}). It was edited, or written by another version"
-        ) from None
 
 
 def unused_settings(section: Section, prefix: str = "") -> list[str]:

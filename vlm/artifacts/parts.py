@@ -15,10 +15,10 @@ from vlm.artifacts.llava import read_start
 from vlm.artifacts.manifest import ADAPTER, LLM, PROJECTOR, VALUE_HEAD, VISION, without_value_head
 from vlm.artifacts.pins import pin_start, places_of, refuse_replaced
 from vlm.artifacts.shards import num_bytes, save_plain, write_shards
-from vlm.config import read_kept_config
 from vlm.data.config import DataConfig
 from vlm.data.image_order import ImageOrder, learned_order
 from vlm.errors import CheckpointError
+from vlm.kept_config import read_kept_config
 from vlm.models.config import ModelConfig
 from vlm.models.lora import SAVED
 from vlm.models.trainable import part_of
@@ -40,6 +40,7 @@ class Trained:
     trained: tuple[str, ...]
     origin: dict[str, Any] = field(default_factory=dict)  # steps, data files, init_from
     image_order: ImageOrder = "keep"  # of the training data
+    scores: bool = True  # whether its value head is what it was trained for; else it goes with the training
 
     def part(self, part: str) -> dict[str, Tensor]:
         """Canonical name -> tensor [...] of one part."""
@@ -90,7 +91,8 @@ def read_run(run: Path, step: int | None = None) -> Trained:
         "init_from": config.init_from,
         "image_orders": image_orders,
     }
-    return Trained(model, config.data, tensors, tuple(part for part in PARTS if part in trained), origin, order)
+    parts = tuple(part for part in PARTS if part in trained)
+    return Trained(model, config.data, tensors, parts, origin, order, not config.objective.writes_replies)
 
 
 def write_parts(folder: Path, trained: Trained, max_shard_size: str) -> tuple[str, ...]:

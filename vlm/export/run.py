@@ -251,6 +251,8 @@ def build_merged(trained: Trained, dtype: DType | None, precision: str = "fp32")
     except CheckpointError as error:
         raise CheckpointError(f"{error}\nThe base models may have changed since the training") from None
     merge_lora(built.model)
+    if not trained.scores:
+        built.model.value_head = None
     if "llm" in trained.model.partial:  # an adapter that it began with was merged before these trained
         names = {f"llm.{name}" for name in partial_names(built.model.llm, trained.model.partial["llm"], "llm")}
         last = {name: tensor for name, tensor in trained.tensors.items() if name in names}
@@ -270,8 +272,11 @@ def _with_whole_parts(trained: Trained, built: Assembled, dtype: DType = "auto")
             it is rounded to what is written.
     """
     model, whole, merged = trained.model, dict[str, Tensor](), {"vision.lora"}
+    if not trained.scores:
+        merged.add("value_head")
     if "llm" in model.partial or (trained.part("llm") and trained.part("value_head")):  # which trains no output layer
-        on_disk, merged = dtype_on_disk(model.llm.path), {*merged, "llm.lora"}
+        on_disk = dtype_on_disk(model.llm.path)
+        merged.add("llm.lora")
         llm = part_weights(built.model, "llm")
         whole |= {name: tensor if name in trained.tensors else tensor.to(on_disk) for name, tensor in llm.items()}
     if "vision" in model.partial or trained.part("vision.lora"):
@@ -282,7 +287,7 @@ def _with_whole_parts(trained: Trained, built: Assembled, dtype: DType = "auto")
     changes: dict[str, Any] = {
         "partial": {},
         "vision_lora": None,
-        "trainable": _without_vision_lora(model.trainable),
+        "trainable": tuple(part for part in _without_vision_lora(model.trainable) if part not in merged - {"llm.lora"}),
     }
     if "llm.lora" in merged:
         changes["lora"] = None

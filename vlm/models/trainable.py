@@ -93,7 +93,8 @@ def set_trainable(
 
 
 def _freeze_output_layer(llm: Any) -> None:
-    """A model that scores makes no logits, so its output layer gets no gradient, unless it is the embedding too.
+    """A model that scores makes no logits, so its output layer gets no gradient, unless it is the embedding too. One
+    that is scored while it writes keeps it as it is.
 
     Raises:
         ConfigError: `modules_to_save` names it.
@@ -102,8 +103,8 @@ def _freeze_output_layer(llm: Any) -> None:
     for name, parameter in llm.get_output_embeddings().named_parameters():
         if parameter.requires_grad and "modules_to_save" in name:
             raise ConfigError(
-                "model.lora.modules_to_save names the output layer, which gives no gradient to a model with value_head "
-                "in model.trainable: it scores replies and writes none. Leave it out"
+                "model.lora.modules_to_save names the output layer, which does not train where model.trainable has "
+                "value_head. Leave it out"
             )
         parameter.requires_grad_(parameter is embedding and parameter.requires_grad)
 

@@ -6,6 +6,7 @@ from vlm.objectives.base import ObjectiveConfig
 from vlm.objectives.grpo import GRPOConfig
 from vlm.objectives.kto import KTOConfig
 from vlm.objectives.lm import LanguageModelingConfig
+from vlm.objectives.ppo import PPOConfig
 from vlm.objectives.preference import DPOConfig, ORPOConfig, SimPOConfig
 from vlm.objectives.reward import RewardConfig
 
@@ -17,4 +18,5 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "kto": KTOConfig,
     "reward": RewardConfig,
     "grpo": GRPOConfig,
+    "ppo": PPOConfig,
 }

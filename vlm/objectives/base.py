@@ -78,9 +78,14 @@ class ObjectiveConfig(KindSection):
     # what its records are
     reads: ClassVar[Literal["conversation", "preference", "judged", "verifiable"]] = "conversation"
     needs_reference: ClassVar[bool] = False  # whether `Batch.replies.reference` must be there
-    needs_value_head: ClassVar[bool] = False  # whether its loss is of `Head.values`, not of logits
+    needs_value_head: ClassVar[bool] = False  # whether its loss is of `Head.values`, alone or beside logits
     writes_replies: ClassVar[bool] = False  # whether the model writes the replies that it learns from
     counted: ClassVar[str] = "tokens"  # what its normalizer counts, for messages
+
+    @property
+    def scores(self) -> bool:
+        """Whether the model that it makes scores replies and writes none."""
+        return self.needs_value_head and not self.writes_replies
 
     @property
     def keeps_start(self) -> bool:
@@ -126,9 +131,9 @@ class ObjectiveConfig(KindSection):
         if has_head and not self.needs_value_head:
             return (
                 f"model.trainable names value_head, which objective.kind {self.kind} does not train; remove it there, "
-                "or set objective.kind to reward"
+                "or set objective.kind to reward or ppo"
             )
-        if self.needs_value_head and asks:
+        if self.scores and asks:
             return (
                 f"objective.kind {self.kind} trains a model that scores replies and writes none; set train.samples and "
                 "train.eval_tasks to []"

@@ -5,15 +5,18 @@ Letters: B rows, L tokens, D width of the language model, V vocabulary, S superv
 
 from __future__ import annotations
 
+import statistics
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vlm.objectives.base import Head, LossOutput, ObjectiveConfig
 from vlm.objectives.lm import LanguageModeling
 from vlm.objectives.rewards import REWARDS, RewardConfig
-from vlm.schema import OneOf, Section
+from vlm.schema import OneOf
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
     from vlm.batch import Batch
 
 Average = Literal["tokens", "replies", "constant"]
-ROLLOUT_NUMBERS = frozenset({"reward", "reward_std", "no_signal", "reply_tokens", "truncated", "not_judged"})
+ROLLOUT_NUMBERS = frozenset({"reward", "reply_tokens", "truncated", "not_judged"})
+GROUP_NUMBERS = frozenset({"reward_std", "no_signal"})  # within groups
+_LEAST_STD = 1e-4  # added to a group's standard deviation, as TRL does
 
 
 class ClippedPolicy(LanguageModeling):
@@ -124,10 +129,10 @@ def token_log_probs(hidden_states: Tensor, batch: Batch, head: Head, temperature
     )
 
 
-class RolloutSettings(Section):
+class RolloutConfig(ObjectiveConfig):
     """How replies are written and judged, for every objective of replies that the model writes itself."""
 
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: PositiveInt
     """Replies to each prompt."""
     temperature: PositiveFloat = 1.0
     """Replies are drawn at; the loss is of this distribution too."""
@@ -139,26 +144,12 @@ class RolloutSettings(Section):
     """Tokens of a reply, its end included; fewer where a prompt leaves less of data.max_length."""
     replies_at_once: PositiveInt = 32
     """Replies that each data rank writes at the same time: more is faster, and takes memory for keys and values."""
-    scale_rewards: bool = True
-    """Divide a reply's lead over the mean of its group by the group's standard deviation; false: Dr. GRPO."""
     shown_groups: NonNegativeInt = 1
     """Groups of each step that rollouts.jsonl keeps."""
-
-
-class GRPOConfig(ObjectiveConfig, RolloutSettings):
-    kind: Literal["grpo"] = "grpo"
-    """Replies that the model writes itself, judged by rewards and compared with the others to their prompt."""
     rewards: Annotated[tuple[Annotated[RewardConfig, OneOf(REWARDS)], ...], Field(min_length=1)]
     """What a reply is worth: a sum of named functions."""
-    clip_low: PositiveFloat = 0.2
-    """How far below 1 the ratio of a token's probability to the one that it was drawn with still counts."""
-    clip_high: PositiveFloat = 0.2
-    """The same above 1; DAPO takes 0.28."""
-    kl: NonNegativeFloat = 0.0
-    """Weight of the KL divergence from the model that the run starts from; 0 computes none and keeps no copy of it."""
-    average: Average = "tokens"
-    """tokens: each token of a step counts alike (DAPO). replies: each reply (GRPO). constant: each token, over
-    max_new_tokens (Dr. GRPO)."""
+    kl: NonNegativeFloat
+    """Weight of the divergence from the model that the run starts from; 0 keeps no copy of that."""
 
     reads: ClassVar = "verifiable"
     writes_replies: ClassVar = True
@@ -172,14 +163,59 @@ class GRPOConfig(ObjectiveConfig, RolloutSettings):
         return super().numbers | ROLLOUT_NUMBERS | {f"reward/{reward.label}" for reward in self.rewards}
 
     @model_validator(mode="after")
-    def _names_differ(self) -> GRPOConfig:
+    def _names_differ(self) -> Self:
         names = [reward.label for reward in self.rewards]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"rewards: {twice[0]} stands twice; give each a name of its own")
         return self
+
+    @abstractmethod
+    def worth(self, rewards: Sequence[float]) -> list[float]:
+        """What each reply of a group is worth, beside the others where that counts."""
+
+
+class GRPOConfig(RolloutConfig):
+    kind: Literal["grpo"] = "grpo"
+    """Replies that the model writes itself, judged by rewards and compared with the others to their prompt."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Replies to each prompt."""
+    scale_rewards: bool = True
+    """Divide a reply's lead over the mean of its group by the group's standard deviation; false: Dr. GRPO."""
+    clip_low: PositiveFloat = 0.2
+    """How far below 1 the ratio of a token's probability to the one that it was drawn with still counts."""
+    clip_high: PositiveFloat = 0.2
+    """The same above 1; DAPO takes 0.28."""
+    kl: NonNegativeFloat = 0.0
+    """Weight of the KL divergence from the model that the run starts from; 0 computes none and keeps no copy of it."""
+    average: Average = "tokens"
+    """tokens: each token of a step counts alike (DAPO). replies: each reply (GRPO). constant: each token, over
+    max_new_tokens (Dr. GRPO)."""
+
+    @property
+    def numbers(self) -> frozenset[str]:
+        return super().numbers | GROUP_NUMBERS
+
+    def worth(self, rewards: Sequence[float]) -> list[float]:
+        return advantages(rewards, self.scale_rewards)
 
     def build(self) -> ClippedPolicy:
         return ClippedPolicy(
             temperature=self.temperature, clip_low=self.clip_low, clip_high=self.clip_high, kl=self.kl,
             average=self.average, max_new_tokens=self.max_new_tokens,
         )  # fmt: skip
+
+
+def advantages(rewards: Sequence[float], scale: bool) -> list[float]:
+    """What each reply of a group is worth: its lead over the mean, divided by the standard deviation if that is asked
+    for. Zeros where all are rewarded alike.
+
+    >>> advantages([1.0, 0.0, 0.0, 1.0], scale=False)
+    [0.5, -0.5, -0.5, 0.5]
+    >>> advantages([0.1, 0.1, 0.1], scale=True)
+    [0.0, 0.0, 0.0]
+    """
+    if len(set(rewards)) < 2:
+        return [0.0] * len(rewards)
+    mean = statistics.fmean(rewards)
+    divisor = statistics.stdev(rewards) + _LEAST_STD if scale else 1.0
+    return [(reward - mean) / divisor for reward in rewards]

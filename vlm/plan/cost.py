@@ -137,7 +137,7 @@ def micro_batch(config: RunConfig, shape: ModelShape, load: Load) -> dict[str, C
     num_still = sum(numel == 0 for numel in shape.llm.trained) if "llm" in model.partial else 0
     parts["decoder"] = block.times(count - num_still) + still.times(num_still)
     parts["decoder"] += _inputs(shape.llm, load, "llm" in trainable)
-    asked = replace(load, supervised=0) if "value_head" in trainable else load  # of a model that scores no logits
+    asked = replace(load, supervised=0) if config.objective.scores else load  # of a model that scores no logits
     parts["head"] = _head(shape.llm, asked, "llm" in trainable)
     return parts
 

@@ -147,7 +147,7 @@ def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics:
             )
         )
     inputs.append(blocks.embedding(shape.llm, work, numerics, first > 0))
-    if "value_head" in trainable:
+    if config.objective.scores:
         output = [blocks.value_head(shape.llm, work, numerics, is_trained=last > 0)]
     else:
         output = [blocks.head(shape.llm, work, numerics, is_trained=last > 0, chunk_tokens=CHUNK_TOKENS)]

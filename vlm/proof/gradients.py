@@ -8,6 +8,7 @@ of each record alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from vlm.models.trainable import canonical_name, part_of
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.base import Head, Objective
 from vlm.objectives.lm import LanguageModeling
+from vlm.objectives.ppo import ClippedPolicyAndValue
 from vlm.proof.checks import Finding, holds, not_made
 from vlm.proof.forward import NO_IMAGE, NOT_READ, Bounds, Rows, within
 from vlm.proof.probe import StateProbe
@@ -31,6 +33,7 @@ from vlm.train.engines.base import Engine
 MAY_LACK_GRADIENT = {"experts", "e_score_correction_bias", "expert_bias", "indexer"}
 IMAGE_PARTS = {"vision", "vision.lora", "projector"}  # what trains on records with images only
 SAMPLED = 512  # elements of each tensor's gradient that are kept, evenly spaced; beside its norm
+_WAITS = ("value_head",)  # what learns from rollouts alone
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def check_step(
     apart = max(_apart(loss, expected), gradients.distance(reference.gradients))
     note = f"loss {loss:.6g}, of all tokens {expected:.6g}"
     return {
-        "gradients": _presence(model, gradients, reads),
+        "gradients": _presence(model, gradients, reads, _WAITS if isinstance(objective, ClippedPolicyAndValue) else ()),
         "micro_batches": within(apart, bounds.gradients, note),
     }
 
@@ -155,8 +158,12 @@ def check_step_size(
     return {"micro_batches": within(apart, bounds.gradients)}
 
 
-def _presence(model: VisionLanguageModel, gradients: Gradients, reads_image: bool) -> Finding:
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+def _presence(
+    model: VisionLanguageModel, gradients: Gradients, reads_image: bool, waits: Collection[str] = ()
+) -> Finding:
+    """waits: parts that get their gradient from replies of the model's own, which there are none of yet."""
+    named = model.named_parameters()
+    trained = {name for name, parameter in named if parameter.requires_grad and part_of(name) not in waits}
     frozen = sorted(gradients.norms.keys() - trained)
     if frozen:
         return holds(f"frozen, with a gradient: {canonical_name(frozen[0])} and {len(frozen) - 1} more")

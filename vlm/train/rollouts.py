@@ -31,7 +31,8 @@ from vlm.generation.slot_cache import round_up
 from vlm.models.loss import find_supervised
 from vlm.models.trainable import trained_weights
 from vlm.models.vlm import VisionLanguageModel, evaluating
-from vlm.objectives.grpo import GRPOConfig, TokenScores
+from vlm.objectives.grpo import RolloutConfig, TokenScores
+from vlm.objectives.ppo import PPOConfig, TokenValues, estimate_advantages
 from vlm.objectives.rewards import Reward, Written
 from vlm.precision import autocast
 from vlm.train.engines.base import Engine
@@ -40,7 +41,7 @@ from vlm.train.rollout_rows import Group, RowMaker
 from vlm.train.timing import ROLLOUTS as PHASE
 
 ROLLOUTS = "rollouts.jsonl"  # in the run folder
-_LEAST_STD = 1e-4  # added to a group's standard deviation, as TRL does
+_LEAST_DEVIATION = 1e-8  # added to that of a step's advantages
 
 
 class Start:
@@ -95,7 +96,7 @@ class Rollouts:
 
     def __init__(
         self,
-        settings: GRPOConfig,
+        settings: RolloutConfig,
         engine: Engine,
         *,
         seed: int,
@@ -130,7 +131,11 @@ class Rollouts:
             if self.start is not None:
                 with self.start.in_place():
                     made = [_with(batch, reference=said) for batch, said in zip(made, self._scores(made), strict=True)]
-            return made, self._numbers([each for some in judged for each in some])
+            numbers = self._numbers([each for some in judged for each in some])
+            if isinstance(self.settings, PPOConfig):
+                made, more = self._valued(made, self.settings)
+                numbers |= more
+            return made, numbers
 
     def _write(self, step: int, batches: list[Batch]) -> tuple[list[Tensor | None], list[list[Group]]]:
         """Of each micro-batch the features of its images [N, P, C], where the encoder is frozen, and its groups."""
@@ -220,7 +225,7 @@ class Rollouts:
         for number, (group, some) in enumerate(zip(groups, written, strict=True)):
             values = {name: each[number * size : (number + 1) * size] for name, each in found.items()}
             rewards = self._sums(list(values.values()))
-            group.advantages = advantages(rewards, self.settings.scale_rewards)
+            group.advantages = self.settings.worth(rewards)
             judged.append(_Judged(group, some, values, rewards))
         return judged
 
@@ -248,6 +253,30 @@ class Rollouts:
                 self.engine.evaluate(batch)
         return scores.found
 
+    def _valued(self, batches: list[Batch], settings: PPOConfig) -> tuple[list[Batch], dict[str, float]]:
+        """Each token's advantage over what the value head expected, of mean 0 and deviation 1 over the step, and its
+        return; and numbers for the log."""
+        with self.engine.using(TokenValues()) as values:
+            for batch in batches:
+                self.engine.evaluate(batch)
+        said = self._scores(batches)
+        own = [_advantages(*each, settings) for each in zip(batches, said, values.found, strict=True)]
+        leads = torch.cat([each.leads for each in own]).double()
+        penalty = torch.cat([each.penalties for each in own]).double().sum().item() / (settings.kl or 1.0)
+        expected = torch.cat(values.found).double().sum().item()
+        sums = [float(len(leads)), leads.sum().item(), leads.square().sum().item(), penalty, expected]
+        count, total, squares, *rest = self.engine.sum_over_data_ranks(sums)
+        count = max(1.0, count)
+        mean = total / count
+        deviation = max(0.0, squares / count - mean**2) ** 0.5 + _LEAST_DEVIATION
+        made = [
+            _with(
+                batch, advantages=(each.leads - mean) / deviation, values=before, returns=each.leads + before, old=now
+            )
+            for batch, each, before, now in zip(batches, own, values.found, said, strict=True)
+        ]
+        return made, {"kl": rest[0] / count, "value": rest[1] / count}
+
     def _show(self, step: int, judged: list[_Judged]) -> None:
         for each in judged[: self.settings.shown_groups]:
             replies = [
@@ -269,13 +298,14 @@ class Rollouts:
     def _numbers(self, judged: list[_Judged]) -> dict[str, float]:
         """Means over the replies and groups of all ranks, for the log."""
         known = [each for each in judged if each.rewards]
+        compares = self.settings.group_size > 1
         written = [one for each in known for one in each.written]
         by_name = [sum(value for each in known for value in each.values[name] if value is not None)
                    for name in self.rewards]  # fmt: skip
         own = [
             len(judged), len(known), len(written),
             sum(map(sum, (each.rewards for each in known))),
-            sum(statistics.stdev(each.rewards) for each in known),
+            sum(statistics.stdev(each.rewards) for each in known) if compares else 0.0,
             sum(not each.has_signal for each in known),
             sum(one.num_tokens for one in written),
             sum(not one.is_whole for one in written),
@@ -285,8 +315,7 @@ class Rollouts:
         groups, judged_groups, replies = (max(1.0, value) for value in sums[:3])
         return {
             "reward": sums[3] / replies,
-            "reward_std": sums[4] / judged_groups,
-            "no_signal": sums[5] / judged_groups,
+            **({"reward_std": sums[4] / judged_groups, "no_signal": sums[5] / judged_groups} if compares else {}),
             "reply_tokens": sums[6] / replies,
             "truncated": sums[7] / replies,
             "not_judged": (sums[0] - sums[1]) / groups,
@@ -299,7 +328,7 @@ def build_rollouts(
 ) -> Roll:
     """What a step of the run learns from: what the data brings, or replies to it."""
     settings, objective = config.data, config.objective
-    if not isinstance(objective, GRPOConfig):
+    if not isinstance(objective, RolloutConfig):
         return as_read
     pad_token_id = data.conversation_tokenizer.pad_token_id
     collator = Collator(None, pad_token_id, settings.max_pixels)
@@ -315,20 +344,28 @@ def build_rollouts(
     )
 
 
-def advantages(rewards: Sequence[float], scale: bool) -> list[float]:
-    """What each reply of a group is worth: its lead over the mean, divided by the standard deviation if that is asked
-    for. Zeros where all are rewarded alike.
+@dataclass(frozen=True)
+class _Advantages:
+    """Of the supervised tokens of a batch, in the order of `find_supervised`; float32 [S] each."""
 
-    >>> advantages([1.0, 0.0, 0.0, 1.0], scale=False)
-    [0.5, -0.5, -0.5, 0.5]
-    >>> advantages([0.1, 0.1, 0.1], scale=True)
-    [0.0, 0.0, 0.0]
-    """
-    if len(set(rewards)) < 2:
-        return [0.0] * len(rewards)
-    mean = statistics.fmean(rewards)
-    divisor = statistics.stdev(rewards) + _LEAST_STD if scale else 1.0
-    return [(reward - mean) / divisor for reward in rewards]
+    leads: Tensor
+    penalties: Tensor  # for leaving the reference
+
+
+def _advantages(batch: Batch, said: Tensor, values: Tensor, settings: PPOConfig) -> _Advantages:
+    """said, values: float32 [S], of the weights as they are; `Rollouts.advantages` still has the rewards."""
+    rollouts = batch.rollouts
+    assert rollouts is not None
+    row, _, at = find_supervised(batch.labels, batch.position_ids)
+    number = rollouts.number[row, at]
+    scores = torch.zeros(rollouts.num_replies).index_put((number,), rollouts.advantages[row, at])
+    penalties = torch.zeros_like(said)
+    if rollouts.reference is not None:
+        penalties = settings.kl * (said - rollouts.reference[row, at])
+    leads = estimate_advantages(
+        scores.tolist(), number.tolist(), values.tolist(), penalties.tolist(), settings.discount, settings.smoothing
+    )
+    return _Advantages(torch.tensor(leads), penalties)
 
 
 def _seed(run: int, step: int, where: str, number: int) -> int:

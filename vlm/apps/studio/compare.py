@@ -13,10 +13,10 @@ from vlm.apps.web.state import PageError, WebChat
 from vlm.apps.web.texts import Language
 from vlm.apps.web.uploads import Uploads
 from vlm.artifacts.manifest import NAME
-from vlm.config import read_kept_config
 from vlm.errors import VLMError
 from vlm.generation.generate import GenerationSettings
 from vlm.inference.load import LoadedModel, load
+from vlm.kept_config import read_kept_config
 from vlm.logs import warn
 
 Messages = list[dict[str, Any]]

@@ -1,0 +1,115 @@
+"""PPO: advantages, the loss against its formulas, and a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlm.batch import Batch, Prompt
+from vlm.config import load_config
+from vlm.data.collate import Collator
+from vlm.export.run import export_run
+from vlm.inference.load import load
+from vlm.models.trainable import part_of
+from vlm.objectives.base import Head
+from vlm.objectives.ppo import ClippedPolicyAndValue, PPOConfig, estimate_advantages
+from vlm.run import train
+from vlm.train.checkpoint import newest_verified
+from vlm.train.fragments import read_weights
+from vlm.train.rollout_rows import Group, RowMaker
+from vlm.train.rollouts import _advantages, _with
+
+REPLIES = [[5, 6, 2], [7, 2]]  # 2 ends a reply
+QUESTION = [3, 4, 1]
+
+
+def rows_of(rewards: list[float]) -> Batch:
+    group = Group(Prompt(QUESTION, 0, "a", "r"), REPLIES, rewards)
+    return RowMaker(Collator(None, 0, 1), 64, shares=True, packs=True)([group], Batch(*[torch.zeros(1, 1)] * 3), None)
+
+
+@pytest.mark.parametrize(("discount", "smoothing"), [(1.0, 1.0), (0.9, 0.8), (1.0, 0.0)])
+def test_advantages_are_the_sum_of_the_paper(discount: float, smoothing: float):
+    rewards, values = [-0.1, 0.2, 0.7], [0.5, -0.3, 0.4]
+    deltas = [r + discount * after - v for r, v, after in zip(rewards, values, [*values[1:], 0.0], strict=True)]
+    expected = [sum((discount * smoothing) ** (later - t) * deltas[later] for later in range(t, 3)) for t in range(3)]
+    found = estimate_advantages([1.0], [0, 0, 0], values, [0.1, -0.2, 0.3], discount, smoothing)
+    assert found == pytest.approx(expected)
+
+
+def test_a_reward_counts_at_the_last_token_of_its_reply_and_leaving_the_reference_at_each():
+    batch = rows_of([1.0, -1.0])
+    said, reference = torch.tensor([-1.0, -2.0, -3.0, -1.0, -1.0]), torch.tensor([-1.5, -2.0, -1.0, -1.0, -3.0])
+    settings = PPOConfig(rewards=[{"kind": "exact"}], kl=0.1, smoothing=0.0)
+    found = _advantages(_with(batch, reference=reference), said, torch.zeros(5), settings)
+    assert found.penalties.tolist() == pytest.approx([0.05, 0.0, -0.2, 0.0, 0.2])
+    assert found.leads.tolist() == pytest.approx([-0.05, 0.0, 1.2, 0.0, -1.2])
+
+
+def test_the_loss_is_the_formula_token_by_token():
+    """TRL 0.24, PPOTrainer: pg_loss + vf_coef * vf_loss, both means over tokens."""
+    table = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.randn(8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    batch = rows_of([0.0, 0.0])
+    states = torch.nn.functional.one_hot(batch.input_ids, 8).float()
+    before = [1, 5, 6, 1, 7]  # the token before each supervised one
+    after = [5, 6, 2, 7, 2]
+    said = torch.stack([(table / 0.7).log_softmax(-1)[a, b] for a, b in zip(before, after, strict=True)])
+    values = weight[before]
+    old = said.detach() - torch.tensor([0.5, -0.5, 0.0, 0.1, -0.1])
+    past = values.detach() + torch.tensor([0.5, -0.5, 0.1, 0.0, 0.3])
+    worth, returns = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0]), torch.tensor([0.2, -0.4, 1.0, 0.0, -1.0])
+    ratio = torch.exp(said - old)
+    policy = torch.max(-worth * ratio, -worth * ratio.clamp(0.8, 1.2)).mean()
+    near = torch.clamp(values, past - 0.2, past + 0.2)
+    expected = policy + 0.1 * 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2).mean()
+
+    objective = ClippedPolicyAndValue(temperature=0.7, clip=0.2, value_clip=0.2, value_weight=0.1)
+    scored = _with(batch, old=old, advantages=worth, values=past, returns=returns)
+    output = objective.loss(states, scored, Head(lambda s: s @ table, values=lambda s: s @ weight))
+    loss = output.loss / objective.normalizer(scored)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for parameter in (table, weight):
+        ours, theirs = (torch.autograd.grad(each, parameter, retain_graph=True)[0] for each in (loss, expected))
+        assert torch.allclose(ours, theirs, atol=1e-7)
+    assert set(output.metrics) == set(objective.metric_names)
+
+
+@pytest.mark.slow
+def test_a_run_learns_what_is_rewarded_goes_on_as_if_it_had_not_stopped_and_is_exported_to_write(
+    config_file: Any, tiny: Path, tmp_path: Path
+):
+    lines = [{"prompt": f"Say {n}", "answer": "x"} for n in range(8)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    objective = {
+        "kind": "ppo",
+        "rewards": [{"kind": "regex", "pattern": "[a-z]$"}],
+        "group_size": 8,
+        "max_new_tokens": 2,
+    }
+    path = config_file(
+        objective=objective, model__vision=None, model__trainable=["llm", "value_head"], data__held_out=0.0,
+        data__sources=[{"path": str(tmp_path / "asked.jsonl")}], train__log_every=1, train__max_steps=20,
+        train__save_every=10, train__learning_rate=1e-2,
+    )  # fmt: skip
+    run = train(load_config(path), path.read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rewards = [line["reward"] for line in lines]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3, rewards
+    assert {"kl", "value", "value_loss", "clipped", "reward/regex", "reward_std"} <= lines[-1].keys()
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)  # the model that it starts from
+    assert lines[-1]["kl"] > 0
+    straight = read_weights(newest_verified(run))
+    assert {part_of(name) for name in straight} == {"llm", "value_head"}
+    shutil.rmtree(run / "checkpoints/step-000020")
+    train(load_config(path), path.read_text())
+    again = read_weights(newest_verified(run))
+    assert all(torch.equal(again[name], tensor) for name, tensor in straight.items())
+    exported = json.loads((export_run(run) / "vlm.json").read_text())
+    assert exported["included"] == ["llm"]
+    assert load(run / "export").model.value_head is None
