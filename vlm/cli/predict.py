@@ -65,17 +65,28 @@ def predict(
             f"{folder}{' with an adapter' * (adapter is not None)} is no export of a run, beside which the answers "
             "would go: say where with --out"
         )
-    scores = _scores(folder)
-    if scores:
+    if _scores(folder):
         _refuse_to_write(folder, data, {"--metric": metric, "--max-new-tokens": max_new_tokens, "--adapter": adapter})
         tasks = []
+    elif data is None:
+        tasks = _tasks_of(config)
     else:
-        tasks = (
-            _tasks_of(config) if data is None else [_task_of(data, images, metric or (), max_new_tokens, max_records)]
-        )
+        tasks = [_task_of(data, images, metric or (), max_new_tokens, max_records)]
     nproc = asked_processes() if nproc is None else nproc
     if nproc is not None:
         return _launch(nproc, source, {**flags, **{"--metric": metric or None}}, options or ())
+    files = _work(tasks, config, folder, out or folder.parent / "predictions", adapter, data, images, max_records)
+    if is_logging_rank():
+        for file in files:
+            print(file)
+    return 0
+
+
+def _work(
+    tasks: Sequence[GenerateTask], config: RunConfig | None, folder: Path, out: Path, adapter: Path | None,
+    data: Path | None, images: Path | None, max_records: int | None,
+) -> list[Path]:  # fmt: skip
+    """Write the files. Without tasks the folder scores the replies of `data`."""
     from vlm.distributed import process_group
     from vlm.evaluation.predictions import predict as write
     from vlm.evaluation.scores import score_file
@@ -85,16 +96,10 @@ def predict(
     seed = 0 if config is None else config.evaluation.seed
     device = choose_device("auto")
     with process_group(device, _TIMEOUT_SECONDS):
-        out = out or folder.parent / "predictions"
-        if scores:
-            assert data is not None
-            files = [score_file(data, images, max_records, folder, out, cache, str(device))]
-        else:
-            files = write(tasks, folder, out, cache, seed, adapter, str(device))
-    if is_logging_rank():
-        for file in files:
-            print(file)
-    return 0
+        if tasks:
+            return write(tasks, folder, out, cache, seed, adapter, str(device))
+        assert data is not None
+        return [score_file(data, images, max_records, folder, out, cache, str(device))]
 
 
 def _scores(folder: Path) -> bool:
