@@ -22,17 +22,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from demo.tiny import write_data, write_llm
 
-from vlm.batch import IGNORE_INDEX, Batch, Example
+from vlm.batch import IGNORE_INDEX, Batch, Example, Prompt
 from vlm.compat import prepare
 from vlm.data.collate import Collator
 from vlm.models.build import build_model
 from vlm.models.config import ModelConfig
 from vlm.objectives import OBJECTIVES
+from vlm.objectives.grpo import ClippedPolicy
 from vlm.objectives.replies import ReplyScores
 from vlm.train.engines.base import LossModule
+from vlm.train.rollout_rows import Group, RowMaker
+from vlm.train.rollouts import with_scores
 
 NOISE = 0.02
 BETA = 0.1
+WORTH = [1.1, -0.6, -0.5]  # advantages of the replies of a group
 QUESTIONS = ("What is this?", "Which shape is it?", "Which color is it?")
 REPLIES = (("A red circle.", "A blue cross."), ("A square.", "A green circle and a cross."), ("Red.", "A red square."))
 CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {  # name -> ours, TRL's trainer and its settings
@@ -47,6 +51,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {  # name ->
     "kto": ("kto", {}, "KTO", {"loss_type": "apo_zero_unpaired"}),
 }
 
+AVERAGES = {"tokens": "dapo", "replies": "grpo", "constant": "dr_grpo"}  # of grpo -> TRL's loss_type
+
 
 def main() -> None:
     prepare()  # before torchvision is imported
@@ -60,6 +66,9 @@ def main() -> None:
         print("| objective | TRL | loss, theirs | loss | rewards | gradient |\n|---|---|---|---|---|---|")
         for name, (kind, ours, theirs, settings) in CASES.items():
             compare(trl, llm, Path(folder), name, kind, ours, theirs, settings)
+        print("\n| `grpo`, average | TRL | loss, theirs | loss | gradient |\n|---|---|---|---|---|")
+        for average, loss_type in AVERAGES.items():
+            compare_grpo(trl, llm, Path(folder), average, loss_type)
 
 
 def compare(
@@ -88,6 +97,64 @@ def compare(
     trainer_name = f"{theirs}Trainer ({what})" if what else f"{theirs}Trainer"
     differences = f"{abs(found - loss) / abs(loss):.1e} | {apart:.1e} | {worst:.1e}"
     print(f"| `{name}` | {trainer_name} | {loss:.6f} | {differences} |", flush=True)
+
+
+def compare_grpo(trl: Any, llm: Path, folder: Path, average: Any, loss_type: str) -> None:
+    """One group of replies: TRL is given our ids and log-probabilities of the weights before and of the reference."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    prompt = tokenizer(QUESTIONS[0]).input_ids
+    replies = [tokenizer(text).input_ids for text in ("A red circle.", "Red, I think.", "A blue square and a cross.")]
+    counts, most = [len(reply) for reply in replies], 2 + max(map(len, replies))
+    generator = torch.Generator().manual_seed(0)
+    said = [-2 - torch.rand(2, count, generator=generator) * 4 for count in counts]  # before, and of the reference
+    settings = {"temperature": 0.9, "beta": 0.05, "epsilon": 0.2, "epsilon_high": 0.28, "loss_type": loss_type}
+    arguments = trl.GRPOConfig(
+        output_dir=str(folder / f"GRPO-{loss_type}"), report_to=[], use_cpu=True, bf16=False, num_generations=3,
+        gradient_checkpointing=False, per_device_train_batch_size=3, max_completion_length=most, **settings,
+    )  # fmt: skip
+    data = datasets.Dataset.from_list([{"prompt": question} for question in QUESTIONS])
+    policy = load_theirs(llm, NOISE)
+    trainer = trl.GRPOTrainer(
+        policy, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=arguments, train_dataset=data,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.model.eval()
+    trainer.current_gradient_accumulation_steps = 1
+    pad = torch.nn.utils.rnn.pad_sequence
+    loss = trainer._compute_loss(
+        trainer.model,
+        {
+            "prompt_ids": torch.tensor([prompt] * 3), "prompt_mask": torch.ones(3, len(prompt), dtype=torch.int64),
+            "completion_ids": pad([torch.tensor(reply) for reply in replies], batch_first=True),
+            "completion_mask": pad([torch.ones(count, dtype=torch.int64) for count in counts], batch_first=True),
+            "advantages": torch.tensor(WORTH), "num_items_in_batch": sum(counts),
+            "old_per_token_logps": pad([each[0] for each in said], batch_first=True),
+            "ref_per_token_logps": pad([each[1] for each in said], batch_first=True),
+        },
+    )  # fmt: skip
+    loss.backward()
+    gradient = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    config = ModelConfig(vision=None, llm={"path": str(llm)}, trainable=("llm",), gradient_checkpointing=False)
+    model = build_model(config, precision="fp32", device="cpu", seed=0).model.eval()
+    model.llm.load_state_dict(load_theirs(llm, NOISE).state_dict())
+    group = Group(Prompt(prompt, 0, "", "record"), replies, WORTH)
+    maker = RowMaker(Collator(None, 0, 1), 512, shares=model.lets_records_share, packs=True)
+    batch = maker([group], Batch(*[torch.zeros(1, 1)] * 3), None)
+    old, reference = (torch.cat([each[number] for each in said]) for number in range(2))
+    objective = ClippedPolicy(
+        temperature=0.9, clip_low=0.2, clip_high=0.28, kl=0.05, average=average, max_new_tokens=most
+    )
+    ours, _ = LossModule(model, objective)(with_scores(batch, old=old, reference=reference))
+    ours = ours / objective.normalizer(batch)
+    ours.backward()
+    found = {n: p.grad for n, p in model.llm.named_parameters() if p.grad is not None}
+    norms = [torch.cat([tensors[n].flatten() for n in gradient]) for tensors in (found, gradient)]
+    worst = (norms[0] - norms[1]).norm() / norms[1].norm()
+    apart = abs(ours.item() - loss.item()) / abs(loss.item())
+    print(f"| {average} | GRPOTrainer (loss_type: {loss_type}) | {loss.item():.6f} | {apart:.1e} | {worst:.1e} |")
 
 
 def run_ours(

@@ -83,6 +83,8 @@ def write_dataset(folder: Path, svgs: Path, stamps: Path | str) -> None:
         "finetune": conversations.conversations(train, SEED),
         "pairs": conversations.kind_pairs(train, SEED),
         "valid_pairs": conversations.kind_pairs(valid, SEED),
+        "answers": conversations.kind_answers(train, SEED),
+        "valid_answers": conversations.kind_answers(valid, SEED),
         "valid_pretrain": conversations.captions(valid),
         "valid_finetune": conversations.conversations(valid, SEED),
         "valid_kind": conversations.kind_questions(valid),

@@ -119,6 +119,15 @@ def kind_pairs(pictures: Sequence[Picture], seed: int) -> list[dict[str, Any]]:
     return records
 
 
+def kind_answers(pictures: Sequence[Picture], seed: int) -> list[dict[str, Any]]:
+    """For replies that the model writes itself: about each picture of a kind the question for it, and the answer."""
+    records = []
+    for picture in (p for p in pictures if p.kind is not None):
+        asked, right = _kind_turn(picture.kind, random.Random(f"{seed} answer {picture.name}"))
+        records.append({"image": picture.name, "prompt": asked, "answer": right})
+    return records
+
+
 def caption_questions(pictures: Sequence[Picture]) -> list[dict[str, Any]]:
     return [{"image": p.name, "prompt": ASK_NAME[0], "answer": p.english} for p in pictures]
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
+from walk import registered
 
 from vlm.batch import Batch, Prompt
 from vlm.config import load_config
@@ -22,10 +23,12 @@ from vlm.models.build import build_model
 from vlm.models.config import ModelConfig
 from vlm.objectives.base import Head
 from vlm.objectives.grpo import ClippedPolicy
-from vlm.objectives.rewards import REWARDS, Written
+from vlm.objectives.rewards import REWARDS, OneByOne, Written
+from vlm.plan.estimate import estimate
+from vlm.plan.report import full_report
 from vlm.train.engines.base import LossModule
 from vlm.train.rollout_rows import Group, RowMaker
-from vlm.train.rollouts import _with
+from vlm.train.rollouts import with_scores
 
 REPLIES = [[5, 6, 2], [7, 2], [5, 2]]  # 2 ends a reply
 WORTH = [1.0, -0.5, 0.7]
@@ -70,6 +73,33 @@ def test_what_a_reply_is_worth(settings: dict[str, Any], good: Any, bad: Any):
     reward = REWARDS[settings["kind"]](**settings).build()
     replies = [each if isinstance(each, Written) else written(each) for each in (good, bad)]
     assert reward(replies) == [1.0, 0.0]
+
+
+class PoliteReward(OneByOne):
+    kind: Literal["polite"] = "polite"
+    """The reply says please."""
+
+    def of(self, written: Written) -> float:
+        return "please" in written.text.lower()
+
+
+def test_another_reward_is_a_class_and_a_line():
+    with registered(REWARDS, PoliteReward):
+        section = REWARDS["polite"](weight=0.5)
+        assert section.build()([written("Please, a cat"), written("A cat")]) == [1.0, 0.0]
+        assert (section.label, section.weight) == ("polite", 0.5)
+
+
+def test_the_plan_counts_the_copy_and_all_replies_of_a_prompt(config_file: Any):
+    objective = {"kind": "grpo", "rewards": [{"kind": "exact"}], "max_new_tokens": 24, "group_size": 8}
+    text = {"model__vision": None, "model__trainable": ["llm"], "model__lora": None, "data__max_length": 96}
+    config = load_config(config_file(objective=objective, **text))
+    held = load_config(config_file(objective=objective | {"kl": 0.1}, **text))
+    plan, with_copy = estimate(config), estimate(held)
+    assert plan.micro_batch_size == 2 * 3  # two prompts, and 9 x 24 tokens of each in rows of 96
+    assert with_copy.devices[0].parameters - plan.devices[0].parameters == 4 * plan.num_trained
+    lines = full_report(config, 1, 8 << 30, "a machine")
+    assert any(line.startswith("time: not estimated, as it is that of writing replies") for line in lines)
 
 
 @contextmanager
@@ -143,7 +173,7 @@ def test_the_loss_is_the_formula_token_by_token(average: Any):
     before = [[s.item() + 0.3 * m.item() for s, m in zip(*both, strict=True)] for both in zip(said, moved, strict=True)]
     expected = by_hand(said, old, before, average)
     flat = [torch.tensor([value for reply in each for value in reply]) for each in (old, before)]
-    scored = _with(batch, old=flat[0], reference=flat[1])
+    scored = with_scores(batch, old=flat[0], reference=flat[1])
     objective = ClippedPolicy(**SETTINGS, average=average)
     output = objective.loss(states, scored, Head(lambda states: states @ table))
     loss = output.loss / objective.normalizer(scored)

@@ -7,6 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prove_engines import Case, run_cases, work, worst_differences
+from warm import run_warm
+
+from vlm.blame import blame_step
+from vlm.config import load_config
+from vlm.errors import ConfigError, Preempted
+from vlm.export.run import export_run
+from vlm.run import train
+from vlm.train.rollouts import ROLLOUTS
 
 
 def lines_of(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -23,7 +32,98 @@ def asked(config_file: Any, tiny: Path, tmp_path: Path):
 
     def write(objective: dict[str, Any], **changes: Any) -> Path:
         section = {"kind": "grpo", "group_size": 4, "max_new_tokens": 4} | objective
-        settings = {"data__held_out": 0.0, "data__max_length": 64, "train__log_every": 1, "train__save_every": 100}
-        return config_file(objective=section, data__sources=[source], **settings | changes)
+        settings = {
+            "data__sources": [source],
+            "data__held_out": 0.0,
+            "data__max_length": 64,
+            "train__log_every": 1,
+            "train__save_every": 100,
+        }
+        return config_file(objective=section, **settings | changes)
 
     return write
+
+
+NUMBERS = ("loss", "grad_norm", "reward", "reward_std", "kl", "clipped", "reply_tokens", "truncated", "no_signal")
+
+
+@pytest.mark.slow
+def test_a_language_model_learns_to_say_what_is_rewarded_and_a_stopped_run_goes_on_to_the_bit(asked, tmp_path: Path):
+    lines = [{"prompt": f"What is {n}?", "answer": "e"} for n in range(12)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = asked(
+        {"kl": 0.01, "group_size": 8, "rewards": [{"kind": "regex", "pattern": "e"}, {"kind": "length", "most": 4}]},
+        data__sources=[{"path": str(tmp_path / "texts.jsonl")}], model__vision=None, model__trainable=["llm"],
+        train__max_steps=16, train__save_every=8, train__schedule="constant",
+    )  # fmt: skip
+    whole = train(load_config(path), path.read_text())
+    said = lines_of(whole)
+    assert sum(line["reward/regex"] for line in said[-4:]) > sum(line["reward/regex"] for line in said[:4]) + 0.8
+    assert said[0]["reward"] == pytest.approx(said[0]["reward/regex"] + said[0]["reward/length"])
+    assert said[0]["kl"] == pytest.approx(0, abs=1e-9)
+    assert said[-1]["kl"] > 0.01
+    assert said[-1]["rollouts_seconds"] > 0
+    shown = lines_of(whole, ROLLOUTS)
+    assert [line["step"] for line in shown] == list(range(1, 17))
+    assert len(shown[0]["replies"]) == 8
+    other = ["output_dir=" + str(tmp_path / "other")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlm.run._agree_to_stop", lambda _: "SIGTERM")
+        with pytest.raises(Preempted):
+            train(load_config(path, [*other, "train.save_every=8"]), path.read_text())
+    again = train(load_config(path, other), path.read_text())
+    assert [[line[name] for name in NUMBERS] for line in lines_of(again)] == [
+        [line[name] for name in NUMBERS] for line in said
+    ]
+    assert lines_of(again, ROLLOUTS) == shown
+    with pytest.raises(ConfigError, match="learns from replies that the model wrote itself"):
+        blame_step(load_config(path), 3)
+
+
+@pytest.mark.slow
+def test_a_vision_language_model_learns_to_tell_what_it_is_shown(asked, tmp_path: Path):
+    """It has half learned two words, and not which of them an image is. Seen: 0.10 at first, 0.85 after 20 steps."""
+    whole = {"model__trainable": ["projector", "llm"], "train__schedule": "constant", "data__packing": False}
+    batch = {"train__global_batch_size": 16, "train__micro_batch_size": 16, "train__learning_rate": 1e-2}
+    path = asked({"rewards": [{"kind": "exact"}]}, **whole, **batch, train__max_steps=8, train__prove=False)
+    named = json.loads(path.read_text())
+    named["objective"] = {"kind": "lm"}
+    path.write_text(json.dumps(named))
+    start = export_run(train(load_config(path), path.read_text()))
+    path = asked(
+        {"group_size": 6, "max_new_tokens": 2, "kl": 0.001, "rewards": [{"kind": "exact"}]}, **whole,
+        init_from=str(start), output_dir=str(tmp_path / "grpo"), train__max_steps=20, train__global_batch_size=8,
+        train__micro_batch_size=4, train__learning_rate=3e-3,
+    )  # fmt: skip
+    rewards = [line["reward"] for line in lines_of(train(load_config(path), path.read_text()))]
+    assert sum(rewards[:2]) / 2 < 0.4
+    assert sum(rewards[-3:]) / 3 > 0.6
+    proof = {
+        check["name"]: check["passed"] for check in json.loads((tmp_path / "grpo/proof.json").read_text())["checks"]
+    }
+    assert {proof[name] for name in ("loss", "gradients", "micro_batches", "own_image")} == {True}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_ranks_write_and_learn_what_one_does(asked, tmp_path: Path):
+    """Worst seen: norm 2e-7, weights 5e-9."""
+
+    def start(job: Path, processes: int) -> None:
+        code, output = run_warm(work, job, nproc=processes, timeout=500)
+        assert code == 0, output[-6000:]
+
+    path = asked(
+        {"rewards": [{"kind": "regex", "pattern": "e"}]},
+        model__lora={"rank": 4, "alpha": 8}, engine={"timeout_seconds": 60},
+    )  # fmt: skip
+    cases = [Case(engine, ("train.precision=fp32",)) for engine in ("local", "ddp*2", "zero2*2")]
+    outcomes = run_cases(str(path), cases, 3, tmp_path, start)
+    reference = outcomes[cases[0]]
+    assert reference.metrics[0]["reward"] > 0
+    for case in cases[1:]:
+        _, norm, weights = worst_differences(reference, outcomes[case])  # the loss is 0 but for rounding
+        assert norm <= 1e-5, case
+        assert weights <= 5e-6, case
+        for said, found in zip(reference.metrics, outcomes[case].metrics, strict=True):
+            assert found == pytest.approx(said, rel=1e-9), case

@@ -22,7 +22,7 @@ from vlm.run import train
 from vlm.train.checkpoint import newest_verified
 from vlm.train.fragments import read_weights
 from vlm.train.rollout_rows import Group, RowMaker
-from vlm.train.rollouts import _advantages, _with
+from vlm.train.rollouts import _advantages, with_scores
 
 REPLIES = [[5, 6, 2], [7, 2]]  # 2 ends a reply
 QUESTION = [3, 4, 1]
@@ -46,7 +46,7 @@ def test_a_reward_counts_at_the_last_token_of_its_reply_and_leaving_the_referenc
     batch = rows_of([1.0, -1.0])
     said, reference = torch.tensor([-1.0, -2.0, -3.0, -1.0, -1.0]), torch.tensor([-1.5, -2.0, -1.0, -1.0, -3.0])
     settings = PPOConfig(rewards=[{"kind": "exact"}], kl=0.1, smoothing=0.0)
-    found = _advantages(_with(batch, reference=reference), said, torch.zeros(5), settings)
+    found = _advantages(with_scores(batch, reference=reference), said, torch.zeros(5), settings)
     assert found.penalties.tolist() == pytest.approx([0.05, 0.0, -0.2, 0.0, 0.2])
     assert found.leads.tolist() == pytest.approx([-0.05, 0.0, 1.2, 0.0, -1.2])
 
@@ -70,7 +70,7 @@ def test_the_loss_is_the_formula_token_by_token():
     expected = policy + 0.1 * 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2).mean()
 
     objective = ClippedPolicyAndValue(temperature=0.7, clip=0.2, value_clip=0.2, value_weight=0.1)
-    scored = _with(batch, old=old, advantages=worth, values=past, returns=returns)
+    scored = with_scores(batch, old=old, advantages=worth, values=past, returns=returns)
     output = objective.loss(states, scored, Head(lambda s: s @ table, values=lambda s: s @ weight))
     loss = output.loss / objective.normalizer(scored)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

@@ -97,6 +97,10 @@ class ObjectiveConfig(KindSection):
         """Names that its numbers have in metrics.jsonl."""
         return frozenset(self.build().metric_names)
 
+    def rows_of(self, max_length: int) -> int:
+        """Rows of so many tokens that a row of the stream becomes, for the estimate of memory."""
+        return 1
+
     def why_not(self, engine: Spreads, begins_blind: bool) -> str | None:
         """Why it cannot train so; None where it can.
 

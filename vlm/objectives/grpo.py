@@ -158,6 +158,10 @@ class RolloutConfig(ObjectiveConfig):
     def keeps_start(self) -> bool:
         return self.kl > 0
 
+    def rows_of(self, max_length: int) -> int:
+        """Of a prompt as long as a reply, with all replies as long as they may get."""
+        return -(-(self.group_size + 1) * self.max_new_tokens // max_length)
+
     @property
     def numbers(self) -> frozenset[str]:
         return super().numbers | ROLLOUT_NUMBERS | {f"reward/{reward.label}" for reward in self.rewards}

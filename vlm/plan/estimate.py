@@ -103,10 +103,11 @@ def estimate(
     if has_flash_attention is None:
         has_flash_attention = importlib.util.find_spec("flash_attn") is not None
     numerics = read_numerics(config, has_flash_attention, shape.llm.takes_varlen)
-    work = workload or full_rows(config, shape.tokens_per_image)
+    times = config.objective.rows_of(config.data.max_length)
+    work = workload or full_rows(config, shape.tokens_per_image, config.train.micro_batch_size * times)
     layers = model_layers(config, shape, work, numerics)
     parts = [part for layer in layers for part in layer]
-    num_micro = max(1, config.train.global_batch_size // (work.rows * num_data_ranks))  # per step and data rank
+    num_micro = max(1, config.train.global_batch_size * times // (work.rows * num_data_ranks))  # per step and data rank
     cuts: tuple[int, ...] = ()
     if kind.has_stages:
         layers[-1] = [_own_copy_of_a_tied_head(layers[-1][0], shape, config, numerics)]
@@ -122,6 +123,9 @@ def estimate(
         if kind.has_stages:  # what is received and sent, and their gradients
             base += 2 * in_flight * work.tokens * shape.llm.width * numerics.residual
         states = kind.states(own, config.train, num_data_ranks, num_micro > 1)
+        if config.objective.keeps_start:  # a copy of what trains
+            copy = FLOAT32 * sum(part.trained for part in own)
+            states = replace(states, parameters=states.parameters + copy)
         devices.append(
             _device(name, own, states, base, _bool_mask(work, numerics), num_micro, in_flight, num_data_ranks,
                     first, stop - 1)

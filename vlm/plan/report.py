@@ -7,7 +7,8 @@ from vlm.plan.alternatives import Alternative, alternatives, largest_micro_batch
 from vlm.plan.estimate import GIB, Plan, estimate
 from vlm.plan.machine import Machine
 from vlm.plan.memory import usable
-from vlm.plan.shapes import read_shapes
+from vlm.plan.numerics import read_numerics
+from vlm.plan.shapes import ModelShape, read_shapes
 from vlm.plan.step_time import WAITING_FOR_RANKS, Records, RunTime, run_time
 from vlm.train.engines.kinds import kind_of_launch
 
@@ -57,7 +58,10 @@ def full_report(
     if kind_of_launch(config.engine, gpus).has_stages:
         lines.append(f"  cut: engine.cuts {list(plan.cuts)}, {_whose(config)}")
     known = None if isinstance(records, str) else records
-    if machine is None:
+    if config.objective.writes_replies:  # how long they get is not known
+        machine = None
+        lines += _rollout_lines(config, shape)
+    elif machine is None:
         lines.append("time: name the GPU to be told, as in --gpu H100")
     else:
         time = run_time(config, plan, machine, known)
@@ -71,6 +75,17 @@ def full_report(
         times = None if machine is None else [run_time(each.config, each.plan, machine, known) for each in found]
         lines += alternatives_table(found, times)
     return lines
+
+
+def _rollout_lines(config: RunConfig, shape: ModelShape) -> list[str]:
+    llm, width = shape.llm, read_numerics(config, False, shape.llm.takes_varlen).compute
+    tokens = config.objective.written("replies_at_once") * config.data.max_length
+    cached = 2 * len(llm.blocks) * llm.num_kv_heads * llm.head_dim * width * tokens
+    return [
+        f"  before each step: replies, with keys and values of up to {cached / GIB:.2f} GiB, given back then",
+        "time: not estimated, as it is that of writing replies, whose lengths nobody knows; metrics.jsonl of a run has "
+        "step_seconds and rollouts_seconds",
+    ]
 
 
 def _reference_line(config: RunConfig, time: RunTime, records: Records | None) -> str:

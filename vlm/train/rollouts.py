@@ -130,7 +130,9 @@ class Rollouts:
             ]
             if self.start is not None:
                 with self.start.in_place():
-                    made = [_with(batch, reference=said) for batch, said in zip(made, self._scores(made), strict=True)]
+                    made = [
+                        with_scores(batch, reference=said) for batch, said in zip(made, self._scores(made), strict=True)
+                    ]
             numbers = self._numbers([each for some in judged for each in some])
             if isinstance(self.settings, PPOConfig):
                 made, more = self._valued(made, self.settings)
@@ -378,7 +380,7 @@ def _seed(run: int, step: int, where: str, number: int) -> int:
     return int.from_bytes(digest[:8]) >> 1
 
 
-def _with(batch: Batch, **scores: Tensor) -> Batch:
+def with_scores(batch: Batch, **scores: Tensor) -> Batch:
     """The batch with log-probabilities [S] of its tokens, in the order of `find_supervised`, under the names given."""
     assert batch.rollouts is not None
     row, _, at = find_supervised(batch.labels, batch.position_ids)
