@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "vlm"
 # A file imports its own package and those of a lower number. Equal numbers are neighbours that do not know each other.
 LAYERS = {
     "errors": 0, "batch": 0, "schema": 0, "layered_yaml": 0, "distributed": 0, "logs": 0, "compat": 0, "faults": 0,
-    "precision": 0, "launch": 0, "files": 0, "config": 0, "config_keys": 0, "config_paths": 0,
+    "precision": 0, "launch": 0, "files": 0, "config": 0, "kept_config": 0, "config_keys": 0, "config_paths": 0,
     "moved": 0, "version": 0, "curves": 0,
     "data": 1, "models": 1, "settle": 1,
     "generation": 2, "objectives": 2, "config_checks": 2,

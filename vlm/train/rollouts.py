@@ -272,10 +272,10 @@ class Rollouts:
         mean = total / count
         deviation = max(0.0, squares / count - mean**2) ** 0.5 + _LEAST_DEVIATION
         made = [
-            _with(
-                batch, advantages=(each.leads - mean) / deviation, values=before, returns=each.leads + before, old=now
+            with_scores(
+                batch, advantages=(each.leads - mean) / deviation, values=then, returns=each.leads + then, old=now
             )
-            for batch, each, before, now in zip(batches, own, values.found, said, strict=True)
+            for batch, each, then, now in zip(batches, own, values.found, said, strict=True)
         ]
         return made, {"kl": rest[0] / count, "value": rest[1] / count}
 
