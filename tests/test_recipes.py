@@ -34,10 +34,11 @@ def test_second_stage_starts_from_the_first_ones_export_with_the_same_model(name
     second = load_config(name)
     first = load_config(second.init_from.removeprefix("cache/runs/").removesuffix("/export"))
     assert second.init_from == f"{first.output_dir}/export"
+    packed = {"quantization": second.model.llm.quantization}  # a later stage may pack the same language model
     assert (second.model.vision, second.model.projector, second.model.llm) == (
         first.model.vision,
         first.model.projector,
-        first.model.llm,
+        first.model.llm.model_copy(update=packed),
     )
 
 
@@ -75,6 +76,8 @@ PLANS = {
     "internlm3_8b_text/lora_alpaca_2k_e3": (9013, 209, 24),
     "internlm2_1_8b_qlora/alpaca_2k_e3": (1958, 69, 8),
     "xtuner_llava/finetune": (2740, 587, 24),
+    "llava_qwen2_5_7b/dpo_qlora_rlhf_v_2k_e3": (8246, 323, 24),
+    "llava_qwen2_5_7b/dpo_lora_rlhf_v_2k_e3": (8246, 323, 80),
     "llm_genie/pt": (494, 494, 16),
     "llm_genie/sft": (498, 4, 8),
 }
@@ -93,6 +96,18 @@ def test_the_models_of_every_recipe_have_kept_shapes_so_that_plan_needs_no_netwo
     folders = [planned.model.llm.path, *(each.path for each in encoders if each.backend == "hf")]
     assert [folder for folder in folders if not Path(folder, "config.json").is_file()] == []
     assert load_config(name).model.llm.path in kept_line(planned)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_preferences_of_7b_train_the_adapter_that_finetuning_made(method):
+    """So model.lora is that of stage 2, and rate, batch and beta are those of LLaMA-Factory's qwen2_5vl_lora_dpo."""
+    config, before = (
+        load_config(f"llava_qwen2_5_7b/{stage}") for stage in (f"dpo_{method}_rlhf_v_2k_e3", "finetune_lora")
+    )
+    assert (config.model.lora, config.model.trainable) == (before.model.lora, ("llm.lora",))
+    train = config.train
+    assert (train.learning_rate, train.global_batch_size, train.epochs, train.warmup_ratio) == (5e-6, 8, 3, 0.1)
+    assert (config.objective.kind, config.objective.beta, config.data.max_length) == ("dpo", 0.1, 2048)
 
 
 @pytest.mark.slow

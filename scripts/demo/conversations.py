@@ -108,14 +108,18 @@ def kind_questions(pictures: Sequence[Picture]) -> list[dict[str, Any]]:
     ]
 
 
-def kind_pairs(pictures: Sequence[Picture], seed: int) -> list[dict[str, Any]]:
-    """Stage 3: about each picture of a kind the question for it, its kind, and another kind drawn at random."""
+def kind_pairs(pictures: Sequence[Picture], num_couples: int, seed: int) -> list[dict[str, Any]]:
+    """Stage 3: two pictures of different kinds at a time, about each the question for its kind, and the kind of the
+    other as the wrong answer. So each kind is wrong as often as it is right: a model that does not look wins half."""
+    rng = random.Random(f"{seed} pairs")
+    with_kind = [picture for picture in pictures if picture.kind is not None]
     records = []
-    for picture in (p for p in pictures if p.kind is not None):
-        rng = random.Random(f"{seed} pair {picture.name}")
-        asked, right = _kind_turn(picture.kind, rng)
-        wrong = rng.choice([kind for kind in KINDS if kind != picture.kind])
-        records.append({"image": picture.name, "prompt": asked, "chosen": right, "rejected": _capital(KINDS[wrong][0])})
+    for picture in rng.sample(with_kind, min(num_couples, len(with_kind))):
+        other = rng.choice([each for each in with_kind if each.kind != picture.kind])
+        asked = rng.choice(ASK_KIND)
+        for shown, wrong in ((picture, other), (other, picture)):
+            answers = {"chosen": _capital(KINDS[shown.kind][0]), "rejected": _capital(KINDS[wrong.kind][0])}
+            records.append({"image": shown.name, "prompt": asked, **answers})
     return records
 
 

@@ -341,3 +341,14 @@ def test_every_kind_question_offers_all_kinds_once_and_the_true_one_among_them()
     for record in conversations.kind_questions(pictures_of(dict.fromkeys(conversations.KINDS, 2))):
         assert len(set(record["choices"])) == len(record["choices"]) == 10
         assert record["answer"] in record["choices"]
+
+
+def test_a_model_that_does_not_look_wins_half_of_the_pairs_of_kinds():
+    """Each kind is the wrong answer as often as the right one, though one of them is five times as frequent."""
+    shown = {p.name: conversations.kind_questions([p])[0]["answer"] for p in pictures_of(TRAINED) if p.kind}
+    pairs = conversations.kind_pairs(pictures_of(TRAINED), num_couples=30, seed=0)
+    assert len(pairs) == 60
+    assert all(shown[pair["image"]] == pair["chosen"] != pair["rejected"] for pair in pairs)
+    chosen, rejected = (collections.Counter(pair[key] for pair in pairs) for key in ("chosen", "rejected"))
+    assert chosen == rejected
+    assert pairs == conversations.kind_pairs(pictures_of(TRAINED), num_couples=30, seed=0)
