@@ -1,6 +1,6 @@
 """Whole runs on two processes: killed, stopped, spoiled, hung, and resumed by another engine.
 
-Their processes are warm ones but where torchrun's part is tested, since a process of its own takes 10 seconds to begin.
+Their processes are warm ones, since one of its own takes 10 seconds to begin, but in the test of SIGTERM to one rank.
 """
 
 import json
@@ -15,6 +15,7 @@ import torch
 import warm
 from launched import kill_tree, run_launcher
 from warm import run_warm
+from warm_rank import warm_ranks
 
 from vlm.cli.launch import Launch
 from vlm.cli.launch import launch as launch_ranks
@@ -35,10 +36,10 @@ def run(path, *options, nproc=2, fault="", check=0):
     return output
 
 
-def launch(path, *options, fault, check, extra=()):
+def launch(path, *options, fault, check, extra=(), **environment):
     """`vlm train --nproc=2`, where torchrun sees what becomes of the processes; returns what was printed."""
     command = [sys.executable, "-m", "vlm.cli.main", "train", str(path), "--nproc=2", *extra, *overrides(options)]
-    done = run_launcher(command, {**os.environ, "VLM_FAULT": fault})
+    done = run_launcher(command, {**os.environ, "VLM_FAULT": fault, **environment})
     assert done.returncode == check, done.stderr[-3000:]
     return done.stderr
 
@@ -157,7 +158,7 @@ def test_a_launch_ends_with_the_code_of_the_rank_that_failed(script, code, tmp_p
 def test_torchrun_restarts_a_lost_rank_and_the_run_completes(path, tmp_path):
     straight = tmp_path / "straight"
     run(path, f"output_dir={straight}")
-    errors = launch(path, fault="step@8/1=kill", check=0, extra=("--max-restarts=3",))
+    errors = launch(path, fault="step@8/1=kill", check=0, extra=("--max-restarts=3",), **warm_ranks(tmp_path))
     assert "resuming after step 5" in errors
     assert equal(weights(straight), weights(tmp_path / "run"))
 
@@ -186,7 +187,8 @@ def test_any_engine_goes_on_from_any_other(path, tmp_path):
 def test_sigterm_to_the_launcher_saves_and_ends_with_143(path, tmp_path):
     command = [sys.executable, "-m", "vlm.cli.main", "train", str(path), "--nproc=2"]
     command += overrides(["train.max_steps=100000", "train.save_every=100000"])
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as launcher:
+    environment = {**os.environ, **warm_ranks(tmp_path)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as launcher:
         try:
             deadline = time.monotonic() + 120
             while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
