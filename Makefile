@@ -21,5 +21,4 @@ lint:
 
 .PHONY: .venv-test
 .venv-test:
-	scripts/setup_venv.sh test
-	scripts/setup_browser.sh
+	scripts/setup_browser.sh & scripts/setup_venv.sh test && wait $$!

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Create .venv if it is missing and install this package with the extras named: scripts/setup_venv.sh test,demo
-# Installs again only when setup.py or the extras changed.
+# Installs again only when setup.py changed or an extra is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras="${1:-}"
@@ -25,10 +25,15 @@ if [ ! -x .venv/bin/python ]; then
     "$found" -m venv .venv
 fi
 
-wanted="$(cksum <setup.py) [$extras]"
-stamp=.venv/.installed-$(printf %s "${extras:-core}" | tr -c 'a-z\n' -)
-if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+# byte code is written by what first imports a module: a run needs a fifth of what pip would compile in over a minute
+compile=--no-compile
+if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then compile=--compile; fi
+
+sum="$(cksum <setup.py)"
+wanted="$sum [$extras]"
+if [ -z "$extras" ]; then wanted="$sum ["; fi # with whatever extras: the core is among them
+if ! grep -qsF "$wanted" .venv/.installed-*; then
     echo "installing vlm${extras:+[$extras]} into .venv (some minutes the first time)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
-    echo "$wanted" >"$stamp"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check $compile -e ".${extras:+[$extras]}"
+    echo "$sum [$extras]" >".venv/.installed-$(printf %s "${extras:-core}" | tr -c 'a-z\n' -)"
 fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,20 +17,27 @@ from vlm.errors import CheckpointError
 from vlm.export.run import export_run
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of training with cache/{llm,clip} and the exports of two runs."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        config = model_config(Path("cache"))
+        write_run(Path("cache/runs/x"), config)
+        first = export_run(Path("cache/runs/x"))
+        write_run(Path("cache/runs/y"), config, init_from=first)
+        export_run(Path("cache/runs/y"))
+    return folder
+
+
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of training with cache/{llm,clip} and the exports of two runs; the current folder is another one."""
-    root, elsewhere = tmp_path / "training", tmp_path / "elsewhere"
-    root.mkdir()
-    elsewhere.mkdir()
-    monkeypatch.chdir(root)
-    config = model_config(Path("cache"))
-    write_run(Path("cache/runs/x"), config)
-    first = export_run(Path("cache/runs/x"))
-    write_run(Path("cache/runs/y"), config, init_from=first)
-    export_run(Path("cache/runs/y"))
-    monkeypatch.chdir(elsewhere)
-    return root
+def root(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder; the current folder is another one."""
+    shutil.copytree(trained, tmp_path / "training")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "training"
 
 
 @pytest.mark.slow

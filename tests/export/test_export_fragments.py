@@ -63,6 +63,7 @@ def write_config(folder: Path, data: Path, changes: dict) -> Path:
         },
         "train": {
             "max_steps": 1, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": RATE, "precision": "fp32",
+            "prove": False,  # tests/proof/test_proof_engines.py proves the engines
         },
     }  # fmt: skip
     path = folder / "config.yaml"

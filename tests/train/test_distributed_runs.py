@@ -1,4 +1,7 @@
-"""Whole runs on two processes: killed, stopped, spoiled, hung, and resumed by another engine."""
+"""Whole runs on two processes: killed, stopped, spoiled, hung, and resumed by another engine.
+
+Their processes are warm ones, since one of its own takes 10 seconds to begin, but in the test of SIGTERM to one rank.
+"""
 
 import json
 import os
@@ -12,7 +15,10 @@ import torch
 import warm
 from launched import kill_tree, run_launcher
 from warm import run_warm
+from warm_rank import warm_ranks
 
+from vlm.cli.launch import Launch
+from vlm.cli.launch import launch as launch_ranks
 from vlm.train.checkpoint import list_checkpoints, newest_verified
 from vlm.train.fragments import read_weights
 
@@ -30,10 +36,10 @@ def run(path, *options, nproc=2, fault="", check=0):
     return output
 
 
-def launch(path, *options, fault, check, extra=()):
+def launch(path, *options, fault, check, extra=(), **environment):
     """`vlm train --nproc=2`, where torchrun sees what becomes of the processes; returns what was printed."""
     command = [sys.executable, "-m", "vlm.cli.main", "train", str(path), "--nproc=2", *extra, *overrides(options)]
-    done = run_launcher(command, {**os.environ, "VLM_FAULT": fault})
+    done = run_launcher(command, {**os.environ, "VLM_FAULT": fault, **environment})
     assert done.returncode == check, done.stderr[-3000:]
     return done.stderr
 
@@ -64,22 +70,22 @@ def equal(a, b):
 
 @pytest.fixture
 def path(config_file):
-    return config_file(train__micro_batch_size=1, engine={"kind": "ddp", "timeout_seconds": 60})
+    """Unproven: tests/proof/test_proof_engines.py proves the engines."""
+    engine = {"kind": "ddp", "timeout_seconds": 60}
+    return config_file(train__micro_batch_size=1, train__prove=False, engine=engine)
 
 
 @pytest.mark.parametrize("engine", [("zero", "stage=3"), ("fsdp",), ("pipeline", "num_stages=2")], ids="".join)
 def test_a_killed_rank_ends_the_launch_and_the_rerun_ends_equal_to_the_bit(path, tmp_path, engine):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     kind = (f"engine.kind={engine[0]}", *(f"engine.{option}" for option in engine[1:]))
-    kind += ('train.samples=[{prompt: "What is this?"}]', "train.sample_every=10", "train.eval_every=6")
+    asked = ('train.samples=[{prompt: "What is this?"}]', "train.sample_every=10", "train.max_new_tokens=6")
+    kind += (*asked, "train.eval_every=6")
     run(path, *kind, f"output_dir={straight}")
     last = steps_logged(straight)[-1]
     assert min(last[f"{phase}_seconds"] for phase in ("data", "encode", "forward_backward", "optimizer")) > 0
     saved = (*kind, "train.async_save=false")  # else the kill may come before the checkpoint of step 5 is written
-    if engine[0] == "zero":
-        launch(path, *saved, f"output_dir={broken}", fault="step@8/1=kill", check=137)
-    else:  # ranks alone: torchrun does the same with all engines
-        kill(path, *saved, f"output_dir={broken}", fault="step@8/1")
+    kill(path, *saved, f"output_dir={broken}", fault="step@8/1")  # torchrun's part is the same with all engines
     assert [info.step for info in list_checkpoints(broken)] == [5]
     run(path, *kind, f"output_dir={broken}")
     assert equal(weights(straight), weights(broken))
@@ -125,15 +131,34 @@ def test_a_bad_step_that_is_allowed_changes_no_weight_under_zero(path, tmp_path)
 
 
 def test_a_rank_that_hangs_is_named_within_the_timeout(path):
-    errors = launch(path, "engine.timeout_seconds=10", fault="step@3/1=sleep", check=1)  # it would sleep for an hour
-    assert "rank 0 waited for another rank, which did not come" in errors
-    assert "rank 1: step 3: reading data" in errors
+    options = overrides(["engine.timeout_seconds=10"])
+    with warm.started(warm.train, str(path), *options, nproc=2, VLM_FAULT="step@3/1=sleep") as ranks:  # for an hour
+        ranks.processes[0].join(100)
+        assert ranks.codes[0] == 1, ranks.output[-3000:]
+        assert "rank 0 waited for another rank, which did not come" in ranks.output
+        assert "rank 1: step 3: reading data" in ranks.output
+
+
+def end_as(script, folder):
+    """`vlm train --nproc=2` of which each rank is a shell script, as `work`."""
+    rank = folder / "rank"
+    rank.write_text(f"#!/bin/sh\n{script}\n")
+    rank.chmod(0o755)
+    os.environ["PYTHON_EXEC"] = str(rank)  # which torchrun starts
+    sys.exit(launch_ranks(Launch(2), ["train"]))
+
+
+@pytest.mark.parametrize(("script", "code"), [("[ $RANK = 0 ] && exec sleep 60; kill -9 $$", 137), ("exit 4", 4)])
+def test_a_launch_ends_with_the_code_of_the_rank_that_failed(script, code, tmp_path):
+    began = time.monotonic()
+    assert run_warm(end_as, script, tmp_path)[0] == code
+    assert time.monotonic() - began < 50  # a rank that waits is ended
 
 
 def test_torchrun_restarts_a_lost_rank_and_the_run_completes(path, tmp_path):
     straight = tmp_path / "straight"
     run(path, f"output_dir={straight}")
-    errors = launch(path, fault="step@8/1=kill", check=0, extra=("--max-restarts=3",))
+    errors = launch(path, fault="step@8/1=kill", check=0, extra=("--max-restarts=3",), **warm_ranks(tmp_path))
     assert "resuming after step 5" in errors
     assert equal(weights(straight), weights(tmp_path / "run"))
 
@@ -162,7 +187,8 @@ def test_any_engine_goes_on_from_any_other(path, tmp_path):
 def test_sigterm_to_the_launcher_saves_and_ends_with_143(path, tmp_path):
     command = [sys.executable, "-m", "vlm.cli.main", "train", str(path), "--nproc=2"]
     command += overrides(["train.max_steps=100000", "train.save_every=100000"])
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as launcher:
+    environment = {**os.environ, **warm_ranks(tmp_path)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as launcher:
         try:
             deadline = time.monotonic() + 120
             while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:

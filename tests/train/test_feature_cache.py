@@ -33,7 +33,7 @@ COSTS = CacheCosts(
 
 
 def run_of(config_file, name="run", **changes):
-    path = config_file(f"{name}.yaml", **changes)
+    path = config_file(f"{name}.yaml", train__prove=False, **changes)
     config = load_config(path)
     return train(config.model_copy(update={"output_dir": str(path.parent / name)}), path.read_text())
 
@@ -282,10 +282,10 @@ def run_cached(path: str) -> None:
 def test_two_ranks_train_on_cached_features_as_one_does(config_file, engine):
     """Of a pipeline the first stage alone has the encoder, and encodes all images."""
     pytest.importorskip("deepspeed")
-    changes = {"data__cache_features": True, "train__max_steps": 2, "train__prove": False, "model__lora__dropout": 0.0}
+    changes = {"data__cache_features": True, "train__max_steps": 2, "model__lora__dropout": 0.0}
     one = run_of(config_file, "one", **changes)
     two = {"engine": {"kind": engine}, "output_dir": str(one.parent / "two"), "data__cache": str(one.parent / "other")}
-    code, output = run_warm(run_cached, str(config_file(**changes, **two)), nproc=2)
+    code, output = run_warm(run_cached, str(config_file(train__prove=False, **changes, **two)), nproc=2)
     assert code == 0, output[-3000:]
     expected, got = (losses(one.parent / name) for name in ("one", "two"))
     assert got == pytest.approx(expected, rel=1e-5)  # worst seen 0

@@ -119,9 +119,9 @@ OTHERS = (
 
 
 def run_for(config_file, steps):
-    path = config_file(
-        train__max_steps=steps, train__save_every=2, train__schedule="constant", model__lora={"rank": 4, "alpha": 8}
-    )
+    lora = {"rank": 4, "alpha": 8}
+    changes = {"train__save_every": 2, "train__schedule": "constant", "train__prove": False, "model__lora": lora}
+    path = config_file(train__max_steps=steps, **changes)
     return train(load_config(path), path.read_text())
 
 
@@ -144,16 +144,17 @@ def test_pickles_beside_a_checkpoint_are_ignored_by_resume_and_export(config_fil
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_a_pickle_in_place_of_a_checkpoints_file_is_set_aside_or_refused(form, config_file, plant):
+def test_a_pickle_in_place_of_a_checkpoints_file_is_set_aside_or_refused(config_file, plant):
     run = run_for(config_file, 4)
-    plant(newest_verified(run) / "weights/rank-00000.safetensors", form)
+    plant(newest_verified(run) / "weights/rank-00000.safetensors")
     assert newest_verified(run).name == "step-000002"  # the true one before; its sum differs
     assert run_for(config_file, 4) == run
-    names = ("weights/rank-00000.safetensors", "optimizer/rank-00000.safetensors", "rng/rank-00000.safetensors",
-             "stream.json", "progress.json")  # fmt: skip
-    for name in names:  # the attacker rewrites the manifest too
-        checkpoint = newest_verified(run)
+    planted = [("weights/rank-00000.safetensors", form) for form in FORMS] + [
+        ("optimizer/rank-00000.safetensors", "pickle"), ("rng/rank-00000.safetensors", "zip"),
+        ("stream.json", "legacy"), ("progress.json", "pickle"),
+    ]  # fmt: skip
+    for name, form in planted:
+        checkpoint = newest_verified(run)  # the attacker rewrites the manifest too
         true = (checkpoint / name).read_bytes()
         plant(checkpoint / name, form)
         seal(checkpoint)
@@ -165,7 +166,7 @@ def test_a_pickle_in_place_of_a_checkpoints_file_is_set_aside_or_refused(form, c
                 export_run(run)
         (checkpoint / name).write_bytes(true)
         seal(checkpoint)
-    plant(newest_verified(run) / "weights/rank-00001.safetensors", form)  # a file more
+    plant(newest_verified(run) / "weights/rank-00001.safetensors")  # a file more
     with pytest.raises(CheckpointError, match="rank-00001"):
         run_for(config_file, 6)
     (newest_verified(run) / "weights/rank-00001.safetensors").unlink()
@@ -186,11 +187,19 @@ def seal(checkpoint):
 # An export folder
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A run and its export: what trained, projector and adapter."""
+    folder = tmp_path_factory.mktemp("exported")
+    write_run(folder / "run", model_config(folder))
+    export_run(folder / "run")
+    return folder / "run"
+
+
 @pytest.fixture
-def export(tmp_path):
-    """What trained: projector and adapter."""
-    write_run(tmp_path / "run", model_config(tmp_path))
-    return export_run(tmp_path / "run")
+def export(exported, tmp_path):
+    """The export of a copy of that run."""
+    return shutil.copytree(exported, tmp_path / "run") / "export"
 
 
 def test_pickles_beside_an_export_are_ignored(export, plant):
