@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -159,6 +161,16 @@ def test_a_job_is_known_from_its_run_folder_and_ends_when_it_is_stopped(tmp_path
     assert not job.is_running
     with pytest.raises(VLMError, match="nothing trains there now"):
         jobs.stop(tmp_path / "run")
+
+
+def test_a_copy_of_a_folder_in_which_a_job_runs_runs_nothing_itself(tmp_path: Path):
+    job = jobs.begin(tmp_path / "run", "export", ["export", "."], sleeper())
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    copied = jobs.read(tmp_path / "copy", "export")
+    assert (job.is_running, copied is not None and copied.is_running) == (True, False)
+    assert copied is not None
+    assert (copied.folder, copied.arguments) == (job.folder, job.arguments)
+    os.kill(job.pid, signal.SIGKILL)
 
 
 def test_of_two_clicks_at_once_one_starts_a_process(tmp_path: Path):

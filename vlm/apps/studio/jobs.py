@@ -48,6 +48,7 @@ class Job:
     created: float  # of the process, seconds since 1970: tells it from a later one of the same number
     code: int | None = None  # exit code; None while it runs, and when nobody was there to see its end
     folder: str | None = None  # working directory, from which relative paths of its config are; None: not known
+    inode: int | None = None  # of the run folder: tells it from a copy, in which no process works; None: not known
 
     @property
     def command(self) -> str:
@@ -82,7 +83,8 @@ def begin(
                 file.write(f"$ {shlex.join(['vlm', *arguments])}\n")
             pid = (start or _start)(arguments, log, folder)
             created = psutil.Process(pid).create_time() if psutil.pid_exists(pid) else time.time()
-            job = Job(kind, pid, socket.gethostname(), tuple(arguments), created, folder=str(folder))
+            inode = run.stat().st_ino
+            job = Job(kind, pid, socket.gethostname(), tuple(arguments), created, folder=str(folder), inode=inode)
             _write(run, job)
     except OSError as error:
         raise VLMError(f"{run}: `vlm {kind}` could not be started ({error.strerror or error})") from None
@@ -103,13 +105,16 @@ def _refuse_second(run: Path, kind: Kind) -> None:
 
 
 def read(run: Path, kind: Kind) -> Job | None:
-    """The last job of a kind that was begun for a run; None if there was none, or its file is damaged."""
+    """The last job of a kind that was begun for a run; None if there was none, or its file is damaged.
+
+    Of a folder that was copied it is the original's, on no machine: it does not run here, whatever it does there.
+    """
     try:
         values = json.loads(_job_file(run, kind).read_text(encoding="utf-8"))
-        arguments = tuple(values["arguments"])
-        return Job(
-            kind, values["pid"], values["host"], arguments, values["created"], values["code"], values.get("folder")
-        )
+        known = {name: values[name] for name in ("pid", "host", "created", "code")}
+        later = {name: values.get(name) for name in ("folder", "inode")}  # which earlier versions did not write
+        job = Job(kind, arguments=tuple(values["arguments"]), **known, **later)
+        return job if job.inode in (None, run.stat().st_ino) else replace(job, host="")
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
