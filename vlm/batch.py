@@ -159,6 +159,7 @@ class Prompt:
     num_tiles: int  # of its images, in the batch's order
     answer: str
     where: str  # file and record
+    images: tuple[str | bytes, ...] = ()  # as of `Example`
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from vlm.errors import ConfigError, DataError, VLMError
 from vlm.evaluation.during import build_measure, tasks_during
 from vlm.evaluation.gate import refuse
 from vlm.inference.load import LoadedModel
+from vlm.inference.reward import open_judge
 from vlm.launch import ignored_settings, launched_size
 from vlm.logs import copied_to, log, log_level, warn
 from vlm.models.build import build_encoder
@@ -329,7 +330,14 @@ def _build_loop(
         max_bad_steps=settings.max_bad_steps,
         is_over=events.is_over,
         thaw={str(part): step for part, step in settings.thaw.items()},
-        roll=build_rollouts(config, data, parts.engine, parts.start, lambda line: run.append(ROLLOUTS, line)),
+        roll=build_rollouts(
+            config,
+            data,
+            parts.engine,
+            parts.start,
+            lambda line: run.append(ROLLOUTS, line),
+            lambda path: open_judge(path, data.conversation_tokenizer, parts.device),
+        ),
     )
     return loop, events
 

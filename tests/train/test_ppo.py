@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from demo.tiny import write_llm
 
 from vlm.batch import Batch, Prompt
 from vlm.config import load_config
 from vlm.data.collate import Collator
+from vlm.errors import ConfigError
 from vlm.export.run import export_run
 from vlm.inference.load import load
 from vlm.models.trainable import part_of
@@ -113,3 +115,33 @@ def test_a_run_learns_what_is_rewarded_goes_on_as_if_it_had_not_stopped_and_is_e
     exported = json.loads((export_run(run) / "vlm.json").read_text())
     assert exported["included"] == ["llm"]
     assert load(run / "export").model.value_head is None
+
+
+@pytest.mark.slow
+def test_a_reward_model_judges_what_another_model_writes_if_it_reads_the_same_tokens(
+    config_file: Any, tiny: Path, tmp_path: Path
+):
+    pair, asked = {"prompt": "Say", "chosen": "yes", "rejected": "no"}, {"prompt": "Say", "answer": "x"}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 8)
+    (tmp_path / "asked.jsonl").write_text(f"{json.dumps(asked)}\n" * 8)
+    common = {
+        "model__vision": None, "model__trainable": ["llm.lora", "value_head"], "data__held_out": 0.0,
+        "data__sources": [{"path": str(tmp_path / "asked.jsonl")}], "train__max_steps": 2, "train__log_every": 1,
+    }  # fmt: skip
+    path = config_file("rm.yaml", output_dir=str(tmp_path / "rm"), objective={"kind": "reward"},
+                       **common | {"data__sources": [{"path": str(tmp_path / "pairs.jsonl")}]})  # fmt: skip
+    judge = export_run(train(load_config(path), path.read_text()))
+    objective = {"kind": "ppo", "rewards": [{"kind": "model", "path": str(judge)}], "max_new_tokens": 3}
+    path = config_file(objective={**objective, "shown_groups": 4}, **common)
+    run = train(load_config(path), path.read_text())
+    groups = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    scores = [group["replies"][0]["reward"] for group in groups if group["step"] == 1]
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert len(set(scores)) > 1
+    assert line["reward"] == line["reward/model"] == pytest.approx(sum(scores) / len(scores), abs=1e-6)
+
+    write_llm(tmp_path / "other", ["quite different words"])
+    path = config_file("other.yaml", output_dir=str(tmp_path / "other_run"), objective=objective,
+                       model__llm={"path": str(tmp_path / "other")}, **common)  # fmt: skip
+    with pytest.raises(ConfigError, match="does not read the tokens of the model that writes: vocabulary"):
+        train(load_config(path), path.read_text())

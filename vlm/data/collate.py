@@ -167,7 +167,7 @@ def _replies(rows: Sequence[Sequence[_Placed]], length: int) -> Replies | None:
 def _prompt(example: Example, answer: str, num_tiles: int) -> Prompt:
     """What stands before the first token that would be learned."""
     start = next(place for place, label in enumerate(example.labels) if label != IGNORE_INDEX)
-    return Prompt(example.input_ids[:start], num_tiles, answer, example.where)
+    return Prompt(example.input_ids[:start], num_tiles, answer, example.where, example.images)
 
 
 def _name(image: str | bytes) -> str:

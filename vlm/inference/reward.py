@@ -13,12 +13,38 @@ from vlm.data.collate import Collator
 from vlm.data.conversation import Conversation
 from vlm.data.image_order import ImageOrder
 from vlm.data.images import DEFAULT_MAX_PIXELS
+from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import ConfigError, RecordError
 from vlm.inference.load import LoadedModel, Precision, load_kind
 from vlm.objectives.base import Head
 from vlm.objectives.reward import PairwiseReward, reward_replies
+from vlm.objectives.rewards import Reward, Written
 
 MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # padded tokens of a forward
+
+
+def open_judge(path: str, tokens: ConversationTokenizer, device: torch.device) -> Reward:
+    """The reward `{kind: model}`: a reward model asked about replies that another model wrote.
+
+    Args:
+        tokens: of the model that writes.
+
+    Raises:
+        CheckpointError: as `load_reward_model`.
+        ConfigError: the reward model reads other tokens.
+    """
+    model = load_reward_model(path, str(device))
+    ours, theirs = tokens.fingerprint(), model.loaded.conversation_tokenizer.fingerprint()
+    if different := [name for name in ("vocabulary", "image", "special") if ours[name] != theirs[name]]:
+        raise ConfigError(
+            f"objective.rewards: {path} does not read the tokens of the model that writes: {', '.join(different)} "
+            "differ. Train the reward model from the same export or base model, with the same encoder and projector"
+        )
+
+    def ask(replies: Sequence[Written]) -> list[float]:
+        return model.of_examples([reply.example for reply in replies if reply.example is not None])
+
+    return ask
 
 
 def load_reward_model(
@@ -63,7 +89,16 @@ class RewardModel:
             RecordError: one does not end with a reply, or an image cannot be read.
             ConfigError: one is longer than the model can read.
         """
-        examples = [self._example(conversation) for conversation in conversations]
+        return self.of_examples([self._example(each) for each in conversations], max_tokens, on_progress)
+
+    def of_examples(
+        self,
+        examples: Sequence[Example],
+        max_tokens: int | None = None,
+        on_progress: Callable[[int], None] = lambda done: None,
+    ) -> list[float]:
+        """As of conversations, of what this model's tokenizer made of them: the reply is what is supervised, `is_good`
+        is any but None."""
         scores, done = [0.0] * len(examples), 0
         for group in _groups(examples, max_tokens or MAX_TOKENS.get(self.loaded.device.type, 2048)):
             for place, score in zip(group, self._score([examples[place] for place in group]), strict=True):

@@ -11,15 +11,18 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from vlm.data.said import last_number, letter_of
 from vlm.logs import warn
-from vlm.schema import KindSection
+from vlm.schema import KindSection, PathText
+
+if TYPE_CHECKING:
+    from vlm.batch import Example
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,12 @@ class Written:
     answer: str  # of the record
     num_tokens: int  # of the reply, its end included
     is_whole: bool  # whether the model ended it; false: it was cut off
+    example: Example | None = None  # prompt and reply as tokens, with the images
 
 
 Reward = Callable[[Sequence[Written]], Sequence[float | None]]  # None: it could not be found out
+OpenModel = Callable[[str], Reward] | None  # the folder of a reward model's export -> what asks it
+_SENT = ("prompt", "text", "answer", "num_tokens", "is_whole")  # to a judge elsewhere
 
 
 class RewardConfig(KindSection):
@@ -50,8 +56,12 @@ class RewardConfig(KindSection):
         return self.name or self.kind
 
     @abstractmethod
-    def build(self) -> Reward:
-        """Raises an error where it cannot be asked at all."""
+    def build(self, open_model: OpenModel) -> Reward:
+        """Raises an error where it cannot be asked at all.
+
+        Args:
+            open_model: for a reward that is another model's.
+        """
 
 
 class OneByOne(RewardConfig):
@@ -60,7 +70,7 @@ class OneByOne(RewardConfig):
     @abstractmethod
     def of(self, written: Written) -> float: ...
 
-    def build(self) -> Reward:
+    def build(self, open_model: OpenModel = None) -> Reward:
         return lambda replies: [float(self.of(written)) for written in replies]
 
 
@@ -170,7 +180,7 @@ class HTTPReward(RewardConfig):
     at_once: Annotated[int, Field(ge=1, le=4096)] = 256
     """Replies of one request."""
 
-    def build(self) -> Reward:
+    def build(self, open_model: OpenModel = None) -> Reward:
         def judge(replies: Sequence[Written]) -> list[float | None]:
             parts = [replies[start : start + self.at_once] for start in range(0, len(replies), self.at_once)]
             return [value for part in parts for value in self._ask(part)]
@@ -179,7 +189,11 @@ class HTTPReward(RewardConfig):
 
     def _ask(self, replies: Sequence[Written]) -> list[float | None]:
         try:
-            rewards = post_json(self.address, {"replies": [asdict(each) for each in replies]}, self.timeout_seconds)
+            rewards = post_json(
+                self.address,
+                {"replies": [{name: getattr(each, name) for name in _SENT} for each in replies]},
+                self.timeout_seconds,
+            )
             values = rewards["rewards"]
             if len(values) != len(replies) or not all(_is_finite(value) for value in values):
                 raise ValueError(f"expected {len(replies)} finite numbers under rewards")
@@ -210,6 +224,17 @@ def post_json(address: str, content: dict[str, Any], timeout_seconds: float) -> 
         return json.loads(answer.read(_MOST_BYTES))
 
 
+class ModelReward(RewardConfig):
+    kind: Literal["model"] = "model"
+    """The score that a reward model gives to prompt and reply."""
+    path: PathText
+    """Export of a run with objective.kind reward, which reads the same tokens as the model that writes."""
+
+    def build(self, open_model: OpenModel = None) -> Reward:
+        assert open_model is not None
+        return open_model(self.path)
+
+
 REWARDS: dict[str, type[RewardConfig]] = {
     "exact": ExactReward,
     "choice": ChoiceReward,
@@ -217,5 +242,6 @@ REWARDS: dict[str, type[RewardConfig]] = {
     "number": NumberReward,
     "format": FormatReward,
     "length": LengthReward,
+    "model": ModelReward,
     "http": HTTPReward,
 }

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.batch import Batch, Prompt
+from vlm.batch import IGNORE_INDEX, Batch, Example, Prompt
 from vlm.config import RunConfig
 from vlm.data.build import Data
 from vlm.data.collate import Collator
@@ -33,7 +33,7 @@ from vlm.models.trainable import trained_weights
 from vlm.models.vlm import VisionLanguageModel, evaluating
 from vlm.objectives.grpo import RolloutConfig, TokenScores
 from vlm.objectives.ppo import PPOConfig, TokenValues, estimate_advantages
-from vlm.objectives.rewards import Reward, Written
+from vlm.objectives.rewards import OpenModel, Reward, Written
 from vlm.precision import autocast
 from vlm.train.engines.base import Engine
 from vlm.train.loop import Roll, as_read
@@ -91,6 +91,7 @@ class Rollouts:
         make_rows: lays out the replies of a micro-batch.
         autocast_dtype: of the computation; None computes in the weights' own dtype.
         start: the reference; None where the objective needs none.
+        rewards: by their names, with their weights.
         show: takes a line of rollouts.jsonl.
     """
 
@@ -103,6 +104,7 @@ class Rollouts:
         tokenizer: ConversationTokenizer,
         make_rows: RowMaker,
         start: Start | None,
+        rewards: dict[str, tuple[float, Reward]],
         show: Callable[[dict[str, Any]], None],
     ) -> None:
         self.settings = settings
@@ -112,9 +114,7 @@ class Rollouts:
         self.make_rows = make_rows
         self.start = start
         self.show = show
-        self.rewards: dict[str, tuple[float, Reward]] = {
-            reward.label: (reward.weight, reward.build()) for reward in settings.rewards
-        }
+        self.rewards = rewards
         self._generator: BatchedGenerator | None = None
         self._errors: list[tuple[str, Exception]] = []  # of replies that could not be written, and their records
 
@@ -246,7 +246,9 @@ class Rollouts:
         is_whole = bool(reply) and reply[-1] in self.tokenizer.stop_ids
         asked = [token for token in prompt.input_ids if token != self.tokenizer.image_token_id]
         text = self.tokenizer.decode(reply[:-1] if is_whole else reply).strip()
-        return Written(self.tokenizer.decode(asked), text, prompt.answer, len(reply), is_whole)
+        labels = [IGNORE_INDEX] * len(prompt.input_ids) + reply
+        example = Example([*prompt.input_ids, *reply], labels, prompt.images, prompt.where, is_good=True)
+        return Written(self.tokenizer.decode(asked), text, prompt.answer, len(reply), is_whole, example)
 
     def _scores(self, batches: list[Batch]) -> list[Tensor]:
         """Log-probabilities of the tokens of all replies under the model as it is, float32 [S] of each batch."""
@@ -326,9 +328,18 @@ class Rollouts:
 
 
 def build_rollouts(
-    config: RunConfig, data: Data, engine: Engine, start: Start | None, show: Callable[[dict[str, Any]], None]
+    config: RunConfig,
+    data: Data,
+    engine: Engine,
+    start: Start | None,
+    show: Callable[[dict[str, Any]], None],
+    open_model: OpenModel,
 ) -> Roll:
-    """What a step of the run learns from: what the data brings, or replies to it."""
+    """What a step of the run learns from: what the data brings, or replies to it.
+
+    Args:
+        open_model: for the reward of a model; every rank opens its own.
+    """
     settings, objective = config.data, config.objective
     if not isinstance(objective, RolloutConfig):
         return as_read
@@ -342,6 +353,7 @@ def build_rollouts(
         tokenizer=data.conversation_tokenizer,
         make_rows=RowMaker(collator, settings.max_length, shares, settings.packing),
         start=start,
+        rewards={reward.label: (reward.weight, reward.build(open_model)) for reward in objective.rewards},
         show=show,
     )
 
