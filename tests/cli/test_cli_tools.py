@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -66,6 +67,19 @@ def test_doctor_names_versions_and_what_installs_the_optional_ones(monkeypatch, 
     assert code == 0
     assert "  torch            1.2.3" in out
     assert "  gradio           not installed; optional: pip install -e .[serve]" in out
+
+
+def test_doctor_as_json_says_what_is_missing_too(monkeypatch, vlm):
+    from vlm.cli import doctor
+
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "timm" else "1.2.3")
+    code, out, _ = vlm("doctor", "--json")
+    found = json.loads(out)
+    assert (code, found["packages"]["timm"], found["packages"]["torch"], found["devices"]) == (2, None, "1.2.3", None)
+    assert found["optional"]["gradio"] == {"version": "1.2.3", "extra": "serve"}
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.2.3")
+    code, out, _ = vlm("doctor", "--json")
+    assert (code, json.loads(out)["devices"]["gpus"]) == (0, [])
 
 
 def test_doctor_ends_with_2_when_a_needed_package_is_missing(monkeypatch, vlm):

@@ -51,6 +51,17 @@ def test_check_of_sound_data_finds_nothing(records, made, spec, capsys):
     assert "12 records, 8 images, skipped: none" in capsys.readouterr().out
 
 
+def test_check_as_json_says_the_same_also_where_it_ends_with_an_error(records, made, spec, tmp_path, capsys):
+    path = records(12)
+    (tmp_path / "7.png").unlink()
+    with pytest.raises(DataError):
+        check_records(*made(path, max_skipped_share=0.01), spec, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["records"], found["images"], found["skipped"]) == (12, 7, {"image_missing": 1})
+    assert found["sources"] == [{"name": "records.jsonl", "records": 12, "usable": 11}]
+    assert [(bad["rule"], bad["where"]) for bad in found["bad"]] == [("image_missing", "records.jsonl: line 8")]
+
+
 def test_check_goes_through_the_eval_sources_as_well(records, made, spec, capsys):
     config, chat = made(records(3))
     other = records(4, name="other.jsonl")
@@ -157,6 +168,18 @@ def test_stats_count_tokens_replies_and_the_fill_of_rows(records, made, capsys):
     assert "replies per record (12 records): mean 2.0, median 2, longest 3" in out
     num_rows = int(out.split("rows of 96 tokens: ")[1].split()[0])
     assert f"{sum(lengths) / num_rows / 96:.1%} full, {12 / num_rows:.1f} records" in out.replace("\n", " ")
+
+
+def test_stats_as_json(records, made, capsys):
+    config, chat = made(records(12, longest=3))
+    print_stats(config, chat, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    lengths = [len(example(config, chat, number).input_ids) for number in range(12)]
+    assert (found["records"], found["usable"], found["images"]) == (12, 12, 8)
+    assert (found["tokens"]["mean"], found["tokens"]["longest"]) == (pytest.approx(np.mean(lengths)), max(lengths))
+    assert sum(found["replies"]["counts"]) == 12
+    rows = found["rows"]
+    assert rows["full"] == pytest.approx(sum(lengths) / rows["an_epoch"] / 96)
 
 
 def test_stats_of_data_that_is_all_held_out_is_an_error(records, made):

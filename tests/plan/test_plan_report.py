@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -12,9 +13,10 @@ from vlm.errors import ConfigError
 from vlm.models.config import PartialConfig, QuantizationConfig
 from vlm.plan.alternatives import Change, alternatives, largest_micro_batch
 from vlm.plan.estimate import estimate
+from vlm.plan.machine import machine_of_sheet
 from vlm.plan.memory import parse_memory, usable
 from vlm.plan.numerics import Workload, full_rows
-from vlm.plan.report import describe_plan, full_report, verdict
+from vlm.plan.report import describe_plan, full_report, report_as_json, verdict
 from vlm.plan.shapes import read_shapes
 from vlm.train.engines.kinds import Pipeline, Zero
 
@@ -180,6 +182,20 @@ def test_report_of_a_pipeline_says_where_it_is_cut(config):
     assert any(re.search(r"engine.cuts \[\d\]", line) for line in lines)
 
 
+def test_the_report_as_json_has_the_numbers_of_the_lines(config):
+    full = changed(config, model={"trainable": ("projector", "llm")})
+    memory = memory_for(estimate(full).peak - 1000)
+    found = json.loads(json.dumps(report_as_json(full, 1, memory, "a card", machine_of_sheet("A100"), "no such file")))
+    (device,) = found["devices"]
+    assert (found["peak"], found["fits"], found["cuts"]) == (device["total"], False, [])
+    kinds = ("parameters", "gradients", "optimizer", "activations", "buffers")
+    assert found["peak"] == sum(device[kind] for kind in kinds)
+    assert found["time"]["step_seconds"] == pytest.approx(sum(found["time"]["parts"].values()))
+    assert found["time"]["hours"] == pytest.approx(2 * found["time"]["step_seconds"] / 3600)
+    assert all(each["peak"] <= found["usable_memory"] and each["step_seconds"] > 0 for each in found["alternatives"])
+    assert report_as_json(config, 1, 24 * GIB, "a card")["time"] is None  # of no machine
+
+
 def test_the_command_prints_the_report(config, tmp_path, capsys):
     import yaml
 
@@ -192,8 +208,10 @@ def test_the_command_prints_the_report(config, tmp_path, capsys):
     assert "engine zero stage 3, 2 devices; 2 x 20 tokens per forward; bf16" in out
     assert "largest micro-batch that fits: 2 rows (now 2)" in out
     with pytest.raises(SystemExit):
-        main(["plan", str(path), "--memory", "24GiB", "--options", "engine.stage=3"])
-    assert capsys.readouterr().err.count("warning: engine.stage is not used: engine.kind is auto") == 1
+        main(["plan", str(path), "--memory", "24GiB", "--json", "--options", "engine.stage=3"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["largest_micro_batch"] == 4  # nothing else on standard output
+    assert err.count("warning: engine.stage is not used: engine.kind is auto") == 1
 
 
 @pytest.mark.parametrize("arguments", [["--gpus", "0"], ["--memory", "lots"]])

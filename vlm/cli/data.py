@@ -12,6 +12,7 @@ import typer
 
 from vlm.cli import data_files
 from vlm.cli.configs import Config, Options
+from vlm.cli.options import AsJson
 from vlm.cli.train import Endpoint, Nnodes, Nproc, launched
 from vlm.config import RunConfig
 from vlm.config_checks import load_checked
@@ -32,13 +33,15 @@ def check(
     options: Options = None,
     limit: Annotated[int, typer.Option(help="Bad records to print; all go to the file.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Write all bad records here, as JSON lines.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Go through every record and decode every image. Exit code 3 when more are bad than the config allows."""
     checked = load_checked(config, options or (), _READ, ("tokenizer",))
     from vlm.data.report import check_records
 
     tokenizer, spec = _tokenizer_and_spec(checked)
-    check_records(checked.data, tokenizer, spec, limit=limit, out=out, reads=checked.objective.reads)
+    reads = checked.objective.reads
+    check_records(checked.data, tokenizer, spec, limit=limit, out=out, reads=reads, as_json=as_json)
 
 
 @app.command()
@@ -57,13 +60,13 @@ def preview(
 
 
 @app.command()
-def stats(config: Config, options: Options = None) -> None:
+def stats(config: Config, options: Options = None, as_json: AsJson = False) -> None:
     """Histograms of lengths and turns, and how full packed rows are."""
     checked = load_checked(config, options or (), _READ, ("tokenizer",))
     from vlm.data.report import print_stats
 
     tokenizer, _ = _tokenizer_and_spec(checked)
-    print_stats(checked.data, tokenizer, seed=checked.seed, reads=checked.objective.reads)
+    print_stats(checked.data, tokenizer, seed=checked.seed, reads=checked.objective.reads, as_json=as_json)
 
 
 @app.command()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
 from pathlib import Path
+from typing import Any
 
 import typer
 
+from vlm.cli.options import AsJson
 from vlm.errors import ConfigError
 from vlm.version import __version__
 
@@ -33,45 +36,70 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Print versions, devices, optional packages, cache sizes, free disk. Exit code 2 when a package is missing."""
-    print(f"vlm {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for name in CORE:
-        print(f"  {name:16} {_version(name) or 'MISSING'}")
-    for name, extra in EXTRAS.items():
-        print(f"  {name:16} {_version(name) or f'not installed; optional: pip install -e .[{extra}]'}")
-    _print_folders()
+    found = {
+        "vlm": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in CORE},
+        "optional": {name: {"version": _version(name), "extra": extra} for name, extra in EXTRAS.items()},
+        "cache": {str(folder): _size(folder) for folder in _cache_folders()},
+        "free_disk": shutil.disk_usage(".").free,
+    }
     missing = [name for name in CORE if _version(name) is None]
+    devices = None if missing else _devices()
+    if as_json:
+        print(json.dumps({**found, "devices": devices}, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(_lines(found, devices)))
     if missing:
         raise ConfigError(f"missing: {', '.join(missing)}. Install with: pip install -e .")
-    _print_devices()
 
 
-def _print_folders() -> None:
-    for folder in sorted(Path("cache").glob("*/")) if Path("cache").is_dir() else []:
-        print(f"{folder}: {_size(folder) / 2**20:,.0f} MiB")
-    print(f"free disk here: {shutil.disk_usage('.').free / 2**30:,.0f} GiB")
+def _lines(found: dict[str, Any], devices: dict[str, Any] | None) -> list[str]:
+    lines = [f"vlm {found['vlm']}, Python {found['python']}, {found['platform']}"]
+    lines += [f"  {name:16} {version or 'MISSING'}" for name, version in found["packages"].items()]
+    for name, package in found["optional"].items():
+        how = f"not installed; optional: pip install -e .[{package['extra']}]"
+        lines.append(f"  {name:16} {package['version'] or how}")
+    lines += [f"{folder}: {size / 2**20:,.0f} MiB" for folder, size in found["cache"].items()]
+    lines.append(f"free disk here: {found['free_disk'] / 2**30:,.0f} GiB")
+    if devices is None:
+        return lines
+    lines.append(f"torchvision kernels: {devices['torchvision_kernels']}")
+    for number, gpu in enumerate(devices["gpus"]):
+        lines.append(f"GPU {number}: {gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB")
+    if devices["gpus"]:
+        has_flash = devices["flash_attention"]
+        lines.append(f"FlashAttention: {'yes' if has_flash else 'not installed; sdpa is used instead'}")
+    else:
+        lines.append(f"no GPU that torch sees; {devices['cores']} cores, {devices['threads']} threads")
+    return [*lines, devices["precision"]]
 
 
-def _print_devices() -> None:
+def _cache_folders() -> list[Path]:
+    return sorted(Path("cache").glob("*/")) if Path("cache").is_dir() else []
+
+
+def _devices() -> dict[str, Any]:
     from vlm.compat import prepare
 
     prepare()
     import torch
 
-    print(f"torchvision kernels: {_torchvision_state()}")
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    for number in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(number)
-        print(f"GPU {number}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    if torch.cuda.is_available():
-        print(f"FlashAttention: {'yes' if has_flash else 'not installed; sdpa is used instead'}")
-    else:
-        print(f"no GPU that torch sees; {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     from vlm.precision import describe, resolve
 
+    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(describe("auto", resolve("auto", device), device))
+    return {
+        "torchvision_kernels": _torchvision_state(),
+        "gpus": [{"name": gpu.name, "memory": gpu.total_memory} for gpu in gpus],
+        "flash_attention": importlib.util.find_spec("flash_attn") is not None,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "precision": describe("auto", resolve("auto", device), device),
+    }
 
 
 def _torchvision_state() -> str:

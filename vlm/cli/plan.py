@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
 from vlm.cli.configs import Config, Options
+from vlm.cli.options import AsJson
 from vlm.config import load_config, unused_settings
 from vlm.config_checks import load_checked
 from vlm.errors import ConfigError
@@ -25,6 +27,7 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help="One that is not here, by its data sheet: H100, say.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's speed again.")] = False,
     options: Options = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print what each device would hold at the peak, whether that fits, what else would, and how long the run takes.
 
@@ -44,7 +47,7 @@ def plan(
     from vlm.plan.measure import measured_machine
     from vlm.plan.memory import device_memory, parse_memory
     from vlm.plan.records import read_some
-    from vlm.plan.report import full_report
+    from vlm.plan.report import full_report, report_as_json
     from vlm.precision import autocast_dtype, fast_precision
     from vlm.train.engines.device import choose_device
 
@@ -65,5 +68,8 @@ def plan(
         size, name = device_memory(checked.engine.device, count)
     # by its own names: tokenizers are not among the kept shapes
     records = "" if machine is None else read_some(load_config(config, options or ()))
+    if as_json:
+        print(json.dumps(report_as_json(checked, count, size, name, machine, records), indent=2, ensure_ascii=False))
+        return
     lines = [line] if (line := kept_line(checked)) else []
     print("\n".join(lines + full_report(checked, count, size, name, machine, records)))

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -19,7 +20,7 @@ from vlm.data.config import DataConfig
 from vlm.data.images import from_pixels, load_image, to_tiles
 from vlm.data.notes import UnreadLog
 from vlm.data.preferences import Reads
-from vlm.data.scan import ExampleReader, in_chunks, scan_records
+from vlm.data.scan import ExampleReader, Scan, in_chunks, scan_records
 from vlm.data.skips import counts_by_rule, refuse_lost_source, refuse_too_many
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError, RecordError
@@ -38,6 +39,7 @@ def check_records(
     limit: int = 20,
     out: Path | None = None,
     reads: Reads = "conversation",
+    as_json: bool = False,
 ) -> Counter[str]:
     """Tokenize every record and decode every image; print the bad ones and the counts by rule.
 
@@ -45,6 +47,7 @@ def check_records(
         limit: bad records to print.
         out: file for all of them, JSON lines.
         reads: what the records must be, as the objective says.
+        as_json: print one JSON object, as docs/runs.md has it.
 
     Returns:
         counts by rule.
@@ -53,40 +56,56 @@ def check_records(
         DataError: more are bad than `max_skipped_share` allows, or all of one source.
     """
     reader = build_reader(config, (*config.sources, *config.eval_sources), tokenizer, reads)
-    console = _console()
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-    skips: list[Skip] = []
-    num_images, num_cut, num_pieces = 0, 0, 0
-    unread, is_usable = UnreadLog(), np.zeros(len(reader), dtype=bool)
+    checked = _Checked(np.zeros(len(reader), dtype=bool))
     work = partial(_decode_all, max_pixels=config.max_pixels, spec=spec)
-    everyone = np.arange(len(reader))
-    for start, part in in_chunks(reader, everyone, work, config.workers, "data: checked", CHUNK):
-        skips += part.skips
-        num_images += part.num_images
-        num_cut, num_pieces = num_cut + part.num_cut, num_pieces + part.num_pieces
-        unread.merge(part.unread)
-        is_usable[start : start + len(part.is_usable)] = part.is_usable
+    for start, part in in_chunks(reader, np.arange(len(reader)), work, config.workers, "data: checked", CHUNK):
+        checked.add(start, part)
+    skips = checked.skips
+    if out is not None:
+        out.write_text("".join(json.dumps(s._asdict(), ensure_ascii=False) + "\n" for s in skips), encoding="utf-8")
+    if as_json:
+        print(json.dumps(_check_as_json(reader, checked, limit), indent=2, ensure_ascii=False))
+    else:
+        _print_check(reader, checked, limit, out)
+    refuse_too_many(skips, len(reader), config.max_skipped_share, out)
+    refuse_lost_source(skips, reader.count_by_source(checked.is_usable))
+    return Counter(skip.rule for skip in skips)
+
+
+def _print_check(reader: ExampleReader, checked: _Checked, limit: int, out: Path | None) -> None:
+    console, skips = _console(), checked.skips
     for skip in skips[:limit]:
         console.print(f"{skip.where}: [{skip.rule}] {skip.message}", soft_wrap=True)
     if len(skips) > limit:
         console.print(f"... and {len(skips) - limit} more{f', all in {out}' if out else ''}", soft_wrap=True)
-    if out is not None:
-        out.write_text("".join(json.dumps(s._asdict(), ensure_ascii=False) + "\n" for s in skips), encoding="utf-8")
-    by_rule = Counter(skip.rule for skip in skips)
-    num_usable = reader.count_by_source(is_usable)
+    num_usable = reader.count_by_source(checked.is_usable)
     if len(num_usable) > 1:
         for name, count in reader.count_by_source(np.ones(len(reader), dtype=bool)).items():
             console.print(f"{name}: {num_usable[name]:,} of {count:,} records can be used", soft_wrap=True)
-    for line in unread.warnings(num_usable):
+    for line in checked.unread.warnings(num_usable):
         console.print(f"warning: {line}", soft_wrap=True)
-    counts = counts_by_rule(by_rule) or "none"
-    if num_cut:
-        console.print(f"{num_cut:,} texts of more than {config.max_length} tokens are cut into {num_pieces:,} pieces")
-    console.print(f"{len(reader):,} records, {num_images:,} images, skipped: {counts}", soft_wrap=True)
-    refuse_too_many(skips, len(reader), config.max_skipped_share, out)
-    refuse_lost_source(skips, num_usable)
-    return by_rule
+    counts = counts_by_rule(Counter(skip.rule for skip in skips)) or "none"
+    if checked.num_cut:
+        cut = f"{checked.num_cut:,} texts of more than {reader.max_length} tokens"
+        console.print(f"{cut} are cut into {checked.num_pieces:,} pieces")
+    console.print(f"{len(reader):,} records, {checked.num_images:,} images, skipped: {counts}", soft_wrap=True)
+
+
+def _check_as_json(reader: ExampleReader, checked: _Checked, limit: int) -> dict[str, Any]:
+    num_usable = reader.count_by_source(checked.is_usable)
+    num_records = reader.count_by_source(np.ones(len(reader), dtype=bool))
+    return {
+        "records": len(reader),
+        "images": checked.num_images,
+        "skipped": dict(Counter(skip.rule for skip in checked.skips)),
+        "sources": [{"name": name, "records": num, "usable": num_usable[name]} for name, num in num_records.items()],
+        "cut_texts": checked.num_cut,
+        "pieces": checked.num_pieces,
+        "warnings": checked.unread.warnings(num_usable),
+        "bad": [skip._asdict() for skip in checked.skips[:limit]],
+    }
 
 
 @dataclass
@@ -99,6 +118,14 @@ class _Checked:
     num_cut: int = 0  # texts longer than a row
     num_pieces: int = 0  # that they are cut into
     unread: UnreadLog = field(default_factory=UnreadLog)
+
+    def add(self, start: int, part: _Checked) -> None:
+        """What was found in the records from `start` on."""
+        self.is_usable[start : start + len(part.is_usable)] = part.is_usable
+        self.skips += part.skips
+        self.num_images += part.num_images
+        self.num_cut, self.num_pieces = self.num_cut + part.num_cut, self.num_pieces + part.num_pieces
+        self.unread.merge(part.unread)
 
 
 def _decode_all(reader: ExampleReader, numbers: np.ndarray, *, max_pixels: int, spec: ImageSpec | None) -> _Checked:
@@ -195,35 +222,62 @@ def coloured(example: Example, tokenizer: ConversationTokenizer) -> Text:
 
 
 def print_stats(
-    config: DataConfig, tokenizer: ConversationTokenizer, *, seed: int = 0, reads: Reads = "conversation"
+    config: DataConfig,
+    tokenizer: ConversationTokenizer,
+    *,
+    seed: int = 0,
+    reads: Reads = "conversation",
+    as_json: bool = False,
 ) -> None:
     """Histograms of tokens, supervised tokens and turns per record, and how full packed rows are."""
     reader = build_reader(config, config.sources, tokenizer, reads)
     scan = scan_records(reader, Path(config.cache), config.workers)
     console = _console()
-    for line in scan.warnings():
+    for line in [] if as_json else scan.warnings():
         console.print(f"warning: {line}", soft_wrap=True)
     refuse_too_many(scan.skips, len(scan), 1.0)
     refuse_lost_source(scan.skips, reader.count_by_source(scan.lengths > 0))
     usable = scan.lengths > 0
-    num_usable, of_record = int(usable[: len(scan)].sum()), "piece" if scan.describe_cut() else "record"
-    console.print(f"{len(scan):,} records, {num_usable:,} usable, {int(scan.num_images.sum()):,} images")
-    if line := scan.describe_cut():
-        console.print(line)
-    _histogram(console, f"tokens per {of_record}", scan.lengths[usable])
-    _histogram(console, f"supervised tokens per {of_record}", scan.num_supervised[usable])
     sample = np.flatnonzero(usable)[:: max(1, int(usable.sum()) // 1000)]
     turns = [sum(turn.role == "assistant" for turn in _conversation(scan.reader, int(number))) for number in sample]
-    _histogram(console, f"replies per record ({len(sample)} records)", np.array(turns))
+    found: dict[str, Any] = {
+        "records": len(scan),
+        "usable": int(usable[: len(scan)].sum()),
+        "images": int(scan.num_images.sum()),
+        "tokens": _distribution(scan.lengths[usable]),
+        "supervised_tokens": _distribution(scan.num_supervised[usable]),
+        "replies": _distribution(np.array(turns)),
+        "rows": _row_figures(config, scan, seed),
+    }
+    if as_json:
+        cut = {"cut": scan.describe_cut() or None, "warnings": scan.warnings()}
+        print(json.dumps({**found, **cut}, indent=2, ensure_ascii=False))
+        return
+    console.print(f"{found['records']:,} records, {found['usable']:,} usable, {found['images']:,} images")
+    if line := scan.describe_cut():
+        console.print(line)
+    of_record = "piece" if scan.describe_cut() else "record"
+    _histogram(console, f"tokens per {of_record}", found["tokens"])
+    _histogram(console, f"supervised tokens per {of_record}", found["supervised_tokens"])
+    _histogram(console, f"replies per record ({len(sample)} records)", found["replies"])
+    rows = found["rows"]
+    console.print(
+        f"rows of {rows['tokens']} tokens: {rows['an_epoch']:,} an epoch, {rows['full']:.1%} full, "
+        f"{rows['records_a_row']:.1f} records and {rows['images_a_row']:.1f} images a row"
+    )
+
+
+def _row_figures(config: DataConfig, scan: Scan, seed: int) -> dict[str, float]:
+    """How the records of the first epoch, without those held out, lie in rows."""
     members, _ = split_held_out(scan, config.held_out, seed)
     rows = build_order(config, scan, members, seed).rows(0)
-    tokens = int(scan.lengths[rows.numbers].sum())
-    images = int(scan.num_images[rows.numbers].sum())
-    console.print(
-        f"rows of {config.max_length} tokens: {len(rows):,} an epoch, "
-        f"{tokens / len(rows) / config.max_length:.1%} full, "
-        f"{len(rows.numbers) / len(rows):.1f} records and {images / len(rows):.1f} images a row"
-    )
+    return {
+        "tokens": config.max_length,
+        "an_epoch": len(rows),
+        "full": int(scan.lengths[rows.numbers].sum()) / len(rows) / config.max_length,
+        "records_a_row": len(rows.numbers) / len(rows),
+        "images_a_row": int(scan.num_images[rows.numbers].sum()) / len(rows),
+    }
 
 
 def contact_sheet(images: list[tuple[Image.Image, str]], columns: int = 6) -> Image.Image:
@@ -281,9 +335,26 @@ def _kind(ids: list[int], labels: list[int], place: int, image_token_id: int | N
     return "reply" if labels[place] != IGNORE_INDEX else "read"
 
 
-def _histogram(console: Console, title: str, values: np.ndarray) -> None:
+def _distribution(values: np.ndarray) -> dict[str, Any]:
+    """Of whole numbers [n]; the edges of the histogram are one more than its counts.
+
+    >>> _distribution(np.array([3, 3, 5]))["counts"]
+    [2, 1]
+    """
     counts, edges = np.histogram(values, bins=min(10, max(1, len(np.unique(values)))))
-    console.print(f"\n{title}: mean {values.mean():.1f}, median {np.median(values):.0f}, longest {values.max()}")
+    return {
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "longest": int(values.max()),
+        "counts": counts.tolist(),
+        "edges": edges.tolist(),
+    }
+
+
+def _histogram(console: Console, title: str, values: dict[str, Any]) -> None:
+    counts, edges = values["counts"], values["edges"]
+    line = f"mean {values['mean']:.1f}, median {values['median']:.0f}, longest {values['longest']}"
+    console.print(f"\n{title}: {line}")
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        bar = "█" * round(_BAR_WIDTH * count / max(counts.max(), 1))
+        bar = "█" * round(_BAR_WIDTH * count / max(*counts, 1))
         console.print(f"  {low:7.0f} to {high:7.0f}  {count:8,}  {bar}")

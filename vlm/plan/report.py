@@ -1,6 +1,9 @@
-"""A plan as lines of text."""
+"""A plan as lines of text, and as JSON."""
 
 from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from vlm.config import RunConfig
 from vlm.plan.alternatives import Alternative, alternatives, largest_micro_batch
@@ -8,11 +11,12 @@ from vlm.plan.estimate import GIB, Plan, estimate
 from vlm.plan.machine import Machine
 from vlm.plan.memory import usable
 from vlm.plan.numerics import read_numerics
-from vlm.plan.shapes import ModelShape, read_shapes
+from vlm.plan.shapes import read_shapes
 from vlm.plan.step_time import WAITING_FOR_RANKS, Records, RunTime, run_time
 from vlm.train.engines.kinds import kind_of_launch
 
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
+_LAYERS = ("first_layer", "last_layer")
 
 
 def describe_plan(config: RunConfig, gpus: int, memory_bytes: int) -> list[str]:
@@ -46,9 +50,8 @@ def full_report(
         machine: how fast a device is; None tells no time.
         records: what rows of the data hold, or why that is not known.
     """
-    shape = read_shapes(config.model)
-    plan = estimate(config, gpus, shape=shape)
-    size = largest_micro_batch(config, gpus, memory_bytes, shape)
+    found = _find(config, gpus, memory_bytes, machine, records)
+    plan, size, time = found.plan, found.largest_micro_batch, found.time
     lines = [*plan_table(plan, config), verdict(plan, memory_bytes), f"  each device: {memory_name}"]
     now = config.train.micro_batch_size
     if size is None:
@@ -57,28 +60,24 @@ def full_report(
         lines.append(f"  largest micro-batch that fits: {size} row{'s' if size > 1 else ''} (now {now})")
     if kind_of_launch(config.engine, gpus).has_stages:
         lines.append(f"  cut: engine.cuts {list(plan.cuts)}, {_whose(config)}")
-    known = None if isinstance(records, str) else records
     if config.objective.writes_replies:  # how long they get is not known
-        machine = None
-        lines += _rollout_lines(config, shape)
-    elif machine is None:
+        lines += _rollout_lines(config)
+    elif machine is None or time is None:
         lines.append("time: name the GPU to be told, as in --gpu H100")
     else:
-        time = run_time(config, plan, machine, known)
         lines += time_lines(time, machine)
         if config.objective.needs_reference:
-            lines.append(_reference_line(config, time, known))
+            lines.append(_reference_line(found.reference_hours))
         if isinstance(records, str):
             lines.append(f"  taken for full rows of one record, all of its text supervised: {records}")
-    if plan.peak > usable(memory_bytes):
-        found = alternatives(config, gpus, memory_bytes, shape)
-        times = None if machine is None else [run_time(each.config, each.plan, machine, known) for each in found]
-        lines += alternatives_table(found, times)
+    if found.alternatives is not None:
+        lines += alternatives_table(found.alternatives, found.times)
     return lines
 
 
-def _rollout_lines(config: RunConfig, shape: ModelShape) -> list[str]:
-    llm, width = shape.llm, read_numerics(config, False, shape.llm.takes_varlen).compute
+def _rollout_lines(config: RunConfig) -> list[str]:
+    llm = read_shapes(config.model).llm
+    width = read_numerics(config, False, llm.takes_varlen).compute
     tokens = config.objective.written("replies_at_once") * config.data.max_length
     cached = 2 * len(llm.blocks) * llm.num_kv_heads * llm.head_dim * width * tokens
     return [
@@ -88,15 +87,110 @@ def _rollout_lines(config: RunConfig, shape: ModelShape) -> list[str]:
     ]
 
 
-def _reference_line(config: RunConfig, time: RunTime, records: Records | None) -> str:
-    """A forward pass takes a third of forward and backward, a quarter where activations are computed again."""
+def report_as_json(
+    config: RunConfig, gpus: int, memory_bytes: int, memory_name: str, machine: Machine | None = None,
+    records: Records | str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """What `vlm plan --json` prints: docs/runs.md has the keys. Arguments as `full_report`."""
+    found = _find(config, gpus, memory_bytes, machine, records)
+    plan = found.plan
+    devices = [
+        {**{key: value for key, value in asdict(device).items() if key not in _LAYERS}, "total": device.total}
+        | ({key: getattr(device, key) for key in _LAYERS} if plan.cuts else {})
+        for device in plan.devices
+    ]
+    return {
+        "parameters": plan.num_parameters,
+        "trained": plan.num_trained,
+        "engine": plan.kind,
+        "num_devices": plan.world_size,
+        "micro_batch_size": plan.micro_batch_size,
+        "precision": config.train.precision,
+        "devices": devices,
+        "cuts": list(plan.cuts),
+        "peak": plan.peak,
+        "memory": memory_bytes,
+        "memory_of": memory_name,
+        "usable_memory": max(0, usable(memory_bytes)),
+        "fits": plan.peak <= usable(memory_bytes),
+        "largest_micro_batch": found.largest_micro_batch,
+        "time": None if machine is None or found.time is None else _time_as_json(found, machine, records),
+        "alternatives": None if found.alternatives is None else _alternatives_as_json(found.alternatives, found.times),
+    }
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What `vlm plan` knows of a run. Without a machine there is no time; where the run fits, no alternatives."""
+
+    plan: Plan
+    largest_micro_batch: int | None
+    time: RunTime | None
+    reference_hours: float | None  # before the first step; None without a reference, or where the data is not known
+    alternatives: list[Alternative] | None
+    times: list[RunTime] | None
+
+
+def _find(config: RunConfig, gpus: int, memory_bytes: int, machine: Machine | None, records: Records | str) -> _Found:
+    shape = read_shapes(config.model)
+    plan = estimate(config, gpus, shape=shape)
+    known = None if isinstance(records, str) else records
+    machine = None if config.objective.writes_replies else machine
+    time = None if machine is None else run_time(config, plan, machine, known)
+    found, times = None, None
+    if plan.peak > usable(memory_bytes):
+        found = alternatives(config, gpus, memory_bytes, shape)
+        times = None if machine is None else [run_time(each.config, each.plan, machine, known) for each in found]
+    hours = None
+    if config.objective.needs_reference and time is not None and known is not None:
+        hours = _reference_hours(config, time, known)
+    return _Found(plan, largest_micro_batch(config, gpus, memory_bytes, shape), time, hours, found, times)
+
+
+def _time_as_json(found: _Found, machine: Machine, records: Records | str) -> dict[str, Any]:
+    time = found.time
+    assert time is not None
+    return {
+        "step_seconds": time.step,
+        "parts": time.parts,
+        "samples_per_second": None if time.samples is None else time.samples / time.step,
+        "steps": time.num_steps,
+        "hours": time.hours,
+        "reference_hours": found.reference_hours,
+        "machine": machine.name,
+        "assumptions": [
+            *([machine.assumption] if machine.assumption else []),
+            *([f"full rows of one record: {records}"] if isinstance(records, str) else []),
+        ],
+    }
+
+
+def _alternatives_as_json(found: list[Alternative], times: list[RunTime] | None) -> list[dict[str, Any]]:
+    told = [(None, None)] * len(found) if times is None else [(time.step, time.hours) for time in times]
+    return [
+        {
+            "name": each.change.name,
+            "changes": each.change.values,
+            "peak": each.plan.peak,
+            "num_devices": each.plan.world_size,
+            "step_seconds": step,
+            "hours": hours,
+        }
+        for each, (step, hours) in zip(found, told, strict=True)
+    ]
+
+
+def _reference_line(hours: float | None) -> str:
     line = "  before the first step, once: the reference's log-probabilities of all replies"
-    if records is None:
-        return line
+    return line if hours is None else f"{line}, about {_hours(hours)}"
+
+
+def _reference_hours(config: RunConfig, time: RunTime, records: Records) -> float:
+    """A forward pass takes a third of forward and backward, a quarter where activations are computed again."""
     share = 4 if config.model.gradient_checkpointing else 3
     computing = time.step - time.parts.get("optimizer", 0.0)
     steps = records.num_rows / (1 - config.data.held_out) / config.train.global_batch_size
-    return f"{line}, about {_hours(computing * steps / share / 3600)}"
+    return computing * steps / share / 3600
 
 
 def time_lines(time: RunTime, machine: Machine) -> list[str]:
