@@ -16,7 +16,7 @@ from vlm.cli.main import app
 from vlm.cli.process import repeat_options, with_hyphens
 from vlm.cli.root_scripts import train_parser, train_pipeline_parser
 from vlm.cli.train import deepspeed_options
-from vlm.config import json_schema
+from vlm.config import json_schema, shipped_projects
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
@@ -120,9 +120,13 @@ def test_what_stands_beside_another_trainers_commands_is_ours(monkeypatch: pytes
     spans = [span for cell in ours for span in re.findall(r"`([^`]+)`", cell)]
     commands = [span for span in spans if re.match(r"(NPROC_PER_NODE=8 )?vlm |python \w+\.py|torchrun ", span)]
     assert len(commands) > 40
+    shipped = {name for path in shipped_projects() for name in (path, path.partition("/")[0])}
     for command in commands:
         overrides = check([word.replace("STEP", "600") for word in command.split()])
         assert all(is_key(override.partition("=")[0]) for override in overrides), command
+        named = re.search(r"vlm (?:train|plan|cp) ([a-z0-9_]+(?:/[a-z0-9_]+)?)(?: |$)", command)  # a shipped project
+        assert named is None or named[1] in shipped, command
+    assert any("minigpt4qwen/finetune_qwen1_14b" in command for command in commands)
     keys = [span.partition(":")[0] for span in spans if re.match(r"(model|data|train|engine)\.", span)]
     assert len(keys) > 60
     assert [key for key in keys if not is_key(key)] == []

@@ -221,6 +221,22 @@ def test_several_layers_of_an_encoder_stay_several(root: Path, tmp_path: Path, c
 
 
 @pytest.mark.slow
+def test_a_tiny_llava_of_several_layers_is_read_as_transformers_llava_of_the_same(root: Path, tmp_path: Path, capsys):
+    whole = write_llava(tmp_path / "llava", root / "llm", root / "clip", vision_feature_layer=[-2, -3])
+    _tiny_llava(root, tmp_path / "theirs", whole)
+    settings = json.loads((tmp_path / "theirs/config.json").read_text())
+    put(tmp_path / "theirs", settings | {"vision_feature_layer": [-2, -3]})
+    loaded = load(import_folder(tmp_path / "theirs", tmp_path / "ours"), "cpu", "fp32")
+    assert "layer: [-1, -2]" in capsys.readouterr().err
+    expected = expected_logits(whole)
+    assert (logits(loaded.model) - expected).abs().max() < 1e-5 * expected.abs().max()
+    for value in ([], [-2, 1], 23, "all"):
+        put(tmp_path / "theirs", settings | {"vision_feature_layer": value})
+        with pytest.raises(CheckpointError, match=r"config.json: vision_feature_layer is .*counted from the encoder's"):
+            import_folder(tmp_path / "theirs", tmp_path / "other")
+
+
+@pytest.mark.slow
 def test_a_prismatic_checkpoint_has_the_logits_of_its_parts(root: Path, tmp_path: Path):
     prepare()
     import timm

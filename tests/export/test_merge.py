@@ -178,9 +178,10 @@ def test_gpt2_whose_weights_lie_the_other_way_round(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_tied_head_that_was_not_trained_with_its_embedding_gets_a_weight_of_its_own(tmp_path: Path, capsys):
+@pytest.mark.parametrize("kind", [{"target_modules": ["embed_tokens", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_tied_head_that_was_not_trained_with_its_embedding_gets_a_weight_of_its_own(kind, tmp_path: Path, capsys):
     base = write_llm(tmp_path / "llm", tied=True)
-    trained = write_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens", "q_proj"])
+    trained = write_adapter(tmp_path / "adapter", base, **kind)
     merge_folder(base, [read_peft(tmp_path / "adapter")], tmp_path / "out")
     with torch.no_grad():
         expected = trained(IDS).logits
@@ -190,10 +191,12 @@ def test_a_tied_head_that_was_not_trained_with_its_embedding_gets_a_weight_of_it
 
 
 @pytest.mark.slow
-def test_new_tokens_that_an_adapter_brings_grow_the_vocabulary(llm: Path, tmp_path: Path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_that_an_adapter_brings_grow_the_vocabulary(tied: bool, tmp_path: Path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    llm = write_llm(tmp_path / "llm", tied=tied)
     tokenizer = AutoTokenizer.from_pretrained(llm)
     tokenizer.add_tokens(["<new>"])
     plain = AutoModelForCausalLM.from_pretrained(llm)

@@ -128,6 +128,57 @@ def test_another_programs_llava_is_asked_about_an_image(llm: Path, tmp_path: Pat
     assert "a LLaVA in transformers' layout, template chatml" in capsys.readouterr().err
 
 
+def longer_tokenizer(base: Path, folder: Path, grows: bool = False) -> Path:
+    """An adapter with a tokenizer of its own, whose end token is new; `grows`: and the embedding that it needs."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.chat_template = TEMPLATES["vicuna"].jinja("<s>", "</s>", False)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if grows:
+        model.resize_token_embeddings(len(tokenizer))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(folder, save_embedding_layers=grows)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_that_brings_a_tokenizer_and_tokens_answers_as_what_it_is_merged_to(tied: bool, tmp_path: Path):
+    base = write_llm(tmp_path / "llm", tied=tied)
+    adapter = longer_tokenizer(base, tmp_path / "adapter", grows=True)
+    adapted = load(base, "cpu", "fp32", adapter=adapter)
+    merge_folder(base, [read_peft(adapter)], tmp_path / "merged")
+    merged = load(tmp_path / "merged", "cpu", "fp32")
+    said = (("user", "Who?"), ("assistant", "I."), ("user", "Why?"))
+    turns = [{"role": role, "content": text} for role, text in said]
+    conversation = to_conversation(turns, (), adapted.template)
+    prompts = [model.conversation_tokenizer.prompt(conversation) for model in (adapted, merged)]
+    assert prompts[0] == prompts[1]
+    assert adapted.template.name == "vicuna"
+    assert adapted.conversation_tokenizer.stop_ids == merged.conversation_tokenizer.stop_ids
+    assert len(adapted.tokenizer) - 2 in prompts[0]  # </s>; the last is <image>, which needs no row
+    logits = [model.model.llm(torch.tensor(prompts[:1])).logits for model in (adapted, merged)]
+    assert logits[0].shape[-1] == len(adapted.tokenizer) - 1
+    assert logits[0].equal(logits[1])
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_tied_embedding_answers_as_what_it_is_merged_to(tmp_path: Path):
+    base = write_llm(tmp_path / "llm", tied=True)
+    write_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens"])
+    merge_folder(base, [read_peft(tmp_path / "adapter")], tmp_path / "merged")
+    models = (
+        load(base, "cpu", "fp32", adapter=tmp_path / "adapter", template="chatml"),
+        load(tmp_path / "merged", "cpu", "fp32", template="chatml"),
+    )
+    ids = torch.arange(3, 23)[None]
+    assert models[0].model.llm(ids).logits.equal(models[1].model.llm(ids).logits)
+
+
 def test_what_is_no_model_is_refused_with_what_to_do(llm: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"has no vlm\.json"):
         load(tmp_path)
@@ -138,9 +189,8 @@ def test_what_is_no_model_is_refused_with_what_to_do(llm: Path, tmp_path: Path):
         load(bare, "cpu")
     with pytest.raises(CheckpointError, match=r"does not fit the base model:\n  model\.layers"):
         load(write_llm(tmp_path / "narrow", width=16), "cpu", adapter=llm.parent / "adapter", template="chatml")
-    write_adapter(tmp_path / "tokens", bare, target_modules=["embed_tokens"])
-    with pytest.raises(CheckpointError, match=r"which the head shares\. Merge it first: vlm merge"):
-        load(bare, "cpu", adapter=tmp_path / "tokens", template="chatml")
+    with pytest.raises(ConfigError, match="its tokenizer gives larger ids: </s>"):
+        load(bare, "cpu", adapter=longer_tokenizer(bare, tmp_path / "tokens"), template="chatml")
     (bare / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "vision_config": {}}))
     with pytest.raises(CheckpointError, match="qwen2_vl, which has an encoder"):
         load(bare, "cpu")

@@ -59,6 +59,10 @@ def test_tiny_parts_are_made_once_and_tested_pictures_do_not_train(tmp_path):
     assert (len(trained), len(tested)) == (72, 24)
     assert not trained & tested
     assert all((data / "images" / name).is_file() for name in trained | tested)
+    for part in ("llm", "encoder"):  # `vlm plan tiny/pretrain` reads the kept ones where nothing was made
+        kept = json.loads((ROOT / f"projects/shapes/cache--tiny--{part}/config.json").read_text())
+        made = json.loads((tmp_path / f"tiny/{part}/config.json").read_text())
+        assert kept.items() <= made.items()
 
 
 def test_the_tiny_models_are_in_layouts_that_transformers_reads(tmp_path):

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vlm.artifacts.adapted_vocabulary import grown_rows, split_head
 from vlm.artifacts.fingerprint import differences
 from vlm.artifacts.layouts import open_parts
 from vlm.artifacts.manifest import NAME, Manifest, read_manifest
@@ -108,26 +109,27 @@ def fold_adapter(model: VisionLanguageModel, lora: LoRAConfig, tensors: Mapping[
 
 @torch.no_grad()
 def fold_peft(model: VisionLanguageModel, adapter: PeftAdapter) -> None:
-    """Add an adapter that any program trained to a loaded model, as `vlm merge` adds it to files.
+    """Add an adapter that any program trained to a loaded model, as `vlm merge` adds it to files: new tokens make the
+    embedding longer, and a head that was not trained with the embedding gets a weight of its own.
 
     Raises:
-        CheckpointError: it does not fit the model, or brings tokens or a tied weight, which only `vlm merge` can do.
+        CheckpointError: it does not fit the model.
     """
     own = dict(model.named_parameters())
     base = LazyTensors({name: tuple(tensor.shape) for name, tensor in own.items()}, own.__getitem__)
     transposed = [name for name, module in model.named_modules() if is_transposed(module)]
-    tensors = merged(base, [adapter], transposed, "cpu")
-    names = changed_names(base, [adapter])
-    tied = model.llm.get_input_embeddings().weight is getattr(model.llm.get_output_embeddings(), "weight", None)
-    others = [name for name in names if tensors.shapes[name] != base.shapes[name]]
-    others += [name for name in names if tied and own[name] is model.llm.get_input_embeddings().weight]
-    if others:
-        raise CheckpointError(
-            f"--adapter {adapter.folder} changes {others[0]}, whose rows grow or which the head shares. Merge it "
-            f"first: vlm merge BASE {adapter.folder} OUT"
-        )
-    for name in names:
+    adapters, heads = split_head(model.llm, base, [adapter])
+    tensors = merged(base, adapters, transposed, "cpu")
+    rows = grown_rows(model.llm, base, tensors)
+    for name in changed_names(base, adapters):
         own[name].data = tensors[name].to(own[name].dtype)
+    embedding, head = model.llm.get_input_embeddings(), model.llm.get_output_embeddings()
+    settings = model.llm.config.get_text_config(decoder=True)
+    for weight in heads.values():
+        head.weight = nn.Parameter(weight.to(embedding.weight.dtype), requires_grad=False)
+        settings.tie_word_embeddings = False
+    if rows is not None:
+        embedding.num_embeddings = head.out_features = settings.vocab_size = rows
 
 
 def is_of_export(folder: Path) -> bool:

@@ -23,7 +23,14 @@ from vlm.logs import warn
 from vlm.models.build import Assembled, assemble
 from vlm.models.config import ModelConfig
 from vlm.models.encoders.kinds import encoder_weights
-from vlm.models.llm import choose_attention, load_llm, load_tokenizer, pad_vocabulary, settle_attention
+from vlm.models.llm import (
+    choose_attention,
+    load_llm,
+    load_tokenizer,
+    pad_vocabulary,
+    refuse_beyond_embedding,
+    settle_attention,
+)
 from vlm.models.quantize import round_linears
 from vlm.models.trainable import cast_weights, load_weights, part_of, part_weights
 from vlm.models.vision import VisionEncoder, build_vision
@@ -45,11 +52,14 @@ def assemble_export(
     device: torch.device,
     adapter: Adapter | PeftAdapter | None = None,
     on_progress: OnProgress = lambda fraction: None,
+    *,
+    tokenizer: Path | None = None,
 ) -> Assembled:
     """Everything frozen, in evaluation mode, adapters merged; on the CPU still.
 
     Args:
         device: where it will compute, which decides about the attention kernel.
+        tokenizer: a folder whose tokenizer takes the place of the export's.
         on_progress: the language model counts for most.
 
     Raises:
@@ -57,11 +67,11 @@ def assemble_export(
     """
     has_own = False
     if manifest.layout == LLAVA:
-        built = _from_llava(folder, manifest, dtype, device)
+        built = _from_llava(folder, manifest, dtype, device, tokenizer or folder)
     else:
         replaces_own = isinstance(adapter, Adapter) and adapter.replaces_own
         has_own = "llm.lora" in manifest.included and not replaces_own
-        built = _from_parts(folder, manifest, dtype, device, has_own, on_progress)
+        built = _from_parts(folder, manifest, dtype, device, has_own, on_progress, tokenizer or folder)
     model = built.model
     if isinstance(adapter, PeftAdapter):
         fold_peft(model, adapter)
@@ -71,6 +81,8 @@ def assemble_export(
         if adapter.quantization is not None and not has_own:  # what it was trained beside
             round_linears(model.llm, adapter.quantization, torch.device("cpu"))
         fold_adapter(model, adapter.lora, adapter.tensors, f"--adapter {adapter.folder}")
+    if tokenizer is not None:
+        refuse_beyond_embedding(built.tokenizer, len(model.llm.get_input_embeddings().weight), str(tokenizer))
     cast_weights(model.llm, dtype)
     model.requires_grad_(False).eval()
     if model.vision is not None and manifest.model.vision is not None:
@@ -88,6 +100,7 @@ def _from_parts(
     device: torch.device,
     has_adapter: bool,
     on_progress: OnProgress,
+    tokenizer_at: Path,
 ) -> Assembled:
     config = inside(folder, manifest.model, manifest.included)
     _check_base_models(folder, manifest, config)
@@ -96,7 +109,7 @@ def _from_parts(
         _check_adapter(folder, config)
     lora = dict(tensors.only(name for name in tensors if part_of(name) == "llm.lora"))
     tensors = tensors.only(name for name in tensors if part_of(name) not in ("llm", "llm.lora"))  # llm: by load_llm
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(tokenizer_at))
     on_progress(0.1)
     llm = load_llm(config.llm, dtype, device=str(device), trust_remote_code=config.trust_remote_code)
     if config.llm.pad_vocab_to_multiple_of:
@@ -123,9 +136,11 @@ def _from_parts(
     return Assembled(model, tokenizer, spec, image_token_id)
 
 
-def _from_llava(folder: Path, manifest: Manifest, dtype: torch.dtype, device: torch.device) -> Assembled:
+def _from_llava(
+    folder: Path, manifest: Manifest, dtype: torch.dtype, device: torch.device, tokenizer_at: Path
+) -> Assembled:
     config = inside(folder, manifest.model, manifest.included)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(tokenizer_at))
     whole = read_llava(folder, dtype, choose_attention(config.llm.attention, str(device)))
     assert config.vision is not None
     vision = build_vision(config.vision, dtype, weights=False)

@@ -180,7 +180,7 @@ def _llava_official(folder: Path, settings: Mapping[str, Any]) -> Foreign:
     found = WeightAdapter("official LLaVA's layout", tuple(rules)).to_ours(theirs)
     found.refuse_unread(str(folder))
     kept = (
-        _kept_of_encoder(found, settings) if settings.get("unfreeze_mm_vision_tower") else set()
+        _kept_of_encoder(found, settings, folder) if settings.get("unfreeze_mm_vision_tower") else set()
     )  # else it was frozen
     tensors = found.only(name for name in found if name in kept or not name.startswith("vision."))
     what = ", LoRA" if adapter else ", projector" if separate else ""
@@ -189,17 +189,18 @@ def _llava_official(folder: Path, settings: Mapping[str, Any]) -> Foreign:
     base = (adapter.settings.get("base_model_name_or_path") if adapter else None) or settings.get("_name_or_path", "")
     return Foreign(
         f"official LLaVA{what}", tensors, _projector_config(kind, folder), llm=str(base),
-        vision=str(settings.get("mm_vision_tower") or ""), layer=int(settings.get("mm_vision_select_layer", -2)),
+        vision=str(settings.get("mm_vision_tower") or ""), layer=_layer(settings, "mm_vision_select_layer", folder),
         keep_class_token=settings.get("mm_vision_select_feature") == "cls_patch", resize=_ASPECTS.get(aspect, "squash"),
         text_config=None if separate else _text_of(settings), adapter=adapter, notes=notes,
         template="plain" if separate and not adapter else "vicuna",
     )  # fmt: skip
 
 
-def _kept_of_encoder(tensors: LazyTensors, settings: Mapping[str, Any]) -> set[str]:
+def _kept_of_encoder(tensors: LazyTensors, settings: Mapping[str, Any], folder: Path) -> set[str]:
     """Names of the tensors [...] of a trained encoder, without blocks after the one whose output is taken."""
     blocks = {name: int(found[1]) for name in tensors if (found := _BLOCK.match(name))}
-    last = max(blocks.values(), default=0) + 1 + int(settings.get("mm_vision_select_layer", -2))
+    layer = _layer(settings, "mm_vision_select_layer", folder)
+    last = max(blocks.values(), default=0) + 1 + (layer if isinstance(layer, int) else max(layer))
     return {name for name in tensors if name.startswith(_TOWER) and blocks.get(name, 0) <= last}
 
 
@@ -228,7 +229,7 @@ def _tiny_llava(folder: Path, settings: Mapping[str, Any]) -> Foreign:
     names = list(found)
     has_llm = any(name.startswith("llm.") for name in names)
     vision = settings.get("vision_config") if any(name.startswith(_TOWER) for name in names) else None
-    layer = int(settings.get("vision_feature_layer", -2))
+    layer = _layer(settings, "vision_feature_layer", folder)
     tensors = found.only(name for name in names if vision is not None or not name.startswith(_TOWER))
     return Foreign(
         "TinyLLaVA", tensors, _projector_config(kind, folder), llm=str(settings.get("llm_model_name_or_path") or ""),
@@ -302,6 +303,18 @@ FOREIGN: dict[str, tuple[Callable[[Path, Mapping[str, Any]], bool], Callable[[Pa
     "prismatic": (lambda _, settings: "vision_backbone_id" in (settings.get("model") or {}), _prismatic),
     "XTuner": (lambda folder, _: (folder / "projector").is_dir(), _xtuner),
 }
+
+
+def _layer(settings: Mapping[str, Any], key: str, folder: Path) -> int | tuple[int, ...]:
+    """One layer, or several whose features lie beside each other, as in LLaVA of transformers."""
+    value = settings.get(key, -2)
+    layers = value if isinstance(value, list) else [value]
+    if not layers or not all(isinstance(layer, int) and layer < 0 for layer in layers):
+        raise CheckpointError(
+            f"{folder}/config.json: {key} is {value!r}; read are a layer counted from the encoder's end, such as -2, "
+            "and a list of such layers. Of an encoder of n blocks, layer k from its start is k - n - 1: write it so"
+        )
+    return layers[0] if len(layers) == 1 else tuple(layers)
 
 
 def _projector_config(kind: str, folder: Path) -> ProjectorConfig:

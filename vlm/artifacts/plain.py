@@ -36,8 +36,13 @@ def read_model(folder: Path) -> Manifest:
         manifest = Manifest(text, "tokenizer", None, None, (LLM,), (), full=True)
     end = read_json(folder / "generation_config.json").get("eos_token_id")
     stop_ids = tuple(end) if isinstance(end, list) else () if end is None else (int(end),)
-    template = "tokenizer" if _has_template(folder) or manifest.layout != LLAVA else "vicuna"  # as LLaVA-1.5 learned it
-    return replace(manifest, stop_ids=stop_ids, template=template)
+    return with_template(replace(manifest, stop_ids=stop_ids), folder)
+
+
+def with_template(manifest: Manifest, tokenizer: Path) -> Manifest:
+    """Asked with the chat template of a tokenizer's folder."""
+    has_one = _has_template(tokenizer) or manifest.layout != LLAVA
+    return replace(manifest, template="tokenizer" if has_one else "vicuna")  # as LLaVA-1.5 learned it
 
 
 def is_plain(folder: Path) -> bool:

@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from vlm.artifacts.adapted_vocabulary import grown_rows, is_in_export, modules_of, split_head, tokenizer_place
 from vlm.artifacts.folder import replace_folder
 from vlm.artifacts.manifest import LLM, NAME, read_manifest
 from vlm.artifacts.peft_adapter import PeftAdapter, match_names, merged
@@ -23,7 +23,7 @@ from vlm.compat import follow_umask, prepare
 from vlm.errors import CheckpointError
 from vlm.faults import fault
 from vlm.inference.load import choose_device
-from vlm.logs import Progress, log, warn
+from vlm.logs import Progress, log
 from vlm.models.config import QuantizationConfig
 from vlm.models.decoders import is_transposed
 from vlm.models.native import is_native
@@ -77,7 +77,7 @@ def merge_folder(
     folder, final, device = Path(base), Path(out), choose_device(device)
     files, settings = _open_base(folder), read_json(folder / "config.json")
     model = _shape_of(folder, settings)
-    adapters, head = _split_head(model, files, adapters)
+    adapters, head = split_head(model, files, adapters)
     transposed = _transposed(model, files, adapters)
     tensors = merged(_as_packed(model, files, adapters, transposed), adapters, transposed, device)
     tensors = joined(tensors, head)
@@ -142,7 +142,7 @@ def _transposed(model: nn.Module | None, files: WeightFiles, adapters: Sequence[
         wanted = [name for name, module in model.named_modules() if is_transposed(module)]
     else:
         wanted = [name for each in adapters if each.settings.get("fan_in_fan_out") for name in each.layers]
-    return set(match_names(wanted, _modules(files)).values())
+    return set(match_names(wanted, modules_of(files)).values())
 
 
 def _as_packed(
@@ -161,7 +161,7 @@ def _as_packed(
         )
     log(f"{place} was trained beside {config.format} weights: the base model's linear layers take their values")
     cpu = torch.device("cpu")
-    modules = set(match_names(names_of_packed(model, config, cpu), _modules(files)).values())
+    modules = set(match_names(names_of_packed(model, config, cpu), modules_of(files)).values())
 
     def read(name: str) -> Tensor:
         module, _, leaf = name.rpartition(".")
@@ -173,55 +173,7 @@ def _as_packed(
 
 
 def _quantization(adapter: PeftAdapter) -> QuantizationConfig | None:
-    return read_manifest(adapter.folder.parent).model.llm.quantization if _is_of_export(adapter) else None
-
-
-def _split_head(
-    model: Any, files: WeightFiles, adapters: Sequence[PeftAdapter]
-) -> tuple[list[PeftAdapter], dict[str, Tensor]]:
-    """A head that shares the embedding's weight has no tensor in the files.
-
-    Returns:
-        the adapters without what they say of it; and name -> weight [V, D] of a head of its own, if it needs one.
-    """
-    tied = _tied_names(model, files)
-    if tied is None:
-        return list(adapters), {}
-    embedding, head = tied
-    is_adapted = any(match_names(adapter.layers, [embedding]) for adapter in adapters)
-    kept, found, before, embedded = [], None, files[f"{embedding}.weight"], None
-    parted = False  # while it trained, the head read other weights than the embedding gave
-    for adapter in adapters:
-        if match_names(adapter.layers, [head]):
-            raise CheckpointError(
-                f"{adapter.folder} adapts {head}, whose weight is the embedding's in this base model: the sum would "
-                "change both. Train it with another target, or a base model with a head of its own"
-            )
-        of_head = match_names(adapter.replaced, [f"{head}.weight"])
-        of_embedding = match_names(adapter.replaced, [f"{embedding}.weight"])
-        found = next((adapter.replaced[name] for name in of_head), found)
-        embedded = next((adapter.replaced[name] for name in of_embedding), embedded)
-        if not adapter.settings.get("ensure_weight_tying"):
-            before = embedded if is_adapted and embedded is not None else before
-            parted |= is_adapted or (embedded is not None and embedded.shape == before.shape)
-        rest = {name: tensor for name, tensor in adapter.replaced.items() if name not in of_head}
-        kept.append(replace(adapter, replaced=rest))
-    found = before if found is None and parted else found
-    if found is None or (embedded is not None and found.equal(embedded) and not is_adapted):
-        return kept, {}
-    warn(f"{head} had the embedding's weight and has one of its own now: only one of the two was trained")
-    return kept, {f"{head}.weight": found}
-
-
-def _tied_names(model: Any, files: WeightFiles) -> tuple[str, str] | None:
-    """Embedding, as the files name it, and head, as the class does, where the files hold one weight for both."""
-    head = None if model is None else model.get_output_embeddings()
-    if head is None or not model.config.get_text_config(decoder=True).tie_word_embeddings:
-        return None
-    names = {id(module): name for name, module in model.named_modules()}
-    first, last = names[id(model.get_input_embeddings())], names[id(head)]
-    embedding = match_names([first], _modules(files)).get(first)
-    return None if embedding is None or match_names([last], _modules(files)) else (embedding, last)
+    return read_manifest(adapter.folder.parent).model.llm.quantization if is_in_export(adapter) else None
 
 
 def _changes(model: Any, files: WeightFiles, tensors: LazyTensors, dtype: str, is_untied: bool) -> dict[str, Any]:
@@ -229,20 +181,9 @@ def _changes(model: Any, files: WeightFiles, tensors: LazyTensors, dtype: str, i
     changes: dict[str, Any] = {"tie_word_embeddings": False} if is_untied else {}
     if dtype != "auto":
         changes |= {"dtype": str(DTYPES[dtype]).removeprefix("torch.")}
-    grown = {name: shape for name, shape in tensors.shapes.items() if files.shapes.get(name, shape) != shape}
-    if grown:
-        rows = {shape[0] for shape in grown.values()}
-        names = {id(module): name for name, module in model.named_modules()} if model is not None else {}
-        ends = [] if model is None else [model.get_input_embeddings(), model.get_output_embeddings()]
-        known = match_names([names[id(end)] for end in ends if end is not None], _modules(files)).values()
-        others = [name for name in grown if name.removesuffix(".weight") not in known]
-        still = [name for name in known if tensors.shapes[f"{name}.weight"][0] not in rows]
-        if others or still or len(rows) > 1:
-            raise CheckpointError(
-                f"the adapter's tensors have other shapes than the base model's: {', '.join([*grown, *still][:5])}. "
-                "Only an embedding and a head that grew together are taken. Usually it is of another base model"
-            )
-        changes["vocab_size"] = rows.pop()
+    rows = grown_rows(model, files, tensors)
+    if rows is not None:
+        changes["vocab_size"] = rows
     return changes
 
 
@@ -270,7 +211,7 @@ def _copy_files(base: Path, adapters: Sequence[PeftAdapter], target: Path) -> No
     for file in sorted(base.iterdir()):
         if file.is_file() and file.suffix in _TRAVELS and not file.name.endswith(".index.json"):
             shutil.copyfile(file, target / file.name)
-    places = [place for adapter in adapters for place in _tokenizer_places(adapter)]
+    places = [place for adapter in adapters if (place := tokenizer_place(adapter, base)) is not None]
     if places:
         for name in TOKENIZER:
             (target / name).unlink(missing_ok=True)
@@ -280,22 +221,9 @@ def _copy_files(base: Path, adapters: Sequence[PeftAdapter], target: Path) -> No
         follow_umask(file)
 
 
-def _tokenizer_places(adapter: PeftAdapter) -> list[Path]:
-    places = [adapter.folder.parent, adapter.folder] if _is_of_export(adapter) else [adapter.folder]
-    return [
-        place
-        for place in places
-        if any((place / name).is_file() for name in ("tokenizer.json", VOCABULARY, "vocab.json"))
-    ]
-
-
 def _stop_ids(adapter: PeftAdapter) -> list[int]:
     """What ends a reply, by the export that the adapter is of."""
-    return list(read_manifest(adapter.folder.parent).stop_ids) if _is_of_export(adapter) else []
-
-
-def _is_of_export(adapter: PeftAdapter) -> bool:
-    return (adapter.folder.parent / NAME).is_file() and adapter.folder.name == "adapter"
+    return list(read_manifest(adapter.folder.parent).stop_ids) if is_in_export(adapter) else []
 
 
 def _format(written: str, asked: str) -> torch.dtype | None:
@@ -313,10 +241,6 @@ def _bits(written: str, dtype: torch.dtype | None) -> int:
         return 8 * dtype.itemsize
     found = re.search(r"\d+", written)
     return int(found[0]) if found else 8
-
-
-def _modules(files: WeightFiles) -> list[str]:
-    return [name.removesuffix(".weight") for name in files if name.endswith(".weight")]
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:

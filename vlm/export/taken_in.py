@@ -106,7 +106,7 @@ def _parts(
     elif found.vision_config is not None:
         _write_encoder(found, source, target / VISION_PART)
     if brings_vision:
-        vision, layer = str(target / VISION_PART), found.layer if isinstance(found.layer, tuple) else -1
+        vision, layer = str(target / VISION_PART), _from_the_kept_end(found.layer)
     config = ModelConfig(
         vision=VisionConfig(
             backend=found.backend, path=_named(vision, "--vision", source), layer=layer, resize=found.resize,
@@ -118,6 +118,15 @@ def _parts(
     )  # fmt: skip
     brought = {LLM: found.text_config is not None, VISION_PART: brings_vision}
     return config, tuple(part for part, is_brought in brought.items() if is_brought)
+
+
+def _from_the_kept_end(layer: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    """The layers of an encoder that ends with the last of them.
+
+    >>> _from_the_kept_end(-2), _from_the_kept_end((-2, -5))
+    (-1, (-1, -4))
+    """
+    return -1 if isinstance(layer, int) else tuple(each - max(layer) - 1 for each in layer)
 
 
 def _write_llm(found: Foreign, source: Path, target: Path, max_shard_size: str) -> None:

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from vlm.artifacts.adapted_vocabulary import tokenizer_place
 from vlm.artifacts.adapter import Adapter, is_of_export, read_adapter
 from vlm.artifacts.assemble import OnProgress, assemble_export
 from vlm.artifacts.base_models import with_bases_found, with_start_found
 from vlm.artifacts.manifest import Manifest
 from vlm.artifacts.peft_adapter import PeftAdapter, is_peft, read_peft
-from vlm.artifacts.plain import describe, is_plain, read_model
+from vlm.artifacts.plain import describe, is_plain, read_model, with_template
 from vlm.batch import ImageSpec
 from vlm.compat import prepare
 from vlm.data.build import build_template
@@ -229,9 +230,10 @@ def load(
             folders above the export.
         device: "cpu", "cuda", "cuda:1"; "auto" takes the GPU if there is one.
         precision: "auto" computes in bfloat16 where the hardware does so natively, else in float32.
-        adapter: a LoRA folder that peft wrote. Or another export, whose LoRA adapter is added to this one's before both
-            are merged; if it went on training this one's adapter (init_from), it replaces that. A plain model folder
-            is then asked with that export's template, system prompt and end tokens.
+        adapter: a LoRA folder that peft wrote, whose tokenizer is taken if it brings one. Or another export, whose LoRA
+            adapter is added to this one's before both are merged; if it went on training this one's adapter
+            (init_from), it replaces that. A plain model folder is then asked with that export's template, system
+            prompt and end tokens.
         template: chat template, by name, instead of the export's.
         image_order: where the images of a user turn are put, before its words ("first"), after them ("last"), or as
             they come ("keep"); None does as the training data did, which the export says.
@@ -292,9 +294,12 @@ def load_kind(
     other = None if adapter is None else _read_adapter(Path(adapter), folder, manifest)
     if isinstance(other, Adapter) and is_plain(folder):
         manifest = _asked_as_trained(manifest, other)
+    tokenizer = _brought_tokenizer(other, folder)
+    if tokenizer is not None and is_plain(folder):
+        manifest = with_template(manifest, tokenizer)
     name = known_template(template or manifest.template)
     found = with_bases_found(manifest, folder)
-    built = assemble_export(folder, found, dtype, target, other, on_progress)
+    built = assemble_export(folder, found, dtype, target, other, on_progress, tokenizer=tokenizer)
     if bits is not None:
         quantize_linears(built.model.llm, bits, dtype, torch.device("cpu") if device_map else target)
     if device_map is not None:
@@ -340,6 +345,12 @@ def _read_adapter(adapter: Path, folder: Path, manifest: Manifest) -> Adapter | 
     if is_peft(adapter) and not is_of_export(adapter):
         return read_peft(adapter)
     return with_start_found(read_adapter(adapter, folder, manifest), folder, manifest)
+
+
+def _brought_tokenizer(adapter: Adapter | PeftAdapter | None, folder: Path) -> Path | None:
+    """Where the tokenizer lies with which another program's adapter was trained, of models that `vlm merge` takes."""
+    is_one_model = (folder / "config.json").is_file()
+    return tokenizer_place(adapter, folder) if isinstance(adapter, PeftAdapter) and is_one_model else None
 
 
 def _asked_as_trained(manifest: Manifest, adapter: Adapter) -> Manifest:
