@@ -136,7 +136,7 @@ def train_case(config: Any, steps: int, out: Path, device: Any) -> None:
     def report(step: int, batches: Any, output: Any, counts: Any, seconds: Any) -> None:
         losses.append(output.loss)
         grad_norms.append(output.grad_norm)
-        metrics.append(dict(output.metrics))
+        metrics.append({**output.metrics, **output.told})
 
     TrainLoop(
         engine=parts.engine,

@@ -36,7 +36,8 @@ class StepCounts:
 
 class Roll(Protocol):
     def __call__(self, step: int, batches: list[Batch]) -> tuple[list[Batch], Mapping[str, float]]:
-        """What a step learns from, made of what the stream brings, and numbers for the log. Every rank calls it.
+        """What a step learns from, made of what the stream brings, and numbers whose means over steps the log has.
+        Every rank calls it.
 
         Args:
             step: from 0.
@@ -133,7 +134,7 @@ class TrainLoop:
             if not output.applied and not output.overflowed:
                 bad_steps += 1
                 self._refuse(step + 1, output, microbatches, bad_steps)
-            output = replace(output, metrics={**output.metrics, **said})
+            output = replace(output, told=said)
             self.report(step + 1, microbatches, output, counts, timer.read())
             for event in self.events:
                 event(step + 1)

@@ -34,6 +34,7 @@ class Window:
     started: float = field(default_factory=time.monotonic)
     loss: float = 0.0  # these two times the normalizer of their step
     metrics: dict[str, float] = field(default_factory=dict)
+    told: dict[str, float] = field(default_factory=dict)  # summed over steps
     normalizer: float = 0.0
     supervised: float = 0.0
     tokens: float = 0.0
@@ -54,6 +55,8 @@ class Window:
                 self.metrics[name] = self.metrics.get(name, 0.0) + value * counts.normalizer
             self.normalizer += counts.normalizer
             self.supervised += counts.supervised
+        for name, value in output.told.items():
+            self.told[name] = self.told.get(name, 0.0) + value
         self.slots += counts.slots
         self.tokens += counts.tokens
         self.images += counts.images
@@ -99,6 +102,7 @@ class Reporter:
         timed = [*PHASES, *([ROLLOUTS] if ROLLOUTS in window.phases else [])]
         line = {
             **{name: value / max(window.normalizer, 1) for name, value in window.metrics.items()},
+            **{name: value / window.steps for name, value in window.told.items()},
             "step": step,
             "epoch": round(self.epoch_at(step), 4),
             "loss": window.loss / window.normalizer if window.normalizer else None,

@@ -40,6 +40,7 @@ class StepOutput:
     loss_scale: float | None = None  # float16: the factor that this step's loss was multiplied by
     overflowed: bool = False  # float16: not applied because the factor was too large; the next one is smaller
     metrics: Mapping[str, float] = field(default_factory=dict)  # the objective's, divided as the loss
+    told: Mapping[str, float] = field(default_factory=dict)  # what was found before the step; see `Roll`
 
 
 class Engine(ABC):
