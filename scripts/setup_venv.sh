@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Create .venv if it is missing and install this package with the extras named: scripts/setup_venv.sh test,demo
-# Installs again only when setup.py changed or an extra is missing.
+# Installs again only when setup.py or the extras changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras="${1:-}"
@@ -31,7 +31,6 @@ if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then compile=--compile; fi
 
 sum="$(cksum <setup.py)"
 wanted="$sum [$extras]"
-if [ -z "$extras" ]; then wanted="$sum ["; fi # with whatever extras: the core is among them
 if ! grep -qsF "$wanted" .venv/.installed-*; then
     echo "installing vlm${extras:+[$extras]} into .venv (some minutes the first time)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check $compile -e ".${extras:+[$extras]}"

@@ -204,7 +204,6 @@ def test_weights_that_wrote_the_replies_have_a_ratio_of_1_and_a_batch_of_none_ha
 
 @pytest.mark.slow
 def test_loss_and_gradient_are_those_of_each_reply_alone(tiny: Path):
-    """Worst seen: loss 0, gradient 4e-7 of its norm."""
     config = ModelConfig(vision=None, llm={"path": str(tiny / "llm")}, trainable=("llm",), gradient_checkpointing=False)
     model = build_model(config, precision="fp32", device="cpu", seed=0).model.eval()
     objective = ClippedPolicy(**SETTINGS | {"kl": 0.0}, average="tokens")

@@ -107,7 +107,6 @@ def test_a_vision_language_model_learns_to_tell_what_it_is_shown(asked, tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ranks_write_and_learn_what_one_does(asked, tmp_path: Path):
-    """Worst seen: norm 2e-7, weights 5e-9."""
 
     def start(job: Path, processes: int) -> None:
         code, output = run_warm(work, job, nproc=processes, timeout=500)
