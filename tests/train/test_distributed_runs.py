@@ -123,6 +123,12 @@ def test_a_nan_on_one_rank_stops_all_before_the_update_and_names_the_records(pat
         assert [info.step for info in list_checkpoints(folder)] == [6]
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_trains_in_one_process_that_no_launcher_started(path, monkeypatch, stage):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    run(path, f"engine={{kind: zero, stage: {stage}}}", "train.max_steps=1", "train.prove=false", nproc=1)
+
+
 def test_a_bad_step_that_is_allowed_changes_no_weight_under_zero(path, tmp_path):
     options = ("engine.kind=zero", "train.max_bad_steps=1", "train.save_every=11")
     run(path, *options, fault="loss@12/1=nan")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from vlm.batch import Batch
-from vlm.launch import set_local_rank
 from vlm.models.pipeline import InputsLayer, OutputLayer, num_layers, run_layers
 from vlm.models.pipeline_build import Stage
 from vlm.objectives.base import Head, Objective
@@ -95,7 +94,6 @@ def pipeline_module(stage: Stage, run: StageRun, groups: list[dict[str, Any]], n
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
-    set_local_rank()
     own = {type(layer): layer for layer in stage.layers}
     first = [0, *stage.cuts][stage.number]
     total = num_layers(stage.built.model.llm)

@@ -141,6 +141,7 @@ def initialize_deepspeed(module: Any, optimizer: Any, settings: dict[str, Any], 
 def start_deepspeed(device: torch.device) -> Any:
     """The package, its communication over the process group that exists."""
     deepspeed = import_deepspeed(device)
+    set_local_rank()
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     deepspeed.comm.comm.cdb.new_group = new_group  # its own would wait for half an hour
@@ -161,7 +162,6 @@ class Partitioner:
 
     def __call__(self, module: torch.nn.Module) -> None:
         if self._convert is None:
-            set_local_rank()
             offload = self._settings["zero_optimization"].get("offload_param") or {}
             self._deepspeed.zero.Init(
                 module=module,
