@@ -21,4 +21,4 @@ lint:
 
 .PHONY: .venv-test
 .venv-test:
-	scripts/setup_browser.sh & scripts/setup_venv.sh test && wait $$!
+	scripts/setup_browser.sh & scripts/setup_venv.sh test; code=$$?; wait $$!; exit $$code

@@ -6,7 +6,7 @@ if command -v chromium >/dev/null || command -v chromium-browser >/dev/null; the
 fi
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "installing Chromium for the browser tests"
-    install=(env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium)
+    install=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends chromium)
     if "${install[@]}" >/dev/null 2>&1 || { apt-get update -qq && "${install[@]}"; } >/dev/null 2>&1; then
         exit 0
     fi

@@ -151,7 +151,8 @@ def test_all_problems_of_all_files_are_reported_at_once_where_they_were_written(
         ("model.lora={targets: 5}", "model.lora.targets: expected 'all-linear' or expected a list (found 5)"),
         (
             "train.learning_rates={projectr: 1.0}",
-            "train.learning_rates.projectr: known keys are 'projector', 'llm', 'llm.lora', 'vision' or 'vision.lora'; "
+            "train.learning_rates.projectr: known keys are 'projector', 'llm', 'llm.lora', 'vision', 'vision.lora' or "
+            "'value_head'; 
             "did you mean 'projector'?",
         ),
         (

@@ -15,11 +15,11 @@ PACKAGE = Path(__file__).parents[1] / "vlm"
 # A file imports its own package and those of a lower number. Equal numbers are neighbours that do not know each other.
 LAYERS = {
     "errors": 0, "batch": 0, "schema": 0, "layered_yaml": 0, "distributed": 0, "logs": 0, "compat": 0, "faults": 0,
-    "precision": 0, "launch": 0, "files": 0, "config": 0, "kept_config": 0, "config_keys": 0, "config_paths": 0,
+    "precision": 0, "launch": 0, "files": 0, "config": 0, "config_keys": 0, "config_paths": 0,
     "moved": 0, "version": 0, "curves": 0,
     "data": 1, "models": 1, "settle": 1,
     "generation": 2, "objectives": 2, "config_checks": 2,
-    "train": 3,
+    "train": 3, "kept_config": 3,
     "artifacts": 4, "plan": 4, "runs": 4,
     "inference": 5, "prepare": 5, "compare": 5,
     "export": 6, "evaluation": 6, "proof": 6,

@@ -15,6 +15,7 @@ from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 
 SERVER = "WARM_SERVER"  # the environment variable with its address
+KEY = "WARM_SERVER_KEY"
 
 
 def warm_ranks(folder: Path) -> dict[str, str]:
@@ -25,11 +26,17 @@ def warm_ranks(folder: Path) -> dict[str, str]:
     script = folder / "python"
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" "$@"\n')
     script.chmod(0o755)
-    return {"PYTHON_EXEC": str(script), SERVER: str(forkserver._forkserver._forkserver_address)}
+    return {"PYTHON_EXEC": str(script), SERVER: str(forkserver._forkserver._forkserver_address), KEY: _key().hex()}
+
+
+def _key() -> bytes:
+    """What the server asks of who connects, from Python 3.14 on."""
+    return getattr(forkserver._forkserver, "_forkserver_authkey", None) or b""
 
 
 def main() -> None:
     server = forkserver._forkserver
+    server._forkserver_authkey = bytes.fromhex(os.environ.pop(KEY))
     server.ensure_running = lambda: None  # it runs, as another process's child
     server._forkserver_address = os.environ.pop(SERVER)
     server._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)

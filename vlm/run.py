@@ -336,7 +336,9 @@ def _build_loop(
             parts.engine,
             parts.start,
             lambda line: run.append(ROLLOUTS, line),
-            lambda path: open_judge(path, data.conversation_tokenizer, parts.device),
+            lambda path: open_judge(
+                path, data.conversation_tokenizer, parts.device, config.data.max_length, config.data.max_pixels
+            ),
         ),
     )
     return loop, events

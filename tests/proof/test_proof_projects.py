@@ -123,14 +123,15 @@ def write_text(path: Path, part: str) -> str:
     return str(path)
 
 
-def write_pairs(path: Path, conversations: Path) -> str:
-    """The first question of every conversation, its reply preferred to another."""
-    pairs = []
+def write_first_questions(path: Path, conversations: Path, kind: str) -> str:
+    """The first question of every conversation, with its reply preferred to another or as the answer to verify."""
+    asked = []
     for line in conversations.read_text().splitlines():
         record = json.loads(line)
         question, reply = (turn["value"] for turn in record["conversations"][:2])
-        pairs.append({"image": record["image"], "prompt": question, "chosen": reply, "rejected": f"Not {reply}"})
-    path.write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+        known = {"answer": reply} if kind == "grpo" else {"chosen": reply, "rejected": f"Not {reply}"}
+        asked.append({"image": record["image"], "prompt": question} | known)
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in asked))
     return str(path)
 
 
@@ -171,8 +172,8 @@ def test_the_recipe_is_not_refused_at_toy_size(name, toys, proven, monkeypatch):
     source = {"path": str(toys / f"data/{part}.jsonl"), "images": str(toys / "data/images")}
     if is_text:
         source = {"path": write_text(toys / f"{part}-text.jsonl", part)}
-    elif values["objective"]["kind"] == "dpo":
-        source["path"] = write_pairs(toys / "pairs.jsonl", toys / "data/finetune.jsonl")
+    elif (kind := values["objective"]["kind"]) != "lm":
+        source["path"] = write_first_questions(toys / f"{kind}.jsonl", toys / "data/finetune.jsonl", kind)
     values["data"] |= {"sources": [source], "eval_sources": [], "held_out": 0, "workers": 0, "cache": f"{toys}/cache"}
     values["train"] |= {"precision": "fp32", "samples": [], "global_batch_size": 8, "micro_batch_size": 2}
     values["evaluation"] = {}

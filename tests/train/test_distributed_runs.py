@@ -49,6 +49,7 @@ def kill(path, *options, fault):
     with warm.started(warm.train, str(path), *overrides(options), nproc=2, VLM_FAULT=f"{fault}=kill") as ranks:
         ranks.wait(200)
         assert -signal.SIGKILL in ranks.codes, ranks.output[-3000:]
+        assert None not in ranks.codes, f"a rank still waits for the killed one\n{ranks.output[-3000:]}"
 
 
 def weights(folder):

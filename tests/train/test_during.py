@@ -161,7 +161,7 @@ def test_every_number_of_a_line_is_no_name_for_a_task():
     run = SimpleNamespace(path=None, append=lambda name, line: lines.append(line))
     settings = SimpleNamespace(log_every=1, learning_rate=1.0, trackers=(), tensorboard=False, trackers_online=False)
     reporter = Reporter(run, settings, lambda step: 1.0, lambda step: 0.5, start_step=0, max_steps=2)  # type: ignore[arg-type]
-    reporter.record(1, StepOutput(1.0, 1.0, True, loss_scale=2.0), StepCounts(1, 1, 1, 1, 1, 0, 1), {})
+    reporter.record(1, StepOutput(1.0, 1.0, True, loss_scale=2.0), StepCounts(1, 1, 1, 1, 1, 0, 1), {"rollouts": 0.1})
     assert {*lines[0], "failed_gates"} == LINE_NAMES
 
 

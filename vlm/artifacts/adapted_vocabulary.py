@@ -46,7 +46,7 @@ def tokenizer_place(adapter: PeftAdapter, base: Path) -> Path | None:
     ours, theirs = (
         load_tokenizer(str(each), image_token=False).get_vocab().get(IMAGE_TOKEN, -1) for each in (base, found)
     )
-    return found if ours == theirs else None
+    return found if ours == theirs != -1 else None
 
 
 def split_head(

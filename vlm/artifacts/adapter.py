@@ -119,6 +119,7 @@ def fold_peft(model: VisionLanguageModel, adapter: PeftAdapter) -> None:
     base = LazyTensors({name: tuple(tensor.shape) for name, tensor in own.items()}, own.__getitem__)
     transposed = [name for name, module in model.named_modules() if is_transposed(module)]
     adapters, heads = split_head(model.llm, base, [adapter])
+    heads = {name: weight.detach().clone() for name, weight in heads.items()}  # before the embedding changes
     tensors = merged(base, adapters, transposed, "cpu")
     rows = grown_rows(model.llm, base, tensors)
     for name in changed_names(base, adapters):

@@ -16,6 +16,7 @@ from vlm.data.images import DEFAULT_MAX_PIXELS
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import ConfigError, RecordError
 from vlm.inference.load import LoadedModel, Precision, load_kind
+from vlm.models.build import forked_random_state
 from vlm.objectives.base import Head
 from vlm.objectives.reward import PairwiseReward, reward_replies
 from vlm.objectives.rewards import Reward, Written
@@ -23,17 +24,28 @@ from vlm.objectives.rewards import Reward, Written
 MAX_TOKENS = {"cpu": 2048, "cuda": 32768}  # padded tokens of a forward
 
 
-def open_judge(path: str, tokens: ConversationTokenizer, device: torch.device) -> Reward:
+def open_judge(
+    path: str, tokens: ConversationTokenizer, device: torch.device, max_length: int, max_pixels: int
+) -> Reward:
     """The reward `{kind: model}`: a reward model asked about replies that another model wrote.
 
     Args:
         tokens: of the model that writes.
+        max_length: tokens of its longest prompt with a reply.
+        max_pixels: of its images.
 
     Raises:
         CheckpointError: as `load_reward_model`.
-        ConfigError: the reward model reads other tokens.
+        ConfigError: the reward model reads other tokens, or fewer.
     """
-    model = load_reward_model(path, str(device))
+    with forked_random_state():  # what is drawn for it and overwritten is nothing to the training
+        model = load_reward_model(path, str(device))
+    model.allow_pixels(max_pixels)
+    if model.loaded.max_tokens < max_length:
+        raise ConfigError(
+            f"objective.rewards: {path} reads at most {model.loaded.max_tokens:,} tokens, data.max_length is "
+            f"{max_length:,}. Lower that, or train the reward model with a longer one"
+        )
     ours, theirs = tokens.fingerprint(), model.loaded.conversation_tokenizer.fingerprint()
     if different := [name for name in ("vocabulary", "image", "special") if ours[name] != theirs[name]]:
         raise ConfigError(
@@ -71,6 +83,10 @@ class RewardModel:
         self.loaded = loaded
         self._collate = Collator(loaded.image_spec, 0, DEFAULT_MAX_PIXELS)
         self._objective = PairwiseReward(margin=0.0, center=0.0)
+
+    def allow_pixels(self, count: int) -> None:
+        """Of an image, before it is refused as a bomb."""
+        self._collate = Collator(self.loaded.image_spec, 0, count)
 
     def __call__(
         self,
@@ -142,7 +158,7 @@ class RewardModel:
 def _groups(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
     """Numbers of examples of similar length, at most `max_tokens` padded ones together.
 
-    >>> _groups([Example([1] * length, [IGNORE_INDEX] * length) for length in (2, 7, 3)], max_tokens=8)
+    >>> _groups([Example([1] * length, [-100] * length) for length in (2, 7, 3)], max_tokens=8)
     [[1], [2, 0]]
     """
     groups: list[list[int]] = []

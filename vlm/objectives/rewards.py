@@ -12,6 +12,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -165,7 +166,8 @@ class LengthReward(OneByOne):
 
 def _plain_address(address: str) -> str:
     parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    is_plain = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
+    if not is_plain or parts.port == 0 or any(map(str.isspace, address)):  # asking for the port checks it
         raise ValueError(f"{address!r} is not an address such as http://127.0.0.1:8080/judge")
     return address
 
@@ -197,7 +199,7 @@ class HTTPReward(RewardConfig):
             values = rewards["rewards"]
             if len(values) != len(replies) or not all(_is_finite(value) for value in values):
                 raise ValueError(f"expected {len(replies)} finite numbers under rewards")
-        except (OSError, ValueError, KeyError, TypeError) as error:  # what it sends is a stranger's
+        except _FAILURES as error:
             warn(f"objective.rewards: {self.address}: {type(error).__name__}: {str(error)[:200]}; replies are left out")
             return [None] * len(replies)
         return [float(value) for value in values]
@@ -207,6 +209,8 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+# what it sends is a stranger's: no HTTP, no JSON, JSON of another shape, numbers without end
+_FAILURES = (OSError, HTTPException, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 _MOST_BYTES = 16 << 20  # of an answer
 
 

@@ -16,6 +16,7 @@ from vlm.distributed import gather_objects, note, on_main, together
 from vlm.errors import ConfigError, DataError, RecordError
 from vlm.logs import log, warn
 from vlm.models.vlm import VisionLanguageModel
+from vlm.objectives.grpo import ClippedPolicy
 from vlm.train.best import BestSoFar
 from vlm.train.checkpoint import mark_best
 from vlm.train.config import TrainConfig
@@ -139,7 +140,8 @@ class RunEvents:
         loss, *metrics = (value / whole.normalizer for value in whole.values)
         named = dict(zip(self.state.engine.objective.metric_names, metrics, strict=True))
         line: dict[str, Any] = {"step": step, "held_out_loss": loss, f"held_out_{self.counted}": whole.normalizer}
-        line |= {f"held_out_{name}": value for name, value in named.items()}
+        if not isinstance(self.state.engine.objective, ClippedPolicy):  # its metrics are of rollouts
+            line |= {f"held_out_{name}": value for name, value in named.items()}
         if len(found) > 1:
             each = {name: sums.values[0] / sums.normalizer for name, sums in found.items() if sums.normalizer}
             line |= {f"held_out_loss/{name}": value for name, value in each.items()}

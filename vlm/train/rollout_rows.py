@@ -65,7 +65,7 @@ class RowMaker:
             batch,
             pixel_values=None if images is not None else _chosen(source.pixel_values, tiles),
             image_features=_chosen(images, tiles),
-            where=[group.prompt.where for group in groups],
+            where=[prompt.where for prompt in source.prompts],
             rollouts=Rollouts(
                 number,
                 sum(len(group.replies) for group in groups),

@@ -9,6 +9,7 @@ Letters: N tiles of images, P patches, C width of the encoder, T tokens per tile
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,13 +117,16 @@ class Rollouts:
         self.show = show
         self.rewards = rewards
         self._generator: BatchedGenerator | None = None
+        placeholder = engine.model.image_token_id
+        has_row = placeholder is not None and placeholder < engine.model.llm.get_output_embeddings().weight.shape[0]
+        self._never = {placeholder: -math.inf} if has_row else {}  # it would stand for an image that is not there
         self._errors: list[tuple[str, Exception]] = []  # of replies that could not be written, and their records
 
     def __call__(self, step: int, batches: list[Batch]) -> tuple[list[Batch], Mapping[str, float]]:
         note(f"step {step + 1}: rollouts")
         with self.engine.timer(PHASE):
             features, groups = together(lambda: self._write(step, batches))
-            judged = together(lambda: [self._judge(some) for some in groups])
+            judged = together(lambda: self._judge(groups))
             self._show(step, [each for some in judged for each in some])
             made = [
                 self.make_rows([each.group for each in some if each.rewards], batch, shown)
@@ -196,7 +200,7 @@ class Rollouts:
             None,
             max(1, min(settings.max_new_tokens, room)),
             (),  # the token that ends a reply is learned, so it is seen here
-            SamplingSettings(settings.temperature, settings.top_p, settings.top_k, seed=seed),
+            SamplingSettings(settings.temperature, settings.top_p, settings.top_k, seed=seed, logit_bias=self._never),
             on_token,
             on_end,
             shared,
@@ -206,19 +210,25 @@ class Rollouts:
         if not replies:
             return
         longest = max(reply.num_reserved for reply in replies)
-        if self._generator is None:
-            self._generator = BatchedGenerator(model, max_running=self.settings.replies_at_once)
-        generator = self._generator
-        generator.max_tokens = self.settings.replies_at_once * round_up(longest)
-        for reply in replies:
-            generator.add(reply)
-        while generator.step() and not self._errors:
-            pass
+        with _attending_by_masks(model):
+            if self._generator is None:
+                self._generator = BatchedGenerator(model, max_running=self.settings.replies_at_once)
+            generator = self._generator
+            generator.max_tokens = self.settings.replies_at_once * round_up(longest)
+            for reply in replies:
+                generator.add(reply)
+            while generator.step() and not self._errors:
+                pass
         if self._errors:
             where, error = self._errors[0]
             raise VLMError(f"{where}: no reply could be written: {type(error).__name__}: {error}") from error
 
-    def _judge(self, groups: Sequence[Group]) -> list[_Judged]:
+    def _judge(self, groups: list[list[Group]]) -> list[list[_Judged]]:
+        """Of each micro-batch, with rewards that are asked for once for all of them."""
+        judged = iter(self._judge_all([group for some in groups for group in some]))
+        return [[next(judged) for _ in some] for some in groups]
+
+    def _judge_all(self, groups: Sequence[Group]) -> list[_Judged]:
         """Rewards of all replies, and what each reply is worth beside the others of its group."""
         written = [[self._written(group.prompt, reply) for reply in group.replies] for group in groups]
         everything = [each for some in written for each in some]
@@ -274,10 +284,8 @@ class Rollouts:
         mean = total / count
         deviation = max(0.0, squares / count - mean**2) ** 0.5 + _LEAST_DEVIATION
         made = [
-            with_scores(
-                batch, advantages=(each.leads - mean) / deviation, values=then, returns=each.leads + then, old=now
-            )
-            for batch, each, then, now in zip(batches, own, values.found, said, strict=True)
+            with_scores(batch, advantages=(each.leads - mean) / deviation, values=then, returns=each.leads + then)
+            for batch, each, then in zip(batches, own, values.found, strict=True)
         ]
         return made, {"kl": rest[0] / count, "value": rest[1] / count}
 
@@ -333,7 +341,7 @@ def build_rollouts(
     engine: Engine,
     start: Start | None,
     show: Callable[[dict[str, Any]], None],
-    open_model: OpenModel,
+    open_model: OpenModel = None,
 ) -> Roll:
     """What a step of the run learns from: what the data brings, or replies to it.
 
@@ -356,6 +364,19 @@ def build_rollouts(
         rewards={reward.label: (reward.weight, reward.build(open_model)) for reward in objective.rewards},
         show=show,
     )
+
+
+@contextmanager
+def _attending_by_masks(model: VisionLanguageModel) -> Iterator[None]:
+    """The attention that training has comes back; a generator takes another one in the place of FlashAttention."""
+    before = model.llm.config._attn_implementation
+    if "flash" in before:
+        model.llm.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if model.llm.config._attn_implementation != before:
+            model.llm.set_attn_implementation(before)
 
 
 @dataclass(frozen=True)
