@@ -152,8 +152,7 @@ def test_all_problems_of_all_files_are_reported_at_once_where_they_were_written(
         (
             "train.learning_rates={projectr: 1.0}",
             "train.learning_rates.projectr: known keys are 'projector', 'llm', 'llm.lora', 'vision', 'vision.lora' or "
-            "'value_head'; 
-            "did you mean 'projector'?",
+            "'value_head'; did you mean 'projector'?",
         ),
         (
             "output_dir=2024",
