@@ -32,16 +32,12 @@ export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=fa
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 
 if $tiny; then
-    project=tiny data=cache/tiny/data test=eval_shape launch=
+    project=tiny data=cache/tiny/data test=eval_shape
     say "Making tiny models and pictures"
     $python scripts/prepare_tiny.py
     questions=("What is this?" "Which shape is it?")
 else
     project=quickstart data=cache/dataset/quickstart test=eval_kind
-    # two processes of a thread each are a sixth faster on two cores than one of two threads
-    launch=$($python -c 'import os, torch
-cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-print("" if cores < 2 or torch.cuda.is_available() else "--nproc 2")')
     say "Fetching and converting weights and pictures (once)"
     $python scripts/prepare_demo.py
     questions=("What is this?" "What kind of thing is it?" "这是哪一类东西？")
@@ -50,10 +46,10 @@ picture=$data/images/$($python -c 'import json, sys; print(json.loads(open(sys.a
 run=cache/runs/$project
 
 say "Stage 1 of 2: pretrain on captions"
-$vlm train $project/pretrain $launch
+$vlm train $project/pretrain
 $vlm export $run/pretrain
 say "Stage 2 of 2: finetune on conversations"
-$vlm train $project/finetune $launch
+$vlm train $project/finetune
 $vlm export $run/finetune
 say "Evaluating on pictures that were never trained on"
 $vlm eval $project/finetune

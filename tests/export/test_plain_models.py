@@ -167,9 +167,10 @@ def test_an_adapter_that_brings_a_tokenizer_and_tokens_answers_as_what_it_is_mer
 
 
 @pytest.mark.slow
-def test_an_adapter_of_a_tied_embedding_answers_as_what_it_is_merged_to(tmp_path: Path):
+@pytest.mark.parametrize("settings", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_an_adapter_of_a_tied_embedding_answers_as_what_it_is_merged_to(tmp_path: Path, settings: dict[str, list[str]]):
     base = write_llm(tmp_path / "llm", tied=True)
-    write_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens"])
+    write_adapter(tmp_path / "adapter", base, **settings)
     merge_folder(base, [read_peft(tmp_path / "adapter")], tmp_path / "merged")
     models = (
         load(base, "cpu", "fp32", adapter=tmp_path / "adapter", template="chatml"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from demo.tiny import write_llm
+from safetensors.torch import load_file
 
 from vlm.batch import Batch, Prompt
 from vlm.config import load_config
@@ -145,3 +146,27 @@ def test_a_reward_model_judges_what_another_model_writes_if_it_reads_the_same_to
                        model__llm={"path": str(tmp_path / "other")}, **common)  # fmt: skip
     with pytest.raises(ConfigError, match="does not read the tokens of the model that writes: vocabulary"):
         train(load_config(path), path.read_text())
+
+
+@pytest.mark.slow
+def test_the_output_layer_that_a_run_starts_with_is_in_its_export(config_file: Any, tmp_path: Path):
+    (tmp_path / "asked.jsonl").write_text(f"{json.dumps({'prompt': 'Say', 'answer': 'x'})}\n" * 8)
+    common = {
+        "model__vision": None, "data__held_out": 0.0, "data__sources": [{"path": str(tmp_path / "asked.jsonl")}],
+        "train__max_steps": 1, "train__prove": False,
+    }  # fmt: skip
+
+    def export(name: str, *trainable: str, **changes: Any) -> Path:
+        changes |= {"output_dir": str(tmp_path / name), "model__trainable": trainable}
+        path = config_file(f"{name}.yaml", **common, **changes)
+        return export_run(train(load_config(path), path.read_text()))
+
+    first = export("sft", "llm", train__learning_rate=0.1)
+    objective = {"kind": "ppo", "rewards": [{"kind": "exact"}], "max_new_tokens": 2, "kl": 0.0}
+    start = {"objective": objective, "init_from": str(first)}
+    exports = [first, export("whole", "llm", "value_head", **start), export("lora", "llm.lora", "value_head", **start)]
+    heads = [load_file(next((folder / "llm").glob("*.safetensors")))["lm_head.weight"] for folder in exports]
+    base = load(tmp_path / "lora/export").model.llm.lm_head.weight
+    assert heads[0].equal(heads[1])
+    assert heads[0].equal(heads[2])
+    assert heads[0].float().equal(base)
