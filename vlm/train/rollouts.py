@@ -117,9 +117,10 @@ class Rollouts:
         self.show = show
         self.rewards = rewards
         self._generator: BatchedGenerator | None = None
+        self._never: dict[int, float] = {}  # a placeholder would stand for an image that is not there
         placeholder = engine.model.image_token_id
-        has_row = placeholder is not None and placeholder < engine.model.llm.get_output_embeddings().weight.shape[0]
-        self._never = {placeholder: -math.inf} if has_row else {}  # it would stand for an image that is not there
+        if placeholder is not None and placeholder < engine.model.llm.get_output_embeddings().weight.shape[0]:
+            self._never[placeholder] = -math.inf
         self._errors: list[tuple[str, Exception]] = []  # of replies that could not be written, and their records
 
     def __call__(self, step: int, batches: list[Batch]) -> tuple[list[Batch], Mapping[str, float]]:
