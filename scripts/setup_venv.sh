@@ -29,10 +29,10 @@ fi
 compile=--no-compile
 if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then compile=--compile; fi
 
-sum="$(cksum <setup.py)"
-wanted="$sum [$extras]"
-if ! grep -qsF "$wanted" .venv/.installed-*; then
+wanted="$(cksum <setup.py) [$extras]"
+stamp=.venv/.installed-$(printf %s "${extras:-core}" | tr -c 'a-z\n' -)
+if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     echo "installing vlm${extras:+[$extras]} into .venv (some minutes the first time)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check $compile -e ".${extras:+[$extras]}"
-    echo "$sum [$extras]" >".venv/.installed-$(printf %s "${extras:-core}" | tr -c 'a-z\n' -)"
+    echo "$wanted" >"$stamp"
 fi

@@ -1,4 +1,6 @@
 import itertools
+import multiprocessing
+import sys
 import time
 
 import numpy as np
@@ -60,6 +62,17 @@ def test_any_number_of_workers_gives_the_same_batches(records, bpe, spec, worker
             assert torch.equal(a.input_ids, b.input_ids)
             assert (a.pixel_values is None) == (b.pixel_values is None)
             assert a.pixel_values is None or torch.equal(a.pixel_values, b.pixel_values)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the platform's default is taken")
+def test_workers_are_forked_where_a_fork_server_is_the_default(records, bpe, spec):
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        batches = build(records(31), bpe, spec, workers=1).train.iterate()
+        next(batches)
+        assert "ForkProcess" in {type(child).__name__ for child in multiprocessing.active_children()}
+    finally:
+        multiprocessing.set_start_method(None, force=True)
 
 
 def test_ranks_share_each_step_without_overlap_whatever_their_number(records, bpe, spec):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -15,20 +17,21 @@ import torch
 from torch import Tensor
 from walk import registered
 
-from vlm.batch import Batch, Prompt
+from vlm.batch import Batch, Example, Prompt
 from vlm.config import load_config
 from vlm.data.collate import Collator
 from vlm.errors import ConfigError
+from vlm.generation.batched import SharedPrompt
 from vlm.models.build import build_model
 from vlm.models.config import ModelConfig
 from vlm.objectives.base import Head
-from vlm.objectives.grpo import ClippedPolicy
+from vlm.objectives.grpo import ClippedPolicy, GRPOConfig
 from vlm.objectives.rewards import REWARDS, OneByOne, Written
 from vlm.plan.estimate import estimate
 from vlm.plan.report import full_report
 from vlm.train.engines.base import LossModule
 from vlm.train.rollout_rows import Group, RowMaker
-from vlm.train.rollouts import with_scores
+from vlm.train.rollouts import Rollouts, _attending_by_masks, with_scores
 
 REPLIES = [[5, 6, 2], [7, 2], [5, 2]]  # 2 ends a reply
 WORTH = [1.0, -0.5, 0.7]
@@ -52,7 +55,7 @@ def test_a_question_stands_once_and_each_reply_follows_it_by_itself():
 
 
 def written(text: str, answer: str = "B. 4 cats", num_tokens: int = 3, is_whole: bool = True) -> Written:
-    return Written("Q", text, answer, num_tokens, is_whole)
+    return Written("Q", text, answer, num_tokens, is_whole, Example([], []))
 
 
 @pytest.mark.parametrize(
@@ -130,13 +133,14 @@ def judge(answers: list[tuple[int, Any]]) -> Iterator[tuple[str, list[Any]]]:
 
 def test_a_judge_elsewhere_is_asked_at_its_address_alone_and_may_fail():
     ok, wrong, moved, broken = (200, {"rewards": [0.5, 1]}), (200, {"rewards": [1]}), (302, {}), (500, {})
-    with judge([ok, wrong, moved, broken]) as (address, asked):
+    endless = (200, {"rewards": [10**400, 1]})
+    with judge([ok, wrong, moved, broken, endless]) as (address, asked):
         reward = REWARDS["http"](address=address, timeout_seconds=5).build()
-        found = [reward([written("x"), written("y")]) for _ in range(4)]
-    assert found == [[0.5, 1.0], [None, None], [None, None], [None, None]]
+        found = [reward([written("x"), written("y")]) for _ in range(5)]
+    assert found == [[0.5, 1.0], *[[None, None]] * 4]
     assert [reply["text"] for reply in asked[0]["replies"]] == ["x", "y"]
     assert set(asked[0]["replies"][0]) == {"prompt", "text", "answer", "num_tokens", "is_whole"}
-    assert len(asked) == 4  # nobody was asked twice
+    assert len(asked) == 5  # nobody was asked twice
     assert reward([written("x")]) == [None]  # it is gone
 
 
@@ -202,6 +206,33 @@ def test_weights_that_wrote_the_replies_have_a_ratio_of_1_and_a_batch_of_none_ha
     assert not output.metrics["clipped"]
 
 
+def test_records_that_nobody_judged_were_seen():
+    source = Batch(*[torch.zeros(1, 1)] * 3, prompts=(Prompt(QUESTION, 0, "a", "r"),))  # type: ignore[arg-type]
+    assert RowMaker(Collator(None, 0, 1), 64, shares=True, packs=True)([], source, None).where == ["r"]
+
+
+@pytest.mark.parametrize(("placeholder", "never"), [(3, {3: -math.inf}), (9, {}), (None, {})])
+def test_a_reply_never_holds_a_placeholder_for_an_image(placeholder: int | None, never: dict[int, float]):
+    llm = SimpleNamespace(get_output_embeddings=lambda: torch.nn.Linear(4, 8))
+    model: Any = SimpleNamespace(image_token_id=placeholder, llm=llm)
+    settings = GRPOConfig(rewards=[{"kind": "exact"}])
+    rollouts = Rollouts(
+        settings, SimpleNamespace(model=model), seed=0, tokenizer=SimpleNamespace(),  # type: ignore[arg-type]
+        make_rows=RowMaker(Collator(None, 0, 1), 64, shares=True, packs=True), start=None, rewards={}, show=print,
+    )  # fmt: skip
+    assert rollouts._reply(Prompt(QUESTION, 0, "a", "r"), SharedPrompt(), [], 0).settings.logit_bias == never
+
+
+def test_training_has_its_attention_back_after_replies_were_written():
+    config = SimpleNamespace(_attn_implementation="flash_attention_2")
+    llm = SimpleNamespace(
+        config=config, set_attn_implementation=lambda name: setattr(config, "_attn_implementation", name)
+    )
+    with _attending_by_masks(SimpleNamespace(llm=llm)):  # type: ignore[arg-type]
+        assert config._attn_implementation == "sdpa"
+    assert config._attn_implementation == "flash_attention_2"
+
+
 @pytest.mark.slow
 def test_loss_and_gradient_are_those_of_each_reply_alone(tiny: Path):
     config = ModelConfig(vision=None, llm={"path": str(tiny / "llm")}, trainable=("llm",), gradient_checkpointing=False)
@@ -237,6 +268,7 @@ def test_loss_and_gradient_are_those_of_each_reply_alone(tiny: Path):
         ({"objective__rewards": [{"kind": "exact"}, {"kind": "exact"}]}, "exact stands twice; give each a name"),
         ({"objective__rewards": [{"kind": "regex", "pattern": "("}]}, "is not a regular expression"),
         ({"objective__rewards": [{"kind": "http", "address": "file:///etc"}]}, "is not an address such as http"),
+        ({"objective__rewards": [{"kind": "http", "address": "http://me:pw@a/"}]}, "is not an address such as http"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(config_file: Any, changes: dict, message: str):

@@ -18,6 +18,7 @@ from vlm.data.collate import Collator
 from vlm.errors import ConfigError
 from vlm.export.run import export_run
 from vlm.inference.load import load
+from vlm.inference.reward import open_judge
 from vlm.models.trainable import part_of
 from vlm.objectives.base import Head
 from vlm.objectives.ppo import ClippedPolicyAndValue, PPOConfig, estimate_advantages
@@ -98,10 +99,14 @@ def test_a_run_learns_what_is_rewarded_goes_on_as_if_it_had_not_stopped_and_is_e
     path = config_file(
         objective=objective, model__vision=None, model__trainable=["llm", "value_head"], data__held_out=0.0,
         data__sources=[{"path": str(tmp_path / "asked.jsonl")}], train__log_every=1, train__max_steps=20,
-        train__save_every=10, train__learning_rate=1e-2,
+        data__eval_sources=[{"path": str(tmp_path / "asked.jsonl")}],
+        train__eval_every=20, train__save_every=10, train__learning_rate=1e-2,
     )  # fmt: skip
     run = train(load_config(path), path.read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in found if "loss" in line]
+    (held_out,) = (line for line in found if "held_out_loss" in line)
+    assert held_out.keys() == {"step", "held_out_loss", "held_out_tokens"}  # clipped is of rollouts
     rewards = [line["reward"] for line in lines]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3, rewards
     assert {"kl", "value", "value_loss", "clipped", "reward/regex", "reward_std"} <= lines[-1].keys()
@@ -140,6 +145,13 @@ def test_a_reward_model_judges_what_another_model_writes_if_it_reads_the_same_to
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert len(set(scores)) > 1
     assert line["reward"] == line["reward/model"] == pytest.approx(sum(scores) / len(scores), abs=1e-6)
+
+    tokens, cpu = load(tiny / "llm", "cpu", "fp32").conversation_tokenizer, torch.device("cpu")
+    drawn = torch.get_rng_state()
+    open_judge(str(judge), tokens, cpu, 96, 10**6)
+    assert torch.get_rng_state().equal(drawn)
+    with pytest.raises(ConfigError, match=r"reads at most 2,048 tokens, data\.max_length is 4,096"):
+        open_judge(str(judge), tokens, cpu, 4096, 10**6)
 
     write_llm(tmp_path / "other", ["quite different words"])
     path = config_file("other.yaml", output_dir=str(tmp_path / "other_run"), objective=objective,

@@ -39,8 +39,7 @@ def open_judge(
         ConfigError: the reward model reads other tokens, or fewer.
     """
     with forked_random_state():  # what is drawn for it and overwritten is nothing to the training
-        model = load_reward_model(path, str(device))
-    model.allow_pixels(max_pixels)
+        model = load_reward_model(path, str(device), max_pixels=max_pixels)
     if model.loaded.max_tokens < max_length:
         raise ConfigError(
             f"objective.rewards: {path} reads at most {model.loaded.max_tokens:,} tokens, data.max_length is "
@@ -54,14 +53,15 @@ def open_judge(
         )
 
     def ask(replies: Sequence[Written]) -> list[float]:
-        return model.of_examples([reply.example for reply in replies if reply.example is not None])
+        return model.of_examples([reply.example for reply in replies])
 
     return ask
 
 
 def load_reward_model(
-    path: str | Path, device: str = "auto", precision: Precision = "auto", image_order: ImageOrder | None = None
-) -> RewardModel:
+    path: str | Path, device: str = "auto", precision: Precision = "auto", image_order: ImageOrder | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> RewardModel:  # fmt: skip
     """Load what `vlm export` wrote of a run with `objective: {kind: reward}`.
 
     Args:
@@ -69,24 +69,21 @@ def load_reward_model(
         device: "cpu", "cuda", "cuda:1"; "auto" takes the GPU if there is one.
         precision: of all but the value head, which is float32.
         image_order: where the images of a user turn are put; None does as the training data did.
+        max_pixels: of an image; a larger one is refused.
 
     Raises:
         CheckpointError: no export of a reward model, or it does not load; see `vlm.load`.
     """
-    return RewardModel(load_kind(path, device, precision, is_reward=True, image_order=image_order))
+    return RewardModel(load_kind(path, device, precision, is_reward=True, image_order=image_order), max_pixels)
 
 
 class RewardModel:
     """Conversations -> the score of the last reply of each. Larger is better; only differences mean something."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, max_pixels: int) -> None:
         self.loaded = loaded
-        self._collate = Collator(loaded.image_spec, 0, DEFAULT_MAX_PIXELS)
+        self._collate = Collator(loaded.image_spec, 0, max_pixels)
         self._objective = PairwiseReward(margin=0.0, center=0.0)
-
-    def allow_pixels(self, count: int) -> None:
-        """Of an image, before it is refused as a bomb."""
-        self._collate = Collator(self.loaded.image_spec, 0, count)
 
     def __call__(
         self,

@@ -93,12 +93,10 @@ class ClippedPolicy(LanguageModeling):
             seen["kl"] = divergence.detach()
         count = torch.bincount(rollouts.number[row, at], minlength=rollouts.num_replies).clamp_min(1)
         per_reply = send((1 / count)[rollouts.number[row, at]].float(), hidden_states.device)
-        weights = {"tokens": torch.ones_like(per_reply), "replies": per_reply, "constant": torch.ones_like(per_reply)}
+        weights = per_reply if self.average == "replies" else torch.ones_like(per_reply)
         # metrics are divided by the same normalizer as the loss, and shall be means
-        means = per_reply * self.max_new_tokens if self.average == "constant" else weights[self.average]
-        return LossOutput(
-            (losses * weights[self.average]).sum(), {name: (value * means).sum() for name, value in seen.items()}
-        )
+        means = per_reply * self.max_new_tokens if self.average == "constant" else weights
+        return LossOutput((losses * weights).sum(), {name: (value * means).sum() for name, value in seen.items()})
 
 
 class TokenScores(LanguageModeling):

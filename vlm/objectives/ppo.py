@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, final
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from vlm.objectives.base import Head, LossOutput
-from vlm.objectives.grpo import GROUP_NUMBERS, ClippedPolicy, RolloutConfig
-from vlm.objectives.lm import LanguageModeling
+from vlm.objectives.grpo import GROUP_NUMBERS, ClippedPolicy, RolloutConfig, TokenScores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,17 +67,17 @@ class ClippedPolicyAndValue(ClippedPolicy):
         return LossOutput(output.loss + self.value_weight * of_values, metrics)
 
 
-class TokenValues(LanguageModeling):
-    """Trains nothing: keeps the value of every supervised token of the batches that are evaluated with it."""
+class TokenValues(TokenScores):
+    """Keeps the value of every supervised token too, from the same forward pass."""
 
-    def __init__(self) -> None:
-        self.found: list[Tensor] = []  # float32 [S] of each batch, in the order of `find_supervised`, host memory
+    def __init__(self, temperature: float) -> None:
+        super().__init__(temperature)
+        self.values: list[Tensor] = []  # as `found`
 
     def loss(self, hidden_states: Tensor, batch: Batch, head: Head) -> LossOutput:
-        """hidden_states: [B, L, D]. The sum of what is kept."""
-        values = token_values(hidden_states, batch, head)
-        self.found.append(values.detach().cpu())
-        return LossOutput(values.sum())
+        """hidden_states: [B, L, D]. As `TokenScores`."""
+        self.values.append(token_values(hidden_states, batch, head).detach().cpu())
+        return super().loss(hidden_states, batch, head)
 
 
 def token_values(hidden_states: Tensor, batch: Batch, head: Head) -> Tensor:

@@ -35,7 +35,7 @@ class Written:
     answer: str  # of the record
     num_tokens: int  # of the reply, its end included
     is_whole: bool  # whether the model ended it; false: it was cut off
-    example: Example | None = None  # prompt and reply as tokens, with the images
+    example: Example  # prompt and reply as tokens, with the images
 
 
 Reward = Callable[[Sequence[Written]], Sequence[float | None]]  # None: it could not be found out

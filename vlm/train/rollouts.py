@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from vlm.train.loop import Roll, as_read
 from vlm.train.rollout_rows import Group, RowMaker
 from vlm.train.timing import ROLLOUTS as PHASE
 
+Kept = TypeVar("Kept", bound=TokenScores)
 ROLLOUTS = "rollouts.jsonl"  # in the run folder
 _LEAST_DEVIATION = 1e-8  # added to that of a step's advantages
 
@@ -90,7 +91,6 @@ class Rollouts:
         seed: of the run.
         tokenizer: writes prompts and reads replies.
         make_rows: lays out the replies of a micro-batch.
-        autocast_dtype: of the computation; None computes in the weights' own dtype.
         start: the reference; None where the objective needs none.
         rewards: by their names, with their weights.
         show: takes a line of rollouts.jsonl.
@@ -263,22 +263,23 @@ class Rollouts:
 
     def _scores(self, batches: list[Batch]) -> list[Tensor]:
         """Log-probabilities of the tokens of all replies under the model as it is, float32 [S] of each batch."""
-        with self.engine.using(TokenScores(self.settings.temperature)) as scores:
+        return self._read(TokenScores(self.settings.temperature), batches).found
+
+    def _read(self, objective: Kept, batches: list[Batch]) -> Kept:
+        """An objective that keeps what it sees of some batches, after it has seen them."""
+        with self.engine.using(objective):
             for batch in batches:
                 self.engine.evaluate(batch)
-        return scores.found
+        return objective
 
     def _valued(self, batches: list[Batch], settings: PPOConfig) -> tuple[list[Batch], dict[str, float]]:
         """Each token's advantage over what the value head expected, of mean 0 and deviation 1 over the step, and its
         return; and numbers for the log."""
-        with self.engine.using(TokenValues()) as values:
-            for batch in batches:
-                self.engine.evaluate(batch)
-        said = self._scores(batches)
-        own = [_advantages(*each, settings) for each in zip(batches, said, values.found, strict=True)]
+        read = self._read(TokenValues(settings.temperature), batches)
+        own = [_advantages(*each, settings) for each in zip(batches, read.found, read.values, strict=True)]
         leads = torch.cat([each.leads for each in own]).double()
         penalty = torch.cat([each.penalties for each in own]).double().sum().item() / (settings.kl or 1.0)
-        expected = torch.cat(values.found).double().sum().item()
+        expected = torch.cat(read.values).double().sum().item()
         sums = [float(len(leads)), leads.sum().item(), leads.square().sum().item(), penalty, expected]
         count, total, squares, *rest = self.engine.sum_over_data_ranks(sums)
         count = max(1.0, count)
@@ -286,7 +287,7 @@ class Rollouts:
         deviation = max(0.0, squares / count - mean**2) ** 0.5 + _LEAST_DEVIATION
         made = [
             with_scores(batch, advantages=(each.leads - mean) / deviation, values=then, returns=each.leads + then)
-            for batch, each, then in zip(batches, own, values.found, strict=True)
+            for batch, each, then in zip(batches, own, read.values, strict=True)
         ]
         return made, {"kl": rest[0] / count, "value": rest[1] / count}
 
@@ -415,7 +416,8 @@ def _seed(run: int, step: int, where: str, number: int) -> int:
 
 
 def with_scores(batch: Batch, **scores: Tensor) -> Batch:
-    """The batch with log-probabilities [S] of its tokens, in the order of `find_supervised`, under the names given."""
+    """The batch with numbers [S] of its supervised tokens, in the order of `find_supervised`, under names of
+    `vlm.batch.Rollouts`, where they are [B, L]."""
     assert batch.rollouts is not None
     row, _, at = find_supervised(batch.labels, batch.position_ids)
     placed: dict[str, Any] = {
