@@ -16,6 +16,7 @@ from tiny_export import model_config, write_image, write_llm, write_run
 
 from vlm.apps.web.app import RunningPage, WebOptions, serve
 from vlm.apps.web.models import ModelStore, find_exports
+from vlm.apps.web.texts import LANGUAGES, tell
 from vlm.export.run import export_run
 from vlm.generation.generate import GenerationSettings, generate
 
@@ -142,12 +143,15 @@ class Page:
             self.page.wait_for_timeout(50)
 
     def see_it_grow(self) -> None:
-        """Wait until the conversation was seen at three lengths while an answer is written."""
-        sizes: set[int] = set()
+        """Wait until an answer that is written was seen at three lengths: words, not what stands there before them."""
+        before = {tell(language, text) for language in LANGUAGES for text in ("reading", "waiting")}
+        seen: set[str] = set()
 
         def is_enough() -> bool:
-            sizes.add(len(self.page.inner_text("#chat")))
-            return len(sizes) >= 3
+            text = self.page.locator("#chat [data-testid=bot]").last.inner_text().strip()
+            if text and text not in before:
+                seen.add(text)
+            return len(seen) >= 3
 
         self.page.wait_for_selector("#box button[data-name=Stop]")
         self.until(is_enough)

@@ -119,9 +119,7 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
         if parts.start_step < parts.max_steps:
             if config.objective.needs_reference:
                 began = {"identity": identity, "start": start}
-                path = run.path / REFERENCE
-                data = with_reference(parts.data, config.data, parts.engine, path, began, checkpoint is not None)
-                parts = replace(parts, data=data)
+                parts = _with_reference(parts, run, began, checkpoint is not None)
             if config.train.prove:
                 prove_run(parts, run.path)
             _rewind(run, parts, skips, checkpoint)
@@ -133,6 +131,12 @@ def train(config: RunConfig, config_text: str, profile_steps: int = 0, resume_st
         log(f"done: {done} steps in {run.path}; next: vlm export {run.path}")
         refuse(failed_gates)
         return run.path
+
+
+def _with_reference(parts: Prepared, run: RunFolder, began: dict[str, Any], goes_on: bool) -> Prepared:
+    """With the reference model's log-probabilities, which the run folder keeps. began: what they depend on."""
+    data = with_reference(parts.data, parts.config.data, parts.engine, run.path / REFERENCE, began, goes_on)
+    return replace(parts, data=data)
 
 
 def _train_on(

@@ -6,6 +6,7 @@ import pytest
 import toy_objective
 from prove_engines import ENGINES as ALL
 from prove_engines import Case, run_cases, work, worst_differences
+from toy_runs import start_warm
 from warm import run_warm
 
 ENGINES = ALL[1:]  # but local
@@ -36,11 +37,6 @@ def config(config_file, tiny, tmp_path):
     )
 
 
-def start(job, processes):
-    code, output = run_warm(work, job, nproc=processes, timeout=500)
-    assert code == 0, output[-6000:]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_engine_trains_as_one_process_does(config, tmp_path):
@@ -50,7 +46,7 @@ def test_every_engine_trains_as_one_process_does(config, tmp_path):
         for precision in (("fp32", "bf16") if name in ("lora", "full") else ("fp32",))
     }
     cases = [Case(engine, options) for options in variants.values() for engine in ("local", *ENGINES)]
-    outcomes = run_cases(str(config), cases, STEPS, tmp_path, start)
+    outcomes = run_cases(str(config), cases, STEPS, tmp_path, start_warm)
     failed = []
     for (name, precision), options in variants.items():
         reference = outcomes[Case("local", options)]

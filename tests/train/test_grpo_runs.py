@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prove_engines import Case, run_cases, work, worst_differences
-from warm import run_warm
+from prove_engines import Case, run_cases, worst_differences
+from toy_runs import start_warm, stop_and_go_on
 
 from vlm.blame import blame_step
 from vlm.config import load_config
-from vlm.errors import ConfigError, Preempted
+from vlm.errors import ConfigError
 from vlm.export.run import export_run
 from vlm.run import train
 from vlm.train.rollouts import ROLLOUTS
@@ -66,12 +66,7 @@ def test_a_language_model_learns_to_say_what_is_rewarded_and_a_stopped_run_goes_
     shown = lines_of(whole, ROLLOUTS)
     assert [line["step"] for line in shown] == list(range(1, 17))
     assert len(shown[0]["replies"]) == 8
-    other = ["output_dir=" + str(tmp_path / "other")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vlm.run._agree_to_stop", lambda _: "SIGTERM")
-        with pytest.raises(Preempted):
-            train(load_config(path, [*other, "train.save_every=8"]), path.read_text())
-    again = train(load_config(path, other), path.read_text())
+    again = stop_and_go_on(path, tmp_path / "other", "train.save_every=8")
     assert [[line[name] for name in NUMBERS] for line in lines_of(again)] == [
         [line[name] for name in NUMBERS] for line in said
     ]
@@ -107,17 +102,12 @@ def test_a_vision_language_model_learns_to_tell_what_it_is_shown(asked, tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ranks_write_and_learn_what_one_does(asked, tmp_path: Path):
-
-    def start(job: Path, processes: int) -> None:
-        code, output = run_warm(work, job, nproc=processes, timeout=500)
-        assert code == 0, output[-6000:]
-
     path = asked(
         {"rewards": [{"kind": "regex", "pattern": "e"}]},
         model__lora={"rank": 4, "alpha": 8}, engine={"timeout_seconds": 60},
     )  # fmt: skip
     cases = [Case(engine, ("train.precision=fp32",)) for engine in ("local", "ddp*2", "zero2*2")]
-    outcomes = run_cases(str(path), cases, 3, tmp_path, start)
+    outcomes = run_cases(str(path), cases, 3, tmp_path, start_warm)
     reference = outcomes[cases[0]]
     assert reference.metrics[0]["reward"] > 0
     for case in cases[1:]:

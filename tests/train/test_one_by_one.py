@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from prove_engines import Case, run_cases, work, worst_differences
+from prove_engines import Case, run_cases, worst_differences
 from tokenizers_for_tests import byte_level_bpe
 from toy_decoders import toy_decoder
-from warm import run_warm
+from toy_runs import start_warm
 
 from vlm.errors import ConfigError
 from vlm.models.vlm import VisionLanguageModel
@@ -51,11 +51,6 @@ def config(tmp_path: Path) -> Path:
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path / "config.yaml"
-
-
-def start_warm(job: Path, processes: int) -> None:
-    code, output = run_warm(work, job, nproc=processes)
-    assert code == 0, output[-6000:]
 
 
 @pytest.mark.slow

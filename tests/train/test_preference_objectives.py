@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from prove_engines import Case, run_cases, work, worst_differences
+from prove_engines import Case, run_cases, worst_differences
 from torch import Tensor
-from warm import run_warm
+from toy_runs import start_warm, stop_and_go_on
 
 from vlm.batch import IGNORE_INDEX, Example
 from vlm.blame import blame_step
 from vlm.config import load_config
 from vlm.data.collate import Collator
-from vlm.errors import CheckpointError, ConfigError, Preempted
+from vlm.errors import CheckpointError, ConfigError
 from vlm.objectives import OBJECTIVES
 from vlm.objectives.base import Head
 from vlm.objectives.replies import Scores, score_replies
@@ -219,13 +219,9 @@ def test_a_run_starts_where_it_cannot_be_told_from_its_reference_and_learns_to_t
 def test_engines_agree_on_pairs_and_on_their_reference(preferences, tmp_path: Path):
     """Worst seen: loss 1.2e-7, norm 2.2e-7, weights 5e-9."""
 
-    def start(job: Path, processes: int) -> None:
-        code, output = run_warm(work, job, nproc=processes, timeout=500)
-        assert code == 0, output[-6000:]
-
     path = preferences("dpo", model__lora={"rank": 4, "alpha": 8}, engine={"timeout_seconds": 60})
     cases = [Case(engine, ("train.precision=fp32",)) for engine in ("local", "zero3*2", "fsdp*2", "pipeline2*2")]
-    outcomes = run_cases(str(path), cases, 4, tmp_path, start)
+    outcomes = run_cases(str(path), cases, 4, tmp_path, start_warm)
     reference = outcomes[cases[0]]
     assert reference.losses[0] == pytest.approx(math.log(2), abs=1e-6)
     for case in cases[1:]:
@@ -239,12 +235,7 @@ def test_engines_agree_on_pairs_and_on_their_reference(preferences, tmp_path: Pa
 def test_a_run_that_was_stopped_goes_on_to_the_bit_with_the_reference_it_began_with(preferences, kind, tmp_path):
     path = preferences(kind, train__max_steps=6, train__save_every=3)
     whole = train(load_config(path), path.read_text())
-    other = ["output_dir=" + str(tmp_path / "other")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vlm.run._agree_to_stop", lambda _: "SIGTERM")
-        with pytest.raises(Preempted):
-            train(load_config(path, other), path.read_text())
-    again = train(load_config(path, other), path.read_text())
+    again = stop_and_go_on(path, tmp_path / "other")
     names = ("loss", "grad_norm", *OBJECTIVES[kind]().build().metric_names)
     assert [[line[name] for name in names] for line in lines_of(again)] == [
         [line[name] for name in names] for line in lines_of(whole)
@@ -256,4 +247,4 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit_with_the_reference_it_began_w
     assert sorted((file, file.stat().st_mtime_ns) for file in whole.rglob("*")) == before
     (again / REFERENCE).unlink()
     with pytest.raises(CheckpointError, match="the log-probabilities of the model that this run started from are miss"):
-        train(load_config(path, [*other, "train.max_steps=8"]), path.read_text())
+        train(load_config(path, [f"output_dir={again}", "train.max_steps=8"]), path.read_text())

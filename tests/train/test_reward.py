@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from prove_engines import Case, run_cases, work, worst_differences
+from prove_engines import Case, run_cases, worst_differences
 from tiny_export import write_llm
-from warm import run_warm
+from toy_runs import start_warm, stop_and_go_on
 
 import vlm
 from vlm.batch import IGNORE_INDEX, Example
 from vlm.config import load_config
 from vlm.data.collate import Collator
-from vlm.errors import CheckpointError, ConfigError, Preempted
+from vlm.errors import CheckpointError, ConfigError
 from vlm.evaluation.scores import read_scored, score_file
 from vlm.export.run import export_run
 from vlm.inference.reward import load_reward_model
@@ -148,12 +148,7 @@ def test_a_reward_model_learns_goes_on_to_the_bit_and_its_export_says_the_same(p
     proof = {check["name"]: check["passed"] for check in json.loads((whole / "proof.json").read_text())["checks"]}
     assert {proof[name] for name in ("loss", "gradients", "micro_batches", "shared_image", "trainable")} == {True}
 
-    other = ["output_dir=" + str(tmp_path / "other")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vlm.run._agree_to_stop", lambda _: "SIGTERM")
-        with pytest.raises(Preempted):
-            train(load_config(path, other), path.read_text())
-    again = train(load_config(path, other), path.read_text())
+    again = stop_and_go_on(path, tmp_path / "other")
     names = ("loss", "grad_norm", "margin")
     assert [[line[name] for name in names] for line in lines_of(again)] == [
         [line[name] for name in names] for line in lines_of(whole)
@@ -185,15 +180,11 @@ def test_engines_agree_on_a_reward_model(pairs, tmp_path: Path):
     """Worst seen: loss 2.4e-6, norm 4.7e-6, weights 7.7e-8, of the language model whole, whose loss falls fast; with
     adapters less than the bounds of dpo's test."""
 
-    def start(job: Path, processes: int) -> None:
-        code, output = run_warm(work, job, nproc=processes, timeout=500)
-        assert code == 0, output[-6000:]
-
     path = pairs(model__lora={"rank": 4, "alpha": 8}, engine={"timeout_seconds": 60})
     whole = ("model.lora=null", "model.trainable=[projector, llm, value_head]")  # its embedding is its output layer
     adapters, others = ("local", "zero3*2", "fsdp*2", "pipeline2*2"), ("local", "pipeline2*2")
     groups = [[Case(e, ("train.precision=fp32", *o)) for e in es] for es, o in ((adapters, ()), (others, whole))]
-    outcomes = run_cases(str(path), [case for group in groups for case in group], 4, tmp_path, start)
+    outcomes = run_cases(str(path), [case for group in groups for case in group], 4, tmp_path, start_warm)
     for group in groups:
         reference = outcomes[group[0]]
         for case in group[1:]:

@@ -311,9 +311,7 @@ def load_kind(
     except ConfigError as error:  # of an export the template is known
         raise ConfigError(f"{folder}: {error}. With a command: --prompt-template NAME") from None
     on_progress(1.0)
-    if is_plain(folder) or isinstance(other, PeftAdapter):
-        kind = f"{describe(manifest)}, template {tokens.template.name}" if is_plain(folder) else "an export"
-        log(f"{folder}: {kind}" + (f"; with the adapter {_name_of(other)}" if other is not None else ""))
+    _tell_found(folder, manifest, tokens.template.name, other)
     return LoadedModel(
         model=built.model,
         tokenizer=built.tokenizer,
@@ -325,6 +323,13 @@ def load_kind(
         device=target,
         compute_dtype=dtype,
     )
+
+
+def _tell_found(folder: Path, manifest: Manifest, template: str, other: Adapter | PeftAdapter | None) -> None:
+    """What was found where no export says it: in a plain model folder, in an adapter of peft."""
+    if is_plain(folder) or isinstance(other, PeftAdapter):
+        kind = f"{describe(manifest)}, template {template}" if is_plain(folder) else "an export"
+        log(f"{folder}: {kind}" + (f"; with the adapter {_name_of(other)}" if other is not None else ""))
 
 
 def _refuse_other_kind(folder: Path, manifest: Manifest, is_reward: bool) -> None:

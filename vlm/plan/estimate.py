@@ -123,9 +123,8 @@ def estimate(
         if kind.has_stages:  # what is received and sent, and their gradients
             base += 2 * in_flight * work.tokens * shape.llm.width * numerics.residual
         states = kind.states(own, config.train, num_data_ranks, num_micro > 1)
-        if config.objective.keeps_start:  # a copy of what trains
-            copy = FLOAT32 * sum(part.trained for part in own)
-            states = replace(states, parameters=states.parameters + copy)
+        if config.objective.keeps_start:
+            states = _with_start(states, own)
         devices.append(
             _device(name, own, states, base, _bool_mask(work, numerics), num_micro, in_flight, num_data_ranks,
                     first, stop - 1)
@@ -135,6 +134,11 @@ def estimate(
         sum(part.trained for part in parts),
         tuple(devices), cuts, shape,
     )  # fmt: skip
+
+
+def _with_start(states: States, own: Sequence[Part]) -> States:
+    """With a copy of what trains, as it was before the first step."""
+    return replace(states, parameters=states.parameters + FLOAT32 * sum(part.trained for part in own))
 
 
 def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics: Numerics) -> list[list[Part]]:
