@@ -147,6 +147,7 @@ def train_case(config: Any, steps: int, out: Path, device: Any) -> None:
         report=report,
         save=lambda step, required: True,
         roll=build_rollouts(config, data, parts.engine, parts.start, lambda line: None),
+        updates=config.objective.updates_per_step,
     ).run()
     if is_main():
         out.mkdir(parents=True)

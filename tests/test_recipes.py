@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from vlm.batch import Example
 from vlm.cli.main import main
 from vlm.config import load_config, shipped_projects
 from vlm.config_checks import load_checked
+from vlm.objectives.rewards import Written
 from vlm.plan import shapes
 from vlm.plan.kept_shapes import kept_line, with_kept_shapes
 
@@ -104,6 +106,8 @@ PLANS = {
     "xtuner_llava/finetune": (2740, 587, 24),
     "llava_qwen2_5_7b/dpo_qlora_rlhf_v_2k_e3": (8246, 323, 24),
     "llava_qwen2_5_7b/dpo_lora_rlhf_v_2k_e3": (8246, 323, 80),
+    "llava_qwen2_5_7b/grpo_qlora_geoqa_8k": (8246, 323, 24),
+    "llava_qwen2_5_7b/grpo_lora_geoqa_8k": (8246, 323, 80),
     "llm_genie/pt": (494, 494, 16),
     "llm_genie/sft": (498, 4, 8),
 }
@@ -134,6 +138,19 @@ def test_preferences_of_7b_train_the_adapter_that_finetuning_made(method):
     train = config.train
     assert (train.learning_rate, train.global_batch_size, train.epochs, train.warmup_ratio) == (5e-6, 8, 3, 0.1)
     assert (config.objective.kind, config.objective.beta, config.data.max_length) == ("dpo", 0.1, 2048)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_judged_answers_of_7b_train_the_adapter_that_finetuning_made(method):
+    config, before = (
+        load_config(f"llava_qwen2_5_7b/{stage}") for stage in (f"grpo_{method}_geoqa_8k", "finetune_lora")
+    )
+    assert (config.model.lora.rank, config.model.lora.alpha) == (before.model.lora.rank, before.model.lora.alpha)
+    number, form = (reward.build() for reward in config.objective.rewards)
+    reply = "<think>A triangle has 180 degrees.</think> <answer>35</answer>"
+    for text, right, kept in ((reply, 1, 1), (reply.replace("35", "36"), 0, 1), ("35", 1, 0)):
+        written = [Written("", text, "<answer> 35° </answer>", 9, True, Example([], []))]
+        assert (number(written), form(written)) == ([right], [kept])
 
 
 @pytest.mark.slow

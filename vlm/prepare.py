@@ -134,7 +134,7 @@ def prepare_run(config: RunConfig, device: torch.device, *, calibrate: bool = Tr
         loss_scale=loss_scale_for(config.train.precision),
     )
     engine = kind.build(inputs)
-    start = Start(built.model) if config.objective.keeps_start else None
+    start = Start(engine) if config.objective.keeps_start else None
     return Prepared(config, device, built, data, engine, objective, max_steps, start)
 
 

@@ -334,6 +334,7 @@ def _build_loop(
         max_bad_steps=settings.max_bad_steps,
         is_over=events.is_over,
         thaw={str(part): step for part, step in settings.thaw.items()},
+        updates=config.objective.updates_per_step,
         roll=build_rollouts(
             config,
             data,

@@ -86,6 +86,20 @@ def test_text_alone_equals_the_language_model_alone(built: Assembled):
         assert torch.equal(built.model.logits(hidden_states), expected)
 
 
+def test_where_other_rows_bring_features_the_encoder_is_not_called_for_text_alone(built: Assembled, monkeypatch):
+    """Ranks of ZeRO-3 would wait for each other. Without features in other rows it is called for no image too."""
+    calls: list[int] = []
+    monkeypatch.setattr(built.model, "always_encode", True)
+    features = torch.zeros(1, built.model.vision.num_patches, built.model.vision.width)
+    monkeypatch.setattr(built.model.vision, "forward", lambda pixels: calls.append(1) or features)
+    ids, positions = torch.tensor([[2, 3, 4]]), torch.arange(3)[None]
+    expected = built.model.llm(input_ids=ids, use_cache=False).logits
+    assert torch.equal(built.model.logits(built.model(ids, positions, image_features=torch.zeros(0))), expected)
+    assert not calls
+    built.model(ids, positions)
+    assert calls == [1]
+
+
 def test_a_plain_language_model_goes_through_the_same_calls(config: ModelConfig):
     built = build_model(changed(config, vision=None, trainable=["llm"]))
     assert built.image_spec is None

@@ -40,10 +40,11 @@ def config(config_file, tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_engine_trains_as_one_process_does(config, tmp_path):
+    cached = (*LORA, "data.cache_features=true", f"data.cache={tmp_path / 'features'}")
     variants = {
         (name, precision): (*options, f"train.precision={precision}")
-        for name, options in (("lora", LORA), ("full", FULL), ("vision", VISION))
-        for precision in (("fp32", "bf16") if name in ("lora", "full") else ("fp32",))
+        for name, options in (("lora", LORA), ("full", FULL), ("vision", VISION), ("cached", cached))
+        for precision in (("fp32", "bf16") if name == "lora" else ("fp32",))
     }
     cases = [Case(engine, options) for options in variants.values() for engine in ("local", *ENGINES)]
     outcomes = run_cases(str(config), cases, STEPS, tmp_path, start_warm)

@@ -82,6 +82,14 @@ def test_it_saves_every_so_often_and_at_the_end_and_starts_where_told():
     ]  # fmt: skip
 
 
+def test_a_step_may_update_several_times_and_stops_at_one_that_was_not_applied():
+    engine = Engine(bad={4})
+    train_loop, events = loop(engine, max_steps=2, updates=3, max_bad_steps=1)
+    train_loop.run()
+    assert [rate for _, _, rate in engine.calls] == pytest.approx([0, 0, 0, 0.1])
+    assert [step for kind, step in events if kind == "report"] == [1, 2]
+
+
 def test_events_run_every_n_steps():
     seen = []
     train_loop, _ = loop(Engine(), events=[Every(2, seen.append), Every(None, seen.append)])

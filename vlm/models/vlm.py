@@ -129,7 +129,8 @@ class VisionLanguageModel(nn.Module):
             input_ids: int64 [B, L].
             position_ids: int64 [B, L]; they restart with every example, and nothing attends across a restart.
             pixel_values: [N, 3, S, S], in the order of the placeholders; None for text alone.
-            image_features: [N, P, C], what the encoder yields for them, instead of `pixel_values`.
+            image_features: [N, P, C], what the encoder yields for them, instead of `pixel_values`; empty for text alone
+                where other rows bring features.
             read: bool [B, L], the tokens whose hidden states are read; others may be zeros. None for all.
             device: that computes; None: that of `input_ids`.
         """
@@ -145,13 +146,14 @@ class VisionLanguageModel(nn.Module):
         """What the decoder reads, [B, L, D]; arguments as `forward`."""
         features: Tensor | None = None
         zero: Tensor | None = None
-        if image_features is not None:
+        if image_features is not None and len(image_features):
             assert self.projector is not None
             features = self.projector(image_features)
         elif pixel_values is not None:
             features = self.encode_images(pixel_values)
         elif self.projector is not None and (self.training or self.always_encode):
-            zero = self._zero_from_a_dummy_image()  # before the embedding, as an image: ranks agree on the order
+            # before the embedding, as an image: ranks agree on the order
+            zero = self._zero_from_a_dummy_image(is_encoded=image_features is not None)
         embeddings = self.embed(input_ids, features, device)
         return embeddings if zero is None else embeddings + zero
 
@@ -200,8 +202,11 @@ class VisionLanguageModel(nn.Module):
         output = decoder(inputs_embeds=embeddings, attention_mask=layout, use_cache=False, **arguments)
         return output.last_hidden_state
 
-    def _zero_from_a_dummy_image(self) -> Tensor | None:
+    def _zero_from_a_dummy_image(self, is_encoded: bool) -> Tensor | None:
         """Scalar 0, with a graph to every weight that would train if the batch had an image; None if none would.
+
+        Args:
+            is_encoded: whether images come as features.
 
         Ranks whose batch has none must still take part in the reduction of these gradients. The encoder computes it in
         evaluation mode: an image of zeros is none of the data, so batch norms must not keep its statistics.
@@ -209,10 +214,10 @@ class VisionLanguageModel(nn.Module):
         assert self.projector is not None
         assert self.vision is not None
         reference = next(self.vision.parameters())
-        if not self.vision.is_frozen or self.always_encode:
+        if not is_encoded and (not self.vision.is_frozen or self.always_encode):
             with evaluating(self.vision):
                 features = self.vision(self.vision.blank_image().float())
-        elif any(parameter.requires_grad for parameter in self.projector.parameters()):
+        elif self.always_encode or any(parameter.requires_grad for parameter in self.projector.parameters()):
             features = torch.zeros(1, self.vision.num_patches, self.vision.width, device=reference.device)
         else:
             return None

@@ -66,7 +66,7 @@ class Spreads(Protocol):
     """What an objective asks of the section `engine`."""
 
     @property
-    def reads_whole(self) -> bool: ...
+    def has_stages(self) -> bool: ...
 
     def describe(self) -> str: ...
 
@@ -93,6 +93,11 @@ class ObjectiveConfig(KindSection):
         return False
 
     @property
+    def updates_per_step(self) -> int:
+        """Updates of the weights in a step, all with the same batches."""
+        return 1
+
+    @property
     def numbers(self) -> frozenset[str]:
         """Names that its numbers have in metrics.jsonl."""
         return frozenset(self.build().metric_names)
@@ -109,10 +114,10 @@ class ObjectiveConfig(KindSection):
         """
         if not self.writes_replies:
             return None
-        if not engine.reads_whole:
+        if engine.has_stages:
             return (
-                f"objective.kind {self.kind} writes replies with the whole model in each process, and engine.kind "
-                f"{engine.describe()} holds pieces of it; set engine.kind to ddp, or to zero with stage 2"
+                f"objective.kind {self.kind} writes replies with the whole model, and engine.kind {engine.describe()} "
+                "holds each layer in one process; set engine.kind to ddp, zero or fsdp"
             )
         if self.keeps_start and begins_blind:
             return (

@@ -142,6 +142,8 @@ class RolloutConfig(ObjectiveConfig):
     """Tokens of a reply, its end included; fewer where a prompt leaves less of data.max_length."""
     replies_at_once: PositiveInt = 32
     """Replies that each data rank writes at the same time: more is faster, and takes memory for keys and values."""
+    updates: PositiveInt = 1
+    """Updates of the weights that a step makes with its replies."""
     shown_groups: NonNegativeInt = 1
     """Groups of each step that rollouts.jsonl keeps."""
     rewards: Annotated[tuple[Annotated[RewardConfig, OneOf(REWARDS)], ...], Field(min_length=1)]
@@ -155,6 +157,10 @@ class RolloutConfig(ObjectiveConfig):
     @property
     def keeps_start(self) -> bool:
         return self.kl > 0
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.updates
 
     def rows_of(self, max_length: int) -> int:
         """Of a prompt as long as a reply, with all replies as long as they may get."""

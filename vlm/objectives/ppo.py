@@ -136,6 +136,8 @@ class PPOConfig(RolloutConfig):
     """Replies that the model writes itself, judged by rewards and by what a value head had expected."""
     group_size: PositiveInt = 1
     """Replies to each prompt."""
+    updates: PositiveInt = 4
+    """Updates of the weights that a step makes with its replies."""
     clip: PositiveFloat = 0.2
     """How far from 1 the ratio of a token's probability to the one that it was drawn with still counts."""
     value_clip: PositiveFloat = 0.2

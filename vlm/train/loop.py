@@ -103,6 +103,7 @@ class TrainLoop:
     is_over: Callable[[], bool] = lambda: False  # whether the run ends before `max_steps`, agreed on by all ranks
     thaw: Mapping[str, int] = field(default_factory=dict)  # part -> step, from 0, from which on it trains
     roll: Roll = as_read
+    updates: int = 1  # of the weights in a step, all with the same batches
 
     def run(self, start_step: int = 0) -> int:
         """Train from `start_step` to `max_steps`, or until it `is_over`, and save at the end.
@@ -130,7 +131,7 @@ class TrainLoop:
             microbatches, said = self.roll(step, self.engine.broadcast(microbatches))
             counts = self._count(microbatches)
             self._settle_still(step, step == start_step)
-            output = self.engine.train_step(microbatches, max(1.0, counts.normalizer), self.schedule(step))
+            output = self._update(step, microbatches, max(1.0, counts.normalizer))
             if not output.applied and not output.overflowed:
                 bad_steps += 1
                 self._refuse(step + 1, output, microbatches, bad_steps)
@@ -154,6 +155,14 @@ class TrainLoop:
                 if finished:
                     return step + 1
         return start_step
+
+    def _update(self, step: int, microbatches: list[Batch], normalizer: float) -> StepOutput:
+        """What the last update of the step did; of those that follow one that was not applied none is made."""
+        for _ in range(self.updates):
+            output = self.engine.train_step(microbatches, normalizer, self.schedule(step))
+            if not output.applied:
+                break
+        return output
 
     def _settle_still(self, step: int, is_first: bool) -> None:
         self.engine.still = still_at(step, self.thaw)

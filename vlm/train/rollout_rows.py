@@ -63,7 +63,7 @@ class RowMaker:
         worth = torch.tensor([value for group in groups for value in group.advantages] or [0.0])
         return replace(
             batch,
-            pixel_values=None if images is not None else _chosen(source.pixel_values, tiles),
+            pixel_values=None if images is not None or not len(tiles) else _chosen(source.pixel_values, tiles),
             image_features=_chosen(images, tiles),
             where=[prompt.where for prompt in source.prompts],
             rollouts=Rollouts(
@@ -110,5 +110,5 @@ def _tiles(prompts: Sequence[Prompt], shown: Sequence[Prompt]) -> Tensor:
 
 
 def _chosen(images: Tensor | None, tiles: Tensor) -> Tensor | None:
-    """Some of the images [N, ...]; None where there are none."""
-    return images[tiles.to(images.device)] if images is not None and len(tiles) else None
+    """Some of the images [N, ...]; None where there were none to choose from."""
+    return None if images is None else images[tiles.to(images.device)]

@@ -30,7 +30,7 @@ from vlm.generation.batched import BatchedGenerator, EndReason, Reply, SharedPro
 from vlm.generation.sampling import NewToken, SamplingSettings
 from vlm.generation.slot_cache import round_up
 from vlm.models.loss import find_supervised
-from vlm.models.trainable import trained_weights
+from vlm.models.partition import full_shape
 from vlm.models.vlm import VisionLanguageModel, evaluating
 from vlm.objectives.grpo import RolloutConfig, TokenScores
 from vlm.objectives.ppo import PPOConfig, TokenValues, estimate_advantages
@@ -52,22 +52,18 @@ class Start:
     It takes the memory of what trains: of LoRA little, of a whole model a second copy.
     """
 
-    def __init__(self, model: VisionLanguageModel) -> None:
-        self.model = model
-        self.kept = {name: tensor.detach().clone() for name, tensor in trained_weights(model).items()}
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.kept = engine.copy_weights()
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model as it was. Nothing may be trained or saved meanwhile."""
-        tensors = trained_weights(self.model)
-        now = {name: tensor.data for name, tensor in tensors.items()}
+        """The model as it was. Nothing may be trained or saved meanwhile. Every rank enters and leaves it."""
+        self.engine.exchange_weights(self.kept)
         try:
-            for name, tensor in tensors.items():
-                tensor.data = self.kept[name]
             yield
         finally:
-            for name, tensor in tensors.items():
-                tensor.data = now[name]
+            self.engine.exchange_weights(self.kept)
 
 
 @dataclass
@@ -119,7 +115,7 @@ class Rollouts:
         self._generator: BatchedGenerator | None = None
         self._never: dict[int, float] = {}  # a placeholder would stand for an image that is not there
         placeholder = engine.model.image_token_id
-        if placeholder is not None and placeholder < engine.model.llm.get_output_embeddings().weight.shape[0]:
+        if placeholder is not None and placeholder < full_shape(engine.model.llm.get_output_embeddings().weight)[0]:
             self._never[placeholder] = -math.inf
         self._errors: list[tuple[str, Exception]] = []  # of replies that could not be written, and their records
 
@@ -135,29 +131,40 @@ class Rollouts:
             ]
             if self.start is not None:
                 with self.start.in_place():
-                    made = [
-                        with_scores(batch, reference=said) for batch, said in zip(made, self._scores(made), strict=True)
-                    ]
+                    found = self._scores(made)
+                made = [with_scores(batch, reference=said) for batch, said in zip(made, found, strict=True)]
             numbers = self._numbers([each for some in judged for each in some])
             if isinstance(self.settings, PPOConfig):
                 made, more = self._valued(made, self.settings)
                 numbers |= more
+            elif self.settings.updates > 1:
+                made = [with_scores(batch, old=said) for batch, said in zip(made, self._scores(made), strict=True)]
             return made, numbers
 
     def _write(self, step: int, batches: list[Batch]) -> tuple[list[Tensor | None], list[list[Group]]]:
-        """Of each micro-batch the features of its images [N, P, C], where the encoder is frozen, and its groups."""
-        model, device = self.engine.model, self.engine.device
-        with evaluating(model), torch.no_grad(), autocast(device.type, self.engine.autocast_dtype):
+        """Of each micro-batch the features of its images [N, P, C], where the encoder is frozen, and its groups.
+
+        Where ranks gather the model's weights from each other with every call, each writes the replies of all.
+        """
+        engine, own = self.engine, slice(None)
+        if not engine.calls_alone:
+            shares = engine.gather_from_data_ranks(batches)
+            shares[engine.data_rank] = batches  # not a copy of them: their prompts are known by identity
+            own = slice(engine.data_rank * len(batches), (engine.data_rank + 1) * len(batches))
+            batches = [batch for share in shares for batch in share]
+        autocasting = autocast(engine.device.type, engine.autocast_dtype)
+        with engine.whole_model() as model, evaluating(engine.model), torch.no_grad(), autocasting:
+            assert model is not None  # `ObjectiveConfig.why_not` refuses engines without
             features = [self._encode(model, batch) for batch in batches]
             groups = [[Group(prompt, []) for prompt in batch.prompts] for batch in batches]
             replies = [
                 reply
-                for batch, some, shown in zip(batches, groups, features, strict=True)
-                for reply in self._replies(step, batch, some, shown)
+                for some, shown in zip(groups, features, strict=True)
+                for reply in self._replies(step, some, shown)
             ]
             self._generate(model, replies)
         is_kept = model.vision is None or model.vision.is_frozen
-        return [shown if is_kept else None for shown in features], groups
+        return [shown if is_kept else None for shown in features[own]], groups[own]
 
     def _encode(self, model: VisionLanguageModel, batch: Batch) -> Tensor | None:
         """[N, P, C] of the images of a batch; None without images."""
@@ -167,7 +174,7 @@ class Rollouts:
         assert model.vision is not None
         return model.vision(batch.pixel_values)
 
-    def _replies(self, step: int, batch: Batch, groups: list[Group], features: Tensor | None) -> Iterator[Reply]:
+    def _replies(self, step: int, groups: list[Group], features: Tensor | None) -> Iterator[Reply]:
         """Those to all prompts of a micro-batch, to be written. features: [N, P, C] of its images."""
         model, settings, at = self.engine.model, self.settings, 0
         for group in groups:
@@ -289,6 +296,8 @@ class Rollouts:
             with_scores(batch, advantages=(each.leads - mean) / deviation, values=then, returns=each.leads + then)
             for batch, each, then in zip(batches, own, read.values, strict=True)
         ]
+        if settings.updates > 1:
+            made = [with_scores(batch, old=said) for batch, said in zip(made, read.found, strict=True)]
         return made, {"kl": rest[0] / count, "value": rest[1] / count}
 
     def _show(self, step: int, judged: list[_Judged]) -> None:

@@ -17,7 +17,7 @@ from vlm.batch import Batch
 from vlm.distributed import gather_objects, rank, sum_over_ranks
 from vlm.errors import CheckpointError
 from vlm.faults import fault
-from vlm.models.trainable import canonical_name
+from vlm.models.trainable import canonical_name, trained_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.objectives.base import Head, LossOutput, Objective
 from vlm.precision import autocast
@@ -121,6 +121,27 @@ class Engine(ABC):
             yield objective
         finally:
             self.objective = holder.objective = trained
+
+    def copy_weights(self) -> list[Tensor]:
+        """A copy of what trains, as this process holds it, for `exchange_weights`."""
+        return [tensor.detach().clone() for tensor in self.weights_read()]
+
+    @torch.no_grad()
+    def exchange_weights(self, others: list[Tensor]) -> None:
+        """What trains becomes `others`, and `others` what trained. Every rank calls it."""
+        for tensor, other in zip(self.weights_read(), others, strict=True):
+            now = tensor.clone()
+            tensor.copy_(other)
+            other.copy_(now)
+
+    def weights_read(self) -> Iterable[Tensor]:
+        """What trains, where forward passes read it; of each tensor what this process holds."""
+        return trained_weights(self.model).values()
+
+    @property
+    def calls_alone(self) -> bool:
+        """Whether a process may call the model's modules without the others."""
+        return True
 
     def broadcast(self, batches: list[Batch]) -> list[Batch]:
         """The batches that all processes of one share of the data work on; each has read them by itself."""
@@ -237,6 +258,9 @@ class LossModule(nn.Module):
             head = Head(self.model.logits, min_head_calls, self.model.values)
             output = self.objective.loss(hidden_states, batch, head)
         return spoil(output.loss), stack_metrics(output, self.objective.metric_names)
+
+    def begin(self) -> None:
+        """Computes nothing. `fully_shard` must have seen a call of the whole before one of its blocks."""
 
 
 def stack_metrics(output: LossOutput, names: Sequence[str]) -> Tensor:

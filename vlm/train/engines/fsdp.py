@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from vlm.distributed import rank, world_size
@@ -44,13 +44,22 @@ class FullyShardedEngine(TorchEngine):
     """See `Engine`. Its module has been through `shard`."""
 
     def wrap(self, module: LossModule) -> Any:
+        register_fsdp_forward_method(module, "begin")
         return module
 
     @contextmanager
     def whole_model(self) -> Iterator[VisionLanguageModel | None]:
+        self.wrapped.begin()
         self.wrapped.unshard()  # all but the blocks, which gather themselves when they are called
         yield self.model
         self.wrapped.reshard()
+
+    @property
+    def calls_alone(self) -> bool:
+        return False
+
+    def weights_read(self) -> Iterator[Tensor]:
+        return (part.values for part in self.weight_fragments())
 
     def weight_fragments(self) -> Iterator[Fragment]:
         self.wrapped.reshard()  # an evaluation leaves the outermost parameters gathered

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, final
@@ -97,6 +97,19 @@ class ZeroEngine(Engine):
 
     def whole_model(self) -> AbstractContextManager[VisionLanguageModel | None]:
         return nullcontext(self.model)  # at stage 3 each module gathers its weights when it is called
+
+    @property
+    def calls_alone(self) -> bool:
+        return self.stage < 3
+
+    def weights_read(self) -> Iterable[Tensor]:
+        """At stage 3 DeepSpeed's pieces in float32, from which `exchange_weights` brings the others up to date."""
+        return super().weights_read() if self.stage < 3 else [part.values for part in self.weight_fragments()]
+
+    def exchange_weights(self, others: list[Tensor]) -> None:
+        super().exchange_weights(others)
+        if self.stage == 3:
+            _refresh_partitions(self._zero)
 
     def weight_fragments(self) -> Iterator[Fragment]:
         yield from zero_fragments(self.parameters, self._zero)
