@@ -28,7 +28,7 @@ from vlm.objectives import OBJECTIVES
 from vlm.objectives.base import ObjectiveConfig
 from vlm.objectives.lm import LanguageModelingConfig
 from vlm.schema import OneOf, PathText, Section, annotation_of, chosen_kinds, one_of
-from vlm.train.config import LINE_NAMES, TrainConfig
+from vlm.train.config import LINE_NAMES, RISING, TrainConfig
 from vlm.train.engines.kind import EngineKind
 from vlm.train.engines.kinds import ENGINES, Auto
 
@@ -68,6 +68,12 @@ class RunConfig(Section):
             raise ValueError(f"train.eval_tasks: {unknown[0]} is no name of evaluation.tasks, which are {names}")
         if reason := self.objective.why_not(self.engine, self.model.vision is not None and self.init_from is None):
             raise ValueError(reason)
+        best = self.train.keep_best
+        if best in RISING and not self.objective.measures(best):
+            raise ValueError(
+                f"train.keep_best {best} is not measured with objective.kind {self.objective.kind}; name held_out_loss "
+                "or one of train.eval_tasks"
+            )
         taken = LINE_NAMES.union(self.objective.numbers)
         if said := [name for name in self.train.eval_tasks if name in taken or name.startswith("held_out_")]:
             raise ValueError(

@@ -376,13 +376,13 @@ def _best_so_far(parts: Prepared, run: RunFolder) -> BestSoFar | None:
     name = parts.config.train.keep_best
     if name is None:
         return None
-    if name == "held_out_loss" and parts.data.held_out is None:
+    if name.startswith("held_out_") and parts.data.held_out is None:
         raise ConfigError(
-            "train.keep_best is held_out_loss, but nothing is held out: set data.held_out or data.eval_sources"
+            f"train.keep_best is {name}, but nothing is held out: set data.held_out or data.eval_sources"
         ).on_every_rank()
     tasks = {task.name: task for task in parts.config.evaluation.tasks}
     task = tasks.get(name) or tasks.get(name.rpartition(".")[0])
-    best = BestSoFar(name, lower_is_better=task is None or task.lower_is_better)
+    best = BestSoFar(name, lower_is_better=name == "held_out_loss" if task is None else task.lower_is_better)
     best.add_lines(on_main(lambda: _lines_before(run)))
     if best.step is not None and on_main(lambda: best_step(run.path)) != best.step:
         warn(f"the checkpoint of step {best.step}, the best by {name}, is gone: what is measured now counts anew")

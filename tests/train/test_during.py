@@ -188,7 +188,11 @@ def test_a_task_that_is_called_as_a_number_of_the_run_is_refused(
             {"eval_tasks": ["form"], "eval_every": 2},
             r"eval_tasks: form is no name of evaluation\.tasks, which are \['shape'\]",
         ),
-        ({"keep_best": "shape", "eval_every": 2}, "keep_best shape: expected one of held_out_loss, or TASK"),
+        (
+            {"keep_best": "shape", "eval_every": 2},
+            "keep_best shape: expected one of held_out_loss, held_out_accuracy, ",
+        ),
+        ({"keep_best": "held_out_margin", "eval_every": 2}, "held_out_margin is not measured with objective.kind lm"),
         ({"keep_best": "held_out_loss"}, "keep_best without eval_every"),
         ({"early_stop": 2, "eval_every": 2}, "early_stop without keep_best"),
     ],

@@ -27,6 +27,7 @@ from vlm.objectives.base import Head
 from vlm.objectives.reward import RewardConfig, reward_replies
 from vlm.plan.estimate import estimate
 from vlm.run import train
+from vlm.train.checkpoint import best_step
 
 X = IGNORE_INDEX
 
@@ -138,10 +139,15 @@ def lines_of(run: Path, key: str = "loss") -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_reward_model_learns_goes_on_to_the_bit_and_its_export_says_the_same(pairs, tiny: Path, tmp_path: Path):
-    path = pairs(train__max_steps=16, train__save_every=8, train__eval_every=16, train__learning_rate=1e-2)
+    path = pairs(
+        train__max_steps=16, train__save_every=8, train__eval_every=8, train__keep_best="held_out_margin",
+        train__learning_rate=1e-2,
+    )  # fmt: skip
     whole = train(load_config(path), path.read_text())
-    (held_out,) = lines_of(whole, "held_out_loss")
+    first, held_out = lines_of(whole, "held_out_loss")
     assert held_out["held_out_accuracy"] == 1.0
+    assert held_out["held_out_margin"] > first["held_out_margin"]
+    assert best_step(whole) == 16
     assert held_out["held_out_margin"] == pytest.approx(
         held_out["held_out_rewards_chosen"] - held_out["held_out_rewards_rejected"], abs=1e-5
     )

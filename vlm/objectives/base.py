@@ -102,6 +102,10 @@ class ObjectiveConfig(KindSection):
         """Names that its numbers have in metrics.jsonl."""
         return frozenset(self.build().metric_names)
 
+    def measures(self, name: str) -> bool:
+        """Whether held-out records are measured by a number of metrics.jsonl, such as "held_out_accuracy"."""
+        return not self.writes_replies and name.removeprefix("held_out_") in self.build().metric_names
+
     def rows_of(self, max_length: int) -> int:
         """Rows of so many tokens that a row of the stream becomes, for the estimate of memory."""
         return 1

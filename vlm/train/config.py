@@ -26,6 +26,8 @@ LINE_NAMES = frozenset({
     "rollouts_seconds", "loss_scale", "overflowed_steps", "failed_gates",
 })  # fmt: skip
 
+RISING = ("held_out_accuracy", "held_out_margin")  # what `keep_best` may name of preferences; more is better
+
 
 class TrainConfig(Section):
     epochs: PositiveFloat | None = None
@@ -88,8 +90,8 @@ class TrainConfig(Section):
     eval_records: PositiveInt = 32
     """Records of each of them, the first of its file."""
     keep_best: str | None = None
-    """Keep the checkpoint that is best by this, beside keep_last: held_out_loss, the name of one of eval_tasks (its
-    first figure), or TASK.FIGURE."""
+    """Keep the checkpoint that is best by this, beside keep_last: held_out_loss, of preferences held_out_accuracy or
+    held_out_margin too, the name of one of eval_tasks (its first figure), or TASK.FIGURE."""
     early_stop: PositiveInt | None = None
     """End the run after so many measurements in a row that are no better than keep_best's; null never."""
     sample_every: PositiveInt | None = None
@@ -124,7 +126,7 @@ class TrainConfig(Section):
         if self.eval_tasks and self.eval_every is None:
             raise ValueError("eval_tasks without eval_every: set the steps between two measurements")
         if self.keep_best is not None:
-            known = ["held_out_loss", *self.eval_tasks]
+            known = ["held_out_loss", *RISING, *self.eval_tasks]
             if self.keep_best not in known and not self.keep_best.startswith(tuple(f"{n}." for n in self.eval_tasks)):
                 raise ValueError(f"keep_best {self.keep_best}: expected one of {', '.join(known)}, or TASK.FIGURE")
             if self.eval_every is None:

@@ -155,7 +155,8 @@ class RunEvents:
         Args:
             checkpoint: that was measured; None: the model as it is now.
         """
-        if self.best is not None and self.best.name != "held_out_loss" and self.best.name not in measured.figures:
+        is_of_tasks = self.best is not None and not self.best.name.startswith("held_out_")
+        if self.best is not None and is_of_tasks and self.best.name not in measured.figures:
             known = ", ".join(measured.figures)
             raise ConfigError(f"train.keep_best {self.best.name}: measured are {known}").on_every_rank()
         self.failed_gates = measured.failed_gates
