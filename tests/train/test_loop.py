@@ -1,6 +1,7 @@
 import math
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from vlm.train.timing import StepTimer
 
 
 class Objective:
+    metric_names = ("accuracy",)
+
     def normalizer(self, batch):
         return batch.num_supervised
 
@@ -88,6 +91,19 @@ def test_a_step_may_update_several_times_and_stops_at_one_that_was_not_applied()
     train_loop.run()
     assert [rate for _, _, rate in engine.calls] == pytest.approx([0, 0, 0, 0.1])
     assert [step for kind, step in events if kind == "report"] == [1, 2]
+
+
+def test_a_step_in_which_nothing_is_supervised_updates_nothing():
+    engine, said = Engine(), []
+
+    def roll(step, batches):
+        return [replace(batch, labels=torch.full((1, 3), -100)) if step else batch for batch in batches], {}
+
+    train_loop, _ = loop(engine, max_steps=2, roll=roll)
+    train_loop.report = lambda step, batches, output, *rest: said.append((output.loss, dict(output.metrics)))
+    train_loop.run()
+    assert len(engine.calls) == 1
+    assert said[1] == (0.0, {"accuracy": 0.0})
 
 
 def test_events_run_every_n_steps():

@@ -131,7 +131,7 @@ class TrainLoop:
             microbatches, said = self.roll(step, self.engine.broadcast(microbatches))
             counts = self._count(microbatches)
             self._settle_still(step, step == start_step)
-            output = self._update(step, microbatches, max(1.0, counts.normalizer))
+            output = self._update(step, microbatches, counts.normalizer)
             if not output.applied and not output.overflowed:
                 bad_steps += 1
                 self._refuse(step + 1, output, microbatches, bad_steps)
@@ -157,7 +157,12 @@ class TrainLoop:
         return start_step
 
     def _update(self, step: int, microbatches: list[Batch], normalizer: float) -> StepOutput:
-        """What the last update of the step did; of those that follow one that was not applied none is made."""
+        """What the last update of the step did; of those that follow one that was not applied none is made.
+
+        Where nothing can be learned there is no update: AdamW would go on with what it has gathered.
+        """
+        if not normalizer:
+            return StepOutput(0.0, 0.0, applied=True, metrics=dict.fromkeys(self.objective.metric_names, 0.0))
         for _ in range(self.updates):
             output = self.engine.train_step(microbatches, normalizer, self.schedule(step))
             if not output.applied:
