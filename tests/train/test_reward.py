@@ -181,6 +181,25 @@ def test_a_reward_model_learns_goes_on_to_the_bit_and_its_export_says_the_same(p
 
 
 @pytest.mark.slow
+def test_adapters_of_a_quantized_base_learn_to_score(pairs, tiny: Path):
+    llm = {"path": str(tiny / "llm"), "quantization": {"format": "nf4"}}
+    path = pairs(
+        model__llm=llm, model__lora={"rank": 4, "alpha": 8}, train__max_steps=12, train__eval_every=12,
+        train__learning_rate=1e-2,
+    )  # fmt: skip
+    run = train(load_config(path), path.read_text())
+    said = lines_of(run)
+    assert said[-1]["margin"] > said[0]["margin"]
+    (held_out,) = lines_of(run, "held_out_loss")
+    assert held_out["held_out_accuracy"] == 1.0
+    scores = score_file(
+        path.parent / "pairs.jsonl", tiny / "data/images", 6, export_run(run), run / "scores", run, "cpu"
+    )
+    lines = [json.loads(line) for line in scores.read_text().splitlines()]
+    assert all(line["score_chosen"] > line["score_rejected"] for line in lines)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_engines_agree_on_a_reward_model(pairs, tmp_path: Path):
     """Worst seen: loss 2.4e-6, norm 4.7e-6, weights 7.7e-8, of the language model whole, whose loss falls fast; with
