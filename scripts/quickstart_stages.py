@@ -5,13 +5,14 @@
 
 Runs whose folders are named alike up to the first underscore are one stage. Each needs its export. Measured on images
 that were never trained on (`--records`), each with the question for its kind: how often the right one of ten kinds is
-the likeliest, with its own and with another image; how often it is likelier than a wrong one, over all nine; and by how
-much.
+the likeliest, with its own and with another image; how likely a reply at temperature 1 is the right one, which is what
+`grpo` rewards; how often the right one is likelier than a wrong one, over all nine; and by how much.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 from vlm.evaluation.metrics import Figure, mean
 from vlm.evaluation.task_kinds import ChoiceTask
 
-COLUMNS = ("kind, own images", "kind, shuffled images", "pairs won", "margin, nats")
+COLUMNS = ("kind, own images", "kind, shuffled images", "right reply, drawn", "pairs won", "margin, nats")
 TEST = "cache/dataset/quickstart/eval_kind.jsonl"
 
 
@@ -30,8 +31,10 @@ class KindsTask(ChoiceTask):
     def figures(self, questions: Sequence[Any], answers: list[Any]) -> dict[str, Figure]:
         margins = [margins_of(scores, each.answer) for scores, each in zip(answers, questions, strict=True)]
         won = [statistics.fmean(margin > 0 for margin in each) for each in margins]
+        drawn = [math.exp(scores[each.answer]) for scores, each in zip(answers, questions, strict=True)]
         return {
             **super().figures(questions, answers),
+            "drawn": mean(drawn),
             "pairs": mean(won),
             "margin": mean([statistics.fmean(each) for each in margins]),
         }
@@ -54,9 +57,9 @@ def measure(export: Path, records: str) -> list[float]:
 
     task = KindsTask(name="kind", path=records, images=str(Path(records).parent / "images"))
     tasks = EvaluationConfig.model_construct(tasks=(task,), seed=0)
-    accuracy, pairs, margin = run_tasks(load(export, image_order="keep"), tasks, Path("cache/features"))
+    accuracy, *others = run_tasks(load(export, image_order="keep"), tasks, Path("cache/features"))
     assert accuracy.shuffled is not None
-    return [accuracy.own.value, accuracy.shuffled.value, pairs.own.value, margin.own.value]
+    return [accuracy.own.value, accuracy.shuffled.value, *(each.own.value for each in others)]
 
 
 def line_of(stage: str, found: Sequence[Sequence[float]]) -> str:

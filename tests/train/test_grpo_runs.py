@@ -128,13 +128,20 @@ PPO = ("objective.kind=ppo", "model.trainable=[projector, llm.lora, value_head]"
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_engines_write_and_learn_what_one_process_does(asked, tmp_path: Path):
-    """Worst seen: norm 1.7e-7, weights 4.5e-9."""
+    """Worst seen: norm 2.7e-7, weights 1.3e-8, numbers 2.6e-7. Micro-batches of text alone are among them. DeepSpeed leaves small weights
+    where they are, so all of these, unless it is told otherwise."""
+    start = taught(asked, train__max_steps=1)
+    text = "".join(json.dumps({"prompt": f"What is {n}?", "answer": "e"}) + "\n" for n in range(8))
+    (tmp_path / "asked.jsonl").write_text((tmp_path / "asked.jsonl").read_text() + text)
+    (tmp_path / "deepspeed.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    spread = ("engine.offload=[optimizer, parameters]", f"engine.deepspeed={tmp_path / 'deepspeed.json'}")
     path = asked(
         {"rewards": [{"kind": "regex", "pattern": "e"}], "kl": 0.05, "updates": 2},
         model__lora={"rank": 4, "alpha": 8}, engine={"timeout_seconds": 60},
-        init_from=str(taught(asked, train__max_steps=1)), output_dir=str(tmp_path / "other"),
+        train__micro_batch_size=1, init_from=str(start), output_dir=str(tmp_path / "other"),
     )  # fmt: skip
     groups = [[Case(each, ("train.precision=fp32", *kind)) for each in ENGINES] for kind in ((), PPO)]
+    groups[0].append(Case("zero3*2", ("train.precision=fp32", *spread)))
     outcomes = run_cases(str(path), [case for group in groups for case in group], 3, tmp_path, start_warm)
     for group in groups:
         reference = outcomes[group[0]]
@@ -145,4 +152,4 @@ def test_engines_write_and_learn_what_one_process_does(asked, tmp_path: Path):
             assert norm <= 1e-5, case
             assert weights <= 5e-6, case
             for said, found in zip(reference.metrics, outcomes[case].metrics, strict=True):
-                assert found == pytest.approx(said, rel=1e-5, abs=1e-7), case
+                assert found == pytest.approx(said, rel=1e-5, abs=1e-6), case

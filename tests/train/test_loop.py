@@ -25,6 +25,7 @@ class Engine:
     """Remembers what it was asked; the loss of step n is n."""
 
     data_rank, num_data_ranks = 0, 1
+    loss_scale = None
 
     def __init__(self, bad=()):
         self.calls, self.bad = [], bad

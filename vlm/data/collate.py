@@ -92,7 +92,7 @@ class Collator:
             position_ids=positions,
             pixel_values=torch.cat(pixels) if pixels and self.features is None else None,
             # none are told from no features: then an engine whose ranks make the same calls lets the encoder be
-            image_features=torch.cat(pixels or [torch.zeros(0)]) if self.features is not None else None,
+            image_features=torch.cat(pixels or [torch.zeros(0, 1, 1)]) if self.features is not None else None,
             where=[placed.example.where for row in kept_rows for placed in row],
             skipped=skipped,
             num_padding=ids.numel() - num_tokens,

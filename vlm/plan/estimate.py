@@ -124,7 +124,7 @@ def estimate(
             base += 2 * in_flight * work.tokens * shape.llm.width * numerics.residual
         states = kind.states(own, config.train, num_data_ranks, num_micro > 1)
         if config.objective.keeps_start:
-            states = _with_start(states, own)
+            states = _with_start(states, own, kind, num_data_ranks)
         devices.append(
             _device(name, own, states, base, _bool_mask(work, numerics), num_micro, in_flight, num_data_ranks,
                     first, stop - 1)
@@ -136,9 +136,15 @@ def estimate(
     )  # fmt: skip
 
 
-def _with_start(states: States, own: Sequence[Part]) -> States:
-    """With a copy of what trains, as it was before the first step."""
-    return replace(states, parameters=states.parameters + FLOAT32 * sum(part.trained for part in own))
+def _with_start(states: States, own: Sequence[Part], kind: EngineKind, num_data_ranks: int) -> States:
+    """With a copy of what trains, as it was before the first step: of what a rank holds of it, where that is."""
+    copy = FLOAT32 * sum(part.trained for part in own)
+    if not kind.gathers:
+        return replace(states, parameters=states.parameters + copy)
+    copy = -(-copy // num_data_ranks)
+    if kind.keeps_optimizer_on_host:
+        return replace(states, host=states.host + copy)
+    return replace(states, parameters=states.parameters + copy)
 
 
 def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics: Numerics) -> list[list[Part]]:

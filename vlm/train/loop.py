@@ -157,15 +157,17 @@ class TrainLoop:
         return start_step
 
     def _update(self, step: int, microbatches: list[Batch], normalizer: float) -> StepOutput:
-        """What the last update of the step did; of those that follow one that was not applied none is made.
+        """What the last update of the step did; of those that follow one that is not finite none is made.
 
-        Where nothing can be learned there is no update: AdamW would go on with what it has gathered.
+        Where nothing is supervised there is no update: AdamW would go on with what it has gathered.
         """
         if not normalizer:
-            return StepOutput(0.0, 0.0, applied=True, metrics=dict.fromkeys(self.objective.metric_names, 0.0))
+            scale = None if self.engine.loss_scale is None else self.engine.loss_scale.factor
+            nothing = dict.fromkeys(self.objective.metric_names, 0.0)
+            return StepOutput(0.0, 0.0, applied=True, loss_scale=scale, metrics=nothing)
         for _ in range(self.updates):
             output = self.engine.train_step(microbatches, normalizer, self.schedule(step))
-            if not output.applied:
+            if not output.applied and not output.overflowed:
                 break
         return output
 
@@ -197,7 +199,7 @@ class TrainLoop:
             if output.loss_scale is not None:
                 reason += ", or the model's numbers are too large for float16: set train.precision to bf16 or fp32"
             raise TrainingDiverged(
-                f"step {step}: loss {output.loss}, gradient norm {output.grad_norm}; the weights were not updated. "
+                f"step {step}: loss {output.loss}, gradient norm {output.grad_norm}; no weight was changed by it. "
                 f"Records of the step: {', '.join(records[:8])}{' ...' if len(records) > 8 else ''}. Usually "
                 f"{reason}; train.max_bad_steps lets a few such steps pass"
             )

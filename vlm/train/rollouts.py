@@ -163,25 +163,26 @@ class Rollouts:
                 for reply in self._replies(step, some, shown)
             ]
             self._generate(model, replies)
-        is_kept = model.vision is None or model.vision.is_frozen
+        is_kept = model.vision is not None and model.vision.is_frozen
         return [shown if is_kept else None for shown in features[own]], groups[own]
 
-    def _encode(self, model: VisionLanguageModel, batch: Batch) -> Tensor | None:
-        """[N, P, C] of the images of a batch; None without images."""
+    def _encode(self, model: VisionLanguageModel, batch: Batch) -> Tensor:
+        """[N, P, C] of the images of a batch; empty without images."""
         batch = batch.to(self.engine.device)
-        if batch.image_features is not None or batch.pixel_values is None:
+        if batch.image_features is not None:
             return batch.image_features
+        if batch.pixel_values is None:
+            return torch.zeros(0, 1, 1, device=self.engine.device)
         assert model.vision is not None
         return model.vision(batch.pixel_values)
 
-    def _replies(self, step: int, groups: list[Group], features: Tensor | None) -> Iterator[Reply]:
+    def _replies(self, step: int, groups: list[Group], features: Tensor) -> Iterator[Reply]:
         """Those to all prompts of a micro-batch, to be written. features: [N, P, C] of its images."""
         model, settings, at = self.engine.model, self.settings, 0
         for group in groups:
             prompt = group.prompt
             shared = SharedPrompt()
             if prompt.num_tiles:
-                assert features is not None
                 assert model.projector is not None
                 ids = torch.tensor([prompt.input_ids], device=self.engine.device)
                 shared = SharedPrompt(model.embed(ids, model.projector(features[at : at + prompt.num_tiles])))
