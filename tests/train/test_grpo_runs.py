@@ -128,8 +128,8 @@ PPO = ("objective.kind=ppo", "model.trainable=[projector, llm.lora, value_head]"
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_engines_write_and_learn_what_one_process_does(asked, tmp_path: Path):
-    """Worst seen: norm 2.7e-7, weights 1.3e-8, numbers 2.6e-7. Micro-batches of text alone are among them. DeepSpeed leaves small weights
-    where they are, so all of these, unless it is told otherwise."""
+    """Worst seen: norm 2.7e-7, weights 1.3e-8, numbers 2.6e-7. Micro-batches of text alone are among them. DeepSpeed
+    leaves small weights where they are, so all of these, unless it is told otherwise."""
     start = taught(asked, train__max_steps=1)
     text = "".join(json.dumps({"prompt": f"What is {n}?", "answer": "e"}) + "\n" for n in range(8))
     (tmp_path / "asked.jsonl").write_text((tmp_path / "asked.jsonl").read_text() + text)

@@ -29,6 +29,7 @@ from vlm.errors import VLMError
 from vlm.generation.batched import BatchedGenerator, EndReason, Reply, SharedPrompt
 from vlm.generation.sampling import NewToken, SamplingSettings
 from vlm.generation.slot_cache import round_up
+from vlm.logs import warn
 from vlm.models.loss import find_supervised
 from vlm.models.partition import full_shape
 from vlm.models.vlm import VisionLanguageModel, evaluating
@@ -363,6 +364,11 @@ def build_rollouts(
     settings, objective = config.data, config.objective
     if not isinstance(objective, RolloutConfig):
         return as_read
+    if objective.updates > 1 and config.model.lora is not None and config.model.lora.dropout > 0:
+        warn(
+            f"objective.updates {objective.updates} with model.lora.dropout {config.model.lora.dropout}: what a ratio "
+            "is against is computed without dropout, so tokens are clipped that have not changed; set it to 0"
+        )
     pad_token_id = data.conversation_tokenizer.pad_token_id
     collator = Collator(None, pad_token_id, settings.max_pixels)
     shares = settings.share_images and engine.model.lets_records_share
