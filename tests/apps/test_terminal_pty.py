@@ -66,7 +66,7 @@ def test_a_whole_conversation(chat: pexpect.spawn, root: Path):
     chat.expect("is an HTML page")
     chat.expect("image \\(empty for none\\)")
     chat.send("cat.p\t")
-    chat.expect("cat.png")  # completed
+    chat.expect(r"cat\.p(\x1b\[[?\d;]*[A-Za-z])*ng")  # completed, maybe in a second refresh of the line
     chat.sendline()
     chat.expect("Image  图片: cat.png")
     chat.expect("▀")  # a thumbnail
