@@ -143,7 +143,7 @@ class Page:
             self.page.wait_for_timeout(50)
 
     def see_it_grow(self) -> None:
-        """Wait until an answer that is written was seen at three lengths: words, not what stands there before them."""
+        """Wait until an answer that is written was seen as three texts: words, not what stands there before them."""
         before = {tell(language, text) for language in LANGUAGES for text in ("reading", "waiting")}
         seen: set[str] = set()
 
