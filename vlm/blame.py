@@ -117,7 +117,10 @@ def blame_step(config: RunConfig, step: int) -> Blame:
 
 def _restore(parts: Prepared, run: Path, checkpoint: CheckpointInfo) -> int:
     settings = read_info(checkpoint.path).get("data", {})
-    state = RunState(run, parts.engine, parts.data.train.fingerprint, {}, settings)
+    stream = parts.data.train
+    state = RunState(
+        run, parts.engine, stream.fingerprint, {}, settings, earlier_fingerprint=stream.earlier_fingerprint
+    )
     return state.load(checkpoint.path)
 
 

@@ -281,7 +281,17 @@ def _run_state(parts: Prepared, run: RunFolder, identity: dict[str, Any], start:
     chosen = {key for key in _LATER_DATA_SETTINGS if getattr(parts.config.data, key)}
     settings = flatten(parts.config.data.model_dump(mode="json", include=_DATA_SETTINGS | chosen), "data")
     orders = count_image_orders(data.order.scan.reader, data.order.with_images) if is_main() else {}
-    return RunState(run.path, parts.engine, data.fingerprint, identity, settings, start, skips.state, orders)
+    return RunState(
+        run.path,
+        parts.engine,
+        data.fingerprint,
+        identity,
+        settings,
+        start,
+        skips.state,
+        orders,
+        data.earlier_fingerprint,
+    )
 
 
 def _rewind(run: RunFolder, parts: Prepared, skips: SkipLog, checkpoint: Path | None) -> None:

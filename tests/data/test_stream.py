@@ -1,4 +1,6 @@
 import itertools
+import re
+import shutil
 import sys
 import time
 
@@ -14,7 +16,7 @@ from vlm.data.stream import RowOrder
 from vlm.errors import ConfigError, DataError
 
 
-def build(path, tokenizer, spec, *, batch=4, micro=2, rank=0, ranks=1, seed=3, sources=None, **settings):
+def build(path, tokenizer, spec, *, batch=4, micro=2, rank=0, ranks=1, seed=3, sources=None, share=False, **settings):
     config = DataConfig(
         sources=sources or [SourceConfig(path=str(path))],
         cache=str(path.parent / "cache"),
@@ -24,6 +26,7 @@ def build(path, tokenizer, spec, *, batch=4, micro=2, rank=0, ranks=1, seed=3, s
     return build_data(
         config, tokenizer, spec, image_id,
         seed=seed, global_batch_size=batch, micro_batch_size=micro, data_rank=rank, num_data_ranks=ranks,
+        may_share=share,
     )  # fmt: skip
 
 
@@ -166,6 +169,24 @@ def test_the_fingerprint_changes_with_the_data_and_the_seed_not_with_a_touch(rec
     assert build(path, bpe, spec, seed=4).train.fingerprint != before
     path.write_text(path.read_text().replace("Answer 3.", "Another answer."))
     assert build(path, bpe, spec).train.fingerprint != before
+
+
+def test_a_copy_of_the_data_has_the_same_fingerprint_and_other_images_another(records, bpe, spec, tmp_path_factory):
+    path = records(12)
+    path.write_text(re.sub(r'"image": "[0-5].png"', '"image": "1.png"', path.read_text()))
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copytree(path.parent, copy, dirs_exist_ok=True)
+    both = [build(each, bpe, spec, share=True) for each in (path, copy / path.name)]
+    streams = [data.train for data in both]
+    assert streams[0].order.num_shared(0)[0] > 1
+    assert streams[0].fingerprint == streams[1].fingerprint
+    assert streams[0].earlier_fingerprint != streams[1].earlier_fingerprint
+    assert seen(both[0], 3) == seen(both[1], 3)
+    keys = streams[0].order.scan.shares.keys
+    keys[np.flatnonzero(keys == keys[0])[-1]] = 5  # one record less stands with the others
+    changed = build(path, bpe, spec, share=True).train
+    changed.order.scan.shares.keys = keys
+    assert changed.fingerprint != streams[1].fingerprint
 
 
 def test_epochs_and_steps_agree(records, bpe, spec):

@@ -18,11 +18,12 @@ from vlm.config import load_config
 from vlm.errors import CheckpointError, MissingPackageError, Preempted, TrainingDiverged, VLMError
 from vlm.export.run import export_run
 from vlm.models.trainable import part_weights
-from vlm.prepare import assemble_checkpoint
+from vlm.prepare import assemble_checkpoint, prepare_run
 from vlm.run import train
 from vlm.train.checkpoint import list_checkpoints, newest_verified
 from vlm.train.fragments import read_weights
 from vlm.train.metrics import plot_loss
+from vlm.train.resume import RunState
 
 
 def run_here(path):
@@ -138,6 +139,20 @@ def test_changed_data_is_refused_at_resume(config_file, tiny, tmp_path):
     source = {"path": str(tmp_path / "fewer.jsonl"), "images": str(tiny / "data/images")}
     with pytest.raises(CheckpointError, match="the training data, its order or its tokenization changed"):
         run_here(config_file(data__sources=[source], train__max_steps=4))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_a_copy_of_its_data_and_from_a_checkpoint_of_before(config_file, tiny, tmp_path):
+    shutil.copytree(tiny / "data", tmp_path / "copy", copy_function=shutil.copy)
+    run = run_here(config_file(train__max_steps=2))
+    copied = {"path": str(tmp_path / "copy/finetune.jsonl"), "images": str(tmp_path / "copy/images")}
+    run_here(config_file(data__sources=[copied], train__max_steps=3))
+    parts = prepare_run(load_config(config_file(train__max_steps=4)), torch.device("cpu"))
+    stream = newest_verified(run) / "stream.json"
+    written = json.loads(stream.read_text())
+    assert written["fingerprint"] == parts.data.train.fingerprint != parts.data.train.earlier_fingerprint
+    state = RunState(run, parts.engine, "other", {}, {}, earlier_fingerprint=written["fingerprint"])
+    assert state.load(newest_verified(run)) == 3
 
 
 @pytest.mark.slow

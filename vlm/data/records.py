@@ -32,7 +32,7 @@ __all__ = [
 
 # kind -> path, cache folder and name for messages -> the source. Whatever is not here is refused by `open_index`.
 SOURCES: dict[str, Callable[[Path, Path, str | None], Source]] = {
-    "folder": lambda path, cache, name: FolderIndex(path, name),
+    "folder": FolderIndex,
     **dict.fromkeys((".json", ".jsonl", ".csv", ".tsv", ".txt"), open_index),
 }
 

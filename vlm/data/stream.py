@@ -107,7 +107,7 @@ class RowOrder:
         state = hashlib.sha256(
             repr([self.weights, self.seed, self.max_length, self.max_images, self.window, self.shares_images]).encode()
         )
-        for array in (*self.members, self.scan.lengths, self.scan.num_images, self.scan.shares.keys):
+        for array in (*self.members, self.scan.lengths, self.scan.num_images, self.scan.shares.firsts):
             state.update(np.ascontiguousarray(array).data)
         return state.hexdigest()[:16]
 
@@ -198,7 +198,15 @@ class BatchStream:
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides which record stands where; a resumed run compares it."""
+        """Of all that decides which record stands where; a resumed run compares it. The same for a copy of the data."""
+        return self._digest(self.order.scan.shares.firsts)
+
+    @property
+    def earlier_fingerprint(self) -> str:
+        """What earlier versions wrote into checkpoints: it names the folder that the images lie in."""
+        return self._digest(self.order.scan.shares.keys)
+
+    def _digest(self, alike: np.ndarray) -> str:
         order = self.order
         state = [
             [source.content_digest() for source in order.scan.reader.sources],
@@ -207,7 +215,7 @@ class BatchStream:
             [hashlib.sha256(members.tobytes()).hexdigest() for members in order.members], self.global_batch_size,
         ]  # fmt: skip
         if order.shares_images:
-            state.append(hashlib.sha256(order.scan.shares.keys.tobytes()).hexdigest())
+            state.append(hashlib.sha256(alike.tobytes()).hexdigest())
         state += [f"groups of {order.group_size}"] if order.group_size else []
         state += ["drops last"] if self.drops_last else []
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]

@@ -43,6 +43,7 @@ class RunState:
     start: dict[str, Any] = field(default_factory=dict)
     counters: Callable[[], dict[str, Any]] = dict  # what else goes into progress.json
     image_orders: dict[str, int] = field(default_factory=dict)  # of the training data, for the export
+    earlier_fingerprint: str = ""  # what earlier versions wrote in place of `stream_fingerprint`
 
     def save(self, step: int, keep_last: int) -> Path:
         """Write a checkpoint after `step` optimizer steps. Raises OSError when the disk refuses."""
@@ -77,7 +78,7 @@ class RunState:
             CheckpointError: the data is not the data of the checkpoint, or a tensor does not fit.
         """
         stream = _read_json(checkpoint / "stream.json")
-        if stream["fingerprint"] != self.stream_fingerprint:
+        if stream["fingerprint"] not in (self.stream_fingerprint, self.earlier_fingerprint):
             old = read_info(checkpoint).get("data")  # earlier versions did not write it
             changed = [] if old is None else _differences(old, self.data_settings)
             cause = "Usually a data file was edited or replaced. Restore it"

@@ -40,7 +40,7 @@ def test_every_answer_is_as_the_document_says(loaded: LoadedModel):
         case.validate_response(response, checks=PROMISES)
 
     bounded = settings(
-        max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
+        max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
         phases=[Phase.generate],
     )  # fmt: skip
     with on_port(make_service(loaded, SMALL)) as server:
