@@ -119,7 +119,7 @@ def _restore(parts: Prepared, run: Path, checkpoint: CheckpointInfo) -> int:
     settings = read_info(checkpoint.path).get("data", {})
     stream = parts.data.train
     state = RunState(
-        run, parts.engine, stream.fingerprint, {}, settings, earlier_fingerprint=stream.earlier_fingerprint
+        run, parts.engine, stream.fingerprint, {}, settings, earlier_fingerprint=lambda: stream.earlier_fingerprint
     )
     return state.load(checkpoint.path)
 

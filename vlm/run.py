@@ -290,7 +290,7 @@ def _run_state(parts: Prepared, run: RunFolder, identity: dict[str, Any], start:
         start,
         skips.state,
         orders,
-        data.earlier_fingerprint,
+        earlier_fingerprint=lambda: data.earlier_fingerprint,
     )
 
 

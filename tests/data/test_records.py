@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
@@ -124,21 +123,6 @@ def test_the_fingerprint_changes_with_the_file_and_with_each_caption_of_a_folder
     seen.append(open_source(config, folder).fingerprint)
     assert len(set(seen)) == 4
     assert open_source(config, folder).fingerprint == seen[-1]
-
-
-def test_the_digest_of_a_folder_is_of_its_content_and_read_once(folder, tmp_path, monkeypatch):
-    def digest(name):
-        return open_source(SourceConfig(path=str(folder / name)), tmp_path / "cache").content_digest()
-
-    shutil.copytree(folder / "images", folder / "copy", copy_function=shutil.copy)  # other times
-    os.utime(folder / "copy/b.jpg", ns=(1, 1))
-    first = digest("images")
-    assert digest("copy") == first
-    monkeypatch.setattr("vlm.data.folder.sha256", lambda path: pytest.fail(f"{path} is read again"))
-    assert digest("images") == first
-    monkeypatch.undo()
-    (folder / "copy/a.txt").write_text("A cat.")
-    assert digest("copy") != first
 
 
 def test_a_source_goes_to_a_worker_and_reads_there(folder):

@@ -140,7 +140,7 @@ def test_engines_write_and_learn_what_one_process_does(asked, tmp_path: Path):
         model__lora={"rank": 4, "alpha": 8}, engine={"timeout_seconds": 60},
         train__micro_batch_size=1, init_from=str(start), output_dir=str(tmp_path / "other"),
     )  # fmt: skip
-    kinds = (((), ENGINES), (PPO, ("local", "zero3*2", "fsdp*2")))
+    kinds = (((), ENGINES), (PPO, ("local", "ddp*2", "zero3*2")))
     groups = [[Case(each, ("train.precision=fp32", *kind)) for each in engines] for kind, engines in kinds]
     groups[0].append(Case("zero3*2", ("train.precision=fp32", *spread)))
     outcomes = run_cases(str(path), [case for group in groups for case in group], 2, tmp_path, start_warm)

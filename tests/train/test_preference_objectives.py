@@ -185,7 +185,7 @@ def test_the_plan_counts_pairs_and_tokens_of_both_replies(preferences, tmp_path:
 def test_a_reference_is_of_its_own_data_and_start(tmp_path: Path):
     def data_of(digest: str) -> Any:
         scan = SimpleNamespace(lengths=np.ones(2), digest=lambda: digest)
-        return SimpleNamespace(scans=(scan,), train=SimpleNamespace(fingerprint="rows"))
+        return SimpleNamespace(scans=(scan,), train=SimpleNamespace(fingerprint="rows", earlier_fingerprint="old"))
 
     data, path, tables = data_of("one"), tmp_path / REFERENCE, [np.array([[-1, -2], [-3, np.nan]], dtype=np.float32)]
     start = _digest(data, {"seed": 0})
@@ -194,6 +194,10 @@ def test_a_reference_is_of_its_own_data_and_start(tmp_path: Path):
         assert np.array_equal((_read(path, data, digest) or [])[0], tables[0], equal_nan=True)
     assert _read(path, data, _digest(data, {"seed": 1})) is None
     assert _read(path, data_of("held-out records of the same number"), None) is None
+    _write(path, tables, start, _digest(data, {}, "old"))  # by an earlier version
+    assert _read(path, data, None) is not None
+    _write(path, tables, start, _digest(data, {}, "of other rows"))
+    assert _read(path, data, None) is None
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:

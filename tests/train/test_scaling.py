@@ -123,6 +123,7 @@ def test_an_overflow_leaves_the_weights_and_is_told_from_a_bad_step(engines, mon
 
 ENGINES = {
     "ddp": ["engine.kind=ddp"],
+    "zero1": ["engine.kind=zero", "engine.stage=1"],
     "zero2": ["engine.kind=zero", "engine.stage=2"],
     "zero3": ["engine.kind=zero", "engine.stage=3"],
     "fsdp": ["engine.kind=fsdp"],

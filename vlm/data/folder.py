@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from vlm.data.images import resolve_image
 from vlm.data.index import fingerprint
 from vlm.data.media import IMAGE_SUFFIXES
 from vlm.errors import DataError, RecordError
-from vlm.files import replacing, sha256
 from vlm.logs import log
 
 _LITTER = ("__MACOSX", "@eaDir", "lost+found", "Thumbs.db")  # beside names that begin with a dot
@@ -27,16 +25,14 @@ class FolderIndex:
     log.
 
     Args:
-        cache: folder that remembers the digest of a folder's captions; None for none.
         name: of the folder, for messages; None takes its own.
 
     Raises:
         DataError: there is no image, or no caption at all beside them and a data file in their place.
     """
 
-    def __init__(self, folder: Path, cache: Path | None = None, name: str | None = None) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder = folder.resolve()
-        self._digests = None if cache is None else cache / "folders"
         self.name = name or self.folder.name
         names, num_litter = image_names(self.folder)
         self.names = sorted(names)
@@ -75,22 +71,8 @@ class FolderIndex:
         return state.hexdigest()[:16]
 
     def content_digest(self) -> str:
-        """Of names, captions and images' sizes: their pixels are not read. A copy of the folder has the same."""
-        kept = None if self._digests is None else self._digests / f"{self.fingerprint()}.txt"
-        if kept is not None:
-            with suppress(OSError, ValueError):  # not there, or damaged
-                if len(digest := kept.read_text(encoding="ascii")) == 64:
-                    return digest
-        state = hashlib.sha256()
-        for name in self.names:
-            image = self.folder / name
-            caption = image.with_suffix(".txt")
-            text = sha256(caption) if caption.is_file() else "none"
-            state.update(f"{name!r} {image.stat().st_size if image.is_file() else 'none'} {text}\n".encode())
-        if kept is not None:
-            with suppress(OSError), replacing(kept) as temporary:  # it is made again next time
-                temporary.write_text(state.hexdigest(), encoding="ascii")
-        return state.hexdigest()
+        """Of captions and of images' sizes and times: their pixels are not read."""
+        return self.fingerprint()
 
     def _others(self) -> str:
         """The files of records that a folder holds, as the end of a message."""

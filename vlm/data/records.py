@@ -32,7 +32,7 @@ __all__ = [
 
 # kind -> path, cache folder and name for messages -> the source. Whatever is not here is refused by `open_index`.
 SOURCES: dict[str, Callable[[Path, Path, str | None], Source]] = {
-    "folder": FolderIndex,
+    "folder": lambda path, cache, name: FolderIndex(path, name),
     **dict.fromkeys((".json", ".jsonl", ".csv", ".tsv", ".txt"), open_index),
 }
 

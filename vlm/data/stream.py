@@ -8,7 +8,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -196,17 +196,17 @@ class BatchStream:
         self.drops_last = drops_last
         self._dealt: tuple[int, list[np.ndarray]] = (-1, [])  # the step asked for last, and this rank's rows of it
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of all that decides which record stands where; a resumed run compares it. The same for a copy of the data."""
-        return self._digest(self.order.scan.shares.firsts)
+        return self._digest(lambda: self.order.scan.shares.firsts)
 
     @property
     def earlier_fingerprint(self) -> str:
         """What earlier versions wrote into checkpoints: it names the folder that the images lie in."""
-        return self._digest(self.order.scan.shares.keys)
+        return self._digest(lambda: self.order.scan.shares.keys)
 
-    def _digest(self, alike: np.ndarray) -> str:
+    def _digest(self, alike: Callable[[], np.ndarray]) -> str:
         order = self.order
         state = [
             [source.content_digest() for source in order.scan.reader.sources],
@@ -215,7 +215,7 @@ class BatchStream:
             [hashlib.sha256(members.tobytes()).hexdigest() for members in order.members], self.global_batch_size,
         ]  # fmt: skip
         if order.shares_images:
-            state.append(hashlib.sha256(alike.tobytes()).hexdigest())
+            state.append(hashlib.sha256(alike().tobytes()).hexdigest())
         state += [f"groups of {order.group_size}"] if order.group_size else []
         state += ["drops last"] if self.drops_last else []
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 from torch import nn
 
 from vlm.models.families import family_of
+from vlm.models.partition import full_shape
 
 
 def find_decoder(llm: Any) -> Any:
@@ -47,7 +49,7 @@ def find_blocks(llm: Any) -> dict[str, nn.Module]:
     lists = _outermost_lists(decoder)
     if not lists:
         raise ValueError(f"{type(decoder).__name__} has no list of blocks")
-    sizes = {name: sum(p.numel() for p in blocks.parameters()) for name, blocks in lists.items()}
+    sizes = {name: sum(math.prod(full_shape(p)) for p in blocks.parameters()) for name, blocks in lists.items()}
     large = [name for name in lists if sizes[name] >= max(sizes.values()) / 50]
     kind = type(lists[min(large, key=lambda name: (name.count("."), -sizes[name]))][0])
     outer = next((f"{name}." if name else "" for name, module in llm.named_modules() if module is decoder), "")

@@ -120,8 +120,9 @@ def _by_record(
         at += count
 
 
-def _digest(data: Data, start: Mapping[str, Any]) -> str:
-    state = [dict(start), data.train.fingerprint, [scan.digest() for scan in data.scans]]
+def _digest(data: Data, start: Mapping[str, Any], fingerprint: str | None = None) -> str:
+    """fingerprint: None takes the data's own."""
+    state = [dict(start), fingerprint or data.train.fingerprint, [scan.digest() for scan in data.scans]]
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
@@ -138,7 +139,9 @@ def _read(path: Path, data: Data, digest: str | None) -> Tables | None:
     except (SafetensorError, OSError):
         return None
     fits = [table.shape for table in tables] == [(len(scan.lengths), 2) for scan in data.scans]
-    is_whole = written.get("sum") == _sum(tables) and written.get("data") == _digest(data, {})
+    of = written.get("data")
+    is_same = of == _digest(data, {}) or of == _digest(data, {}, data.train.earlier_fingerprint)
+    is_whole = written.get("sum") == _sum(tables) and is_same
     return tables if fits and is_whole and digest in (None, written.get("digest")) else None
 
 

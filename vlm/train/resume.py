@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlm.distributed import is_main, rank, world_size
+from vlm.distributed import gather_objects, is_main, rank, world_size
 from vlm.errors import CheckpointError
 from vlm.faults import fault
 from vlm.logs import log
@@ -43,7 +43,7 @@ class RunState:
     start: dict[str, Any] = field(default_factory=dict)
     counters: Callable[[], dict[str, Any]] = dict  # what else goes into progress.json
     image_orders: dict[str, int] = field(default_factory=dict)  # of the training data, for the export
-    earlier_fingerprint: str = ""  # what earlier versions wrote in place of `stream_fingerprint`
+    earlier_fingerprint: Callable[[], str] = str  # what earlier versions wrote in place of `stream_fingerprint`
 
     def save(self, step: int, keep_last: int) -> Path:
         """Write a checkpoint after `step` optimizer steps. Raises OSError when the disk refuses."""
@@ -78,7 +78,9 @@ class RunState:
             CheckpointError: the data is not the data of the checkpoint, or a tensor does not fit.
         """
         stream = _read_json(checkpoint / "stream.json")
-        if stream["fingerprint"] not in (self.stream_fingerprint, self.earlier_fingerprint):
+        written = stream["fingerprint"]
+        # ranks that see the images at other places have one fingerprint, but not one of before
+        if written != self.stream_fingerprint and not any(gather_objects(written == self.earlier_fingerprint())):
             old = read_info(checkpoint).get("data")  # earlier versions did not write it
             changed = [] if old is None else _differences(old, self.data_settings)
             cause = "Usually a data file was edited or replaced. Restore it"

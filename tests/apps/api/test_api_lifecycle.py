@@ -92,7 +92,7 @@ def start(export: Path) -> Iterator[Callable[..., Process]]:
 def test_sigterm_finishes_what_is_written_and_refuses_the_rest(start: Callable[..., Process]):
     server = start("--max-running", "4")
     assert re.match(r"serving tiny at http://127\.0\.0\.1:\d+/v1 ", server.line)
-    threads = [server.stream(400) for _ in range(4)]
+    threads = [server.stream(600) for _ in range(4)]
     server.send(signal.SIGTERM)
     deadline = time.monotonic() + 30
     while httpx.get(f"{server.url}/health").status_code == 200:

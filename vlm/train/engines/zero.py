@@ -23,6 +23,7 @@ from torch import Tensor
 from vlm.batch import Batch
 from vlm.distributed import new_group, rank, world_size
 from vlm.launch import set_local_rank
+from vlm.models.decoders import find_blocks
 from vlm.models.trainable import trained_weights
 from vlm.models.vlm import VisionLanguageModel
 from vlm.train.engines.base import (
@@ -61,6 +62,7 @@ class ZeroEngine(Engine):
         self.num_data_ranks = world_size()
         if self.stage == 3:  # a rank that calls other modules than the rest waits for them forever
             self.model.always_encode = True
+            gather_blocks_whole(self.model)
         self._engine = initialize_deepspeed(module, optimizer, settings, device)
         self._zero: Any = self._engine.optimizer  # DeepSpeed's, around ours
 
@@ -137,6 +139,17 @@ class ZeroEngine(Engine):
         if self.stage == 3 and self.num_data_ranks > 1:
             dist.all_reduce(own, dist.ReduceOp.MAX)
         return own.tolist()
+
+
+def gather_blocks_whole(model: VisionLanguageModel) -> None:
+    """Stage 3: DeepSpeed gathers the weights of a decoder block together, as `fsdp` does.
+
+    By itself it goes through hooks before and after each layer in it, of adapters too. Call it before DeepSpeed's
+    engine is made. See scripts/bench_zero3.py.
+    """
+    for block in find_blocks(model.llm).values():
+        leaf: Any = block
+        leaf._z3_leaf = True  # what deepspeed.utils.set_z3_leaf_module does
 
 
 def scale_deepspeed(zero: Any, factor: float) -> None:
