@@ -6,21 +6,28 @@ Needs trl (0.24) beside this package. Each trainer of TRL tokenizes the pairs, a
 the ids it made are packed as a run packs them, and go through `LossModule`. The policy is the reference with noise on
 every weight. TRL's loss of orpo takes cross entropy of the question too and its mean over a batch, so pairs have a
 question of one token there and go one by one; kto is compared with `apo_zero_unpaired`, whose reference point is 0 too.
+
+Of ppo a whole step of TRL's trainer runs: it writes replies, judges them, and makes several updates. Its value model
+stands on the policy's own blocks, as ours does, and no reply ends early: TRL gives the reward of one that does at the
+token after its last.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from demo.tiny import write_data, write_llm
+from torch import Tensor
 
 from vlm.batch import IGNORE_INDEX, Batch, Example, Prompt
 from vlm.compat import prepare
@@ -29,10 +36,12 @@ from vlm.models.build import build_model
 from vlm.models.config import ModelConfig
 from vlm.objectives import OBJECTIVES
 from vlm.objectives.grpo import ClippedPolicy
+from vlm.objectives.ppo import PPOConfig
 from vlm.objectives.replies import ReplyScores
 from vlm.train.engines.base import LossModule
+from vlm.train.engines.local import LocalEngine
 from vlm.train.rollout_rows import Group, RowMaker
-from vlm.train.rollouts import with_scores
+from vlm.train.rollouts import Rollouts, with_scores
 
 NOISE = 0.02
 BETA = 0.1
@@ -51,6 +60,13 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {  # name ->
     "kto": ("kto", {}, "KTO", {"loss_type": "apo_zero_unpaired"}),
 }
 
+PADDING = 0  # the tiny tokenizer's
+NEW_TOKENS = 6  # of a reply of ppo
+RATE = 0.02  # of plain gradient descent, between the updates of ppo
+PPO = {
+    "temperature": 0.9, "kl": 0.05, "clip": 0.2, "value_clip": 0.2, "value_weight": 0.1, "discount": 0.95,
+    "smoothing": 0.9, "updates": 4,
+}  # fmt: skip
 AVERAGES = {"tokens": "dapo", "replies": "grpo", "constant": "dr_grpo"}  # of grpo -> TRL's loss_type
 
 
@@ -69,6 +85,8 @@ def main() -> None:
         print("\n| `grpo`, average | TRL | loss, theirs | loss | gradient |\n|---|---|---|---|---|")
         for average, loss_type in AVERAGES.items():
             compare_grpo(trl, llm, Path(folder), average, loss_type)
+        print("\n| `ppo`, update | TRL | loss, theirs | loss | gradient | clipped |\n|---|---|---|---|---|---|")
+        compare_ppo(trl, with_output_layer(llm, Path(folder) / "untied"), Path(folder))
 
 
 def compare(
@@ -157,13 +175,131 @@ def compare_grpo(trl: Any, llm: Path, folder: Path, average: Any, loss_type: str
     print(f"| {average} | GRPOTrainer (loss_type: {loss_type}) | {loss.item():.6f} | {apart:.1e} | {worst:.1e} |")
 
 
+@dataclass
+class Seen:
+    """What a step of TRL's PPOTrainer did."""
+
+    replies: Tensor  # int64 [N, Q + R]: questions with padding to their left, and their replies
+    scores: list[float]  # of each
+    losses: list[float]  # of each update
+    gradients: list[dict[str, Tensor]]
+
+
+def compare_ppo(trl: Any, llm: Path, folder: Path) -> None:
+    seen = step_of_ppo(trl, llm, folder)
+    objective = PPOConfig(rewards=[{"kind": "exact"}], max_new_tokens=NEW_TOKENS, **PPO)
+    engine = engine_of_ppo(llm, objective)
+    rollouts = Rollouts(
+        objective, engine, seed=0, tokenizer=SimpleNamespace(), start=None, rewards={}, show=print,  # type: ignore[arg-type]
+        make_rows=RowMaker(Collator(None, 0, 1), 512, shares=engine.model.lets_records_share, packs=True),
+    )  # fmt: skip
+    groups = []
+    for ids, score in zip(seen.replies.tolist(), seen.scores, strict=True):
+        asked = [token for token in ids[:-NEW_TOKENS] if token != PADDING]
+        groups.append(Group(Prompt(asked, 0, "", "record"), [ids[-NEW_TOKENS:]], [score]))
+    batch = rollouts.make_rows(groups, Batch(*[torch.zeros(1, 1)] * 3), None)
+    policy = load_theirs(llm, NOISE).state_dict()
+    (reference,) = rollouts._scores([batch])
+    engine.model.llm.load_state_dict(policy)
+    (batch,), _ = rollouts._valued([with_scores(batch, reference=reference)], objective)
+    for update, (loss, gradient) in enumerate(zip(seen.losses, seen.gradients, strict=True)):
+        engine.optimizer.zero_grad()
+        ours, metrics = engine.loss_module(batch)
+        ours = ours / engine.objective.normalizer(batch)
+        ours.backward()
+        found = {name: p.grad for name, p in engine.model.llm.named_parameters() if p.grad is not None}
+        found["score.weight"] = engine.model.value_head.weight.grad
+        assert found.keys() == gradient.keys(), found.keys() ^ gradient.keys()
+        norms = [torch.cat([tensors[name].flatten() for name in gradient]) for tensors in (found, gradient)]
+        worst = (norms[0] - norms[1]).norm() / norms[1].norm()
+        apart = abs(ours.item() - loss) / abs(loss)
+        clipped = metrics[0].item() / engine.objective.normalizer(batch)
+        print(f"| {update + 1} | PPOTrainer | {loss:.6f} | {apart:.1e} | {worst:.1e} | {clipped:.2f} |")
+        engine.optimizer.step()
+
+
+def with_output_layer(llm: Path, folder: Path) -> Path:
+    """The model with an output layer apart from its embedding."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(llm)
+    head = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings, model.lm_head.weight = False, head
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(llm).save_pretrained(folder)
+    return folder
+
+
+def engine_of_ppo(llm: Path, objective: PPOConfig) -> LocalEngine:
+    """Of the reference model, with the value head that TRL's has."""
+    config = ModelConfig(
+        vision=None, llm={"path": str(llm)}, trainable=("llm", "value_head"), gradient_checkpointing=False
+    )
+    model = build_model(config, precision="fp32", device="cpu", seed=0).model.eval()
+    model.value_head.load_state_dict(value_head(llm).state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    return LocalEngine(LossModule(model, objective.build()), optimizer, device=torch.device("cpu"), max_grad_norm=None)
+
+
+def value_head(llm: Path) -> torch.nn.Linear:
+    """Of small values, that its loss be no larger than the policy's."""
+    head = load_theirs(llm, NOISE, "reward").score
+    head.weight.data *= 0.1
+    return head
+
+
+def step_of_ppo(trl: Any, llm: Path, folder: Path) -> Seen:
+    """The policy is the reference with noise; the value model has its blocks and a head of its own."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
+    policy, reference = load_theirs(llm, NOISE), load_theirs(llm, 0.0)
+    values, judge = (load_theirs(llm, NOISE, "reward") for _ in range(2))
+    values.model, values.score = policy.model, value_head(llm)
+    arguments = trl.PPOConfig(
+        output_dir=str(folder / "PPO"), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
+        per_device_train_batch_size=len(QUESTIONS), total_episodes=len(QUESTIONS), num_ppo_epochs=PPO["updates"],
+        response_length=NEW_TOKENS, temperature=PPO["temperature"], kl_coef=PPO["kl"], cliprange=PPO["clip"],
+        cliprange_value=PPO["value_clip"], vf_coef=PPO["value_weight"], gamma=PPO["discount"], lam=PPO["smoothing"],
+        num_sample_generations=0, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    data = datasets.Dataset.from_list([tokenizer(question) for question in QUESTIONS])
+    optimizer = torch.optim.SGD([*policy.parameters(), *values.score.parameters()], lr=RATE)
+    trainer = trl.PPOTrainer(
+        arguments, tokenizer, policy, reference, judge, data, values, eval_dataset=data,
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
+    )  # fmt: skip
+    seen = Seen(torch.empty(0), [], [], [])
+    named = dict(policy.named_parameters()) | {"score.weight": values.score.weight}
+
+    def on_read(module: Any, given: Any, named: dict[str, Any]) -> None:
+        seen.replies = named["input_ids"].clone()
+
+    def on_judged(module: Any, given: Any, scores: Tensor) -> None:
+        seen.scores = scores[:, -1, 0].tolist()
+
+    def backward(loss: Tensor) -> None:
+        loss.backward()
+        seen.losses.append(loss.item())
+        seen.gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
+
+    judge.model.register_forward_pre_hook(on_read, with_kwargs=True)
+    judge.score.register_forward_hook(on_judged)
+    trainer.accelerator.backward = backward
+    trainer.train()
+    assert PADDING not in seen.replies[:, -NEW_TOKENS:], "a reply has the padding token: draw with another seed"
+    return seen
+
+
 def run_ours(
     llm: Path, kind: str, settings: dict[str, Any], examples: list[Example]
 ) -> tuple[float, tuple[float, float], dict[str, Any]]:
     """Loss, rewards of both kinds of replies, and the gradient by name. The reference is scored first, as in a run."""
     parts = ("llm", "value_head") if kind == "reward" else ("llm",)
     config = ModelConfig(vision=None, llm={"path": str(llm)}, trainable=parts, gradient_checkpointing=False)
-    built = build_model(config, precision="fp32", device="cpu", seed=0)
+    built = build_model(config, precision="fp32", device="cpu", seed=0, scores=kind == "reward")
     model = built.model.eval()
     collate = Collator(None, 0, 1, shares_questions=model.lets_records_share)
     scores = ReplyScores()

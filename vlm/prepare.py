@@ -194,11 +194,18 @@ def _tell_plan(config: RunConfig, place: Place) -> str:
 
 
 def _build_whole(config: RunConfig, device: torch.device) -> Assembled:
-    built = build_model(config.model, precision=config.train.precision, device=str(device), seed=config.seed)
+    built = _build_model(config, device)
     if config.init_from is not None:
         for line in load_init(built.model, config.model, config.init_from):
             log(f"init_from: {line}")
     return built
+
+
+def _build_model(config: RunConfig, device: torch.device) -> Assembled:
+    return build_model(
+        config.model, precision=config.train.precision, device=str(device), seed=config.seed,
+        scores=config.objective.scores,
+    )  # fmt: skip
 
 
 def _build_stage(config: RunConfig, kind: EngineKind, place: Place, device: torch.device) -> Stage | None:
@@ -217,6 +224,7 @@ def _build_stage(config: RunConfig, kind: EngineKind, place: Place, device: torc
         return build_stage(
             config.model, cuts, place.stage,
             precision=config.train.precision, device=str(device), seed=config.seed, spread=spread,
+            scores=config.objective.scores,
         )  # fmt: skip
 
     # an error while blocks are spread cannot be agreed on: the others wait in DeepSpeed's collectives
@@ -237,7 +245,7 @@ def assemble_checkpoint(config: RunConfig, checkpoint: Path, device: torch.devic
     if needed > free:
         return None
     with forked_random_state():
-        model = build_model(config.model, precision=config.train.precision, device=str(device), seed=config.seed).model
+        model = _build_model(config, device).model
         if config.init_from is not None:  # what of it does not train is not in the checkpoint
             load_init(model, config.model, config.init_from)
         if model.vision is not None and config.model.vision is not None and model.vision.is_frozen:

@@ -221,17 +221,25 @@ def test_a_run_starts_where_it_cannot_be_told_from_its_reference_and_learns_to_t
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_engines_agree_on_pairs_and_on_their_reference(preferences, tmp_path: Path):
-    """Worst seen: loss 1.2e-7, norm 2.2e-7, weights 5e-9."""
+    """Worst seen: loss 1.2e-7, norm 2.2e-7, weights 5e-9. Of a language model by itself nothing before the first
+    adapters has a gradient."""
 
     path = preferences("dpo", model__lora={"rank": 4, "alpha": 8}, engine={"timeout_seconds": 60})
-    cases = [Case(engine, ("train.precision=fp32",)) for engine in ("local", "zero3*2", "fsdp*2", "pipeline2*2")]
-    outcomes = run_cases(str(path), cases, 4, tmp_path, start_warm)
-    reference = outcomes[cases[0]]
-    assert reference.losses[0] == pytest.approx(math.log(2), abs=1e-6)
-    for case in cases[1:]:
-        found = worst_differences(reference, outcomes[case])
-        assert all(value <= bound for value, bound in zip(found, (1e-6, 1e-5, 5e-6), strict=True)), (case, found)
-        assert outcomes[case].metrics[-1] == pytest.approx(reference.metrics[-1], rel=1e-4, abs=1e-6), case
+    texts = [{"prompt": f"Is {n} odd?", "chosen": "Yes."[:n], "rejected": f"No, {n}."} for n in range(1, 9)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts))
+    by_itself = (
+        "model.vision=null", "model.trainable=[llm.lora]", f"data.sources=[{{path: {tmp_path / 'texts.jsonl'}}}]",
+    )  # fmt: skip
+    kinds = (((), ("local", "zero3*2", "fsdp*2", "pipeline2*2")), (by_itself, ("local", "zero3*2", "fsdp*2")))
+    groups = [[Case(each, ("train.precision=fp32", *kind)) for each in engines] for kind, engines in kinds]
+    outcomes = run_cases(str(path), [case for group in groups for case in group], 4, tmp_path, start_warm)
+    for group in groups:
+        reference = outcomes[group[0]]
+        assert reference.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+        for case in group[1:]:
+            found = worst_differences(reference, outcomes[case])
+            assert all(value <= bound for value, bound in zip(found, (1e-6, 1e-5, 5e-6), strict=True)), (case, found)
+            assert outcomes[case].metrics[-1] == pytest.approx(reference.metrics[-1], rel=1e-4, abs=1e-6), case
 
 
 @pytest.mark.slow

@@ -93,15 +93,17 @@ def test_samples_of_a_model_that_writes_nothing_are_refused(config_file):
         load_config(path)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("kind", "tied"), [("reward", True), ("reward", False), ("ppo", False)])
 def test_all_trains_but_an_output_layer_that_nothing_reads_and_the_plan_counts_so(
-    config_file, tmp_path: Path, tied: bool
+    config_file, tmp_path: Path, kind: str, tied: bool
 ):
     llm = {"path": str(write_llm(tmp_path / "llm", tied=tied))}
-    path = config_file(objective={"kind": "reward"}, model={"llm": llm, "trainable": ["llm", "value_head"]})
-    config = load_config(path)
-    one, same, other = (build_model(config.model, precision="fp32", seed=seed).model for seed in (3, 3, 4))
-    assert [n for n, p in one.named_parameters() if not p.requires_grad] == ([] if tied else ["llm.lm_head.weight"])
+    objective = {"kind": kind, **({"rewards": [{"kind": "exact"}]} if kind == "ppo" else {})}
+    config = load_config(config_file(objective=objective, model={"llm": llm, "trainable": ["llm", "value_head"]}))
+    scores = config.objective.scores
+    one, same, other = (build_model(config.model, seed=seed, scores=scores).model for seed in (3, 3, 4))
+    frozen = ["llm.lm_head.weight"] if kind == "reward" and not tied else []
+    assert [n for n, p in one.named_parameters() if not p.requires_grad] == frozen
     assert sum(p.numel() for p in one.parameters() if p.requires_grad) == estimate(config).num_trained
     assert sum(p.numel() for p in one.parameters()) == estimate(config).num_parameters
     first, second, third = (model.get_parameter("value_head.weight") for model in (one, same, other))

@@ -50,6 +50,7 @@ def build_model(
     seed: int = 0,
     tokenizer_path: str | None = None,
     packs: bool = True,
+    scores: bool = False,
 ) -> Assembled:
     """Load encoder and language model, make the projector, freeze what does not train.
 
@@ -59,6 +60,7 @@ def build_model(
         tokenizer_path: where the tokenizer is, if not beside the language model.
         packs: whether `model.llm.quantization` packs the weights; false gives them the packed ones' values, so that an
             adapter can be merged.
+        scores: whether the model scores replies and writes none, so that nothing reads its output layer.
     """
     dtype = frozen_dtype(precision)
     tokenizer = load_tokenizer(tokenizer_path or config.llm.path, config.trust_remote_code)
@@ -75,7 +77,7 @@ def build_model(
     vision = None if config.vision is None else build_vision(config.vision, dtype)
     with forked_random_state():
         torch.manual_seed(seed)
-        model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
+        model, spec, image_token_id = assemble(config, llm, vision, tokenizer, scores)
     start_projector(config, model)
     return Assembled(model.to(device), tokenizer, spec, image_token_id)
 
@@ -111,12 +113,13 @@ def assemble(
     llm: PreTrainedModel,
     vision: VisionEncoder | None,
     tokenizer: PreTrainedTokenizerFast | None,
-    has_value_head: bool = False,
+    scores: bool = False,
 ) -> tuple[VisionLanguageModel, ImageSpec | None, int | None]:
     """Put a projector between loaded parts and freeze what does not train.
 
     Args:
-        has_value_head: whether there is one, though none trains.
+        scores: whether the model scores replies and writes none: it has a value head though none trains, and nothing
+            reads its output layer.
 
     Returns:
         the model, what images must look like, and the id that marks their placeholders.
@@ -136,14 +139,14 @@ def assemble(
         spec = _image_spec(config.vision, vision, projector.num_tokens)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(llm)
-    scores = has_value_head or "value_head" in config.trainable
+    has_value_head = scores or "value_head" in config.trainable
     value_head = (
-        build_value_head(llm) if scores else None
+        build_value_head(llm) if has_value_head else None
     )  # drawn after the projector, which so is that of a run without
     model = VisionLanguageModel(llm, vision, projector, image_token_id, value_head)
     set_trainable(
         model, config.trainable, config.lora, vision_lora=config.vision_lora,
-        partial={str(part): chosen for part, chosen in config.partial.items()},
+        partial={str(part): chosen for part, chosen in config.partial.items()}, scores=scores,
     )  # fmt: skip
     if config.gradient_checkpointing and vision is not None and not vision.is_frozen:
         checkpoint_blocks(vision.trunk)

@@ -118,6 +118,7 @@ def build_stage(
     seed: int = 0,
     tokenizer_path: str | None = None,
     spread: Callable[[nn.Module], object] | None = None,
+    scores: bool = False,
 ) -> Stage:
     """Build stage `number` as `build_model` with the same arguments would build it among all others.
 
@@ -128,6 +129,7 @@ def build_stage(
         cuts: index of the first layer of each stage but the first; see `vlm.models.pipeline` for the layers.
         spread: called with each decoder block on `device`, complete and with its adapters; after it the block is held
             in pieces. The next block is read then, so that no process ever holds the whole model.
+        scores: whether the model scores replies and writes none, so that nothing reads its output layer.
 
     Raises:
         ConfigError: the family cannot be cut, or the cuts do not fit it.
@@ -155,7 +157,7 @@ def build_stage(
     vision = _build_vision(config, dtype, is_own=number == 0)
     with forked_random_state():
         torch.manual_seed(seed)
-        model, spec, image_token_id = assemble(config, llm, vision, tokenizer)
+        model, spec, image_token_id = assemble(config, llm, vision, tokenizer, scores)
     if number == 0:
         start_projector(config, model)
     shapes, trained, left_alone = _describe(model, is_tied)

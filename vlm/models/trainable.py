@@ -51,6 +51,7 @@ def set_trainable(
     *,
     vision_lora: LoRAConfig | None = None,
     partial: Mapping[str, PartialConfig] = MappingProxyType({}),
+    scores: bool = False,
 ) -> None:
     """Freeze everything but `parts`, adding the adapters that these name. Trained weights become float32.
 
@@ -59,6 +60,7 @@ def set_trainable(
 
     Args:
         partial: part -> what of it trains; a part that is not there trains whole.
+        scores: whether the model scores replies and writes none, so that nothing reads its output layer.
 
     Raises:
         ConfigError: a target or a module to train is not there.
@@ -81,7 +83,7 @@ def set_trainable(
     if model.projector is not None:
         for name in model.projector.frozen:
             model.projector.get_parameter(name).requires_grad_(False)
-    if "value_head" in parts:
+    if scores:
         _freeze_output_layer(model.llm)
     keep_trained_in_float32(model)
     if model.vision is not None:
@@ -93,8 +95,7 @@ def set_trainable(
 
 
 def _freeze_output_layer(llm: Any) -> None:
-    """A model that scores makes no logits, so its output layer gets no gradient, unless it is the embedding too. One
-    that is scored while it writes keeps it as it is.
+    """A model that scores makes no logits, so its output layer gets no gradient, unless it is the embedding too.
 
     Raises:
         ConfigError: `modules_to_save` names it.
@@ -103,8 +104,8 @@ def _freeze_output_layer(llm: Any) -> None:
     for name, parameter in llm.get_output_embeddings().named_parameters():
         if parameter.requires_grad and "modules_to_save" in name:
             raise ConfigError(
-                "model.lora.modules_to_save names the output layer, which does not train where model.trainable has "
-                "value_head. Leave it out"
+                "model.lora.modules_to_save names the output layer, which nothing reads where objective.kind is "
+                "reward. Leave it out"
             )
         parameter.requires_grad_(parameter is embedding and parameter.requires_grad)
 

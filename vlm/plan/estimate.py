@@ -165,6 +165,8 @@ def model_layers(config: RunConfig, shape: ModelShape, work: Workload, numerics:
         output = [blocks.value_head(shape.llm, work, numerics, is_trained=last > 0)]
     else:
         output = [blocks.head(shape.llm, work, numerics, is_trained=last > 0, chunk_tokens=CHUNK_TOKENS)]
+        if "value_head" in trainable:  # read beside the logits
+            output.append(Part(name="value_head", weights=FLOAT32 * shape.llm.width, trained=shape.llm.width))
     if shape.llm.saved and "llm.lora" in trainable:
         saved = shape.llm.saved
         output.append(Part(name="modules_to_save", weights=FLOAT32 * saved, trained=saved))

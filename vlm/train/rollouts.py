@@ -44,7 +44,7 @@ from vlm.train.timing import ROLLOUTS as PHASE
 
 Kept = TypeVar("Kept", bound=TokenScores)
 ROLLOUTS = "rollouts.jsonl"  # in the run folder
-_LEAST_DEVIATION = 1e-8  # added to that of a step's advantages
+_LEAST_VARIANCE = 1e-8  # added to that of a step's advantages, as TRL does
 
 
 class Start:
@@ -293,7 +293,8 @@ class Rollouts:
         count, total, squares, *rest = self.engine.sum_over_data_ranks(sums)
         count = max(1.0, count)
         mean = total / count
-        deviation = max(0.0, squares / count - mean**2) ** 0.5 + _LEAST_DEVIATION
+        variance = max(0.0, squares - count * mean**2) / max(1.0, count - 1)
+        deviation = (variance + _LEAST_VARIANCE) ** 0.5
         made = [
             with_scores(batch, advantages=(each.leads - mean) / deviation, values=then, returns=each.leads + then)
             for batch, each, then in zip(batches, own, read.values, strict=True)

@@ -18,7 +18,7 @@ from typing import Any, final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.batch import Batch
 from vlm.distributed import new_group, rank, world_size
@@ -150,6 +150,22 @@ def gather_blocks_whole(model: VisionLanguageModel) -> None:
     for block in find_blocks(model.llm).values():
         leaf: Any = block
         leaf._z3_leaf = True  # what deepspeed.utils.set_z3_leaf_module does
+        block.register_forward_pre_hook(_ask_for_gradients)
+
+
+def _ask_for_gradients(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs of a block that trains, one of which has a gradient: DeepSpeed lets go of the block's weights once all
+    of them have theirs, and where none has one, before the block is through. So it is with adapters of a language
+    model by itself: nothing before the first block trains."""
+    tensors = [each for each in inputs if isinstance(each, Tensor)]
+    if not torch.is_grad_enabled() or any(each.requires_grad for each in tensors):
+        return inputs
+    if not any(parameter.requires_grad for parameter in block.parameters()):
+        return inputs
+    return tuple(
+        each.detach().requires_grad_() if isinstance(each, Tensor) and each.is_floating_point() else each
+        for each in inputs
+    )
 
 
 def scale_deepspeed(zero: Any, factor: float) -> None:
