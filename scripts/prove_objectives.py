@@ -1,7 +1,7 @@
 """Does every objective learn the same with every engine, of a language model and of a vision-language model, whole,
 with adapters and with adapters on 4 bits? Trains toys for some steps and prints the differences from one process.
 
-    python scripts/prove_objectives.py                          # 6 minutes on two cores
+    python scripts/prove_objectives.py                          # 8 minutes on two cores
     python scripts/prove_objectives.py --objectives ppo grpo --forms whole --steps 2
 
 Losses, gradient norms and trained weights are compared, and what the objective logs (rewards, KL divergence, ...).

@@ -211,9 +211,11 @@ def _build_model(config: RunConfig, device: torch.device) -> Assembled:
 def _build_stage(config: RunConfig, kind: EngineKind, place: Place, device: torch.device) -> Stage | None:
     """This rank's part of the model, without the others' in memory: a pipeline's stage, or pieces of all blocks.
 
-    None where a rank holds the whole model: most engines, and decoders whose parts are not known.
+    None where a rank holds the whole model: most engines, decoders whose parts are not known, and packed weights, which
+    are packed whole.
     """
-    spread = kind.block_spreader(config.train, place, device)
+    is_packed = config.model.llm.quantization is not None
+    spread = None if is_packed else kind.block_spreader(config.train, place, device)
     cuts: tuple[int, ...] = ()
     if kind.has_stages:
         cuts = estimate(config, place.num_processes).cuts

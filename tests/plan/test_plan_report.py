@@ -123,6 +123,10 @@ def test_packed_weights_are_counted_with_their_scales_and_offered_as_qlora(confi
     numel = sum(linear.inputs * linear.outputs for linear in read_shapes(config.model).llm.linears)
     before, after = (estimate(each).devices[0] for each in (plain, packed))
     assert before.parameters - after.parameters == 2 * (2 * numel - int(numel * (0.5 + (1 + 4 / 256) / 64)))
+    for engine in ({"kind": "fsdp"}, {"kind": "zero", "stage": 3}):  # each rank keeps them whole, and shares the rest
+        here = estimate(changed(packed, engine=engine), 2).devices[0].parameters
+        whole = 2 * int(numel * (0.5 + (1 + 4 / 256) / 64))
+        assert here == whole + (after.parameters - whole) // 2
     memory = memory_for(max(after.total, before.total - 1))
     found = {one.change.name: one.change.yaml_lines() for one in alternatives(plain, 1, memory, limit=99)}
     assert found["QLoRA"] == ["model: {llm: {quantization: {format: nf4}}}"]

@@ -105,6 +105,16 @@ def is_packed(parameter: Any) -> bool:
     return type(parameter).__name__ in ("Params4bit", "Int8Params")
 
 
+def keep_packed_whole(model: nn.Module) -> None:
+    """Take packed weights out of the parameters, for engines that spread these over processes: a piece of packed bytes
+    cannot be unpacked by itself, so each process keeps them all."""
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and is_packed(weight):
+            del module._parameters["weight"]
+            module.register_buffer("weight", weight, persistent=False)
+
+
 def _fitting(llm: Any, config: QuantizationConfig, device: torch.device, what: str) -> tuple[dict[str, nn.Module], int]:
     """Name -> linear layer that can be packed; and how many linear layers there are."""
     require_bitsandbytes(what)

@@ -33,6 +33,7 @@ class Part:
 
     name: str
     weights: int = 0  # as they lie in memory
+    packed: int = 0  # of the weights, in 4 or 8 bits
     trained: int = 0  # parameters, not bytes
     saved: int = 0  # from its forward until its backward
     recomputed: int = 0  # saved again during its backward only, with gradient checkpointing
@@ -60,9 +61,10 @@ def decoder_block(
     numel = shape.blocks[number]
     matrices = sum(linear.inputs * linear.outputs for linear in shape.linears)
     lora_numel = shape.lora_numel(lora) if lora else 0
-    weights, unpacked = numel * (FLOAT32 if is_trained else numerics.frozen), 0
+    weights, packed, unpacked = numel * (FLOAT32 if is_trained else numerics.frozen), 0, 0
     if quantization is not None:
-        weights += shape.packed_bytes(quantization) - matrices * numerics.frozen
+        packed = shape.packed_bytes(quantization)
+        weights += packed - matrices * numerics.frozen
         unpacked = numerics.compute * max((linear.inputs * linear.outputs for linear in shape.linears), default=0)
         matrices = 0  # nothing of them that autocast could copy
     saved = (
@@ -77,6 +79,7 @@ def decoder_block(
     part = Part(
         name=f"block {number}",
         weights=weights + FLOAT32 * lora_numel,
+        packed=packed,
         trained=(numel if is_trained else 0) + lora_numel,
         saved=saved,
         forward=_while_mlp_runs(shape, work, numerics, lora) + unpacked,

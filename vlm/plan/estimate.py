@@ -122,7 +122,7 @@ def estimate(
         base = blocks.batch_bytes(shape, work, numerics, config.data.cache_features is True) * in_flight
         if kind.has_stages:  # what is received and sent, and their gradients
             base += 2 * in_flight * work.tokens * shape.llm.width * numerics.residual
-        states = kind.states(own, config.train, num_data_ranks, num_micro > 1)
+        states = _states(kind, own, config.train, num_data_ranks, num_micro > 1)
         if config.objective.keeps_start:
             states = _with_start(states, own, kind, num_data_ranks)
         devices.append(
@@ -134,6 +134,17 @@ def estimate(
         sum(part.trained for part in parts),
         tuple(devices), cuts, shape,
     )  # fmt: skip
+
+
+def _states(
+    kind: EngineKind, own: Sequence[Part], train: TrainConfig, num_data_ranks: int, accumulates: bool
+) -> States:
+    """Packed weights are in each process whole, also where all others are spread."""
+    if not kind.gathers:
+        return kind.states(own, train, num_data_ranks, accumulates)
+    spread = [replace(part, weights=part.weights - part.packed) for part in own]
+    states = kind.states(spread, train, num_data_ranks, accumulates)
+    return replace(states, parameters=states.parameters + sum(part.packed for part in own))
 
 
 def _with_start(states: States, own: Sequence[Part], kind: EngineKind, num_data_ranks: int) -> States:

@@ -99,7 +99,8 @@ def step_parts(config: RunConfig, plan: Plan, machine: Machine, row: Load) -> di
     moved = shared + _CLIP_BYTES + _SUM_BYTES * (num_micro - 1)
     parts["optimizer"] = machine.adam * trained * moved / _ADAM_BYTES
     computing = sum(parts.values())
-    parts[WAITING_FOR_RANKS] = max(0.0, _sent(kind, plan, num_micro) / machine.link - computing / 2)
+    sent = _sent(kind, plan, num_micro, config.model.llm.quantization is not None)
+    parts[WAITING_FOR_RANKS] = max(0.0, sent / machine.link - computing / 2)
     if plan.shape.vision is not None and not config.data.cache_features:
         each = machine.reading(load.image_pixels, plan.shape.vision.image_size)
         reading, workers = each * load.images * num_micro, config.data.workers
@@ -119,14 +120,21 @@ def _seconds(cost: Cost, machine: Machine) -> float:
     return sum(machine.seconds(each) for each in cost.pieces)
 
 
-def _sent(kind: EngineKind, plan: Plan, num_micro: int) -> float:
-    """Bytes that a device sends in a step. Half of the computing is taken to go on meanwhile."""
+def _sent(kind: EngineKind, plan: Plan, num_micro: int, is_packed: bool) -> float:
+    """Bytes that a device sends in a step. Half of the computing is taken to go on meanwhile.
+
+    Args:
+        is_packed: the linear layers of the blocks are in 4 or 8 bits, and so in each process whole.
+    """
     ranks = plan.num_data_ranks
     if ranks == 1:
         return 0.0
     share = (ranks - 1) / ranks
     gradients = FLOAT32 * plan.num_trained / plan.num_stages
     if kind.gathers:  # weights for each forward and backward, gradients once more
-        weights = plan.num_parameters * 2 / plan.num_stages
+        assert plan.shape is not None
+        llm = plan.shape.llm
+        packed = len(llm.blocks) * sum(linear.inputs * linear.outputs for linear in llm.linears) if is_packed else 0
+        weights = (plan.num_parameters - packed) * 2 / plan.num_stages
         return share * num_micro * (2 * weights + gradients)
     return 2 * share * gradients

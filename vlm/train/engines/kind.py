@@ -202,17 +202,19 @@ class EngineKind(KindSection, ABC):
         asked = [
             name
             for name, is_set in (
-                ("model.llm.quantization", model.llm.quantization is not None),
                 ("model.lora.dora", model.lora is not None and model.lora.dora),
                 ("model.lora.modules_to_save", model.lora is not None and bool(model.lora.modules_to_save)),
+                ("model.llm.quantization", model.llm.quantization is not None and self.has_stages),
             )
             if is_set
         ]
         if not asked:
             return None
+        is_packed = asked[0] == "model.llm.quantization"  # engines that spread weights leave packed ones whole
+        others = "local, ddp, zero or fsdp" if is_packed else "local or ddp, or to zero with stage 1 or 2"
         return (
             f"{asked[0]} needs the whole base model in each process, and engine.kind {self.describe()} holds pieces of "
-            "it; set engine.kind to local or ddp, or to zero with stage 1 or 2"
+            f"it; set engine.kind to {others}"
         )
 
     def place(self, rank: int, num_processes: int) -> Place:

@@ -208,6 +208,7 @@ class Zero(OverDeepSpeed):
 
     def build(self, inputs: EngineInputs) -> Engine:
         from vlm.models.partition import full_shape
+        from vlm.models.quantize import keep_packed_whole
         from vlm.train.engines.zero import ZeroEngine
         from vlm.train.optim import build_optimizer
 
@@ -215,6 +216,8 @@ class Zero(OverDeepSpeed):
             self.settings(inputs, self.stage)
             return _local_engine(inputs)
         module = inputs.loss_module()
+        if self.gathers:
+            keep_packed_whole(module.model.llm)
         num_trained = sum(math.prod(full_shape(p)) for p in module.parameters() if p.requires_grad)
         settings = self.settings(inputs, self.stage, num_trained)
         optimizer = build_optimizer(module.model, inputs.train)
@@ -281,9 +284,11 @@ class Fsdp(EngineKind):
         )
 
     def build(self, inputs: EngineInputs) -> Engine:
+        from vlm.models.quantize import keep_packed_whole
         from vlm.train.engines.fsdp import FullyShardedEngine, shard
 
         module = inputs.loss_module()
+        keep_packed_whole(module.model.llm)
         shard(module, inputs.device)
         return FullyShardedEngine.over(module, inputs)
 
