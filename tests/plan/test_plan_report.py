@@ -9,6 +9,7 @@ import pytest
 from conftest_plan import changed
 
 from vlm.cli.main import main
+from vlm.config import RunConfig
 from vlm.errors import ConfigError
 from vlm.models.config import PartialConfig, QuantizationConfig
 from vlm.plan.alternatives import Change, alternatives, largest_micro_batch
@@ -113,6 +114,23 @@ def test_alternatives_are_tried_before_they_are_offered(config):
     assert found["gradient checkpointing"].change.yaml_lines() == ["model: {gradient_checkpointing: true}"]
     assert found["LoRA"].change.yaml_lines() == ["model: {trainable: [projector, llm.lora], lora: {rank: 2, alpha: 4}}"]
     assert all(one.plan.peak <= usable(memory) for one in found.values())
+
+
+def test_what_the_objective_or_the_adapters_refuse_is_not_offered(config):
+    """Pipelines write no replies, and engines that spread weights take no DoRA."""
+    values = changed(
+        config, model={"trainable": ("projector", "llm.lora"), "lora": {"rank": 2, "alpha": 4}}
+    ).model_dump()
+    values["init_from"] = "an/export"
+    dora = {"model": values["model"] | {"lora": {"rank": 2, "alpha": 4, "dora": True}}}
+    grpo = {"objective": {"kind": "grpo", "rewards": [{"kind": "exact"}]}}
+    offered = []
+    for changes in ({}, dora, grpo):
+        found = alternatives(RunConfig.model_validate(values | changes), 4, memory_for(10**9), limit=99)
+        for one in found:
+            RunConfig.model_validate(one.config.model_dump())  # refuses nothing
+        offered.append({re.match(r"\w+", one.change.name)[0] for one in found})
+    assert [{"pipeline", "fsdp"} & names for names in offered] == [{"pipeline", "fsdp"}, set(), {"fsdp"}]
 
 
 def test_packed_weights_are_counted_with_their_scales_and_offered_as_qlora(config):

@@ -153,22 +153,26 @@ def _holds(change: Change, more: Change) -> bool:
 
 
 def _try(config: RunConfig, change: Change, world_size: int, shape: ModelShape) -> Plan | None:
-    """None where the engine cannot be cut that way, or not with that optimizer."""
+    """None where the engine cannot be cut that way, or not with that optimizer or objective."""
     size = change.world_size or world_size
     try:
         changed = change.apply(config)
-        return estimate(changed, size, shape=shape) if _optimizer_works(changed, size, shape) else None
+        return estimate(changed, size, shape=shape) if _works(changed, size, shape) else None
     except (VLMError, ValueError):
         return None
 
 
-def _optimizer_works(config: RunConfig, world_size: int, shape: ModelShape) -> bool:
+def _works(config: RunConfig, world_size: int, shape: ModelShape) -> bool:
     """Whether neither vlm.config nor the engine would refuse the combination."""
     train, kind = config.train, kind_of_launch(config.engine, world_size)
     tied = "the embedding" if "llm" in config.model.trainable and not shape.llm.head else None
     is_paged_on_host = train.is_paged and config.engine.keeps_optimizer_on_host
-    fits = kind.why_not_optimizer(train, tied) is None and kind.why_not_tuned(config.model, train) is None
-    return fits and not is_paged_on_host
+    reasons = (
+        kind.why_not_optimizer(train, tied),
+        kind.why_not_tuned(config.model, train),
+        config.objective.why_not(kind, begins_blind=False),
+    )
+    return not any(reasons) and not is_paged_on_host
 
 
 def _yaml(value: Any) -> str:
