@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -163,14 +164,14 @@ def why_not(config: Path, case: Case) -> str:
 
 def row(outcomes: dict[Case, Outcome]) -> str:
     reference, *others = outcomes.values()
-    found = [worst_differences(reference, other) for other in others]
+    worst = [worst_differences(reference, other) for other in others]
     numbers = max(
-        abs(said[name] - told[name])
+        abs(expected[name] - found[name]) if math.isfinite(found.get(name, math.nan)) else math.inf
         for other in others
-        for said, told in zip(reference.metrics, other.metrics, strict=True)
-        for name in said
+        for expected, found in zip(reference.metrics, other.metrics, strict=True)
+        for name in expected
     )
-    return " | ".join(f"{value:.1e}" for value in (*(max(each) for each in zip(*found, strict=True)), numbers))
+    return " | ".join(f"{value:.1e}" for value in (*(max(each) for each in zip(*worst, strict=True)), numbers))
 
 
 if __name__ == "__main__":

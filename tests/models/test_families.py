@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from vlm.generation.batched import BatchedGenerator, Reply
 from vlm.generation.generate import GenerationSettings, generate
 from vlm.generation.sampling import SamplingSettings
 from vlm.models.build import build_model
-from vlm.models.config import LoRAConfig, ModelConfig
+from vlm.models.config import LoRAConfig, ModelConfig, QuantizationConfig
 from vlm.models.decoders import find_blocks, find_linears
 from vlm.models.families import (
     _ALIKE,
@@ -33,6 +34,7 @@ from vlm.models.families import (
     refuse_decoder,
 )
 from vlm.models.head import find_logits_rule
+from vlm.models.quantize import keep_packed_whole, pack_linears
 from vlm.models.row_decoders import PlainDecoder, RowByRowDecoder, build_row_decoder
 from vlm.models.trainable import merge_lora, set_trainable
 from vlm.models.vlm import VisionLanguageModel
@@ -211,6 +213,16 @@ def test_blocks_and_their_linear_layers_are_found_whatever_they_are_called(model
     assert next(iter(blocks)) == block
     assert {name.rpartition(".")[2] for name in find_linears(llm)} == linears
     assert all(name.startswith(tuple(blocks)) for name in find_linears(llm))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_blocks_are_the_same_where_packed_weights_are_kept_out_of_the_parameters():
+    """What is left of them may be less than small matrices that lie in lists too."""
+    llm = toy_decoder("gemma3n_text", hidden_size=256, intermediate_size=512)
+    before = list(find_blocks(llm))
+    assert pack_linears(llm, QuantizationConfig(), torch.float32, torch.device("cpu"), "a test") > 0
+    keep_packed_whole(llm)
+    assert list(find_blocks(llm)) == before
 
 
 def test_an_adapter_on_gpt2_is_merged_into_matrices_that_lie_the_other_way():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from vlm.errors import ConfigError
 from vlm.export.run import export_run
 from vlm.inference.load import load
 from vlm.inference.reward import open_judge
+from vlm.models.loss import find_supervised
 from vlm.models.trainable import part_of
 from vlm.objectives.base import Head
 from vlm.objectives.ppo import ClippedPolicyAndValue, PPOConfig, estimate_advantages
@@ -26,7 +28,7 @@ from vlm.run import train
 from vlm.train.checkpoint import newest_verified
 from vlm.train.fragments import read_weights
 from vlm.train.rollout_rows import Group, RowMaker
-from vlm.train.rollouts import _advantages, with_scores
+from vlm.train.rollouts import Rollouts, _advantages, with_scores
 
 REPLIES = [[5, 6, 2], [7, 2]]  # 2 ends a reply
 QUESTION = [3, 4, 1]
@@ -53,6 +55,24 @@ def test_a_reward_counts_at_the_last_token_of_its_reply_and_leaving_the_referenc
     found = _advantages(with_scores(batch, reference=reference), said, torch.zeros(5), settings)
     assert found.penalties.tolist() == pytest.approx([0.05, 0.0, -0.2, 0.0, 0.2])
     assert found.leads.tolist() == pytest.approx([-0.05, 0.0, 1.2, 0.0, -1.2])
+
+
+@pytest.mark.parametrize("rewards", [[1.0, -1.0], [0.0, 0.0]])
+def test_advantages_of_a_step_have_mean_0_and_the_samples_deviation_and_returns_stay(rewards: list[float]):
+    """As TRL 0.24 whitens them; where all are alike they are 0."""
+    batch = with_scores(rows_of(rewards), reference=torch.zeros(5))
+    values = torch.tensor([0.3, -0.2, 0.1, 0.4, 0.0]) * any(rewards)
+    read = SimpleNamespace(found=[torch.zeros(5)], values=[values])
+    settings = PPOConfig(rewards=[{"kind": "exact"}], kl=0.0, smoothing=1.0)
+    rollouts = SimpleNamespace(_read=lambda *_: read, engine=SimpleNamespace(sum_over_data_ranks=lambda sums: sums))
+    (made,), _ = Rollouts._valued(rollouts, [batch], settings)  # type: ignore[arg-type]
+    row, _, at = find_supervised(batch.labels, batch.position_ids)
+    leads = torch.tensor([rewards[0]] * 3 + [rewards[1]] * 2) - values
+    assert made.rollouts is not None
+    assert made.rollouts.returns is not None
+    expected = (leads - leads.mean()) / (leads.var(correction=1) + 1e-8).sqrt()
+    assert torch.allclose(made.rollouts.advantages[row, at], expected, atol=1e-6)
+    assert torch.allclose(made.rollouts.returns[row, at], leads + values)
 
 
 def test_the_loss_is_the_formula_token_by_token():

@@ -23,6 +23,7 @@ from vlm.evaluation.scores import read_scored, score_file
 from vlm.export.run import export_run
 from vlm.inference.reward import load_reward_model
 from vlm.models.build import build_model
+from vlm.models.config import ModelConfig
 from vlm.objectives.base import Head
 from vlm.objectives.reward import RewardConfig, reward_replies
 from vlm.plan.estimate import estimate
@@ -109,6 +110,15 @@ def test_all_trains_but_an_output_layer_that_nothing_reads_and_the_plan_counts_s
     first, second, third = (model.get_parameter("value_head.weight") for model in (one, same, other))
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
+
+
+def test_a_saved_output_layer_is_refused_where_nothing_reads_it(tmp_path: Path):
+    lora, llm = {"rank": 2, "alpha": 4, "modules_to_save": ["lm_head"]}, write_llm(tmp_path / "llm", tied=False)
+    model = ModelConfig(vision=None, llm={"path": str(llm)}, lora=lora, trainable=("llm.lora", "value_head"))
+    with pytest.raises(ConfigError, match="modules_to_save names the output layer, which nothing reads"):
+        build_model(model, scores=True)
+    head = build_model(model).model.llm.get_output_embeddings()  # of ppo
+    assert any(parameter.requires_grad for parameter in head.parameters())
 
 
 @pytest.fixture

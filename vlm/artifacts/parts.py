@@ -123,7 +123,7 @@ def _complete(tensors: dict[str, Tensor], model: ModelConfig, before: Mapping[st
     if "llm" in replaced:
         replaced.add("llm.lora")  # was merged before this training, which wrote down the sum
         if "value_head" in replaced:
-            replaced.discard("llm")  # its output layer stood still, as it came
+            replaced.discard("llm")  # of a model that scores the output layer stood still, as it came
     replaced.discard("projector")  # of which some may be frozen; all that trained is in `tensors`
     return {name: before[name] for name in before if part_of(name) not in replaced} | tensors
 

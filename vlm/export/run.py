@@ -274,8 +274,8 @@ def _with_whole_parts(trained: Trained, built: Assembled, dtype: DType = "auto")
     model, whole, merged = trained.model, dict[str, Tensor](), {"vision.lora"}
     if not trained.scores:
         merged.add("value_head")
-    trains_no_output = "llm" in model.trainable and bool(trained.part("value_head"))
-    if "llm" in model.partial or trains_no_output:
+    may_lack_output = "llm" in model.trainable and bool(trained.part("value_head"))  # nothing reads it of a scorer
+    if "llm" in model.partial or may_lack_output:
         on_disk = dtype_on_disk(model.llm.path)
         merged.add("llm.lora")
         llm = part_weights(built.model, "llm")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from vlm.models.families import family_of
@@ -49,7 +51,7 @@ def find_blocks(llm: Any) -> dict[str, nn.Module]:
     lists = _outermost_lists(decoder)
     if not lists:
         raise ValueError(f"{type(decoder).__name__} has no list of blocks")
-    sizes = {name: sum(math.prod(full_shape(p)) for p in blocks.parameters()) for name, blocks in lists.items()}
+    sizes = {name: sum(math.prod(full_shape(each)) for each in _weights_of(blocks)) for name, blocks in lists.items()}
     large = [name for name in lists if sizes[name] >= max(sizes.values()) / 50]
     kind = type(lists[min(large, key=lambda name: (name.count("."), -sizes[name]))][0])
     outer = next((f"{name}." if name else "" for name, module in llm.named_modules() if module is decoder), "")
@@ -59,6 +61,12 @@ def find_blocks(llm: Any) -> dict[str, nn.Module]:
         if type(lists[name][0]) is kind
         for index, block in enumerate(lists[name])
     }
+
+
+def _weights_of(blocks: nn.Module) -> Iterator[torch.Tensor]:
+    """Packed ones too, which are buffers where `keep_packed_whole` has been."""
+    yield from blocks.parameters()
+    yield from (buffer for buffer in blocks.buffers() if buffer.dtype in (torch.uint8, torch.int8))
 
 
 def _outermost_lists(decoder: nn.Module) -> dict[str, nn.ModuleList]:

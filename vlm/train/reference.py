@@ -22,6 +22,7 @@ from vlm.data.config import DataConfig
 from vlm.data.stream import EvalBatches
 from vlm.distributed import gather_objects, on_main
 from vlm.errors import CheckpointError
+from vlm.faults import fault
 from vlm.files import flush, replacing
 from vlm.logs import Progress, log
 from vlm.objectives.replies import ReplyScores
@@ -91,6 +92,7 @@ def score(engine: Engine, data: Data, config: DataConfig, number: int, records: 
         for place, read in enumerate(batches):
             (batch,) = engine.broadcast([read])
             engine.evaluate(batch)
+            fault("reference")
             if scores.found:  # of a pipeline the last stage alone has them
                 own += _by_record(batches, place, batch.where, scores.found.pop().tolist())
             progress.show(min(len(records), (place + 1) * len(records) // len(batches)))

@@ -26,6 +26,7 @@ from vlm.data.collate import Collator
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.distributed import note, together
 from vlm.errors import VLMError
+from vlm.faults import fault
 from vlm.generation.batched import BatchedGenerator, EndReason, Reply, SharedPrompt
 from vlm.generation.sampling import NewToken, SamplingSettings
 from vlm.generation.slot_cache import round_up
@@ -228,7 +229,7 @@ class Rollouts:
             for reply in replies:
                 generator.add(reply)
             while generator.step() and not self._errors:
-                pass
+                fault("rollouts")
         if self._errors:
             where, error = self._errors[0]
             raise VLMError(f"{where}: no reply could be written: {type(error).__name__}: {error}") from error

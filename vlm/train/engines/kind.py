@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vlm.train.scaling import LossScale
 
 FLOAT32 = 4  # bytes
+_WHOLE, _NO_STAGES = "local or ddp, or to zero with stage 1 or 2", "local, ddp, zero or fsdp"  # engines, for messages
 ADAM = 8  # bytes per trained parameter: two float32 moments
 ADAM_8BIT = 2 + 2 * FLOAT32 / 256  # two bytes, and two scales per block; tensors under 4,096 elements have ADAM
 
@@ -150,7 +151,7 @@ class EngineKind(KindSection, ABC):
 
     @property
     def reads_whole(self) -> bool:
-        """Whether each process reads the base model whole, so that its weights can be packed or measured there."""
+        """Whether each process keeps the base model whole, so that an adapter can be measured against its weights."""
         return not self.has_stages and not self.gathers
 
     @property
@@ -200,21 +201,21 @@ class EngineKind(KindSection, ABC):
         if self.reads_whole:
             return None
         asked = [
-            name
-            for name, is_set in (
-                ("model.lora.dora", model.lora is not None and model.lora.dora),
-                ("model.lora.modules_to_save", model.lora is not None and bool(model.lora.modules_to_save)),
-                ("model.llm.quantization", model.llm.quantization is not None and self.has_stages),
+            (name, engines)
+            for name, is_set, engines in (
+                ("model.lora.dora", model.lora is not None and model.lora.dora, _WHOLE),
+                ("model.lora.modules_to_save", model.lora is not None and bool(model.lora.modules_to_save), _WHOLE),
+                # engines that spread weights leave packed ones whole
+                ("model.llm.quantization", model.llm.quantization is not None and self.has_stages, _NO_STAGES),
             )
             if is_set
         ]
         if not asked:
             return None
-        is_packed = asked[0] == "model.llm.quantization"  # engines that spread weights leave packed ones whole
-        others = "local, ddp, zero or fsdp" if is_packed else "local or ddp, or to zero with stage 1 or 2"
+        name, engines = asked[0]
         return (
-            f"{asked[0]} needs the whole base model in each process, and engine.kind {self.describe()} holds pieces of "
-            f"it; set engine.kind to {others}"
+            f"{name} needs the whole base model in each process, and engine.kind {self.describe()} holds pieces of it; "
+            f"set engine.kind to {engines}"
         )
 
     def place(self, rank: int, num_processes: int) -> Place:

@@ -12,6 +12,8 @@ What the memory estimate counts on one device, with N data ranks:
 | fsdp | 1/N | 1/N; all while they are summed over several micro-batches | 1/N |
 | pipeline (ZeRO-1 on each stage) | the stage's | the stage's | the stage's 1/N |
 
+Weights in 4 or 8 bits are whole in every process, under zero 3 and fsdp too.
+
 DeepSpeed updates a float32 copy of its part of the weights, so its optimizer state has 12 bytes a trained parameter
 instead of AdamW's 8. 8-bit moments have about 2 instead of these 8 (`train.optimizer`); paged ones are counted in the
 host's memory, where a full GPU keeps them. DeepSpeed's reduction bucket exists from the first backward of a step on

@@ -154,18 +154,15 @@ def gather_blocks_whole(model: VisionLanguageModel) -> None:
 
 
 def _ask_for_gradients(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs of a block that trains, one of which has a gradient: DeepSpeed lets go of the block's weights once all
-    of them have theirs, and where none has one, before the block is through. So it is with adapters of a language
-    model by itself: nothing before the first block trains."""
+    """The inputs of a block that trains, one of which gets a gradient: DeepSpeed lets go of the block's weights once
+    they have theirs, and where none gets one, before the block is through. So it is with adapters of a language model
+    by itself: nothing before the first block trains."""
     tensors = [each for each in inputs if isinstance(each, Tensor)]
-    if not torch.is_grad_enabled() or any(each.requires_grad for each in tensors):
+    states = next((each for each in tensors if each.is_floating_point()), None)  # the first are the hidden ones
+    trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in block.parameters())
+    if not trains or states is None or any(each.requires_grad for each in tensors):
         return inputs
-    if not any(parameter.requires_grad for parameter in block.parameters()):
-        return inputs
-    return tuple(
-        each.detach().requires_grad_() if isinstance(each, Tensor) and each.is_floating_point() else each
-        for each in inputs
-    )
+    return tuple(each.detach().requires_grad_() if each is states else each for each in inputs)
 
 
 def scale_deepspeed(zero: Any, factor: float) -> None:
