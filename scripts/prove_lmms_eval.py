@@ -4,7 +4,7 @@
 
 CONFIG has tasks of kind `generate` (metric exact_match) or `choice`; the export is that of its run. ENV has lmms-eval
 and vlm, as docs/evaluation.md says. Each task becomes a local task of lmms-eval: `generate` through messages, `choice`
-through log-likelihoods, on which lmms-eval 0.7.3 itself fails (`unwrap_generation_output`).
+through log-likelihoods, on which lmms-eval 0.7.3 itself fails (`unwrap_generation_output`) and 0.6.1 does not.
 Answers must be the same; choices may differ where lmms-eval leaves out the end of a reply.
 Exit code 1 if a figure differs by more than --tolerance.
 """

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from tiny_export import write_image
+from warm_rank import warm_ranks
 
 from vlm.cli.main import app
 from vlm.cli.process import run
@@ -149,6 +151,27 @@ def test_predictions_go_on_where_they_were_stopped_whoever_wrote_them(
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["colour.json", "colour.jsonl"]
     with pytest.raises(ConfigError, match=r"colour\.jsonl was written by .*max_new_tokens 8 -> 9.* --out"):
         predict([task_of(seeing, max_new_tokens=9)], *arguments[1:])
+
+
+def test_two_processes_of_a_launch_write_what_one_does(
+    seeing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Where every record draws its answer."""
+    settings = json.loads((seeing / "config.yaml").read_text())
+    settings["evaluation"]["tasks"][0] |= {"temperature": 1.5, "max_records": 12}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(settings))
+    assert run(lambda: app(["predict", str(config), "--out", str(tmp_path / "one")], standalone_mode=False)) == 0
+    alone = capsys.readouterr().err
+    arguments = ("predict", str(config), f"--out={tmp_path / 'two'}", "--nproc=2")
+    code, together = warm.run_warm(warm.vlm, *arguments, **warm_ranks(tmp_path))
+    assert code == 0, together[-3000:]
+    one, two = ((tmp_path / name / "colour.jsonl").read_text() for name in ("one", "two"))
+    assert one == two
+    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == ["colour.json", "colour.jsonl"]
+    (figure,) = re.findall("predict: colour: exact match .*", alone)
+    assert figure in together
+    assert not re.search(r" [01]\.000 ", figure)
 
 
 def lines_of_whole(path: Path) -> list[str]:

@@ -1,5 +1,5 @@
-"""Our models for lmms-eval, called as it calls them. Its own package has an environment of its own:
-`scripts/prove_lmms_eval.py` runs that."""
+"""Our models for lmms-eval, called as it calls them. The package itself is in
+`test_lmms_package.py`."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def test_a_whole_language_model_is_the_start_of_an_adapter(root: Path, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "lines"),
     [
-        ({"lora": {"rank": 8, "alpha": 8}}, [r"q_proj\.lora_A\.weight: \[4, 32\] -> \[8, 32\]"]),
+        ({"lora": {"rank": 8, "alpha": 8}}, [r"model\.lora\.rank: 4 -> 8"]),
         ({"lora": {"rank": 4, "alpha": 16}}, [r"model\.lora\.alpha: 8 -> 16"]),
         (
             {"projector": {"kind": "mlp", "depth": 2}},

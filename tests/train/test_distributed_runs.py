@@ -14,6 +14,7 @@ import pytest
 import torch
 import warm
 from launched import kill_tree, run_launcher
+from toy_runs import kill, overrides
 from warm import run_warm
 from warm_rank import warm_ranks
 
@@ -23,10 +24,6 @@ from vlm.train.checkpoint import list_checkpoints, newest_verified
 from vlm.train.fragments import read_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-def overrides(options):
-    return [part for option in options for part in ("--options", option)]
 
 
 def run(path, *options, nproc=2, fault="", check=0):
@@ -42,14 +39,6 @@ def launch(path, *options, fault, check, extra=(), **environment):
     done = run_launcher(command, {**os.environ, "VLM_FAULT": fault, **environment})
     assert done.returncode == check, done.stderr[-3000:]
     return done.stderr
-
-
-def kill(path, *options, fault):
-    """`vlm train` on two processes, of which a fault kills one; the other one sees that it is gone."""
-    with warm.started(warm.train, str(path), *overrides(options), nproc=2, VLM_FAULT=f"{fault}=kill") as ranks:
-        ranks.wait(200)
-        assert -signal.SIGKILL in ranks.codes, ranks.output[-3000:]
-        assert None not in ranks.codes, f"a rank still waits for the killed one\n{ranks.output[-3000:]}"
 
 
 def weights(folder):

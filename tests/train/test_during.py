@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from toy_runs import train_with_engines
 
 from vlm.cli.main import app
 from vlm.cli.process import run
 from vlm.config import load_config
 from vlm.errors import ConfigError
-from vlm.run import _best_so_far, _gates_failed_before
+from vlm.export.run import export_run
+from vlm.run import _best_so_far, _gates_failed_before, train
 from vlm.train.checkpoint import best_step, mark_best, save_checkpoint
 from vlm.train.config import LINE_NAMES
 from vlm.train.engines.base import StepOutput
@@ -90,6 +92,46 @@ def test_measuring_changes_nothing_of_the_training(config_writer, tiny: Path, tm
             [(line["loss"], line["grad_norm"]) for line in lines_of(tmp_path / name / "run") if "loss" in line]
         )
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_engine_measures_what_one_process_does(config_file, tiny: Path, tmp_path: Path):
+    """Of a model that has learned to name something. A pipeline measures at the save, from the checkpoint."""
+    said = {
+        f"{color}-{shape}-1.png": f"A {color} {shape}." for color in ("red", "blue") for shape in ("cross", "square")
+    }
+    asked = [
+        {"image": image, "prompt": "What is this?", "choices": [*said.values()], "answer": answer}
+        for image, answer in said.items()
+    ]
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    source = {"path": str(tmp_path / "asked.json"), "images": str(tiny / "data/images")}
+    tasks: list[dict[str, Any]] = [
+        {**source, "name": "writes", "kind": "generate", "metrics": ["rouge"], "max_new_tokens": 8},
+        {**source, "name": "chooses", "kind": "choice"},
+        {**source, "name": "expects", "kind": "loss"},
+    ]
+    taught: dict[str, Any] = {
+        "model__lora": None, "model__trainable": ["projector", "llm"], "train__prove": False, "data__packing": False,
+        "data__held_out": 0.0, "train__schedule": "constant", "train__learning_rate": 1e-2,
+    }  # fmt: skip
+    path = config_file(**taught, train__max_steps=16, train__micro_batch_size=8, train__global_batch_size=16)
+    start = export_run(train(load_config(path), path.read_text()))
+    path = config_file(
+        **taught, init_from=str(start), evaluation={"tasks": tasks}, train__eval_tasks=[task["name"] for task in tasks],
+        train__max_steps=2, train__eval_every=2, train__micro_batch_size=1, train__global_batch_size=4,
+        engine={"timeout_seconds": 60},
+    )  # fmt: skip
+    alone = train(load_config(path, [f"output_dir={tmp_path / 'alone'}"]), path.read_text())
+    (expected,) = (line for line in lines_of(alone) if "writes" in line)
+    assert 0 < expected["writes"] < 1
+    assert expected.pop("failed_gates") == []
+    engines = ("ddp*2", "zero3*2", "fsdp*2", "pipeline2*2")
+    for engine, folder in train_with_engines(path, engines, tmp_path / "runs").items():
+        (line,) = (line for line in lines_of(folder) if "writes" in line)
+        assert line.pop("failed_gates") == [], engine
+        assert line == pytest.approx(expected, rel=1e-6), engine  # worst seen 2e-8
 
 
 def test_the_best_checkpoint_is_kept_whatever_comes_after(tmp_path: Path):

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from prove_engines import Case, run_cases, worst_differences
-from toy_runs import start_warm, stop_and_go_on
+from test_grpo import judge
+from toy_runs import kill, start_warm, stop_and_go_on
 
 from vlm.blame import blame_step
 from vlm.config import load_config
 from vlm.errors import ConfigError
 from vlm.export.run import export_run
+from vlm.models.encoders.encoder import VisionEncoder
 from vlm.run import train
+from vlm.train.checkpoint import list_checkpoints, newest_verified
+from vlm.train.fragments import read_weights
 from vlm.train.rollouts import ROLLOUTS
 
 
@@ -119,6 +124,60 @@ def test_adapters_of_a_quantized_base_learn_and_go_on_to_the_bit(asked, tiny: Pa
     again = lines_of(stop_and_go_on(path, tmp_path / "other"))
     names = ("loss", "grad_norm", "reward", "clipped")
     assert [[line[name] for name in names] for line in again] == [[line[name] for name in names] for line in whole]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_while_it_wrote_replies_goes_on_from_its_checkpoint_to_the_bit(asked, tmp_path: Path):
+    """In the fourth step, whose third one has shown its replies already and is made again."""
+    rewards = [{"kind": "regex", "pattern": "e"}]
+    path = asked({"rewards": rewards}, train__max_steps=4, train__save_every=2, train__prove=False)
+    straight = train(load_config(path), path.read_text())
+    killed = tmp_path / "killed"
+    kill(path, f"output_dir={killed}", "train.async_save=false", fault="rollouts@4", nproc=1)
+    assert [info.step for info in list_checkpoints(killed)] == [2]
+    assert [line["step"] for line in lines_of(killed, ROLLOUTS)] == [1, 2, 3]
+    train(load_config(path, [f"output_dir={killed}"]), path.read_text())
+    names = ("step", *(name for name in NUMBERS if name != "kl"))
+    said, again = ([[line[name] for name in names] for line in lines_of(run)] for run in (straight, killed))
+    assert again == said
+    assert any(line["grad_norm"] for line in lines_of(straight))
+    assert (killed / ROLLOUTS).read_bytes() == (straight / ROLLOUTS).read_bytes()
+    expected, found = (read_weights(newest_verified(run)) for run in (straight, killed))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_a_group_that_the_judge_failed_on_is_left_out_and_an_image_is_encoded_once_for_all_its_replies(
+    asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two micro-batches of two prompts a step, and a request for each prompt, of which the second fails."""
+    good = (200, {"rewards": [0.0, 1.0, 0.25, 0.5]})
+    encoded: list[tuple[int, int]] = []  # of each call: requests before, images
+    encode = VisionEncoder.forward
+    with judge([good, (500, {}), *[good] * 6]) as (address, requests):
+
+        def noted(encoder: VisionEncoder, pixels: torch.Tensor) -> torch.Tensor:
+            encoded.append((len(requests), len(pixels)))
+            return encode(encoder, pixels)
+
+        monkeypatch.setattr(VisionEncoder, "forward", noted)
+        path = asked(
+            {"rewards": [{"kind": "http", "address": address, "at_once": 4}], "shown_groups": 4},
+            train__max_steps=2, train__prove=False,
+        )  # fmt: skip
+        run = train(load_config(path), path.read_text())
+    assert [len(request["replies"]) for request in requests] == [4] * 8
+    assert [each for each in encoded if each[0] > 0] == [(4, 2), (4, 2)]  # no more after the replies were written
+    first, second = lines_of(run)
+    assert (first["not_judged"], second["not_judged"]) == (0.25, 0.0)
+    assert first["reward"] == second["reward"] == 1.75 / 4
+    assert first["grad_norm"] > 0
+    shown = lines_of(run, ROLLOUTS)
+    left_out = [[reply["reward"] is None for reply in group["replies"]] for group in shown]
+    assert left_out == [[number == 1] * 4 for number in range(8)]
+    tokens = [sum(reply["tokens"] for reply in group["replies"]) for group in shown]
+    assert first["supervised_tokens"] == tokens[0] + sum(tokens[2:4])
+    assert second["supervised_tokens"] == sum(tokens[4:])
 
 
 ENGINES = ("local", "ddp*2", "zero2*2", "zero3*2", "fsdp*2")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from prove_engines import Case, run_cases, worst_differences
 from torch import Tensor
-from toy_runs import start_warm, stop_and_go_on
+from toy_runs import kill, start_warm, stop_and_go_on, train_with_engines
 
 from vlm.batch import IGNORE_INDEX, Example
 from vlm.blame import blame_step
@@ -25,6 +25,8 @@ from vlm.objectives.base import Head
 from vlm.objectives.replies import Scores, score_replies
 from vlm.plan.records import Records, read_some
 from vlm.run import train
+from vlm.train.checkpoint import newest_verified
+from vlm.train.fragments import read_weights
 from vlm.train.reference import REFERENCE, _digest, _read, _write
 
 X = IGNORE_INDEX
@@ -260,3 +262,22 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit_with_the_reference_it_began_w
     (again / REFERENCE).unlink()
     with pytest.raises(CheckpointError, match="the log-probabilities of the model that this run started from are miss"):
         train(load_config(path, [f"output_dir={again}", "train.max_steps=8"]), path.read_text())
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_while_it_computed_its_reference_begins_again_to_the_bit(preferences, tmp_path):
+    """Of two processes one is killed, after the first batch of the pass."""
+    path = preferences("dpo", train__max_steps=2, train__prove=False, engine={"kind": "ddp", "timeout_seconds": 60})
+    (whole,) = train_with_engines(path, ["ddp*2"], tmp_path / "whole").values()
+    again = tmp_path / "again/ddp*2"
+    kill(path, f"output_dir={again}", fault="reference/1")
+    assert not (again / REFERENCE).exists()
+    assert not (again / "metrics.jsonl").exists()
+    train_with_engines(path, ["ddp*2"], tmp_path / "again")
+    assert (again / REFERENCE).read_bytes() == (whole / REFERENCE).read_bytes()
+    names = ("loss", "grad_norm", *OBJECTIVES["dpo"]().build().metric_names)
+    assert [[line[name] for name in names] for line in lines_of(again)] == [
+        [line[name] for name in names] for line in lines_of(whole)
+    ]
+    expected, found = (read_weights(newest_verified(run)) for run in (whole, again))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

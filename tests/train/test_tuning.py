@@ -269,6 +269,26 @@ def test_a_part_stands_still_until_its_step_and_a_resume_goes_on_so(toys, tmp_pa
 
 
 @pytest.mark.slow
+def test_another_adapter_starts_on_the_sum_that_a_full_export_wrote_and_on_no_adapter(toys, tmp_path):
+    first = trained(config_of(toys, tmp_path / "first", "sft of a VLM", METHODS["lora"]))
+    export, full = export_run(first), export_run(first, full=True, dtype="fp32", layout="vlm")
+    wider = {**METHODS["lora"], "lora": {"rank": 8, "alpha": 32}}
+    config = load_config(config_of(toys, tmp_path / "second", "sft of a VLM", wider)).model
+    model = build_model(config).model
+    with pytest.raises(
+        CheckpointError, match=r"model.lora.rank: 4 -> 8\n(.|\n)*`vlm export RUN FOLDER --full --layout vlm`"
+    ):
+        load_init(model, config, export)
+    load_init(model, config, full)
+    before = logits(load(export, device="cpu", precision="fp32").model)
+    assert apart(logits(model.eval()), before) < 2e-5
+    second = config_of(toys, tmp_path / "second", "sft of a VLM", wider)
+    second.write_text(json.dumps(json.loads(second.read_text()) | {"init_from": str(full)}))
+    again = logits(load(export_run(trained(second)), device="cpu", precision="fp32").model)
+    assert apart(again, before) > 1e-3  # it trained, and its export stands by itself
+
+
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_an_adapter_goes_on_beside_packed_weights_and_is_not_merged_into_them(toys, tmp_path):
     first = trained(config_of(toys, tmp_path / "first", "sft of a VLM", METHODS["qlora nf4"]))

@@ -57,7 +57,7 @@ def load_init(target: VisionLanguageModel | Stage, config: ModelConfig, path: st
         report.append(f"llm.lora: {len(lora)} tensors merged into the language model, as this config trains no adapter")
         tensors = tensors.only(name for name in tensors if name not in lora)
     elif lora:
-        _refuse_other_alpha(manifest.model.lora, config.lora, where)
+        _refuse_other_adapter(manifest.model.lora, config.lora, where)
     if manifest.layout == LLAVA:
         _refuse_other_llava(target, manifest, config, own, tensors.shapes, where)
     if isinstance(target, Stage):
@@ -132,16 +132,18 @@ def _check_base(
     return ["the language model is another one than the projector was trained beside"] if other else []
 
 
-def _refuse_other_alpha(before: LoRAConfig | None, now: LoRAConfig | None, where: str) -> None:
-    """Rank, and with it every shape, may agree while alpha does not; the adapter would then count for more or less."""
+def _refuse_other_adapter(before: LoRAConfig | None, now: LoRAConfig | None, where: str) -> None:
+    """Of another rank it does not fit; of another alpha it would count for more or less."""
     assert before is not None
     assert now is not None
-    other = [key for key in ("alpha", "rslora", "dora") if getattr(before, key) != getattr(now, key)]
-    if before.rank == now.rank and other:
+    other = [key for key in ("rank", "alpha", "rslora", "dora") if getattr(before, key) != getattr(now, key)]
+    if other:
         lines = "".join(f"  model.lora.{key}: {getattr(before, key)} -> {getattr(now, key)}\n" for key in other)
         raise CheckpointError(
             f"{where} does not fit this model (file -> model):\n{lines}"
-            "Set it as it was, or remove model.lora and llm.lora from trainable to have the adapter merged"
+            "Set it as it was to train this adapter on. To have it merged, remove model.lora and llm.lora from "
+            "trainable; to train another one on the sum, write that down with `vlm export RUN FOLDER --full --layout "
+            "vlm` and set init_from to FOLDER, or of a language model alone model.llm.path"
         )
 
 

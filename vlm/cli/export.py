@@ -30,11 +30,17 @@ def export(
     format: Annotated[
         Literal["safetensors", "pth"], typer.Option(help="pth: one pickled file of tensors, for other tools.")
     ] = "safetensors",
+    layout: Annotated[
+        Literal["llava", "vlm"],
+        typer.Option(help="Of --full: transformers' LLaVA where it can be, or vlm's own, to start another stage from."),
+    ] = "llava",
 ) -> None:
     """Write a checkpoint of a run in the form that chat, serving and the next stage load."""
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run} is no run folder: it holds no config.yaml. Name the output_dir of a training run")
     step = _best_of(run) if checkpoint == "best" else None if checkpoint is None else step_of(checkpoint)
+    if layout == "vlm" and not (full and format == "safetensors"):
+        raise ConfigError("--layout vlm is one of --full, in safetensors: add --full, or drop it")
     if format == "pth":
         if max_shard_size is not None:
             raise ConfigError("--max-shard-size does not go with --format pth, which writes one file: drop one")
@@ -44,7 +50,8 @@ def export(
         return
     from vlm.export.run import export_run
 
-    print(export_run(run, out, full=full, max_shard_size=max_shard_size or "5GB", dtype=dtype, step=step))
+    size = max_shard_size or "5GB"
+    print(export_run(run, out, full=full, max_shard_size=size, dtype=dtype, step=step, layout=layout))
 
 
 def _best_of(run: Path) -> int:

@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ from vlm.models.weight_files import WeightFiles
 from vlm.precision import DTYPES
 
 DType = Literal["auto", "fp32", "bf16", "fp16"]
+Layout = Literal["llava", "vlm"]
 _MEMORY_SHARE = 0.8  # of what is free, for the weights that are read back
 
 
@@ -50,6 +52,7 @@ def export_run(
     max_shard_size: str = "5GB",
     dtype: DType = "auto",
     step: int | None = None,
+    layout: Layout = "llava",
 ) -> Path:
     """Write what a run trained into a folder to use, publish, or start the next stage from.
 
@@ -66,6 +69,8 @@ def export_run(
         dtype: of the weights of encoder and language model that are written; "auto" is, of a full export, that of the
             base language model, else that of the training.
         step: of the checkpoint; None takes the newest intact one.
+        layout: of a full export with an encoder: "vlm" is always a vlm folder, which another stage can start from;
+            transformers' has the statistics of a projector folded into its weights.
 
     Returns:
         the export folder.
@@ -80,7 +85,7 @@ def export_run(
     trained = read_run(run, step)
     final = Path(out) if out is not None else run / default_name(full, step)
     with replace_folder(final) as folder:
-        write = _write_full if full else write_trained
+        write = partial(_write_full, layout=layout) if full else write_trained
         written = write(folder, trained, max_shard_size, dtype)
         fault("export:weights")
         evidence = evidence_sections(copy_proof(run, folder), read_figures(run, trained.origin.get("steps")))
@@ -166,10 +171,10 @@ def write_trained(folder: Path, trained: Trained, max_shard_size: str, dtype: DT
     return Written(replace(manifest, base=base, model=model), answers, DTYPES[precision])
 
 
-def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DType) -> Written:
+def _write_full(folder: Path, trained: Trained, max_shard_size: str, dtype: DType, layout: Layout) -> Written:
     built = build_merged(trained, dtype)
     trained = _with_whole_parts(trained, built)
-    reason = why_not_llava(trained.model, built)
+    reason = "asked for so" if layout == "vlm" else why_not_llava(trained.model, built)
     if reason is None:
         try:
             return _write_llava(folder, trained, built, max_shard_size)
