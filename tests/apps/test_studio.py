@@ -10,12 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_export import write_llm
 
 from vlm.apps.studio import commands, jobs, watch
 from vlm.apps.studio.chart import Curve, chart_html
@@ -144,6 +146,37 @@ def sleeper(code: str = "import time; time.sleep(60)") -> Any:
     started: list[subprocess.Popen[bytes]] = []
     start.started = started  # type: ignore[attr-defined]
     return start
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_the_page_that_started_it_is_killed_with_all_its_group(tmp_path: Path):
+    config, run = tmp_path / "text.yaml", tmp_path / "run"
+    (tmp_path / "pairs.json").write_text(json.dumps([{"instruction": "What?", "output": "A square."}] * 8))
+    settings = {
+        "output_dir": str(run),
+        "model": {"llm": {"path": str(write_llm(tmp_path / "llm"))}, "vision": None, "trainable": ["llm"]},
+        "data": {"template": "chatml", "max_length": 64, "sources": [{"path": str(tmp_path / "pairs.json")}],
+                 "cache": str(tmp_path / "cache")},
+        "train": {"max_steps": 2, "global_batch_size": 2, "micro_batch_size": 2, "precision": "fp32", "prove": False},
+        "engine": {"device": "cpu"},
+    }  # fmt: skip
+    config.write_text(json.dumps(settings))
+    page = (
+        "import sys, time; from pathlib import Path; from vlm.apps.studio import jobs; "
+        f"print(jobs.begin(Path({str(run)!r}), 'train', ['train', {str(config)!r}]).pid, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", page], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    assert int(process.stdout.readline()) > 0
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    job = jobs.read(run, "train")
+    assert job is not None
+    assert job.is_running
+    deadline = time.monotonic() + 120
+    while job.is_running and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert watch.look_at(run, tmp_path).state == "finished"
 
 
 def test_a_job_is_known_from_its_run_folder_and_ends_when_it_is_stopped(tmp_path: Path):
