@@ -53,7 +53,7 @@ def test_every_stage_gets_what_the_whole_model_gets(tmp_path: Path, before: Any,
 @pytest.mark.parametrize(
     ("now", "message"),
     [
-        ({"lora": {"rank": 8, "alpha": 8}}, r"q_proj\.lora_A\.weight: \[4, 32\] -> \[8, 32\]"),
+        ({"lora": {"rank": 8, "alpha": 8}}, r"model\.lora\.rank: 4 -> 8"),
         ({"lora": {"rank": 4, "alpha": 16}}, r"model\.lora\.alpha: 8 -> 16"),
         ({"projector": {"kind": "linear"}}, r"projector\.feature_mean: \[32\] -> not in the model"),
     ],
