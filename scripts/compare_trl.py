@@ -109,8 +109,7 @@ def compare(
     found, found_rewards, found_gradient = run_ours(llm, kind, beta | ours, examples)
     mean = [sum(each) / len(rewards) for each in zip(*rewards, strict=True)]
     apart = max(abs(a - b) for a, b in zip(found_rewards, mean, strict=True))
-    norms = [torch.cat([tensors[n].flatten() for n in gradient]) for tensors in (found_gradient, gradient)]
-    worst = (norms[0] - norms[1]).norm() / norms[1].norm()
+    worst = relative_difference(found_gradient, gradient)
     what = ", ".join(f"{key}: {value}" for key, value in settings.items())
     trainer_name = f"{theirs}Trainer ({what})" if what else f"{theirs}Trainer"
     differences = f"{abs(found - loss) / abs(loss):.1e} | {apart:.1e} | {worst:.1e}"
@@ -169,10 +168,15 @@ def compare_grpo(trl: Any, llm: Path, folder: Path, average: Any, loss_type: str
     ours = ours / objective.normalizer(batch)
     ours.backward()
     found = {n: p.grad for n, p in model.llm.named_parameters() if p.grad is not None}
-    norms = [torch.cat([tensors[n].flatten() for n in gradient]) for tensors in (found, gradient)]
-    worst = (norms[0] - norms[1]).norm() / norms[1].norm()
+    worst = relative_difference(found, gradient)
     apart = abs(ours.item() - loss.item()) / abs(loss.item())
     print(f"| {average} | GRPOTrainer (loss_type: {loss_type}) | {loss.item():.6f} | {apart:.1e} | {worst:.1e} |")
+
+
+def relative_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Norm of the difference of the tensors [...] that are expected, over that of all these."""
+    ours, theirs = (torch.cat([tensors[name].flatten() for name in expected]) for tensors in (found, expected))
+    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 @dataclass
@@ -210,8 +214,7 @@ def compare_ppo(trl: Any, llm: Path, folder: Path) -> None:
         found = {name: p.grad for name, p in engine.model.llm.named_parameters() if p.grad is not None}
         found["score.weight"] = engine.model.value_head.weight.grad
         assert found.keys() == gradient.keys(), found.keys() ^ gradient.keys()
-        norms = [torch.cat([tensors[name].flatten() for name in gradient]) for tensors in (found, gradient)]
-        worst = (norms[0] - norms[1]).norm() / norms[1].norm()
+        worst = relative_difference(found, gradient)
         apart = abs(ours.item() - loss) / abs(loss)
         clipped = metrics[0].item() / engine.objective.normalizer(batch)
         print(f"| {update + 1} | PPOTrainer | {loss:.6f} | {apart:.1e} | {worst:.1e} | {clipped:.2f} |")

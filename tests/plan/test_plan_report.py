@@ -19,7 +19,8 @@ from vlm.plan.memory import parse_memory, usable
 from vlm.plan.numerics import Workload, full_rows
 from vlm.plan.report import describe_plan, full_report, report_as_json, verdict
 from vlm.plan.shapes import read_shapes
-from vlm.train.engines.kinds import Pipeline, Zero
+from vlm.plan.step_time import _sent
+from vlm.train.engines.kinds import Pipeline, Zero, kind_of_launch
 
 GIB = 2**30
 
@@ -142,9 +143,12 @@ def test_packed_weights_are_counted_with_their_scales_and_offered_as_qlora(confi
     before, after = (estimate(each).devices[0] for each in (plain, packed))
     assert before.parameters - after.parameters == 2 * (2 * numel - int(numel * (0.5 + (1 + 4 / 256) / 64)))
     for engine in ({"kind": "fsdp"}, {"kind": "zero", "stage": 3}):  # each rank keeps them whole, and shares the rest
-        here = estimate(changed(packed, engine=engine), 2).devices[0].parameters
+        spread = changed(packed, engine=engine)
+        plan, kind = estimate(spread, 2), kind_of_launch(spread.engine, 2)
         whole = 2 * int(numel * (0.5 + (1 + 4 / 256) / 64))
-        assert here == whole + (after.parameters - whole) // 2
+        assert plan.devices[0].parameters == whole + (after.parameters - whole) // 2
+        # nor are they sent: half of 2 bytes each, for forward and backward
+        assert _sent(kind, plan, 1, False) - _sent(kind, plan, 1, True) == 2 * numel * 2 * 2 / 2
     memory = memory_for(max(after.total, before.total - 1))
     found = {one.change.name: one.change.yaml_lines() for one in alternatives(plain, 1, memory, limit=99)}
     assert found["QLoRA"] == ["model: {llm: {quantization: {format: nf4}}}"]
