@@ -20,16 +20,19 @@ import pytest
 from tiny_export import write_llm
 
 from vlm.apps.studio import commands, jobs, watch
+from vlm.apps.studio.actions import Asked
+from vlm.apps.studio.asked import checkpoints
 from vlm.apps.studio.chart import Curve, chart_html
 from vlm.apps.studio.draft import Draft, shown_values
 from vlm.apps.studio.form import form_html, problems_html
 from vlm.apps.studio.key import KeyGuard
-from vlm.apps.studio.overview import act
+from vlm.apps.studio.overview import act, predictions_html, table_html
 from vlm.apps.studio.texts import _TEXTS
 from vlm.config import RunConfig, load_config, read_source
 from vlm.config_keys import all_keys
 from vlm.errors import ConfigError, RunLocked, VLMError
 from vlm.runs import Series
+from vlm.train.checkpoint import mark_best
 
 PROJECT = "tiny/pretrain"
 
@@ -259,6 +262,78 @@ def test_how_a_launch_ended_before_it_trained(tmp_path: Path, code: int, state: 
     values = {"pid": 1, "host": "x", "arguments": [], "created": 1.0, "code": code}
     (tmp_path / ".train.json").write_text(json.dumps(values))
     assert watch.look_at(tmp_path, tmp_path).state == state
+
+
+def test_a_command_that_failed_is_told_beside_its_run_until_another_is_begun(tmp_path: Path):
+    write_run(tmp_path / "run", [3.0])
+    values = {"pid": 1, "host": "x", "arguments": [], "created": 1.0, "code": 2}
+    (tmp_path / "run/.predict.json").write_text(json.dumps(values))
+    (tmp_path / "run/predict.log").write_text("$ vlm predict\nerror: a.jsonl: line 1: no <image>\n")
+    runs = watch.list_runs(tmp_path)
+    assert "predict: error: a.jsonl: line 1: no &lt;image&gt;" in table_html(runs, tmp_path, "run", "en")
+    (tmp_path / "run/.export.json").write_text(json.dumps(values | {"created": 2.0, "code": 0}))
+    assert watch.list_runs(tmp_path)[0].failed is None
+
+
+def test_what_the_page_asks_of_an_export_and_of_predictions_becomes_arguments(tmp_path: Path):
+    write_run(tmp_path / "run", [3.0])
+    begun: list[list[str]] = []
+
+    def start(arguments: Sequence[str], log: Path, folder: Path) -> int:
+        begun.append(list(arguments))
+        return 2**22 + 1
+
+    run = str(tmp_path / "run")
+    asked = Asked.read("best", True, "2GB", "~/a.json", "", ["bleu", "rouge"], 9, "second")
+    for name, wanted in (
+        ("export", asked),
+        ("predict", asked),
+        ("predict", Asked.read("", False, *[""] * 3, [], 0, "")),
+    ):
+        act(name, tmp_path, "run", "en", start, wanted)
+    data = ["--data", str(Path.home() / "a.json"), "--metric", "bleu", "--metric", "rouge", "--max-records", "9"]
+    here = ["--options", f'output_dir="{run}"']
+    assert begun == [
+        ["export", run, "--full", "--checkpoint", "best", "--max-shard-size", "2GB"],
+        ["predict", run, *data, "--out", f"{run}/second", *here],
+        ["predict", run, *here],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"), [(0, "--full"), (2, "2 GB"), (7, "../other"), (7, "-x"), (6, -1), (5, ["bleu"])]
+)
+def test_what_is_no_value_of_the_page_is_refused(tmp_path: Path, place: int, value: Any):
+    values = ["", False, "", "", "", [], 0, ""]
+    values[place] = value
+    with pytest.raises(ConfigError):
+        Asked.read(*values).of_predict(tmp_path)
+
+
+def test_an_export_can_be_of_any_checkpoint_that_is_there(tmp_path: Path):
+    run = write_run(tmp_path / "run", [3.0])
+    for step in (2, 10):
+        (run / f"checkpoints/step-{step:06}").mkdir(parents=True)
+    mark_best(run, 2)
+    (found,) = watch.list_runs(tmp_path)
+    assert checkpoints(found, "en") == [("the newest", ""), ("the best (2)", "best"), ("10", "10"), ("2", "2")]
+    assert checkpoints(None, "zh") == [("最新", "")]
+
+
+def test_predictions_shown_are_the_file_that_was_written_last(tmp_path: Path):
+    assert watch.predictions(tmp_path) == []
+    for name, when in (("predictions/a", 10), ("predictions/b", 30), ("other/a", 20), ("samples/x", 40)):
+        file = tmp_path / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"number": 0, "prompt": name, "prediction": "<b>", "answers": ["x", "y"]}) + "\n")
+        os.utime(file, (when, when))
+        if "samples" not in name:  # what lies beside it says that it is one of predictions
+            file.with_suffix(".json").write_text("{}")
+    (line,) = watch.predictions(tmp_path)
+    assert line["prompt"] == "predictions/b"
+    page = predictions_html([line, {"number": 1, "record": "r", "score": 0.25}], "en")
+    assert re.findall(r"<td>(.*?)</td>", page)[1:3] == ["x / y", "&lt;b&gt;"]
+    assert "score 0.2500" in page
 
 
 def test_the_log_shows_what_a_live_line_said_last(tmp_path: Path):

@@ -35,6 +35,13 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_image(root / f"{seed}.png", seed=seed)
         records.append({"image": f"{seed}.png", "caption": "A red square."})
     (root / "records.json").write_text(json.dumps(records * 20))  # many steps an epoch: a run lays all epochs out first
+    questions = [{"image": f"{seed}.png", "prompt": "What is this?", "answers": ["A red square."]} for seed in range(2)]
+    (root / "questions.json").write_text(json.dumps(questions))
+    (root / "runs/earlier").mkdir(parents=True)  # drawn over the other
+    (root / "runs/earlier/config.yaml").write_text("train: {max_steps: 2}\n")
+    lines = [{"step": step, "loss": 9.0 - step, "learning_rate": 0.1} for step in (1, 2)]
+    (root / "runs/earlier/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = {"name": "asked", "metrics": ["exact_match"], "max_new_tokens": 4, "path": str(root / "questions.json")}
     config = {
         "output_dir": str(root / "runs/first"),
         "model": {
@@ -47,6 +54,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "max_length": 64, "cache": str(root / "cache"),
         },
         "train": {"max_steps": 4000, "global_batch_size": 2, "precision": "fp32", "prove": False},
+        "evaluation": {"tasks": [task | {"kind": "generate"}]},
     }  # fmt: skip
     (root / "toy.yaml").write_text(json.dumps(config))
     return root
@@ -81,7 +89,10 @@ def test_from_the_form_to_a_chat_with_the_result(toy: Path, url: str, chromium: 
     try:
         configure(page, toy)
         watch_stop_and_resume(page, toy / "runs/second")
-        export_and_chat(page, toy)
+        draw_over(page)
+        export_evaluate_and_predict(page, toy)
+        chat(page, toy)
+        speak_chinese(page)
     finally:
         if (job := jobs.read(toy / "runs/second", "train")) is not None and job.is_running:
             jobs.stop(toy / "runs/second")
@@ -108,6 +119,9 @@ def configure(page: Any, toy: Path) -> None:
     page.click("#show-records")
     page.wait_for_selector("#records .reply:has-text('A red square.')")
     assert page.get_attribute("#records img", "src").startswith("data:image/png")
+    page.click("button[role=tab]:has-text('Plan')")
+    page.click("#show-plan")
+    page.wait_for_function("document.querySelector('#plan pre')?.innerText.includes('fits: ')")
 
 
 def watch_stop_and_resume(page: Any, run: Path) -> None:
@@ -126,10 +140,41 @@ def watch_stop_and_resume(page: Any, run: Path) -> None:
     page.wait_for_selector(_STOPPED)
 
 
-def export_and_chat(page: Any, toy: Path) -> None:
+def draw_over(page: Any) -> None:
+    """The loss of another run beside this one's."""
+    before = page.locator("#loss polyline").count()
+    page.click("#compare input")
+    page.click("[role=option]:has-text('earlier')")
+    page.wait_for_function(f"document.querySelectorAll('#loss polyline').length === {before + 1}")
+    assert "earlier" in page.inner_text("#loss figure div")
+    page.keyboard.press("Escape")
+
+
+def export_evaluate_and_predict(page: Any, toy: Path) -> None:
+    run = toy / "runs/second"
     page.click("#export:not([disabled])")
     page.wait_for_selector("#evaluate:not([disabled])")
-    assert (toy / "runs/second/export/vlm.json").is_file()
+    assert (run / "export/vlm.json").is_file()
+    page.click("#export-options button")
+    page.check("#full input")
+    page.fill("#shard-size input, #shard-size textarea", "100KB")
+    page.click("#export")
+    assert "--full --max-shard-size 100KB" in page.inner_text("#notice [role=alert]")
+    page.wait_for_selector("#evaluate:not([disabled])")
+    assert len([*(run / "export-full").rglob("*.safetensors")]) > 1
+    page.click("#evaluate")
+    page.click("button[role=tab]:has-text('Evaluation')")
+    page.wait_for_selector("#figures td:has-text('exact match')")
+    page.click("#predict-options button")
+    page.fill("#data input, #data textarea", str(toy / "questions.json"))
+    page.fill("#out input, #out textarea", "answers")
+    page.click("#predict:not([disabled])")
+    page.click("button[role=tab]:has-text('Predictions')")
+    page.wait_for_selector("#predictions td:has-text('A red square.')")
+    assert len((run / "answers/questions.jsonl").read_text().splitlines()) == 2
+
+
+def chat(page: Any, toy: Path) -> None:
     page.click("button[role=tab]:has-text('Chat')")
     page.wait_for_function("document.querySelector('#model-result input').value === 'second'")
     assert page.input_value("#model-base input") == os.fspath(toy / "llm")
@@ -138,3 +183,24 @@ def export_and_chat(page: Any, toy: Path) -> None:
     for side in ("result", "base"):
         page.wait_for_selector(f"#chat-{side} .stats")
     assert page.inner_text("#chat-base .stats").startswith(str(toy / "llm"))
+    page.wait_for_selector("#box button[data-name=Submit]")
+    page.set_input_files("#box input[type=file]", str(toy / "0.png"))
+    page.wait_for_selector("#box img")
+    page.fill("#box textarea", "And this?")
+    page.press("#box textarea", "Enter")
+    page.wait_for_selector("#chat-base :text('This model reads no images.')")
+    page.wait_for_function("document.querySelectorAll('#chat-result .stats').length === 2")
+    page.wait_for_selector("#box button[data-name=Submit]")
+    assert page.locator("#chat-result .message-buttons:visible").count() == 4  # copy the texts; nothing of the image
+    page.click("#unload")
+    page.wait_for_selector("#notice :text('2 of the models taken out of memory')")
+
+
+def speak_chinese(page: Any) -> None:
+    page.click("#language")
+    page.click("button[role=tab]:has-text('训练')")
+    page.wait_for_selector("#table .state:is(.stopped, .interrupted):has-text('已停止')")
+    assert page.inner_text("#resume") == "继续"
+    page.click("button[role=tab]:has-text('配置')")
+    page.fill("[data-key=seed]", "x")
+    page.wait_for_selector("#verdict :text('1 处需要修改')")

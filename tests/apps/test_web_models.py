@@ -71,6 +71,15 @@ def test_no_more_than_the_limit_is_in_memory_while_another_loads(runs: Path):
     assert held == [[], []]
 
 
+def test_what_was_unloaded_is_loaded_again_when_it_is_asked(runs: Path):
+    models, loads = store(runs, max_loaded=2)
+    models.get(0)
+    models.get(1)
+    assert (models.unload(), models.is_loaded(0), models.unload()) == (2, False, 0)
+    models.get(0)
+    assert loads == ["a", "finetune", "a"]
+
+
 def test_one_at_a_time(runs: Path):
     models, _ = store(runs, 1)
     assert not models.is_busy

@@ -55,6 +55,13 @@ def test_yes_and_no_are_counted_as_pope_does():
     assert found["accuracy"].standard_error == pytest.approx(math.sqrt(0.25 / 5))
 
 
+def test_what_follows_the_answer_counts_for_exact_match_only():
+    written, right = ["B. A cat", " B", "A cat", ""], ["B", "B", "a cat", "a"]
+    (begins,) = figures("prefix_match", written, right).values()
+    (same,) = figures("exact_match", written, right).values()
+    assert (begins.value, same.value) == (0.25, 0.5)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vlm.evaluation.questions import OpenQuestion, Question, WritingSettings
 
 MetricName = Literal[
-    "bleu", "rouge", "exact_match", "vqa_accuracy", "relaxed_accuracy", "yes_no", "choice_letter"
+    "bleu", "rouge", "exact_match", "prefix_match", "vqa_accuracy", "relaxed_accuracy", "yes_no", "choice_letter"
 ]  # keys of TEXT_METRICS in text_metrics.py
 
 

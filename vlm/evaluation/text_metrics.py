@@ -72,6 +72,15 @@ def exact_match(written: str, right: Answers) -> float:
     return float(_plain(written) in map(_plain, right))
 
 
+def prefix_match(written: str, right: Answers) -> float:
+    """1 if it begins with one of the answers, character by character, else 0.
+
+    >>> prefix_match("B. A red circle", ["B"]), prefix_match("12", ["1"]), prefix_match("b", ["B"])
+    (1.0, 1.0, 0.0)
+    """
+    return float(any(answer and written.startswith(answer) for answer in right))
+
+
 def vqa_accuracy(written: str, right: Answers) -> float:
     """A third for each of the people who answered so, at most 1; the mean over all leaving one of them out.
 
@@ -237,6 +246,7 @@ TEXT_METRICS: dict[str, TextMetric] = {
     "bleu": TextMetric(_bleu, (("sacrebleu", "sacrebleu"),), has_majority=False),
     "rouge": TextMetric(_rouge, (("rouge_score", "rouge-score"), ("jieba", "jieba")), has_majority=False),
     "exact_match": _averaged("exact match", exact_match),
+    "prefix_match": _averaged("prefix match", prefix_match),
     "vqa_accuracy": _averaged("VQA accuracy", vqa_accuracy),
     "relaxed_accuracy": _averaged("relaxed accuracy", relaxed_accuracy),
     "yes_no": TextMetric(_yes_no),

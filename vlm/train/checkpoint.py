@@ -157,7 +157,7 @@ def checkpoint_of(run: Path, step: int) -> Path:
     """
     path = checkpoint_folder(run, step)
     if not path.is_dir():
-        there = ", ".join(str(_step_of(each)) for each in _steps(run)) or "none"
+        there = ", ".join(map(str, steps_of(run))) or "none"
         raise CheckpointError(
             f"{run} has no checkpoint of step {step}; there are: {there}. Older ones are removed while a run trains: "
             "train.keep_last says how many stay"
@@ -170,6 +170,11 @@ def checkpoint_of(run: Path, step: int) -> Path:
 def list_checkpoints(run: Path) -> list[CheckpointInfo]:
     """All complete-looking checkpoints of a run, oldest first, each verified."""
     return [CheckpointInfo(path, _step_of(path), verify(path)) for path in _steps(run)]
+
+
+def steps_of(run: Path) -> list[int]:
+    """Steps of the checkpoints of a run, oldest first, none verified."""
+    return [_step_of(path) for path in _steps(run)]
 
 
 def verify(path: Path) -> list[str]:

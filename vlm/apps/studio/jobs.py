@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import psutil
 from filelock import FileLock
@@ -29,8 +29,8 @@ from vlm.runs import is_locked
 from vlm.train.ended import OWNER
 from vlm.train.runfolder import LAUNCH, LAUNCH_LOCK, LOG
 
-Kind = Literal["train", "export", "eval"]
-KINDS: tuple[Kind, ...] = ("train", "export", "eval")
+Kind = Literal["train", "export", "eval", "predict"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Begin = Callable[[Sequence[str], Path, Path], int]  # arguments of `vlm`, log, working directory -> process id
 _TAIL_BYTES = 64 << 10
 _LOCK_SECONDS = 10.0  # a start takes far less

@@ -94,6 +94,8 @@ table.runs .bar i { display: block; height: 100%; border-radius: 3px; background
   overflow-wrap: anywhere; color: var(--body-text-color); background: none; border: 0; }
 table.samples td { white-space: normal; overflow-wrap: anywhere; }
 table.samples td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; }
+table.samples.predictions td:first-child { white-space: normal; width: 50%; }
+table.samples.predictions td { word-break: normal; }
 .chart { margin: 0 0 12px !important;
   border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 8px 10px; }
 .chart figcaption { font-size: .82rem; font-weight: 600; color: var(--body-text-color); margin: 0 !important; }

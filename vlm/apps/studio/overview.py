@@ -1,9 +1,8 @@
-"""The tab of runs: the list, curves over each other, samples, log, figures; stop, resume, export, evaluate."""
+"""The tab of runs: the list, curves over each other, samples, log, figures; the buttons of what can be done."""
 
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,16 @@ from typing import Any
 
 import gradio as gr
 
-from vlm.apps.studio import jobs, watch
+from vlm.apps.studio import actions, asked, jobs, watch
 from vlm.apps.studio.chart import Curve, chart_html
 from vlm.apps.studio.texts import tell
 from vlm.apps.studio.watch import Run
 from vlm.apps.web.texts import Language
-from vlm.errors import ConfigError, VLMError
+from vlm.errors import ConfigError
 
 Changes = dict[Any, Any]
 SECONDS = 2.0  # between two looks at the run folders
-_ACTIONS = ("stop", "resume", "export", "evaluate")
+_AS_BY_ITSELF = actions.Asked()
 
 
 @dataclass
@@ -31,7 +30,8 @@ class Overview:
     run: gr.Dropdown
     compare: gr.Dropdown
     number: gr.Dropdown
-    buttons: dict[str, gr.Button]
+    buttons: dict[actions.Name, gr.Button]
+    asked: asked.AskedFor
     loss: gr.HTML
     second: gr.HTML
     log: gr.HTML
@@ -40,13 +40,15 @@ class Overview:
     samples_tab: gr.Tab
     figures: gr.Markdown
     figures_tab: gr.Tab
+    predictions: gr.HTML
+    predictions_tab: gr.Tab
     timer: gr.Timer
 
     @property
     def live(self) -> list[Any]:
         """What changes by itself."""
         shown = [self.table, self.run, self.compare, self.number, self.loss, self.second, self.log, self.samples]
-        return [*shown, self.figures, *self.buttons.values()]
+        return [*shown, self.figures, self.predictions, self.asked.checkpoint, *self.buttons.values()]
 
 
 def lay_out() -> Overview:
@@ -60,8 +62,9 @@ def lay_out() -> Overview:
             name: gr.Button(
                 interactive=False, size="sm", elem_id=name, variant="stop" if name == "stop" else "secondary"
             )
-            for name in _ACTIONS
+            for name in actions.NAMES
         }
+    of_asked = asked.lay_out()
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=340):
             loss = gr.HTML(elem_id="loss", padding=False)
@@ -73,9 +76,11 @@ def lay_out() -> Overview:
                 samples = gr.HTML(elem_id="samples", padding=False, elem_classes=["wide"])
             with gr.Tab() as figures_tab:
                 figures = gr.Markdown(elem_id="figures")
+            with gr.Tab() as predictions_tab:
+                predictions = gr.HTML(elem_id="predictions", padding=False, elem_classes=["wide"])
     return Overview(
-        table, run, compare, number, buttons, loss, second, log, log_tab, samples, samples_tab, figures, figures_tab,
-        gr.Timer(SECONDS),
+        table, run, compare, number, buttons, of_asked, loss, second, log, log_tab, samples, samples_tab, figures,
+        figures_tab, predictions, predictions_tab, gr.Timer(SECONDS),
     )  # fmt: skip
 
 
@@ -87,7 +92,9 @@ def texts_of(w: Overview, language: Language) -> Changes:
         w.log_tab: gr.update(label=tell(language, "log")),
         w.samples_tab: gr.update(label=tell(language, "samples")),
         w.figures_tab: gr.update(label=tell(language, "figures")),
+        w.predictions_tab: gr.update(label=tell(language, "predictions")),
     }
+    updates |= asked.texts_of(w.asked, language)
     return updates | {button: gr.update(value=tell(language, name)) for name, button in w.buttons.items()}
 
 
@@ -106,10 +113,13 @@ class Looked:
 
     def update(self, name: str, value: Any, update: Any) -> Any:
         """`update` where `value` is another than the last one of this name, else nothing."""
-        if self._shown.get(name, self) == value:
-            return gr.skip()
+        return update if self.is_new(name, value) else gr.skip()
+
+    def is_new(self, name: str, value: Any) -> bool:
+        """Whether the last value of this name was another; from now on it is this one."""
+        is_same = self._shown.get(name, self) == value
         self._shown[name] = value
-        return update
+        return not is_same
 
 
 def look(w: Overview, folder: Path, label: Any, over: Any, number: Any, language: Language, looked: Looked) -> Changes:
@@ -164,19 +174,28 @@ def _details(w: Overview, run: Run | None, language: Language, looked: Looked) -
         "resume": run is not None and run.can_resume and not run.jobs,
         "export": run is not None and not run.jobs and bool(run.summary and run.summary.step),
         "evaluate": run is not None and not run.jobs and run.has_export,
+        "predict": run is not None and not run.jobs and run.has_export,
     }
+    written = predictions_html(watch.predictions(path) if path else [], language)
+    offered = asked.checkpoints(run, language)
+    newest: dict[str, Any] = {"value": ""} if looked.is_new("run of checkpoints", path) else {}
     changes: Changes = {
         w.log: looked.update("log", log_html, log_html),
         w.samples: looked.update("samples", samples, samples),
         w.figures: looked.update("figures", figures, figures),
+        w.predictions: looked.update("predictions", written, written),
+        w.asked.checkpoint: looked.update("checkpoints", (path, offered), gr.update(choices=offered, **newest)),
     }
     for name, button in w.buttons.items():
         changes[button] = looked.update(f"button-{name}", can[name], gr.update(interactive=can[name]))
     return changes
 
 
-def act(name: str, folder: Path, label: Any, language: Language, begin: jobs.Begin | None) -> str:
-    """Stop, resume, export or evaluate the run of a label. Returns what was done, in words.
+def act(
+    name: actions.Name, folder: Path, label: Any, language: Language, begin: jobs.Begin | None,
+    wanted: actions.Asked = _AS_BY_ITSELF,
+) -> str:  # fmt: skip
+    """Do something with the run of a label. Returns what was done, in words.
 
     Raises:
         VLMError: there is no such run, or it cannot be done now.
@@ -187,38 +206,7 @@ def act(name: str, folder: Path, label: Any, language: Language, begin: jobs.Beg
     if name == "stop":
         jobs.stop(run.path)
         return tell(language, "asked_to_stop")
-    place = run.path.resolve()
-    kind, arguments = {
-        "resume": ("train", _resume(place)),
-        "export": ("export", ["export", str(place)]),
-        "evaluate": ("eval", ["eval", str(place), *_in(place)]),
-    }[name]
-    job = jobs.begin(run.path, kind, arguments, begin, _working_directory(run.path))  # type: ignore[arg-type]
-    return tell(language, "begun", command=job.command)
-
-
-def _resume(run: Path) -> list[str]:
-    """The command that began it, else one that reads the config it keeps; in this folder, wherever it lay then.
-
-    Args:
-        run: absolute.
-    """
-    job = jobs.read(run, "train")
-    if not (run / "config.yaml").is_file():
-        raise VLMError(f"{run}: it was never begun, so there is nothing to go on with; start it from its project")
-    arguments = list(job.arguments) if job is not None else ["train", str(run / "config.yaml")]
-    return arguments if arguments[-2:] == _in(run) else [*arguments, *_in(run)]
-
-
-def _in(run: Path) -> list[str]:
-    """The option that names this folder: its config may name another, from which it was copied or moved."""
-    return ["--options", f"output_dir={json.dumps(str(run), ensure_ascii=False)}"]
-
-
-def _working_directory(run: Path) -> Path | None:
-    """Where the run was begun, so that relative paths of its data and models lead to the same files."""
-    job = jobs.read(run, "train")
-    return Path(job.folder) if job is not None and job.folder is not None and Path(job.folder).is_dir() else None
+    return tell(language, "begun", command=actions.begin(name, run.path, wanted, begin).command)
 
 
 def table_html(runs: Sequence[Run], folder: Path, chosen: str | None, language: Language) -> str:
@@ -268,18 +256,36 @@ def samples_html(samples: Sequence[dict[str, Any]], language: Language) -> str:
     return f"<table class='samples'><tbody>{lines}</tbody></table>"
 
 
+def predictions_html(lines: Sequence[dict[str, Any]], language: Language) -> str:
+    """What `vlm predict` wrote: the question, what would be right, and the answer, or a reward model's scores."""
+    if not lines:
+        return _empty(tell(language, "nothing_yet"))
+    head = "".join(f"<th>{html.escape(tell(language, name))}</th>" for name in ("question", "right", "answer"))
+    body = ""
+    for line in lines:
+        scores = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
+        cells = [str(line.get("prompt") or line.get("record") or ""), " / ".join(map(str, line.get("answers") or []))]
+        cells.append(str(line.get("prediction", "; ".join(scores))))
+        shown = [html.escape(cell) for cell in cells]
+        images = html.escape(", ".join("/".join(Path(str(each)).parts[-2:]) for each in line.get("images") or []))
+        body += f"<tr><td>{shown[0]}<br><small>{images}</small></td><td>{shown[1]}</td><td>{shown[2]}</td></tr>"
+    return f"<table class='samples predictions'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
 def _logs(run: Path) -> str:
-    """Of training, and of the export or evaluation that was begun after it."""
+    """Of training, and of what was begun after it."""
     found = {kind: jobs.read_log(run, kind) for kind in jobs.KINDS}
     return "\n\n".join(text for text in found.values() if text)
 
 
 def _last_error(run: Run) -> str:
-    """What a run that ended badly said last."""
-    if run.state not in ("not_started", "failed"):
+    """What a run that ended badly said last, or what was begun with it after that."""
+    kind = run.failed or ("train" if run.state in ("not_started", "failed") else None)
+    if kind is None:
         return ""
-    lines = jobs.read_log(run.path, lines=40).split("\n")
-    return next((line for line in reversed(lines) if line.startswith("error:") or "Error: " in line), "")
+    lines = jobs.read_log(run.path, kind, lines=40).split("\n")
+    found = next((line for line in reversed(lines) if line.startswith("error:") or "Error: " in line), "")
+    return f"{kind}: {found}" if found and kind != "train" else found
 
 
 def _short(value: float | None, form: str) -> str:

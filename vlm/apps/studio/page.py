@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from vlm.apps.studio import configure, overview, talk, watch
+from vlm.apps.studio import actions, configure, overview, talk, watch
 from vlm.apps.studio.compare import Choices, SideBySide
 from vlm.apps.studio.draft import Draft
 from vlm.apps.studio.look import MARK
@@ -156,10 +156,11 @@ class Actions:
         """Keeps the notice, which another click wrote."""
         return {self.w.overview.table: gr.skip()} | self._look(session, label, over, number)
 
-    def acted(self, name: str) -> Callable[..., Changes]:
-        def acted(session: Session, label: Any, over: Any, number: Any) -> Changes:
+    def acted(self, name: actions.Name) -> Callable[..., Changes]:
+        def acted(session: Session, label: Any, over: Any, number: Any, *asked: Any) -> Changes:
             def act() -> Changes:
-                said = overview.act(name, self.studio.runs, label, session.language, self.studio.begin)
+                wanted = actions.Asked.read(*asked)
+                said = overview.act(name, self.studio.runs, label, session.language, self.studio.begin, wanted)
                 return {self.w.notice: _notice(said)} | self._look(session, label, over, number)
 
             return self._told(act)
@@ -186,10 +187,22 @@ class Actions:
         session.sides.clear()
         return talk.shown(self.w.talk, session.sides)
 
+    def unloaded(self, session: Session) -> Changes:
+        """Of all open pages, which share the models."""
+
+        def act() -> Changes:
+            store = session.sides.choices.store
+            if store.is_busy:
+                raise PageError("busy")
+            with store.turn():
+                return {self.w.notice: _notice(tell(session.language, "unloaded", count=store.unload()))}
+
+        return self._told(act, session)
+
     def _in_language(self, session: Session) -> Changes:
         session.sides.speak(session.language)
         session.looked.forget()
-        changes = texts_of(self.w, session.language, session.draft)
+        changes = texts_of(self.w, session.language, session.draft) | {self.w.notice: ""}
         return changes if session.draft is None else changes | self._outcome(session)
 
     def _outcome(self, session: Session) -> Changes:
@@ -245,7 +258,7 @@ def _connect_runs(w: Widgets, do: Actions, quick: dict[str, Any]) -> None:
     for changed in (o.run.input, o.compare.input, o.number.input, w.tab["runs"].select):
         changed(do.looked, inputs, o.live, **quick)
     for name, button in o.buttons.items():
-        button.click(do.acted(name), inputs, [w.notice, *o.live], **quick)
+        button.click(do.acted(name), [*inputs, *o.asked.inputs], [w.notice, *o.live], **quick)
 
 
 def _connect_chat(w: Widgets, do: Actions, quick: dict[str, Any]) -> None:
@@ -253,6 +266,7 @@ def _connect_chat(w: Widgets, do: Actions, quick: dict[str, Any]) -> None:
     models, chatbots = list(t.models), list(t.chatbots)
     w.tab["chat"].select(do.offered, [w.session, w.overview.run, *models], models, **quick)
     t.clear.click(do.cleared, w.session, chatbots, **quick)
+    t.unload.click(do.unloaded, w.session, w.notice, **quick)
     answer = t.box.submit(do.asked, [w.session, t.box], [*chatbots, t.box, w.notice], **quick).then(
         do.answered, [w.session, *models, t.tokens], [*chatbots, w.notice], concurrency_limit=1,
         concurrency_id="model", show_progress="hidden", api_visibility="private",

@@ -30,6 +30,7 @@ class Talk:
     box: gr.MultimodalTextbox
     tokens: gr.Slider
     clear: gr.Button
+    unload: gr.Button
 
 
 def lay_out() -> Talk:
@@ -51,7 +52,8 @@ def lay_out() -> Talk:
     with gr.Row():
         tokens = gr.Slider(1, MAX_TOKENS, 64, step=1, elem_id="tokens", scale=4)
         clear = gr.Button(elem_id="clear", size="sm", scale=1)
-    return Talk(models, chatbots, box, tokens, clear)  # type: ignore[arg-type]
+        unload = gr.Button(elem_id="unload", size="sm", scale=1)
+    return Talk(models, chatbots, box, tokens, clear, unload)  # type: ignore[arg-type]
 
 
 def texts_of(w: Talk, language: Language) -> Changes:
@@ -63,6 +65,7 @@ def texts_of(w: Talk, language: Language) -> Changes:
         w.box: gr.update(placeholder=tell(language, "input"), label=tell(language, "input")),
         w.tokens: gr.update(label=tell(language, "tokens")),
         w.clear: gr.update(value=tell(language, "clear")),
+        w.unload: gr.update(value=tell(language, "unload")),
     }
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm.apps.studio.jobs import KINDS, read
+from vlm.apps.studio.jobs import KINDS, Kind, read
 from vlm.artifacts.evidence import FIGURES, figures_table
 from vlm.artifacts.manifest import NAME
 from vlm.errors import DataError
@@ -33,8 +34,9 @@ class Run:
     path: Path
     state: Shown  # starting: its process lives and has not locked the folder; not_started: that process is gone
     summary: RunSummary | None  # None before there is anything to sum up
-    jobs: tuple[str, ...] = ()  # of export and eval, what runs now
+    jobs: tuple[str, ...] = ()  # but for training, what runs now
     has_export: bool = False
+    failed: Kind | None = None  # the job that was begun last, if it failed; not training, whose state says so
 
     @property
     def can_stop(self) -> bool:
@@ -79,7 +81,10 @@ def look_at(path: Path, folder: Path) -> Run:
     elif state in ("interrupted", "not_started") and "train" in last and last["train"].code is not None:
         state = "stopped" if last["train"].code in _STOPPED else "failed"
     busy = tuple(kind for kind in jobs if kind != "train")
-    return Run(label if label != "." else path.name, path, state, summary, busy, (path / "export" / NAME).is_file())
+    latest = max(last.values(), key=lambda job: job.created, default=None)
+    failed = latest.kind if latest is not None and latest.kind != "train" and latest.code else None
+    has_export = (path / "export" / NAME).is_file()
+    return Run(label if label != "." else path.name, path, state, summary, busy, has_export, failed)
 
 
 def numbers_of(runs: Sequence[Path]) -> list[str]:
@@ -111,13 +116,16 @@ def thinned(series: Series, points: int = MAX_POINTS) -> Series:
 
 def samples(run: Path, count: int = 12) -> list[dict[str, Any]]:
     """The last answers that a run wrote down, newest first; keys `step`, `prompt`, `image` and `answer`."""
-    found = []
-    for line in _tail(run / "samples.jsonl"):
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # torn at the beginning of the tail, or being written
-            continue
-    return [sample for sample in reversed(found) if isinstance(sample, dict)][:count]
+    return _read_lines(run / "samples.jsonl")[::-1][:count]
+
+
+def predictions(run: Path, count: int = 50) -> list[dict[str, Any]]:
+    """The last lines of the file of predictions that was written last, in the run's folder or in one of its folders."""
+    files = [file for file in run.glob("*/*.jsonl") if file.with_suffix(".json").is_file()]
+    if not files:
+        return []
+    found = _read_lines(max(files, key=lambda file: file.stat().st_mtime))
+    return [line for line in found if "number" in line][-count:]
 
 
 def figures(run: Path) -> str:
@@ -134,6 +142,15 @@ def _series(run: Path) -> dict[str, Series]:
         return read_series(run)
     except DataError:
         return {}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects at the end of a file; not those torn at the beginning of the tail, or being written."""
+    found = []
+    for line in _tail(path):
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
 
 
 def _tail(path: Path) -> list[str]:

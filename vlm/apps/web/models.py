@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -108,6 +109,20 @@ class ModelStore:
         loaded = self._load(export.path, on_progress, **({} if export.adapter is None else {"adapter": export.adapter}))
         self._loaded[number] = loaded
         return loaded
+
+    def unload(self) -> int:
+        """Take all models out of memory; the next question loads its own again. To be called in one's `turn`.
+
+        Returns:
+            how many there were.
+        """
+        count = len(self._loaded)
+        self._loaded.clear()
+        gc.collect()
+        torch = sys.modules.get("torch")  # without which none was loaded
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return count
 
 
 def _load_and_tell(path: Path, on_progress: OnProgress, **options: Any) -> LoadedModel:
