@@ -6,6 +6,7 @@ import functools
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,15 @@ def test_every_command_that_is_printed_parses(document: Path, monkeypatch: pytes
     for words in commands(document.read_text(encoding="utf-8")):
         for override in check(words):
             assert is_key(override.partition("=")[0]), f"{override} in {shlex.join(words)}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_every_command_within_a_sentence_has_options_that_there_are(document: Path, monkeypatch: pytest.MonkeyPatch):
+    """What it needs besides may be left out."""
+    monkeypatch.setattr("vlm.train.engines.deepspeed_settings.read_json", lambda path: {})
+    for span in re.findall(r"`vlm ([a-z][^`\n]*)`", document.read_text(encoding="utf-8")):
+        with suppress(typer.BadParameter):
+            check_vlm(shlex.split(re.sub(r"\$[A-Z_]+", "2", span)))
 
 
 def test_what_stands_beside_another_trainers_commands_is_ours(monkeypatch: pytest.MonkeyPatch):
