@@ -47,7 +47,7 @@ extras = {
     "quant": ["bitsandbytes>=0.49", "accelerate>=1.10"],
     # scripts/bench_train.py; LLaMA-Factory asks for other versions of transformers and peft: give it an environment of
     # its own and name that with --python-of
-    "bench": ["trl>=0.24", "datasets>=4"],
+    "bench": ["trl>=0.24,<0.25", "datasets>=4"],
     "demo": ["resvg-py==0.5.0", "emoji==2.16.0", "gguf>=0.17", "accelerate>=1.10"],
 }
 users = ("deepspeed", "serve", "json", "eval", "track", "quant")  # all that a user of the program may need

@@ -35,7 +35,7 @@ from vlm.data.collate import Collator
 from vlm.models.build import build_model
 from vlm.models.config import ModelConfig
 from vlm.objectives import OBJECTIVES
-from vlm.objectives.grpo import ClippedPolicy
+from vlm.objectives.grpo import ClippedPolicy, advantages
 from vlm.objectives.ppo import PPOConfig
 from vlm.objectives.replies import ReplyScores
 from vlm.train.engines.base import LossModule
@@ -45,7 +45,7 @@ from vlm.train.rollouts import Rollouts, with_scores
 
 NOISE = 0.02
 BETA = 0.1
-WORTH = [1.1, -0.6, -0.5]  # advantages of the replies of a group
+REWARDS = ((2.0, [1.0, 0.0, 0.0]), (0.5, [0.3, 0.9, -0.4]))  # of the replies of a group, by two rewards with weights
 QUESTIONS = ("What is this?", "Which shape is it?", "Which color is it?")
 REPLIES = (("A red circle.", "A blue cross."), ("A square.", "A green circle and a cross."), ("Red.", "A red square."))
 CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {  # name -> ours, TRL's trainer and its settings
@@ -82,7 +82,7 @@ def main() -> None:
         print("| objective | TRL | loss, theirs | loss | rewards | gradient |\n|---|---|---|---|---|---|")
         for name, (kind, ours, theirs, settings) in CASES.items():
             compare(trl, llm, Path(folder), name, kind, ours, theirs, settings)
-        print("\n| `grpo`, average | TRL | loss, theirs | loss | gradient |\n|---|---|---|---|---|")
+        print("\n| `grpo`, average | TRL | loss, theirs | advantages | loss | gradient |\n|---|---|---|---|---|---|")
         for average, loss_type in AVERAGES.items():
             compare_grpo(trl, llm, Path(folder), average, loss_type)
         print("\n| `ppo`, update | TRL | loss, theirs | loss | gradient | clipped |\n|---|---|---|---|---|---|")
@@ -117,8 +117,8 @@ def compare(
 
 
 def compare_grpo(trl: Any, llm: Path, folder: Path, average: Any, loss_type: str) -> None:
-    """One group of replies: TRL is given our ids and log-probabilities of the weights before and of the reference."""
-    import datasets
+    """One group of replies and their rewards: TRL is given our ids, and log-probabilities of the weights before and of
+    the reference."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(llm)
@@ -127,37 +127,30 @@ def compare_grpo(trl: Any, llm: Path, folder: Path, average: Any, loss_type: str
     counts, most = [len(reply) for reply in replies], 2 + max(map(len, replies))
     generator = torch.Generator().manual_seed(0)
     said = [-2 - torch.rand(2, count, generator=generator) * 4 for count in counts]  # before, and of the reference
-    settings = {"temperature": 0.9, "beta": 0.05, "epsilon": 0.2, "epsilon_high": 0.28, "loss_type": loss_type}
-    arguments = trl.GRPOConfig(
-        output_dir=str(folder / f"GRPO-{loss_type}"), report_to=[], use_cpu=True, bf16=False, num_generations=3,
-        gradient_checkpointing=False, per_device_train_batch_size=3, max_completion_length=most, **settings,
-    )  # fmt: skip
-    data = datasets.Dataset.from_list([{"prompt": question} for question in QUESTIONS])
+    is_scaled = average != "constant"
+    settings = {
+        "loss_type": loss_type,
+        "scale_rewards": "group" if is_scaled else "none",
+        "max_completion_length": most,
+    }
     policy = load_theirs(llm, NOISE)
-    trainer = trl.GRPOTrainer(
-        policy, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=arguments, train_dataset=data,
-        processing_class=tokenizer,
-    )  # fmt: skip
-    trainer.model.eval()
-    trainer.current_gradient_accumulation_steps = 1
+    trainer = grpo_trainer(trl, policy, tokenizer, folder / f"GRPO-{loss_type}", settings)
+    trainer._generate = lambda *_: ([prompt] * 3, replies, torch.tensor(sum(counts)), None, {})
+    asked = trainer._generate_and_score_completions([{"prompt": QUESTIONS[0]}] * 3)
     pad = torch.nn.utils.rnn.pad_sequence
-    loss = trainer._compute_loss(
-        trainer.model,
-        {
-            "prompt_ids": torch.tensor([prompt] * 3), "prompt_mask": torch.ones(3, len(prompt), dtype=torch.int64),
-            "completion_ids": pad([torch.tensor(reply) for reply in replies], batch_first=True),
-            "completion_mask": pad([torch.ones(count, dtype=torch.int64) for count in counts], batch_first=True),
-            "advantages": torch.tensor(WORTH), "num_items_in_batch": sum(counts),
-            "old_per_token_logps": pad([each[0] for each in said], batch_first=True),
-            "ref_per_token_logps": pad([each[1] for each in said], batch_first=True),
-        },
-    )  # fmt: skip
+    old_and_reference = {
+        f"{name}_per_token_logps": pad([each[number] for each in said], batch_first=True)
+        for number, name in enumerate(("old", "ref"))
+    }
+    loss = trainer._compute_loss(trainer.model, asked | old_and_reference)
     loss.backward()
     gradient = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
     config = ModelConfig(vision=None, llm={"path": str(llm)}, trainable=("llm",), gradient_checkpointing=False)
     model = build_model(config, precision="fp32", device="cpu", seed=0).model.eval()
     model.llm.load_state_dict(load_theirs(llm, NOISE).state_dict())
-    group = Group(Prompt(prompt, 0, "", "record"), replies, WORTH)
+    totals = [sum(weight * each[number] for weight, each in REWARDS) for number in range(3)]
+    worth = advantages(totals, is_scaled)
+    group = Group(Prompt(prompt, 0, "", "record"), replies, worth)
     maker = RowMaker(Collator(None, 0, 1), 512, shares=model.lets_records_share, packs=True)
     batch = maker([group], Batch(*[torch.zeros(1, 1)] * 3), None)
     old, reference = (torch.cat([each[number] for each in said]) for number in range(2))
@@ -168,9 +161,35 @@ def compare_grpo(trl: Any, llm: Path, folder: Path, average: Any, loss_type: str
     ours = ours / objective.normalizer(batch)
     ours.backward()
     found = {n: p.grad for n, p in model.llm.named_parameters() if p.grad is not None}
-    worst = relative_difference(found, gradient)
-    apart = abs(ours.item() - loss.item()) / abs(loss.item())
-    print(f"| {average} | GRPOTrainer (loss_type: {loss_type}) | {loss.item():.6f} | {apart:.1e} | {worst:.1e} |")
+    theirs = asked["advantages"]
+    differences = [
+        ((torch.tensor(worth) - theirs).abs().max() / theirs.abs().max()).item(),
+        abs(ours.item() - loss.item()) / abs(loss.item()),
+        relative_difference(found, gradient),
+    ]
+    told = " | ".join(f"{each:.1e}" for each in differences)
+    print(f"| {average} | GRPOTrainer (loss_type: {loss_type}) | {loss.item():.6f} | {told} |")
+
+
+def grpo_trainer(trl: Any, policy: Any, tokenizer: Any, folder: Path, settings: dict[str, Any]) -> Any:
+    """TRL's, with the rewards of REWARDS."""
+    import datasets
+
+    arguments = trl.GRPOConfig(
+        output_dir=str(folder), report_to=[], use_cpu=True, bf16=False, num_generations=3, beta=0.05, temperature=0.9,
+        gradient_checkpointing=False, per_device_train_batch_size=3, epsilon=0.2, epsilon_high=0.28,
+        reward_weights=[weight for weight, _ in REWARDS], **settings,
+    )  # fmt: skip
+    rewards = [lambda each=each, **_: each for _, each in REWARDS]
+    for number, reward in enumerate(rewards):
+        reward.__name__ = f"reward{number}"
+    data = datasets.Dataset.from_list([{"prompt": question} for question in QUESTIONS])
+    trainer = trl.GRPOTrainer(
+        policy, reward_funcs=rewards, args=arguments, train_dataset=data, processing_class=tokenizer
+    )
+    trainer.model.eval()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
 
 
 def relative_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
