@@ -148,6 +148,40 @@ def test_preview_without_images_writes_no_sheet(records, made, tmp_path):
     assert not (tmp_path / "sheet.png").exists()
 
 
+JUDGED = {
+    "preference": (
+        {"prompt": "Q", "chosen": "good", "rejected": "a bad one"},
+        ["chosen, {0} tokens, {1} supervised", "rejected, {2} tokens, {3} supervised"],
+    ),
+    "judged": ({"prompt": "Q", "completion": "good", "label": False}, ["bad, {0} tokens, {1} supervised"]),
+    "verifiable": (
+        {"prompt": "Q", "answer": "good"},
+        ["question, and the answer that judges, {0} tokens, 0 supervised"],
+    ),
+}
+
+
+@pytest.mark.parametrize("reads", JUDGED)
+def test_what_is_judged_is_checked_previewed_and_counted_like_conversations(reads, made, spec, tmp_path, capsys):
+    """An image of a pair counts once."""
+    record, headings = JUDGED[reads]
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    lines = [json.dumps(each) for each in (record | {"image": "a.png"}, record, record | {"image": "none.png"})]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    config, chat = made(tmp_path / "records.jsonl", max_skipped_share=0.5)
+    assert check_records(config, chat, spec, reads=reads) == Counter(image_missing=1)
+    assert "3 records, 1 images, skipped: image_missing 1" in capsys.readouterr().out
+    preview_records(config, chat, spec, number=1, out=tmp_path / "sheet.png", reads=reads)
+    out = capsys.readouterr().out
+    found = build_reader(config, config.sources, chat, reads).read(0)
+    counts = [count for branch in found.branches for count in (len(branch.input_ids), branch.num_supervised)]
+    assert all(f"records.jsonl: line 1: {heading.format(*counts)}" in out for heading in headings)
+    assert "1 images as the encoder sees them" in out
+    print_stats(config, chat, reads=reads, as_json=True)
+    stats = json.loads(capsys.readouterr().out)
+    assert (stats["records"], stats["usable"], stats["images"]) == (3, 2, 1)
+
+
 def test_a_sheet_takes_captions_in_any_script():
     sheet = contact_sheet([(Image.new("RGB", (28, 28)), "圆.jsonl: line 1")] * 8)
     assert sheet.size == (6 * 36, 2 * 50)

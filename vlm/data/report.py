@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ def preview_records(
         counts = counts_by_rule(Counter(skip.rule for skip in skips))
         raise DataError(f"none of {len(reader):,} records can be shown ({counts})")
     for example in examples:
-        for name, branch in zip(_names_of_branches(example), example.branches, strict=True):
+        for name, branch in _named_branches(example):
             counts = f"{len(branch.input_ids)} tokens, {branch.num_supervised} supervised"
             console.rule(f"{example.where}: {name}{counts}")
             console.print(coloured(branch, tokenizer), soft_wrap=True)
@@ -243,7 +243,7 @@ def print_stats(
     found: dict[str, Any] = {
         "records": len(scan),
         "usable": int(usable[: len(scan)].sum()),
-        "images": int(scan.num_images.sum()),
+        "images": int(scan.sizes_in_row(shares=True)[1].sum()),  # of a preference those of both branches once
         "tokens": _distribution(scan.lengths[usable]),
         "supervised_tokens": _distribution(scan.num_supervised[usable]),
         "replies": _distribution(np.array(turns)),
@@ -294,12 +294,14 @@ def contact_sheet(images: list[tuple[Image.Image, str]], columns: int = 6) -> Im
     return sheet
 
 
-def _names_of_branches(example: Example) -> tuple[str, ...]:
+def _named_branches(example: Example) -> list[tuple[str, Example]]:
+    """Of a question with an answer, nothing is supervised: the answer judges what the model writes."""
     if example.rejected is not None:
-        return "chosen, ", "rejected, "
+        return list(zip(("chosen, ", "rejected, "), example.branches, strict=True))
     if example.answer is not None:
-        return ("question and answer, ",)
-    return ("" if example.is_good is None else "good, " if example.is_good else "bad, ",)
+        nothing = replace(example, labels=[IGNORE_INDEX] * len(example.labels))
+        return [("question, and the answer that judges, ", nothing)]
+    return [("" if example.is_good is None else "good, " if example.is_good else "bad, ", example)]
 
 
 def _console() -> Console:
