@@ -156,7 +156,7 @@ JUDGED = {
     "judged": ({"prompt": "Q", "completion": "good", "label": False}, ["bad, {0} tokens, {1} supervised"]),
     "verifiable": (
         {"prompt": "Q", "answer": "good"},
-        ["question, and the answer that judges, {0} tokens, 0 supervised"],
+        ["question and answer, {0} tokens, 0 supervised"],
     ),
 }
 

@@ -300,7 +300,7 @@ def _named_branches(example: Example) -> list[tuple[str, Example]]:
         return list(zip(("chosen, ", "rejected, "), example.branches, strict=True))
     if example.answer is not None:
         nothing = replace(example, labels=[IGNORE_INDEX] * len(example.labels))
-        return [("question, and the answer that judges, ", nothing)]
+        return [("question and answer, ", nothing)]
     return [("" if example.is_good is None else "good, " if example.is_good else "bad, ", example)]
 
 
