@@ -49,8 +49,8 @@ with (out / "asked.jsonl").open("w") as lines:
 ANSWERED = """
 import json, sys
 import pandas
-rows = pandas.read_excel(sys.argv[1])
-print(json.dumps({int(row["index"]): str(row["prediction"]) for _, row in rows.iterrows()}))
+rows = pandas.read_excel(sys.argv[1], dtype=str, keep_default_na=False)
+print(json.dumps(dict(zip(rows["index"], rows["prediction"]))))
 """
 
 
@@ -73,10 +73,12 @@ def main() -> int:
         ours = predicted(arguments.export, Path(folder) / "asked/asked.jsonl", Path(folder) / "ours")
         with (out / "my_vlm/my_vlm_questions_acc.csv").open(encoding="utf-8") as file:
             print(f"VLMEvalKit: accuracy {float(next(csv.DictReader(file))['Overall']):.4f}")
-    other = [index for index in ours if ours[index] != theirs.get(index)]
+    if not ours or ours.keys() != theirs.keys():
+        raise SystemExit(f"VLMEvalKit answered {len(theirs)} questions of {len(ours)}")
+    other = [index for index in ours if ours[index] != theirs[index]]
     print(f"answers as by vlm predict: {len(ours) - len(other)} of {len(ours)}")
     for index in other:
-        print(f"  {index}: {theirs.get(index)!r}, vlm predict {ours[index]!r}")
+        print(f"  {index}: {theirs[index]!r}, vlm predict {ours[index]!r}")
     return int(bool(other))
 
 
@@ -116,7 +118,7 @@ def served(export: Path) -> Iterator[str]:
 def predicted(export: Path, asked: Path, out: Path) -> dict[int, str]:
     """Answers of `vlm predict`, without the blanks around them, which VLMEvalKit strips."""
     run([*VLM, "predict", str(export), "--data", str(asked), "--max-new-tokens", str(TOKENS), "--out", str(out)])
-    lines = map(json.loads, (out / "asked.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, (out / "asked.jsonl").read_text(encoding="utf-8").strip().split("\n"))
     return {line["id"]: line["prediction"].strip() for line in lines}
 
 

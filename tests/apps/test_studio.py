@@ -20,12 +20,11 @@ import pytest
 from tiny_export import write_llm
 
 from vlm.apps.studio import commands, jobs, watch
-from vlm.apps.studio.actions import Asked
-from vlm.apps.studio.asked import checkpoints
 from vlm.apps.studio.chart import Curve, chart_html
 from vlm.apps.studio.draft import Draft, shown_values
 from vlm.apps.studio.form import form_html, problems_html
 from vlm.apps.studio.key import KeyGuard
+from vlm.apps.studio.options import checkpoints, exports
 from vlm.apps.studio.overview import act, predictions_html, table_html
 from vlm.apps.studio.texts import _TEXTS
 from vlm.config import RunConfig, load_config, read_source
@@ -264,18 +263,33 @@ def test_how_a_launch_ended_before_it_trained(tmp_path: Path, code: int, state: 
     assert watch.look_at(tmp_path, tmp_path).state == state
 
 
-def test_a_command_that_failed_is_told_beside_its_run_until_another_is_begun(tmp_path: Path):
-    write_run(tmp_path / "run", [3.0])
-    values = {"pid": 1, "host": "x", "arguments": [], "created": 1.0, "code": 2}
-    (tmp_path / "run/.predict.json").write_text(json.dumps(values))
-    (tmp_path / "run/predict.log").write_text("$ vlm predict\nerror: a.jsonl: line 1: no <image>\n")
-    runs = watch.list_runs(tmp_path)
-    assert "predict: error: a.jsonl: line 1: no &lt;image&gt;" in table_html(runs, tmp_path, "run", "en")
-    (tmp_path / "run/.export.json").write_text(json.dumps(values | {"created": 2.0, "code": 0}))
-    assert watch.list_runs(tmp_path)[0].failed is None
+def write_job(run: Path, kind: str, said: str, **values: Any) -> None:
+    job = {"pid": 1, "host": "x", "arguments": [], "created": 1.0, "code": 2} | values
+    (run / f".{kind}.json").write_text(json.dumps(job))
+    (run / f"{kind}.log").write_text(said)
 
 
-def test_what_the_page_asks_of_an_export_and_of_predictions_becomes_arguments(tmp_path: Path):
+def test_the_command_that_was_begun_last_says_why_it_failed(tmp_path: Path):
+    run = write_run(tmp_path / "run", [3.0])
+    write_job(run, "predict", "$ vlm predict a\nerror: of before\n$ vlm predict b\nerror: b.jsonl: no <image>\n")
+
+    def told() -> str:
+        return "".join(
+            re.findall(r"<div class='why'>(.*?)</div>", table_html(watch.list_runs(tmp_path), run, "", "en"))
+        )
+
+    assert told() == "predict: error: b.jsonl: no &lt;image&gt;"
+    write_job(run, "predict", "$ vlm predict a\nerror: of before\n$ vlm predict b\n", code=-9)
+    assert told() == "predict: ended with -9"
+    write_job(run, "predict", "$ vlm predict b\n", code=-15)  # it was stopped
+    assert told() == ""
+    write_job(run, "train", "$ vlm train a\nerror: it does not fit\n", created=2.0)
+    assert told() == "error: it does not fit"
+    write_job(run, "eval", "$ vlm eval\nerror: no tasks\n", created=3.0)
+    assert told() == "eval: error: no tasks"
+
+
+def test_what_the_fields_hold_becomes_options_of_the_commands(tmp_path: Path):
     write_run(tmp_path / "run", [3.0])
     begun: list[list[str]] = []
 
@@ -284,40 +298,66 @@ def test_what_the_page_asks_of_an_export_and_of_predictions_becomes_arguments(tm
         return 2**22 + 1
 
     run = str(tmp_path / "run")
-    asked = Asked.read("best", True, "2GB", "~/a.json", "", ["bleu", "rouge"], 9, "second")
-    for name, wanted in (
-        ("export", asked),
-        ("predict", asked),
-        ("predict", Asked.read("", False, *[""] * 3, [], 0, "")),
-    ):
-        act(name, tmp_path, "run", "en", start, wanted)
+    fields: list[tuple[Any, ...]] = [
+        ("best", True, "2GB"), ("export-step-5",), ("export", "", "", [], 0, ""),
+        ("export-step-5", "~/a.json", "", ["bleu", "rouge"], 9, ""), ("export", "a.json", "b", [], 0, "second"),
+    ]  # fmt: skip
+    for name, values in zip(("export", "evaluate", "predict", "predict", "predict"), fields, strict=True):
+        act(name, tmp_path, "run", "en", start, values)
+    other, here = ["--export", f"{run}/export-step-5"], ["--options", f'output_dir="{run}"']
     data = ["--data", str(Path.home() / "a.json"), "--metric", "bleu", "--metric", "rouge", "--max-records", "9"]
-    here = ["--options", f'output_dir="{run}"']
+    paths = ["--data", str(Path("a.json").resolve()), "--images", str(Path("b").resolve())]
     assert begun == [
         ["export", run, "--full", "--checkpoint", "best", "--max-shard-size", "2GB"],
-        ["predict", run, *data, "--out", f"{run}/second", *here],
+        ["eval", run, *other, *here],
         ["predict", run, *here],
+        ["predict", run, *other, *data, "--out", f"{run}/predictions-step-5", *here],
+        ["predict", run, *paths, "--out", f"{run}/second", *here],
     ]
 
 
 @pytest.mark.parametrize(
-    ("place", "value"), [(0, "--full"), (2, "2 GB"), (7, "../other"), (7, "-x"), (6, -1), (5, ["bleu"])]
+    ("name", "values"),
+    [
+        ("export", ("--full",)),
+        ("export", ("", False, "2 GB")),
+        ("evaluate", ("../other",)),
+        ("predict", ("export", "a.json", "", [], -1)),
+        ("predict", ("export", "", "", ["bleu"])),
+        ("predict", ("export", "a.json", "", [], 0, "-x")),
+    ],
 )
-def test_what_is_no_value_of_the_page_is_refused(tmp_path: Path, place: int, value: Any):
-    values = ["", False, "", "", "", [], 0, ""]
-    values[place] = value
+def test_what_cannot_be_a_value_of_an_option_is_refused(tmp_path: Path, name: Any, values: tuple[Any, ...]):
+    write_run(tmp_path / "run", [3.0])
     with pytest.raises(ConfigError):
-        Asked.read(*values).of_predict(tmp_path)
+        act(name, tmp_path, "run", "en", sleeper(), values)
 
 
-def test_an_export_can_be_of_any_checkpoint_that_is_there(tmp_path: Path):
+def test_stop_ends_what_was_begun_after_training_and_training_goes_on(tmp_path: Path):
+    start = sleeper()
+    for kind in ("train", "predict"):
+        jobs.begin(tmp_path / "run", kind, [kind], start)
+    ended = [jobs.stop(tmp_path / "run")]
+    assert start.started[1].wait(timeout=30) == -15
+    assert start.started[0].poll() is None
+    ended.append(jobs.stop(tmp_path / "run"))
+    assert start.started[0].wait(timeout=30) == -15
+    assert [job and job.kind for job in ended] == ["predict", None]
+
+
+def test_an_export_can_be_of_any_checkpoint_that_is_there_and_any_export_be_asked(tmp_path: Path):
     run = write_run(tmp_path / "run", [3.0])
     for step in (2, 10):
         (run / f"checkpoints/step-{step:06}").mkdir(parents=True)
     mark_best(run, 2)
-    (found,) = watch.list_runs(tmp_path)
-    assert checkpoints(found, "en") == [("the newest", ""), ("the best (2)", "best"), ("10", "10"), ("2", "2")]
+    for name in ("export-step-2", "export"):
+        (run / name).mkdir()
+        (run / name / "vlm.json").write_text("{}")
+    (line,) = watch.list_runs(tmp_path)
+    assert checkpoints(line, "en") == [("the newest", ""), ("the best (2)", "best"), ("10", "10"), ("2", "2")]
     assert checkpoints(None, "zh") == [("最新", "")]
+    assert exports(line) == [("export", "export"), ("export-step-2", "export-step-2")]
+    assert exports(None) == [("export", "export")]
 
 
 def test_predictions_shown_are_the_file_that_was_written_last(tmp_path: Path):

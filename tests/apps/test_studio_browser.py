@@ -157,9 +157,13 @@ def export_evaluate_and_predict(page: Any, toy: Path) -> None:
     assert (run / "export/vlm.json").is_file()
     page.click("#export-options button")
     page.check("#full input")
+    page.fill("#shard-size input, #shard-size textarea", "100 KB")
+    page.click("#export")
+    page.wait_for_selector("#notice :text('100 KB')")
     page.fill("#shard-size input, #shard-size textarea", "100KB")
     page.click("#export")
-    assert "--full --max-shard-size 100KB" in page.inner_text("#notice [role=alert]")
+    page.wait_for_selector("#notice :text('--full --max-shard-size 100KB')")
+    page.wait_for_selector("#table :text('running: export')")
     page.wait_for_selector("#evaluate:not([disabled])")
     assert len([*(run / "export-full").rglob("*.safetensors")]) > 1
     page.click("#evaluate")
@@ -168,10 +172,13 @@ def export_evaluate_and_predict(page: Any, toy: Path) -> None:
     page.click("#predict-options button")
     page.fill("#data input, #data textarea", str(toy / "questions.json"))
     page.fill("#out input, #out textarea", "answers")
+    page.click("#of-export input")
+    page.click("[role=option]:has-text('export-full')")
     page.click("#predict:not([disabled])")
     page.click("button[role=tab]:has-text('Predictions')")
     page.wait_for_selector("#predictions td:has-text('A red square.')")
     assert len((run / "answers/questions.jsonl").read_text().splitlines()) == 2
+    assert f"predict {run} --export {run}/export-full --data" in (run / "predict.log").read_text()
 
 
 def chat(page: Any, toy: Path) -> None:
@@ -201,6 +208,8 @@ def speak_chinese(page: Any) -> None:
     page.click("button[role=tab]:has-text('训练')")
     page.wait_for_selector("#table .state:is(.stopped, .interrupted):has-text('已停止')")
     assert page.inner_text("#resume") == "继续"
+    assert page.input_value("#of-export input") == "export-full"  # as it was chosen
+    page.wait_for_function("document.querySelector('#checkpoint input').value === '最新'")
     page.click("button[role=tab]:has-text('配置')")
     page.fill("[data-key=seed]", "x")
     page.wait_for_selector("#verdict :text('1 处需要修改')")

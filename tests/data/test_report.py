@@ -180,6 +180,7 @@ def test_what_is_judged_is_checked_previewed_and_counted_like_conversations(read
     print_stats(config, chat, reads=reads, as_json=True)
     stats = json.loads(capsys.readouterr().out)
     assert (stats["records"], stats["usable"], stats["images"]) == (3, 2, 1)
+    assert (stats["supervised_tokens"]["longest"] > 0) == (reads != "verifiable")
 
 
 def test_a_sheet_takes_captions_in_any_script():

@@ -245,7 +245,7 @@ def print_stats(
         "usable": int(usable[: len(scan)].sum()),
         "images": int(scan.sizes_in_row(shares=True)[1].sum()),  # of a preference those of both branches once
         "tokens": _distribution(scan.lengths[usable]),
-        "supervised_tokens": _distribution(scan.num_supervised[usable]),
+        "supervised_tokens": _distribution(scan.num_supervised[usable] * (reads != "verifiable")),
         "replies": _distribution(np.array(turns)),
         "rows": _row_figures(config, scan, seed),
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,75 +14,98 @@ from vlm.errors import ConfigError, VLMError
 
 Name = Literal["stop", "resume", "export", "evaluate", "predict"]
 NAMES: tuple[Name, ...] = get_args(Name)
-PREDICTIONS = "predictions"  # folder of a run into which `vlm predict` writes where nothing else is asked
+KINDS: dict[Name, jobs.Kind] = {"resume": "train", "export": "export", "evaluate": "eval", "predict": "predict"}
+EXPORT = "export"  # folder of a run that its commands take by themselves
+PREDICTIONS = "predictions"
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What the page asks of an export and of predictions; empty: as the command does by itself."""
-
-    checkpoint: str = ""  # a step, or best
-    is_full: bool = False
-    max_shard_size: str = ""
-    data: str = ""
-    images: str = ""
-    metrics: tuple[str, ...] = ()
-    max_records: int | None = None
-    out: str = ""  # name of a folder in that of the run
-
-    @classmethod
-    def read(cls, checkpoint: Any, is_full: Any, size: Any, data: Any, images: Any, metrics: Any, count: Any, out: Any):
-        """What the components of the page hold. Raises ConfigError for what a command would not take for a value."""
-        texts = [str(value or "").strip() for value in (checkpoint, size, data, images, out)]
-        if wrong := [text for text in (texts[0], texts[1]) if text and not re.fullmatch(r"[\w.]+", text)]:
-            raise ConfigError(f"{wrong[0]!r}: expected a checkpoint such as 500, and a size such as 2GB")
-        if texts[4] and not re.fullmatch(r"[^./\\-][^/\\]*", texts[4]):
-            raise ConfigError(f"{texts[4]!r}: expected the name of a folder, which is made in that of the run")
-        if count and not (isinstance(count, int) and count > 0):
-            raise ConfigError(f"{count!r} records: expected a number, or 0 for all")
-        names = tuple(map(str, metrics)) if isinstance(metrics, list) else ()
-        return cls(texts[0], bool(is_full), texts[1], texts[2], texts[3], names, count or None, texts[4])
-
-    def of_export(self) -> list[str]:
-        """Arguments of `vlm export`."""
-        size, step = self.max_shard_size, self.checkpoint
-        return [
-            *(["--full"] if self.is_full else []),
-            *(["--checkpoint", step] if step else []),
-            *(["--max-shard-size", size] if size else []),
-        ]
-
-    def of_predict(self, run: Path) -> list[str]:
-        """Arguments of `vlm predict`, with paths of this machine whatever folder the command begins in."""
-        if not self.data:
-            if self.images or self.metrics or self.max_records:
-                raise ConfigError("images, metrics and a number of records are of a file of records: name one")
-            return self._into(run)
-        arguments = ["--data", _absolute(self.data)]
-        arguments += ["--images", _absolute(self.images)] if self.images else []
-        arguments += [part for metric in self.metrics for part in ("--metric", metric)]
-        arguments += ["--max-records", str(self.max_records)] if self.max_records else []
-        return arguments + self._into(run)
-
-    def _into(self, run: Path) -> list[str]:
-        return ["--out", str(run / self.out)] if self.out and self.out != PREDICTIONS else []
-
-
-def begin(name: Name, run: Path, asked: Asked, start: jobs.Begin | None = None) -> jobs.Job:
+def begin(name: Name, run: Path, values: Sequence[Any] = (), start: jobs.Begin | None = None) -> jobs.Job:
     """Begin the command of anything but `stop`.
+
+    Args:
+        values: of the page's fields for it, as `of_export`, `of_evaluate` and `of_predict` take them.
 
     Raises:
         VLMError: it cannot be begun, or not now.
     """
     place = run.resolve()
-    kind: jobs.Kind = "eval" if name == "evaluate" else "train" if name == "resume" else name  # type: ignore[assignment]
     arguments = {
         "resume": lambda: _resume(place),
-        "export": lambda: ["export", str(place), *asked.of_export()],
-        "evaluate": lambda: ["eval", str(place), *_in(place)],
-        "predict": lambda: ["predict", str(place), *asked.of_predict(place), *_in(place)],
+        "export": lambda: ["export", str(place), *of_export(*values)],
+        "evaluate": lambda: ["eval", str(place), *of_evaluate(place, *values), *_in(place)],
+        "predict": lambda: ["predict", str(place), *of_predict(place, *values), *_in(place)],
     }[name]()
-    return jobs.begin(run, kind, arguments, start, _working_directory(run))
+    return jobs.begin(run, KINDS[name], arguments, start, _working_directory(run))
+
+
+def of_export(checkpoint: Any = "", is_full: Any = False, max_shard_size: Any = "") -> list[str]:
+    """Options of `vlm export`; empty fields leave out theirs.
+
+    Raises:
+        ConfigError: a field holds what cannot be one value of an option.
+    """
+    step, size = _word(checkpoint, "checkpoint", "500 or best"), _word(max_shard_size, "largest file", "2GB")
+    return [
+        *(["--full"] if is_full else []),
+        *(["--checkpoint", step] if step else []),
+        *(["--max-shard-size", size] if size else []),
+    ]
+
+
+def of_evaluate(run: Path, export: Any = "") -> list[str]:
+    """Options of `vlm eval` for an export of the run by the name of its folder. Raises ConfigError."""
+    name = _folder(export)
+    return ["--export", str(run / name)] if name not in ("", EXPORT) else []
+
+
+def of_predict(
+    run: Path, export: Any = "", data: Any = "", images: Any = "", metrics: Any = (), count: Any = 0, out: Any = ""
+) -> list[str]:
+    """Options of `vlm predict`, with absolute paths, whatever folder the command begins in.
+
+    Args:
+        data: a file of records; empty: the tasks of the run's config.
+        count: of records at most; 0: all.
+        out: name of a folder in that of the run; empty: one for each export.
+
+    Raises:
+        ConfigError: a field holds what cannot be one value of an option, or is of `data`, which is empty.
+    """
+    if count and not (isinstance(count, int) and count > 0):
+        raise ConfigError(f"{count!r} records: expected a number, or 0 for all")
+    file, folder = str(data or "").strip(), str(images or "").strip()
+    if not file and (folder or metrics or count):
+        raise ConfigError("images, metrics and a number of records are of a file of records: name one")
+    model, into = _folder(export), _folder(out)
+    if not into and model not in ("", EXPORT):
+        into = f"{PREDICTIONS}-{model.removeprefix(f'{EXPORT}-')}"
+    return [
+        *of_evaluate(run, model),
+        *(["--data", _absolute(file)] if file else []),
+        *(["--images", _absolute(folder)] if folder else []),
+        *(part for metric in metrics or () for part in ("--metric", str(metric))),
+        *(["--max-records", str(count)] if count else []),
+        *(["--out", str(run / into)] if into else []),
+    ]
+
+
+def _word(value: Any, field: str, example: str) -> str:
+    text = str(value or "").strip()
+    if text and not re.fullmatch(r"\w[\w.]*", text):
+        raise ConfigError(f"{field} {text!r}: expected such as {example}")
+    return text
+
+
+def _folder(value: Any) -> str:
+    text = str(value or "").strip()
+    if text and not re.fullmatch(r"\w[^/\\]*", text):
+        raise ConfigError(f"{text!r}: expected the name of a folder in that of the run")
+    return text
+
+
+def _absolute(path: str) -> str:
+    """A ~ that names no home stays."""
+    return str(Path(os.path.expanduser(path)).resolve())
 
 
 def _resume(run: Path) -> list[str]:
@@ -106,7 +130,3 @@ def _working_directory(run: Path) -> Path | None:
     """Where the run was begun, so that relative paths of its data and models lead to the same files."""
     job = jobs.read(run, "train")
     return Path(job.folder) if job is not None and job.folder is not None and Path(job.folder).is_dir() else None
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())

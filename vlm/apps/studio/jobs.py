@@ -119,19 +119,23 @@ def read(run: Path, kind: Kind) -> Job | None:
         return None
 
 
-def stop(run: Path) -> str:
-    """Ask the process that trains in a run folder to end: it finishes the step, saves, and exits with 143.
+def stop(run: Path) -> Job | None:
+    """Ask what works in a run folder to end. Training finishes its step, saves, and exits with 143.
 
     Returns:
-        what was asked, in words.
+        the command that was begun after training, if one runs; then training goes on. None: training was asked.
 
     Raises:
-        VLMError: none trains there, or it is on another machine.
+        VLMError: nothing works there, or it trains on another machine.
     """
-    job = read(run, "train")
-    if job is not None and job.is_running:
+    running = {kind: job for kind in KINDS if (job := read(run, kind)) is not None and job.is_running}
+    training = running.pop("train", None)
+    for job in running.values():
         os.kill(job.pid, signal.SIGTERM)
-        return f"process {job.pid}: SIGTERM"
+        return job
+    if training is not None:
+        os.kill(training.pid, signal.SIGTERM)
+        return None
     owner = _read_owner(run)
     if owner is None or not is_locked(run):
         raise VLMError(f"{run}: nothing trains there now")
@@ -140,7 +144,7 @@ def stop(run: Path) -> str:
     if _process_of(owner["pid"], owner["host"], None) is None:
         raise VLMError(f"{run}: the folder is locked, but its process {owner['pid']} is not seen from here")
     os.kill(owner["pid"], signal.SIGTERM)
-    return f"process {owner['pid']}: SIGTERM"
+    return None
 
 
 def log_file(run: Path, kind: Kind) -> Path:

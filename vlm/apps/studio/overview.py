@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from vlm.apps.studio import actions, asked, jobs, watch
+from vlm.apps.studio import actions, jobs, options, watch
 from vlm.apps.studio.chart import Curve, chart_html
 from vlm.apps.studio.texts import tell
 from vlm.apps.studio.watch import Run
@@ -19,7 +19,6 @@ from vlm.errors import ConfigError
 
 Changes = dict[Any, Any]
 SECONDS = 2.0  # between two looks at the run folders
-_AS_BY_ITSELF = actions.Asked()
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Overview:
     compare: gr.Dropdown
     number: gr.Dropdown
     buttons: dict[actions.Name, gr.Button]
-    asked: asked.AskedFor
+    options: options.Options
     loss: gr.HTML
     second: gr.HTML
     log: gr.HTML
@@ -45,10 +44,22 @@ class Overview:
     timer: gr.Timer
 
     @property
+    def chosen(self) -> list[Any]:
+        """The fields of `Chosen`."""
+        return [self.run, self.compare, self.number, self.options.checkpoint, self.options.export]
+
+    @property
     def live(self) -> list[Any]:
         """What changes by itself."""
         shown = [self.table, self.run, self.compare, self.number, self.loss, self.second, self.log, self.samples]
-        return [*shown, self.figures, self.predictions, self.asked.checkpoint, *self.buttons.values()]
+        return [
+            *shown,
+            self.figures,
+            self.predictions,
+            self.options.checkpoint,
+            self.options.export,
+            *self.buttons.values(),
+        ]
 
 
 def lay_out() -> Overview:
@@ -64,7 +75,7 @@ def lay_out() -> Overview:
             )
             for name in actions.NAMES
         }
-    of_asked = asked.lay_out()
+    fields = options.lay_out()
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=340):
             loss = gr.HTML(elem_id="loss", padding=False)
@@ -79,7 +90,7 @@ def lay_out() -> Overview:
             with gr.Tab() as predictions_tab:
                 predictions = gr.HTML(elem_id="predictions", padding=False, elem_classes=["wide"])
     return Overview(
-        table, run, compare, number, buttons, of_asked, loss, second, log, log_tab, samples, samples_tab, figures,
+        table, run, compare, number, buttons, fields, loss, second, log, log_tab, samples, samples_tab, figures,
         figures_tab, predictions, predictions_tab, gr.Timer(SECONDS),
     )  # fmt: skip
 
@@ -94,7 +105,7 @@ def texts_of(w: Overview, language: Language) -> Changes:
         w.figures_tab: gr.update(label=tell(language, "figures")),
         w.predictions_tab: gr.update(label=tell(language, "predictions")),
     }
-    updates |= asked.texts_of(w.asked, language)
+    updates |= options.texts_of(w.options, language)
     return updates | {button: gr.update(value=tell(language, name)) for name, button in w.buttons.items()}
 
 
@@ -102,6 +113,7 @@ class Looked:
     """What a page was shown last, so that only what changed is sent: drawing anew would close an open list."""
 
     def __init__(self) -> None:
+        self.run: Path | None = None  # whose checkpoints and exports were offered last
         self._shown: dict[str, Any] = {}
 
     def __deepcopy__(self, memo: object) -> Looked:
@@ -113,30 +125,39 @@ class Looked:
 
     def update(self, name: str, value: Any, update: Any) -> Any:
         """`update` where `value` is another than the last one of this name, else nothing."""
-        return update if self.is_new(name, value) else gr.skip()
-
-    def is_new(self, name: str, value: Any) -> bool:
-        """Whether the last value of this name was another; from now on it is this one."""
-        is_same = self._shown.get(name, self) == value
+        if self._shown.get(name, self) == value:
+            return gr.skip()
         self._shown[name] = value
-        return not is_same
+        return update
 
 
-def look(w: Overview, folder: Path, label: Any, over: Any, number: Any, language: Language, looked: Looked) -> Changes:
-    """All that the run folders say now.
+@dataclass(frozen=True)
+class Chosen:
+    """What the page's fields hold, of which some may be gone.
 
-    Args:
-        label: of the run whose log, samples and figures are shown; None takes the first that runs.
+    Attributes:
+        run: label of the run whose log, samples and figures are shown; None takes the first that runs.
         over: labels of the runs that are drawn too.
         number: name of the second curve.
+        checkpoint, export: of the run, for its export and its predictions.
     """
+
+    run: Any = None
+    over: Any = ()
+    number: Any = "learning_rate"
+    checkpoint: Any = ""
+    export: Any = ""
+
+
+def look(w: Overview, folder: Path, chosen: Chosen, language: Language, looked: Looked) -> Changes:
+    """All that the run folders say now."""
     runs = watch.list_runs(folder)
     by_label = {run.label: run for run in runs}
     busy = next((run.label for run in runs if run.can_stop), runs[-1].label if runs else None)
-    label = label if label in by_label else busy
+    label = chosen.run if chosen.run in by_label else busy
     run = by_label.get(label) if label is not None else None
-    drawn = [by_label[name] for name in dict.fromkeys([label, *(over or [])]) if name in by_label]
-    name = number if isinstance(number, str) and number else "learning_rate"
+    drawn = [by_label[name] for name in dict.fromkeys([label, *(chosen.over or [])]) if name in by_label]
+    name = chosen.number if isinstance(chosen.number, str) and chosen.number else "learning_rate"
     labels = list(by_label)
     table = table_html(runs, folder, label, language)
     names = watch.numbers_of([each.path for each in drawn])
@@ -149,7 +170,7 @@ def look(w: Overview, folder: Path, label: Any, over: Any, number: Any, language
     for place, each in ((w.loss, "loss"), (w.second, name)):
         chart = _chart(drawn, each, language)
         changes[place] = looked.update(f"chart-{place.elem_id}", chart, chart)
-    return changes | _details(w, run, language, looked)
+    return changes | _details(w, run, language, looked) | _offered(w, run, chosen, language, looked)
 
 
 def _chart(runs: Sequence[Run], name: str, language: Language) -> str:
@@ -173,29 +194,44 @@ def _details(w: Overview, run: Run | None, language: Language, looked: Looked) -
         "stop": run is not None and run.can_stop,
         "resume": run is not None and run.can_resume and not run.jobs,
         "export": run is not None and not run.jobs and bool(run.summary and run.summary.step),
-        "evaluate": run is not None and not run.jobs and run.has_export,
-        "predict": run is not None and not run.jobs and run.has_export,
+        "evaluate": run is not None and not run.jobs and bool(run.exports),
+        "predict": run is not None and not run.jobs and bool(run.exports),
     }
     written = predictions_html(watch.predictions(path) if path else [], language)
-    offered = asked.checkpoints(run, language)
-    newest: dict[str, Any] = {"value": ""} if looked.is_new("run of checkpoints", path) else {}
     changes: Changes = {
         w.log: looked.update("log", log_html, log_html),
         w.samples: looked.update("samples", samples, samples),
         w.figures: looked.update("figures", figures, figures),
         w.predictions: looked.update("predictions", written, written),
-        w.asked.checkpoint: looked.update("checkpoints", (path, offered), gr.update(choices=offered, **newest)),
     }
     for name, button in w.buttons.items():
         changes[button] = looked.update(f"button-{name}", can[name], gr.update(interactive=can[name]))
     return changes
 
 
+def _offered(w: Overview, run: Run | None, chosen: Chosen, language: Language, looked: Looked) -> Changes:
+    """Checkpoints and exports of a run; what was chosen stays so while it is there, in the same run."""
+    path = None if run is None else run.path
+    changes: Changes = {}
+    for field, value, offered in (
+        (w.options.checkpoint, chosen.checkpoint, options.checkpoints(run, language)),
+        (w.options.export, chosen.export, options.exports(run)),
+    ):
+        stays = options.kept(value, offered) if looked.run == path else offered[0][1]
+        update = gr.update(choices=offered, value=stays)
+        changes[field] = looked.update(f"choices of {field.elem_id}", (path, offered), update)
+    looked.run = path
+    return changes
+
+
 def act(
     name: actions.Name, folder: Path, label: Any, language: Language, begin: jobs.Begin | None,
-    wanted: actions.Asked = _AS_BY_ITSELF,
+    values: Sequence[Any] = (),
 ) -> str:  # fmt: skip
     """Do something with the run of a label. Returns what was done, in words.
+
+    Args:
+        values: of the fields for it, as `actions.begin` takes them.
 
     Raises:
         VLMError: there is no such run, or it cannot be done now.
@@ -204,9 +240,9 @@ def act(
     if run is None:
         raise ConfigError(tell(language, "choose_run"))
     if name == "stop":
-        jobs.stop(run.path)
-        return tell(language, "asked_to_stop")
-    return tell(language, "begun", command=actions.begin(name, run.path, wanted, begin).command)
+        ended = jobs.stop(run.path)
+        return tell(language, "asked_to_stop") if ended is None else tell(language, "ended", command=ended.command)
+    return tell(language, "begun", command=actions.begin(name, run.path, values, begin).command)
 
 
 def table_html(runs: Sequence[Run], folder: Path, chosen: str | None, language: Language) -> str:
@@ -226,7 +262,7 @@ def _line(run: Run, is_chosen: bool, language: Language) -> str:
     state = f"<span class='state {run.state}'>{html.escape(tell(language, run.state))}</span>"
     if run.jobs:
         state += f" <small>{html.escape(tell(language, 'job_running', jobs=', '.join(run.jobs)))}</small>"
-    why = summary.error if summary is not None and summary.error else _last_error(run)
+    why = _last_error(run)
     why = f"<div class='why'>{html.escape(why[:300])}</div>" if why else ""
     cells = [f"<td class='name'>{html.escape(run.label)}{why}</td><td>{state}</td>"]
     if summary is None:
@@ -238,7 +274,7 @@ def _line(run: Run, is_chosen: bool, language: Language) -> str:
     numbers = (
         _short(summary.loss, ".4f"), _short(summary.held_out_loss, ".4f"), _short(summary.learning_rate, ".2e"),
         _short(summary.tokens_per_second, ",.0f"),
-        _time_left(summary.hours_left) if run.can_stop else "",
+        _time_left(summary.hours_left) if run.is_training else "",
     )  # fmt: skip
     cells += [f"<td class='number'>{number}</td>" for number in numbers]
     return f"<tr{' class=chosen' * is_chosen}>{''.join(cells)}</tr>"
@@ -260,7 +296,7 @@ def predictions_html(lines: Sequence[dict[str, Any]], language: Language) -> str
     """What `vlm predict` wrote: the question, what would be right, and the answer, or a reward model's scores."""
     if not lines:
         return _empty(tell(language, "nothing_yet"))
-    head = "".join(f"<th>{html.escape(tell(language, name))}</th>" for name in ("question", "right", "answer"))
+    head = "".join(f"<th>{html.escape(tell(language, name))}</th>" for name in ("question", "reference", "answer"))
     body = ""
     for line in lines:
         scores = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
@@ -279,13 +315,19 @@ def _logs(run: Path) -> str:
 
 
 def _last_error(run: Run) -> str:
-    """What a run that ended badly said last, or what was begun with it after that."""
-    kind = run.failed or ("train" if run.state in ("not_started", "failed") else None)
-    if kind is None:
+    """Why the command that was begun last failed, of training or after it."""
+    if run.failed is None and run.summary is not None and run.summary.error:
+        return run.summary.error
+    if run.failed is None and run.state not in ("not_started", "failed"):
         return ""
-    lines = jobs.read_log(run.path, kind, lines=40).split("\n")
-    found = next((line for line in reversed(lines) if line.startswith("error:") or "Error: " in line), "")
-    return f"{kind}: {found}" if found and kind != "train" else found
+    job = run.failed or jobs.read(run.path, "train")
+    kind: jobs.Kind = "train" if job is None else job.kind
+    lines = jobs.read_log(run.path, kind).split("\n")
+    begun = max((place for place, line in enumerate(lines) if line.startswith("$ vlm ")), default=0)
+    said = [line for line in lines[begun:] if line.startswith("error:") or "Error: " in line]
+    if kind == "train":
+        return said[-1] if said else ""
+    return f"{kind}: {said[-1] if said else f'ended with {run.failed.code}'}" if run.failed is not None else ""
 
 
 def _short(value: float | None, form: str) -> str:

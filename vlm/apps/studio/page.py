@@ -146,22 +146,26 @@ class Actions:
                 raise VLMError(tell(session.language, "nothing_loaded"))
             folder = configure.start(session.draft, session.language, self.studio.begin)
             label = watch.look_at(folder, self.studio.runs).label
-            changes = self._look(session, label, [], "learning_rate")
+            changes = self._look(session, overview.Chosen(label))
             said = tell(session.language, "started", run=folder)
             return changes | {self.w.tabs: gr.Tabs(selected="runs"), self.w.notice: _notice(said)}
 
         return self._told(act)
 
-    def looked(self, session: Session, label: Any, over: Any, number: Any) -> Changes:
+    def looked(self, session: Session, *chosen: Any) -> Changes:
         """Keeps the notice, which another click wrote."""
-        return {self.w.overview.table: gr.skip()} | self._look(session, label, over, number)
+        return {self.w.overview.table: gr.skip()} | self._look(session, overview.Chosen(*chosen))
 
     def acted(self, name: actions.Name) -> Callable[..., Changes]:
-        def acted(session: Session, label: Any, over: Any, number: Any, *asked: Any) -> Changes:
+        """Of a button: what the fields of the tab hold comes first, then those of its command."""
+
+        def acted(session: Session, *values: Any) -> Changes:
+            count = len(self.w.overview.chosen)
+            chosen, options = overview.Chosen(*values[:count]), values[count:]
+
             def act() -> Changes:
-                wanted = actions.Asked.read(*asked)
-                said = overview.act(name, self.studio.runs, label, session.language, self.studio.begin, wanted)
-                return {self.w.notice: _notice(said)} | self._look(session, label, over, number)
+                said = overview.act(name, self.studio.runs, chosen.run, session.language, self.studio.begin, options)
+                return {self.w.notice: _notice(said)} | self._look(session, chosen)
 
             return self._told(act)
 
@@ -209,8 +213,8 @@ class Actions:
         assert session.draft is not None
         return configure.outcome(self.w.configure, session.draft, self.studio.runs, session.language)
 
-    def _look(self, session: Session, label: Any, over: Any, number: Any) -> Changes:
-        return overview.look(self.w.overview, self.studio.runs, label, over, number, session.language, session.looked)
+    def _look(self, session: Session, chosen: overview.Chosen) -> Changes:
+        return overview.look(self.w.overview, self.studio.runs, chosen, session.language, session.looked)
 
     def _told(self, act: Callable[[], Changes], session: Session | None = None) -> Changes:
         """The notice says what was refused, or nothing."""
@@ -253,12 +257,12 @@ def _connect_configure(w: Widgets, do: Actions, quick: dict[str, Any], mark: dic
 
 def _connect_runs(w: Widgets, do: Actions, quick: dict[str, Any]) -> None:
     o = w.overview
-    inputs = [w.session, o.run, o.compare, o.number]
+    inputs = [w.session, *o.chosen]
     o.timer.tick(do.looked, inputs, o.live, **quick)
     for changed in (o.run.input, o.compare.input, o.number.input, w.tab["runs"].select):
         changed(do.looked, inputs, o.live, **quick)
     for name, button in o.buttons.items():
-        button.click(do.acted(name), [*inputs, *o.asked.inputs], [w.notice, *o.live], **quick)
+        button.click(do.acted(name), [*inputs, *o.options.inputs.get(name, [])], [w.notice, *o.live], **quick)
 
 
 def _connect_chat(w: Widgets, do: Actions, quick: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm.apps.studio.jobs import KINDS, Kind, read
+from vlm.apps.studio.jobs import KINDS, Job, read
 from vlm.artifacts.evidence import FIGURES, figures_table
 from vlm.artifacts.manifest import NAME
 from vlm.errors import DataError
@@ -35,12 +35,17 @@ class Run:
     state: Shown  # starting: its process lives and has not locked the folder; not_started: that process is gone
     summary: RunSummary | None  # None before there is anything to sum up
     jobs: tuple[str, ...] = ()  # but for training, what runs now
-    has_export: bool = False
-    failed: Kind | None = None  # the job that was begun last, if it failed; not training, whose state says so
+    exports: tuple[str, ...] = ()  # names of their folders
+    failed: Job | None = None  # what was begun last, if it failed; not training, whose state says so
+
+    @property
+    def is_training(self) -> bool:
+        return self.state in ("starting", "running")
 
     @property
     def can_stop(self) -> bool:
-        return self.state in ("starting", "running")
+        """Its training, or what was begun after it."""
+        return self.is_training or bool(self.jobs)
 
     @property
     def can_resume(self) -> bool:
@@ -82,9 +87,11 @@ def look_at(path: Path, folder: Path) -> Run:
         state = "stopped" if last["train"].code in _STOPPED else "failed"
     busy = tuple(kind for kind in jobs if kind != "train")
     latest = max(last.values(), key=lambda job: job.created, default=None)
-    failed = latest.kind if latest is not None and latest.kind != "train" and latest.code else None
-    has_export = (path / "export" / NAME).is_file()
-    return Run(label if label != "." else path.name, path, state, summary, busy, has_export, failed)
+    has_failed = latest is not None and latest.kind != "train" and latest.code not in (None, 0, *_STOPPED)
+    exports = tuple(sorted(file.parent.name for file in path.glob(f"export*/{NAME}")))
+    return Run(
+        label if label != "." else path.name, path, state, summary, busy, exports, latest if has_failed else None
+    )
 
 
 def numbers_of(runs: Sequence[Path]) -> list[str]:
@@ -120,12 +127,12 @@ def samples(run: Path, count: int = 12) -> list[dict[str, Any]]:
 
 
 def predictions(run: Path, count: int = 50) -> list[dict[str, Any]]:
-    """The last lines of the file of predictions that was written last, in the run's folder or in one of its folders."""
+    """The last lines, `count` at most, of the file that was written last, in any folder of predictions of the run."""
     files = [file for file in run.glob("*/*.jsonl") if file.with_suffix(".json").is_file()]
     if not files:
         return []
-    found = _read_lines(max(files, key=lambda file: file.stat().st_mtime))
-    return [line for line in found if "number" in line][-count:]
+    lines = _read_lines(max(files, key=lambda file: file.stat().st_mtime), 16 * _TAIL_BYTES)
+    return [line for line in lines if "number" in line][-count:]
 
 
 def figures(run: Path) -> str:
@@ -144,20 +151,20 @@ def _series(run: Path) -> dict[str, Series]:
         return {}
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path, num_bytes: int = _TAIL_BYTES) -> list[dict[str, Any]]:
     """The objects at the end of a file; not those torn at the beginning of the tail, or being written."""
-    found = []
-    for line in _tail(path):
+    values = []
+    for line in _tail(path, num_bytes):
         with suppress(ValueError):
-            found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict)]
+            values.append(json.loads(line))
+    return [value for value in values if isinstance(value, dict)]
 
 
-def _tail(path: Path) -> list[str]:
+def _tail(path: Path, num_bytes: int) -> list[str]:
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_BYTES))
+            file.seek(max(0, size - num_bytes))
             return file.read().decode("utf-8", errors="replace").split("\n")
     except OSError:
         return []
