@@ -51,6 +51,7 @@ class RunSummary:
     hours_left: float | None  # to max_steps at this rate, whether it runs or not
     updated: float | None  # when metrics.jsonl was last written, seconds since 1970
     error: str = ""  # what a failed run ended with
+    reward: float | None = None  # of the replies of the last step; None where none are written
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; numbers that are not finite become None, as JSON has none."""
@@ -128,6 +129,7 @@ def summarize(run: Path) -> RunSummary:
         hours_left=None if seconds is None or max_steps is None else max(0, max_steps - step) * seconds / 3600,
         updated=(run / METRICS).stat().st_mtime if (run / METRICS).is_file() else None,
         error=error,
+        reward=_last(training, "reward"),
     )
 
 

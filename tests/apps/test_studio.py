@@ -413,6 +413,19 @@ def test_curves_are_drawn_from_the_first_step_to_the_last_and_what_is_not_finite
     assert chart_html("loss", curves[:0]) == chart_html("loss", [Curve("c", Series([1], [float("inf")]))]) == ""
 
 
+def test_rewards_have_a_column_where_a_run_has_some(tmp_path: Path):
+    for name, last in (("a", {}), ("b", {"reward": 0.625})):
+        run = write_run(tmp_path / name, [])
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5} | last) + "\n")
+    (tmp_path / "c").mkdir()
+    write_job(tmp_path / "c", "train", "", code=None)  # nothing to sum up yet
+    runs = watch.list_runs(tmp_path)
+    rows = re.findall(r"<tr.*?</tr>", table_html(runs, tmp_path, None, "en"))
+    assert [len(re.findall(r"<t[hd]\b", row)) for row in rows] == [9] * 4
+    assert "0.6250" in rows[2]
+    assert "Reward" not in table_html(runs[:1], tmp_path, None, "en")
+
+
 def test_samples_are_shown_newest_first_and_a_torn_line_is_left_out(tmp_path: Path):
     lines = [json.dumps({"step": step, "prompt": "?", "answer": "!"}) for step in (10, 20)]
     (tmp_path / "samples.jsonl").write_text("\n".join(lines) + '\n{"step": 3')

@@ -43,6 +43,16 @@ def test_runs_lists_state_step_loss_speed_and_hours_left(cli, folder):
     assert error == f"{folder / 'burnt'}: step 8: loss nan"
 
 
+def test_rewards_have_a_column_where_a_run_has_some(cli, folder):
+    line = {"step": 9, "loss": 0.01, "reward": 0.625, "step_seconds": 0.5}
+    (folder / "half/metrics.jsonl").write_text(json.dumps(line) + "\n")
+    head, burnt, half, _ = cli("runs", folder).splitlines()
+    assert head.split()[3:6] == ["loss", "reward", "held"]
+    assert burnt.split()[3:5] == ["1.2500", "-"]
+    assert half.split()[3:5] == ["0.0100", "0.6250"]
+    assert [run["reward"] for run in json.loads(cli("runs", folder, "--json"))] == [None, 0.625]
+
+
 def test_runs_as_json_and_of_a_folder_without_runs(cli, folder, tmp_path):
     burnt, half = json.loads(cli("runs", folder, "--json"))
     assert (burnt["state"], burnt["error"]) == ("failed", "step 8: loss nan\nlower it")

@@ -36,19 +36,23 @@ def runs(
     if not found:
         raise DataError(f"no runs below {chosen}: name a folder that holds the output_dir of one")
 
+    has_rewards = any(run.reward is not None for run in found)
+
     def row(run: RunSummary) -> list[str]:
         return [
             str(run.path),
             run.state,
             f"{run.step:,}" + (f"/{run.max_steps:,}" if run.max_steps else ""),
             _number(run.loss, ".4f"),
+            *([_number(run.reward, ".4f")] if has_rewards else []),
             _number(run.held_out_loss, ".4f"),
             _number(run.rows_per_second, ".3g"),
             _number(run.hours_left, ".2f") if run.state != "finished" else "-",
             "-" if run.updated is None else _age(time.time() - run.updated),
         ]
 
-    heads = ["run", "state", "step", "loss", "held out", "rows/s", "hours left", "last step"]
+    rewards = ["reward"] if has_rewards else []
+    heads = ["run", "state", "step", "loss", *rewards, "held out", "rows/s", "hours left", "last step"]
     print(lay_out([heads, *map(row, found)]))
     for run in found:
         if run.error:

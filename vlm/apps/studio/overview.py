@@ -250,14 +250,15 @@ def table_html(runs: Sequence[Run], folder: Path, chosen: str | None, language: 
     if not runs:
         return _empty(tell(language, "no_runs", runs=folder))
     left = ("run", "state", "step")
-    right = ("loss", "held_out", "rate", "speed", "left")
+    has_rewards = any(run.summary is not None and run.summary.reward is not None for run in runs)
+    right = ("loss", *(("reward",) if has_rewards else ()), "held_out", "rate", "speed", "left")
     head = "".join(f"<th>{html.escape(tell(language, name))}</th>" for name in left)
     head += "".join(f"<th class='number'>{html.escape(tell(language, name))}</th>" for name in right)
-    lines = "".join(_line(run, run.label == chosen, language) for run in runs)
+    lines = "".join(_line(run, run.label == chosen, has_rewards, language) for run in runs)
     return f"<table class='runs'><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
 
 
-def _line(run: Run, is_chosen: bool, language: Language) -> str:
+def _line(run: Run, is_chosen: bool, has_rewards: bool, language: Language) -> str:
     summary = run.summary
     state = f"<span class='state {run.state}'>{html.escape(tell(language, run.state))}</span>"
     if run.jobs:
@@ -266,13 +267,14 @@ def _line(run: Run, is_chosen: bool, language: Language) -> str:
     why = f"<div class='why'>{html.escape(why[:300])}</div>" if why else ""
     cells = [f"<td class='name'>{html.escape(run.label)}{why}</td><td>{state}</td>"]
     if summary is None:
-        return f"<tr{' class=chosen' * is_chosen}>{cells[0]}<td></td>{'<td></td>' * 5}</tr>"
+        return f"<tr{' class=chosen' * is_chosen}>{cells[0]}<td></td>{'<td></td>' * (5 + has_rewards)}</tr>"
     total = summary.max_steps
     share = min(1.0, summary.step / total) if total else 0.0
     step = f"{summary.step:,}" + (f" / {total:,}" if total else "")
     cells.append(f"<td>{step}<div class='bar'><i style='width:{share:.0%}'></i></div></td>")
     numbers = (
-        _short(summary.loss, ".4f"), _short(summary.held_out_loss, ".4f"), _short(summary.learning_rate, ".2e"),
+        _short(summary.loss, ".4f"), *([_short(summary.reward, ".4f")] if has_rewards else []),
+        _short(summary.held_out_loss, ".4f"), _short(summary.learning_rate, ".2e"),
         _short(summary.tokens_per_second, ",.0f"),
         _time_left(summary.hours_left) if run.is_training else "",
     )  # fmt: skip

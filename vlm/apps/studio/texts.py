@@ -55,6 +55,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "state": ("State", "状态"),
     "step": ("Step", "步"),
     "loss": ("Loss", "损失"),
+    "reward": ("Reward", "奖励"),
     "held_out": ("Held out", "验证损失"),
     "rate": ("Rate", "学习率"),
     "speed": ("Tokens/s", "词元/秒"),
