@@ -55,6 +55,21 @@ class RunConfig(Section):
     """How the model is spread over processes."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
+    def _why_no_figure(self) -> str | None:
+        """What gates and keep_best name that no task has."""
+        tasks = {task.name: task for task in self.evaluation.tasks}
+        for task in tasks.values():
+            figure = None if task.gate is None else task.gate.figure
+            if figure is not None and figure not in task.figure_names:
+                return f"evaluation task {task.name}: gate.figure {figure}: the task has {', '.join(task.figure_names)}"
+        best = self.train.keep_best
+        name, _, figure = (best or "").partition(".")
+        if best is not None and best not in tasks and name in tasks:
+            names = [*tasks[name].figure_names, "shuffled"]
+            if figure not in names:
+                return f"train.keep_best {best}: the task has {', '.join(names)}"
+        return None
+
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
         if self.data.cache_features is True and self.model.trains_vision:
@@ -66,6 +81,8 @@ class RunConfig(Section):
         names = [task.name for task in self.evaluation.tasks]
         if unknown := [name for name in self.train.eval_tasks if name not in names]:
             raise ValueError(f"train.eval_tasks: {unknown[0]} is no name of evaluation.tasks, which are {names}")
+        if reason := self._why_no_figure():
+            raise ValueError(reason)
         if reason := self.objective.why_not(self.engine, self.model.vision is not None and self.init_from is None):
             raise ValueError(reason)
         best = self.train.keep_best
@@ -377,6 +394,7 @@ _EXPECTED = {
     **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "keys with values"),
     "string_type": 'text; write it in quotes if it is meant as text, for example "2024"',
     "tuple_type": "a list",
+    "finite_number": "a finite number",
     "too_short": "at least {min_length} entries",
     "too_long": "at most {max_length} entries",
     "greater_than": "more than {gt}",

@@ -90,7 +90,7 @@ def model_problems(config: RunConfig, reads: Collection[str] = READS) -> list[Pr
 
 def run_notes(config: RunConfig) -> list[str]:
     """What training will warn of, for a config without problems."""
-    notes = unused_settings(config)
+    notes = [*unused_settings(config), *blind_reference(config)]
     folder = Path(config.model.llm.path)
     if folder.is_dir() and (vocabulary := _read_vocabulary(folder)) is not None:
         from vlm.data.template import TEMPLATES, control_words, warn_of_split  # late: jinja2 takes 40 ms
@@ -103,6 +103,15 @@ def run_notes(config: RunConfig) -> list[str]:
         kind = VISION_BACKENDS[encoder.backend]
         notes += [f"model.vision.path {encoder.path}: {note}" for note in kind.notes(encoder)]
     return notes
+
+
+def blind_reference(config: RunConfig) -> Iterator[str]:
+    """A warning where a run is held to a model that sees no image."""
+    if config.objective.needs_reference and config.model.vision is not None and config.init_from is None:
+        yield (
+            f"objective.kind {config.objective.kind} compares with the model that the run starts from, whose projector "
+            "is random without init_from, so that it sees no image; name the export of a run that trained it"
+        )
 
 
 def _language_model(config: RunConfig, reads: Collection[str]) -> Iterator[Problem]:

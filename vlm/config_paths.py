@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ def run_problems(config: RunConfig) -> list[Problem]:
     problems: list[Problem] = []
     if config.init_from is not None and not Path(config.init_from).exists():
         problems.append((("init_from",), f"{config.init_from} does not exist; train and export the stage before first"))
+    problems += reward_problems(config)
     output = Path(config.output_dir)
     nearest = next((folder for folder in (output, *output.parents) if folder.exists()), Path("."))
     if not nearest.is_dir():
@@ -41,6 +43,26 @@ def run_problems(config: RunConfig) -> list[Problem]:
     elif not os.access(nearest, os.W_OK):
         problems.append((("output_dir",), f"{nearest} cannot be written to"))
     return problems
+
+
+def reward_problems(config: RunConfig) -> Iterator[Problem]:
+    """Reward models that are not there, or are none."""
+    for number, reward in enumerate(getattr(config.objective, "rewards", ())):
+        if reward.kind != "model":
+            continue
+        key = ("objective", "rewards", number, "path")
+        if not Path(reward.path).exists():
+            yield key, f"{reward.path} does not exist; train one with objective.kind reward and export it first"
+        elif not is_reward_model(Path(reward.path)):
+            yield key, f"{reward.path} is not an export of a reward model, as objective.kind reward makes one"
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Whether a folder is the export of a reward model, by what its manifest says."""
+    try:
+        return "value_head" in json.loads((folder / "vlm.json").read_text(encoding="utf-8"))["included"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def model_paths(config: RunConfig) -> Iterator[tuple[Key, str]]:

@@ -16,6 +16,7 @@ from vlm.artifacts.initial import load_init
 from vlm.artifacts.llava import read_start
 from vlm.batch import Batch, ImageSpec
 from vlm.config import RunConfig, unused_settings
+from vlm.config_checks import blind_reference
 from vlm.data.balance import RowWork
 from vlm.data.build import Data, build_data
 from vlm.data.features import FeatureStore
@@ -95,7 +96,7 @@ def prepare_run(config: RunConfig, device: torch.device, *, calibrate: bool = Tr
         config = settle_precision(config, device)
     kind = kind_of_launch(config.engine, launched_size())
     place = kind.place(launched_rank(), launched_size())
-    for line in unused_settings(config):
+    for line in (*unused_settings(config), *blind_reference(config)):
         warn(line)
     no_plan = _tell_plan(config, place) if is_main() else ""
     stage = _build_stage(config, kind, place, device)

@@ -61,7 +61,9 @@ def section_defaults(section: Section) -> dict[str, Any]:
 class Section(BaseModel):
     """One block of the YAML. Each package declares its own in its `config.py`; `vlm.config.RunConfig` joins them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class KindSection(Section):

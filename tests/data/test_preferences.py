@@ -90,6 +90,7 @@ VERIFIED: dict[str, dict[str, Any]] = {
     "TRL": {"prompt": [ASKED], "solution": "4"},
     "open-r1": {"problem": "Q", "solution": "2 + 2 = 4", "answer": "4"},
     "ms-swift": {"messages": [ASKED, said("assistant", "x")], "solution": "4"},
+    "TRL, with a reply": {"prompt": [ASKED, said("assistant", "x")], "solution": "4"},
     "LLaVA": {"conversations": [HUMAN], "ground_truth": ["4"]},
     "verl": {"prompt": [ASKED], "reward_model": {"style": "rule", "ground_truth": "4"}, "data_source": "sums"},
 }
@@ -128,7 +129,10 @@ REFUSED = [
     (parse_preference, {"prompt": "Q", "chosen": [1], "rejected": "y"}, "bad_turns"),
     (parse_judged, {"prompt": "Q", "completion": "x"}, "no_label"),
     (parse_judged, {"prompt": "Q", "completion": "x", "label": 0.5}, "no_label"),
-    (parse_judged, PAIRS["texts"], "no_label"),
+    (parse_judged, PAIRS["texts"], "preference_pair"),
+    (parse_verifiable, PAIRS["texts"], "preference_pair"),
+    (parse_preference, {"prompt": "Q", "chosen": "x", "rejected": ""}, "empty_reply"),
+    (parse_preference, PAIRS["texts"] | {"images": ["a.png"], "rejected_images": ["b.png"]}, "different_prompts"),
     (parse_judged, PAIRS["texts"] | {"label": True}, "preference_pair"),
     (parse_record, PAIRS["texts"], "preference_pair"),
     (parse_record, PAIRS["LLM-Genie"], "preference_pair"),
@@ -141,6 +145,47 @@ def test_a_record_of_another_objective_is_refused_by_name(reader, record, rule):
     with pytest.raises(RecordError) as refused:
         reader(record, SOURCE)
     assert refused.value.rule == rule
+
+
+IMAGE_TURNS = {
+    name: [{"role": "user", "content": [{"type": "image", "image": f"{name}.png"}, {"type": "text", "text": "Q"}]},
+           said("assistant", name)]
+    for name in ("chosen", "rejected")
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reader", "record", "told"),
+    [
+        (parse_preference, IMAGE_TURNS, "different images: both replies must be to the same images"),
+        (
+            parse_preference,
+            PAIRS["texts"] | {"images": ["a.png"], "rejected_images": ["b.png"]},
+            "rejected_images are others than the record's",
+        ),
+        (
+            parse_judged,
+            {"prompt": "Q", "completion": "x", "label": False, "kto_tag": True},
+            "label and kto_tag contradict",
+        ),
+        (parse_judged, PAIRS["texts"], "for objective dpo, orpo, simpo or reward"),
+        (parse_verifiable, {"prompt": "Q", "answer": ""}, "answer is empty; objectives grpo and ppo read"),
+        (
+            parse_verifiable,
+            {"prompt": "Q", "reward_model": {"ground_truth": [1, 2]}},
+            "reward_model.ground_truth is a list",
+        ),
+    ],
+)
+def test_why_a_record_is_refused_is_said(reader, record, told):
+    with pytest.raises(RecordError) as refused:
+        reader(record, SOURCE)
+    assert told in refused.value.message
+
+
+def test_the_images_of_a_rejected_reply_may_be_told_again():
+    pair = parse_preference(PAIRS["texts"] | {"images": ["a.png"], "rejected_images": ["a.png"]}, SOURCE)
+    assert (pair.images, pair.unread) == (("a.png",), ())
 
 
 @pytest.mark.parametrize(

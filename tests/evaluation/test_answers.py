@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,71 @@ def test_predictions_go_on_where_they_were_stopped_whoever_wrote_them(
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["colour.json", "colour.jsonl"]
     with pytest.raises(ConfigError, match=r"colour\.jsonl was written by .*max_new_tokens 8 -> 9.* --out"):
         predict([task_of(seeing, max_new_tokens=9)], *arguments[1:])
+
+
+def test_other_answers_or_images_are_other_records_and_an_empty_part_is_none(
+    seeing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    record = json.loads((seeing / "test.jsonl").read_text().splitlines()[0])
+    shutil.copy(seeing / record["image"], tmp_path / "a.png")
+    data = tmp_path / "data.v1.jsonl"
+
+    def write(answer: str, out: str = "out") -> tuple[int, str]:
+        answers = {"answer": answer} if answer else {}
+        asked = {key: value for key, value in record.items() if key != "answer"}
+        data.write_text(json.dumps(asked | {"image": "a.png"} | answers))
+        arguments = [
+            str(seeing / "run/export"),
+            "--data",
+            str(data),
+            "--metric",
+            "exact_match",
+            "--max-new-tokens",
+            "4",
+        ]
+        code = run(lambda: app(["predict", *arguments, "--out", str(tmp_path / out)], standalone_mode=False))
+        return code, capsys.readouterr().err
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.data.v1.part-0.jsonl").touch()  # of a command that failed at its first record
+    assert write("red")[0] == 0
+    code, told = write("blue")
+    assert (code, "of other records" in told) == (2, True)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes() + b"more")
+    assert write("red")[0] == 2
+    assert [file.name for file in sorted((tmp_path / "out").iterdir())] == ["data.v1.json", "data.v1.jsonl"]
+    code, told = write("", out="bare")
+    assert (code, "no figures: 1 of 1 records have no answer to compare with, first data.v1.jsonl" in told) == (0, True)
+
+
+def test_an_answer_that_a_metric_cannot_read_is_named_before_anything_is_written(seeing: Path, tmp_path: Path):
+    for metric, told in (("yes_no", "is neither yes nor no"), ("choice_letter", "is not the letter of a choice")):
+        with pytest.raises(RecordError, match=f"metric {metric} of task colour: the answer .* {told}") as refused:
+            predict([task_of(seeing, metrics=(metric,))], seeing / "run/export", tmp_path, seeing / "cache")
+        assert refused.value.where == "test.jsonl: line 1"
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_run_that_was_copied_answers_by_its_own_export(
+    seeing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(seeing / "run/export", tmp_path / "copy/export")
+    shutil.copy(seeing / "config.yaml", tmp_path / "copy")
+    for command in ("predict", "eval"):
+        assert run(lambda: app([command, str(tmp_path / "copy")], standalone_mode=False)) == 0  # noqa: B023
+        assert f"{tmp_path / 'copy/export'} computes in" in capsys.readouterr().err
+    assert (tmp_path / "copy/predictions/colour.jsonl").is_file()
+    assert (tmp_path / "copy/evaluation.json").is_file()
+
+
+def test_bits_are_part_of_what_answered(seeing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for command in ("predict", "eval"):
+        arguments = [str(seeing / "config.yaml"), "--export", str(seeing / "run/export"), "--bits", "4"]
+        assert run(lambda: app([command, *arguments], standalone_mode=False)) == 2  # noqa: B023
+        assert "in 4 bits is no export of a run" in capsys.readouterr().err
+        assert run(lambda: app([command, *arguments, "--out", str(tmp_path)], standalone_mode=False)) == 0  # noqa: B023
+    assert json.loads((tmp_path / "colour.json").read_text())["weights"].endswith(", 4 bits")
+    assert json.loads((tmp_path / "evaluation.json").read_text())["bits"] == 4
 
 
 def test_two_processes_of_a_launch_write_what_one_does(

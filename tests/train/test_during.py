@@ -235,6 +235,10 @@ def test_a_task_that_is_called_as_a_number_of_the_run_is_refused(
             "keep_best shape: expected one of held_out_loss, held_out_accuracy, ",
         ),
         ({"keep_best": "held_out_margin", "eval_every": 2}, "held_out_margin is not measured with objective.kind lm"),
+        (
+            {"keep_best": "shape.nope", "eval_every": 2, "eval_tasks": ["shape"]},
+            "keep_best shape.nope: the task has exact match, shuffled",
+        ),
         ({"keep_best": "held_out_loss"}, "keep_best without eval_every"),
         ({"early_stop": 2, "eval_every": 2}, "early_stop without keep_best"),
     ],
@@ -246,3 +250,14 @@ def test_settings_that_say_nothing_are_refused(config_file, changes: dict[str, A
     )
     with pytest.raises(ConfigError, match=message):
         load_config(path)
+
+
+def test_a_gate_on_a_figure_that_the_task_has_not_is_refused_at_once(config_file):
+    task = {"name": "said", "kind": "generate", "metrics": ["rouge", "yes_no"], "path": "x.json"}
+    for figure, is_right in (("ROUGE-2", True), ("yes ratio", True), ("accuracy", True), ("BLEU-4", False)):
+        path = config_file(evaluation={"tasks": [task | {"gate": {"figure": figure, "own": 0.5}}]})
+        if is_right:
+            load_config(path)
+        else:
+            with pytest.raises(ConfigError, match=r"gate.figure BLEU-4: the task has ROUGE-1, ROUGE-2, ROUGE-L, accu"):
+                load_config(path)

@@ -19,6 +19,8 @@ from walk import registered
 
 from vlm.batch import Batch, Example, Prompt
 from vlm.config import load_config
+from vlm.config_checks import blind_reference
+from vlm.config_paths import reward_problems
 from vlm.data.collate import Collator
 from vlm.errors import ConfigError
 from vlm.generation.batched import SharedPrompt
@@ -264,6 +266,9 @@ def test_loss_and_gradient_are_those_of_each_reply_alone(tiny: Path):
         ({"engine": {"kind": "pipeline"}}, "holds each layer in one process; set engine.kind to ddp, zero or fsdp"),
         ({"objective__kl": 0.1}, "whose projector is random without init_from"),
         ({"objective__rewards": [{"kind": "exact"}, {"kind": "exact"}]}, "exact stands twice; give each a name"),
+        ({"objective__rewards": [{"kind": "exact", "weight": 0}]}, "every weight is 0"),
+        ({"objective__rewards": [{"kind": "exact", "weight": math.nan}]}, "expected a finite number"),
+        ({"objective__temperature": math.inf}, "temperature: expected a finite number"),
         ({"objective__rewards": [{"kind": "regex", "pattern": "("}]}, "is not a regular expression"),
         ({"objective__rewards": [{"kind": "http", "address": "file:///etc"}]}, "is not an address such as http"),
         ({"objective__rewards": [{"kind": "http", "address": "http://me:pw@a/"}]}, "is not an address such as http"),
@@ -273,3 +278,22 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(config_file: Any, c
     objective = {"kind": "grpo", "rewards": [{"kind": "exact"}]}
     with pytest.raises(ConfigError, match=message):
         load_config(config_file(objective=objective, **changes))
+
+
+def test_a_reward_model_that_is_none_is_refused_before_anything_is_loaded(config_file: Any, tmp_path: Path):
+    """At its key, whether it is not there or another export."""
+    for path, told in ((tmp_path / "none", "none does not exist"), (tmp_path, "is not an export of a reward model")):
+        rewards = [{"kind": "exact"}, {"kind": "model", "path": str(path)}]
+        checked = load_config(config_file(objective={"kind": "grpo", "rewards": rewards}))
+        ((key, problem),) = reward_problems(checked)
+        assert key == ("objective", "rewards", 1, "path")
+        assert told in problem
+    (tmp_path / "vlm.json").write_text(json.dumps({"included": ["llm", "value_head"]}))
+    assert list(reward_problems(checked)) == []
+
+
+def test_a_reference_that_sees_no_image_is_warned_of(config_file: Any):
+    for kind, count in (("dpo", 1), ("kto", 1), ("orpo", 0), ("lm", 0)):
+        lines = [*blind_reference(load_config(config_file(objective={"kind": kind})))]
+        assert len(lines) == count
+        assert all("is random without init_from" in line for line in lines)

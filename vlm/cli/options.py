@@ -22,6 +22,10 @@ AdapterOption = Annotated[
         help="Add this LoRA: a folder that peft wrote, or another export. 加上此 LoRA（peft 文件夹或另一个导出）。",
     ),
 ]
+BitsOption = Annotated[
+    int | None,
+    typer.Option("--bits", help="8 or 4, of the language model's weights, by bitsandbytes. 8 或 4 位量化。"),
+]
 TemplateOption = Annotated[
     str | None,
     typer.Option("--prompt-template", help="Chat template instead of the model's. 替换模型自带的对话模板。"),

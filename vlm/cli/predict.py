@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,11 +10,13 @@ import typer
 from pydantic import ValidationError
 
 from vlm.cli.configs import Options
-from vlm.cli.options import AdapterOption
+from vlm.cli.options import AdapterOption, BitsOption
 from vlm.cli.train import Nproc, config_and_export
 from vlm.config import RunConfig, load_config
 from vlm.config_checks import load_checked
+from vlm.config_paths import is_reward_model
 from vlm.errors import ConfigError
+from vlm.evaluation.place import beside, name_of
 from vlm.evaluation.task_kinds import GenerateTask
 from vlm.launch import asked_processes
 from vlm.logs import is_logging_rank
@@ -46,6 +47,7 @@ def predict(
         Path | None, typer.Option(help="Folder of the files; default: predictions beside the export.")
     ] = None,
     adapter: AdapterOption = None,
+    bits: BitsOption = None,
     nproc: Nproc = None,
     options: Options = None,
 ) -> int:
@@ -53,20 +55,23 @@ def predict(
     command goes on where it was stopped."""
     flags = {
         "--data": data, "--images": images, "--max-new-tokens": max_new_tokens, "--max-records": max_records,
-        "--export": export, "--out": out, "--adapter": adapter,
+        "--export": export, "--out": out, "--adapter": adapter, "--bits": bits,
     }  # fmt: skip
     of_data = {**dict([*flags.items()][1:4]), "--metric": metric or None}
     if data is None and (unused := [flag for flag, value in of_data.items() if value is not None]):
         raise ConfigError(f"{unused[0]} is of --data; without it, evaluation.tasks of the config say what is asked")
+    if max_records is not None and max_records < 1:
+        raise ConfigError(f"--max-records {max_records}: input should be greater than 0")
+    for flag, path in (("--data", data), ("--images", images)):
+        if path is not None and not path.exists():
+            raise ConfigError(f"{flag} {path} does not exist; looked for from {Path.cwd()}")
     config, folder = _read(source, options or (), is_asked=data is None)
     folder = export or folder
-    if out is None and (adapter is not None or not (folder / "vlm.json").is_file()):
-        raise ConfigError(
-            f"{folder}{' with an adapter' * (adapter is not None)} is no export of a run, beside which the answers "
-            "would go: say where with --out"
+    into = out or beside(folder, adapter, bits, "answers") / "predictions"
+    if is_reward_model(folder):
+        _refuse_to_write(
+            folder, data, {"--metric": metric, "--max-new-tokens": max_new_tokens, "--adapter": adapter, "--bits": bits}
         )
-    if _scores(folder):
-        _refuse_to_write(folder, data, {"--metric": metric, "--max-new-tokens": max_new_tokens, "--adapter": adapter})
         tasks = []
     elif data is None:
         tasks = _tasks_of(config)
@@ -75,7 +80,7 @@ def predict(
     nproc = asked_processes() if nproc is None else nproc
     if nproc is not None:
         return _launch(nproc, source, {**flags, **{"--metric": metric or None}}, options or ())
-    files = _work(tasks, config, folder, out or folder.parent / "predictions", adapter, data, images, max_records)
+    files = _work(tasks, config, folder, into, adapter, bits, data, images, max_records)
     if is_logging_rank():
         for file in files:
             print(file)
@@ -84,7 +89,7 @@ def predict(
 
 def _work(
     tasks: Sequence[GenerateTask], config: RunConfig | None, folder: Path, out: Path, adapter: Path | None,
-    data: Path | None, images: Path | None, max_records: int | None,
+    bits: int | None, data: Path | None, images: Path | None, max_records: int | None,
 ) -> list[Path]:  # fmt: skip
     """Write the files. Without tasks the folder scores the replies of `data`."""
     from vlm.distributed import process_group
@@ -97,17 +102,9 @@ def _work(
     device = choose_device("auto")
     with process_group(device, _TIMEOUT_SECONDS):
         if tasks:
-            return write(tasks, folder, out, cache, seed, adapter, str(device))
+            return write(tasks, folder, out, cache, seed, adapter, str(device), bits)
         assert data is not None
         return [score_file(data, images, max_records, folder, out, cache, str(device))]
-
-
-def _scores(folder: Path) -> bool:
-    """Whether a folder is the export of a reward model."""
-    try:
-        return "value_head" in json.loads((folder / "vlm.json").read_text(encoding="utf-8"))["included"]
-    except (OSError, ValueError, KeyError, TypeError):  # loading it will say what is wrong
-        return False
 
 
 def _refuse_to_write(folder: Path, data: Path | None, given: Mapping[str, Any]) -> None:
@@ -149,7 +146,7 @@ def _task_of(
     data: Path, images: Path | None, metrics: Sequence[str], max_new_tokens: int | None, max_records: int | None
 ) -> GenerateTask:
     given = {"max_new_tokens": max_new_tokens, "max_records": max_records, "images": images and str(images)}
-    values = {"name": data.name.partition(".")[0], "path": str(data), "metrics": list(metrics)}
+    values = {"name": name_of(data), "path": str(data), "metrics": list(metrics)}
     try:
         return GenerateTask.model_validate(values | {key: value for key, value in given.items() if value is not None})
     except ValidationError as error:

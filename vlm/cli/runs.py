@@ -56,7 +56,7 @@ def runs(
     print(lay_out([heads, *map(row, found)]))
     for run in found:
         if run.error:
-            print(f"{run.path}: {run.error.partition(chr(10))[0]}")
+            print(f"{run.path}: {_first_sentence(run.error)}")
 
 
 def compare(
@@ -93,6 +93,18 @@ def blame(
 
     found = blame_step(checked, step)
     print(json.dumps(found.as_json(), indent=2, ensure_ascii=False) if as_json else "\n".join(report(found, top)))
+
+
+def _first_sentence(error: str) -> str:
+    r"""The first line, and where it ends with a colon what it announces.
+
+    >>> _first_sentence("step 8: loss nan\nlower it"), _first_sentence("2 gates:\n  a: too low\n  b: too high\nUsual")
+    ('step 8: loss nan', '2 gates: a: too low; b: too high')
+    """
+    first, *others = error.split("\n")
+    if not first.endswith(":"):
+        return first
+    return f"{first} {'; '.join(line.strip() for line in others if line.startswith('  '))}".strip()
 
 
 def _number(value: float | None, form: str) -> str:

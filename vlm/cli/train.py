@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from vlm.cli.configs import Config, Options
-from vlm.cli.options import AdapterOption
+from vlm.cli.options import AdapterOption, BitsOption
 from vlm.config import resolve_for_log
 from vlm.config_checks import load_checked
 from vlm.errors import ConfigError, RunLocked
@@ -83,6 +83,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the results go; default: beside the export.")] = None,
     adapter: AdapterOption = None,
+    bits: BitsOption = None,
     options: Options = None,
 ) -> None:
     """Run the evaluation tasks of a config on an export: own images, shuffled images, baseline."""
@@ -90,7 +91,7 @@ def evaluate(
     checked = load_checked(path, options or (), ("evaluation",), ())  # the export names its models
     from vlm.evaluation.report import evaluate_run
 
-    evaluate_run(checked, export or found, out, adapter)
+    evaluate_run(checked, export or found, out, adapter, bits)
 
 
 def plot(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
@@ -193,7 +194,8 @@ def deepspeed_options(name: str | None) -> list[str]:
 
 
 def config_and_export(name: str) -> tuple[str, Path | None]:
-    """A config as it is; a run folder -> its config.yaml; an export -> the config of the run around it, and itself."""
+    """A config as it is; a run folder -> its config.yaml and its export, wherever the run lay when it was made; an
+    export -> the config of the run around it, and itself."""
     folder = Path(name)
     if not folder.is_dir():
         return name, None
@@ -203,4 +205,6 @@ def config_and_export(name: str) -> tuple[str, Path | None]:
         raise ConfigError(
             f"{name} is an export without its run, so the tasks are not known: vlm eval CONFIG --export {name}"
         )
-    return (str(folder / "config.yaml") if (folder / "config.yaml").is_file() else name), None
+    if (folder / "config.yaml").is_file():
+        return str(folder / "config.yaml"), folder / "export"
+    return name, None

@@ -19,7 +19,7 @@ from vlm.data.conversation import Conversation, Judged, Preference, Turn, Verifi
 from vlm.data.fields import has_content, renamed, short
 from vlm.data.notes import ABSENT_COLUMN
 from vlm.data.parse import ANSWER_KEYS, CHAT_KEYS, QUESTION_KEYS, known_role, parse_record
-from vlm.data.unread import LABEL_KEYS
+from vlm.data.unread import LABEL_KEYS, TO_BE_COMPARED
 from vlm.errors import RecordError
 
 Reads = Literal["conversation", "preference", "judged", "verifiable"]
@@ -46,7 +46,9 @@ def parse_preference(record: Record, config: SourceConfig, image_placement: str 
     )
     if first is None:
         raise RecordError("same_replies", "the chosen and the rejected reply are the same, or one begins the other")
-    if chosen.images != rejected.images or any(turns[first].role != "assistant" for turns in _both(chosen, rejected)):
+    if chosen.images != rejected.images:
+        _refuse_images(len(chosen.images), len(rejected.images))
+    if any(turns[first].role != "assistant" for turns in _both(chosen, rejected)):
         raise RecordError(
             "different_prompts",
             f"chosen and rejected differ in turn {first + 1}, before any reply differs: they must answer one question",
@@ -66,6 +68,10 @@ def parse_judged(record: Record, config: SourceConfig, image_placement: str = "a
     ours, plain, absent = _with_our_keys(record, config)
     given = [key for key in LABEL_KEYS if has_content(ours.get(key))]
     labels = {_flag(ours[key]) for key in given}
+    if not given:
+        _refuse_pair(ours)
+    if len(labels) > 1 and None not in labels:
+        raise RecordError("no_label", f"{' and '.join(given)} contradict each other; keep one of them")
     if len(labels) != 1 or None in labels:
         found = f"{given[0]} is {short(ours[given[0]])}" if given else f"none of {', '.join(LABEL_KEYS)}"
         raise RecordError("no_label", f"{found}; objective kto reads records with label: true or label: false")
@@ -88,18 +94,20 @@ def parse_verifiable(record: Record, config: SourceConfig, image_placement: str 
     given = [key for key in VERIFIED_KEYS if has_content(ours.get(key))]
     answer = _answer(ours[given[0]]) if given else None
     if answer is None:
-        found = f"{given[0]} is {short(ours[given[0]])}" if given else f"keys {[key[:40] for key in sorted(ours)][:6]}"
+        if not given:
+            _refuse_pair(ours)
         raise RecordError(
             "no_answer",
-            f"{found}; objective grpo reads a question and an answer to verify, a text or a number under "
-            f"{', '.join(VERIFIED_KEYS[:-1])}. Conversations are for objective lm",
+            f"{_about_answer(ours, given)}; objectives grpo and ppo read a question and an answer to verify, a text or "
+            f"a number under {', '.join(VERIFIED_KEYS[:-1])}. Conversations are for objective lm",
         )
     rest = {key: value for key, value in ours.items() if key not in given}
     if has_content(rest.get(_PROBLEM)) and not any(has_content(rest.get(key)) for key in (*QUESTION_KEYS, *CHAT_KEYS)):
         rest["prompt"] = rest.pop(_PROBLEM)
     chat = next((key for key in CHAT_KEYS if has_content(rest.get(key))), None)
-    if chat is not None and isinstance(rest[chat], list) and _is_reply(rest[chat][-1], config):
-        rest[chat] = rest[chat][:-1]
+    turns_in = chat or "prompt"
+    if isinstance(rest.get(turns_in), list) and rest[turns_in] and _is_reply(rest[turns_in][-1], config):
+        rest[turns_in] = rest[turns_in][:-1]
     parsed = parse_record(_with_reply(rest, chat, answer, given[0], config), plain, image_placement)
     turns = _learned_from(parsed.turns, len(parsed.turns) - 1)
     return Verifiable(turns, parsed.images, unread=(*parsed.unread, *absent), answer=answer)
@@ -127,8 +135,12 @@ def _split(record: Record, config: SourceConfig) -> tuple[Record, Record]:
     """The record with the preferred reply, and with the other one."""
     chosen = next((key for key in CHOSEN_KEYS if has_content(record.get(key))), None)
     rejected = next((key for key in REJECTED_KEYS if has_content(record.get(key))), None)
+    record = _without_same_images(record)
     if rejected is None and chosen is None:
         return _split_list(record)
+    empty = next((key for key in (*CHOSEN_KEYS, *REJECTED_KEYS) if record.get(key) in ("", [])), None)
+    if empty is not None and (rejected is None or chosen is None):
+        raise RecordError("empty_reply", f"{empty} is empty; a reply that is compared must say something")
     if rejected is None:
         raise RecordError("no_preference", f"{chosen} without a rejected reply")
     rest = {key: value for key, value in record.items() if key not in (chosen, rejected)}
@@ -140,6 +152,44 @@ def _split(record: Record, config: SourceConfig) -> tuple[Record, Record]:
         return rest, {**rest, str(chat): [*turns[:-1], *_turns(record[rejected], rejected)]}
     good, bad = (_with_reply(rest, chat, record[key], key, config) for key in (chosen, rejected))
     return good, bad
+
+
+def _without_same_images(record: Record) -> Record:
+    """ms-swift's `rejected_images` where they are those of the record. Raises RecordError where they are others."""
+    others = record.get("rejected_images")
+    if not has_content(others):
+        return record
+    ours = record.get("images", record.get("image"))
+    if (others if isinstance(others, list) else [others]) != (ours if isinstance(ours, list) else [ours]):
+        raise RecordError(
+            "different_prompts", "rejected_images are others than the record's: both replies must be to the same images"
+        )
+    return {key: value for key, value in record.items() if key != "rejected_images"}
+
+
+def _refuse_images(good: int, bad: int) -> None:
+    counts = "" if good == bad else f", {good} and {bad} of them"
+    raise RecordError(
+        "different_prompts",
+        f"chosen and rejected have different images{counts}: both replies must be to the same images",
+    )
+
+
+def _refuse_pair(record: Record) -> None:
+    """Raises RecordError where another objective would read the record."""
+    pair = [next((key for key in keys if has_content(record.get(key))), None) for keys in (CHOSEN_KEYS, REJECTED_KEYS)]
+    if pair[0] is not None or pair[1] is not None:
+        raise RecordError("preference_pair", f"{pair[0] or pair[1]}: {TO_BE_COMPARED}")
+
+
+def _about_answer(record: Record, given: list[str]) -> str:
+    if not given:
+        empty = next((key for key in VERIFIED_KEYS if key in record), None)
+        return f"{empty} is empty" if empty else f"keys {[key[:40] for key in sorted(record)][:6]}"
+    value = record[given[0]]
+    if isinstance(value, dict):
+        return f"{given[0]}.ground_truth is {short(value.get('ground_truth'))}"
+    return f"{given[0]} is {short(value)}"
 
 
 def _split_list(record: Record) -> tuple[Record, Record]:

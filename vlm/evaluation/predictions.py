@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from vlm.evaluation.questions import OpenQuestion
 from vlm.evaluation.task_kinds import GenerateTask
 from vlm.files import replacing, write_atomically
 from vlm.inference.load import LoadedModel, load
-from vlm.logs import Progress, log
+from vlm.logs import Progress, log, warn
 
 
 class Record(Protocol):
@@ -49,7 +50,7 @@ _SETTINGS = ("max_new_tokens", "temperature", "top_p", "stop")  # of a task; the
 
 def predict(
     tasks: Sequence[GenerateTask], export: Path, out: Path, cache: Path, seed: int = 0,
-    adapter: Path | None = None, device: str = "auto",
+    adapter: Path | None = None, device: str = "auto", bits: int | None = None,
 ) -> list[Path]:  # fmt: skip
     """Write `<out>/<task>.jsonl` for every task, one line per record. All ranks of the launch call this.
 
@@ -59,7 +60,7 @@ def predict(
     Args:
         export: an export, or a plain model folder.
         seed: of sampling.
-        device: as of `vlm.load`.
+        device, bits: as of `vlm.load`.
 
     Returns:
         the files.
@@ -71,9 +72,9 @@ def predict(
     """
     for task in tasks:
         task.check_installed()
-    loaded = load(export, device, image_order="keep", adapter=adapter)
+    loaded = load(export, device, image_order="keep", adapter=adapter, bits=bits)
     log(f"predict: {export} {loaded.describe_compute()}")
-    weights = weights_digest(export, adapter)
+    weights = weights_digest(export, adapter) + ("" if bits is None else f", {bits} bits")
     features = FeatureCache(loaded)
     return [_answer(task, out, loaded, weights, features, cache, seed) for task in tasks]
 
@@ -94,11 +95,18 @@ def _answer(
     if task.metrics and all(question.answers for question in questions):
         written = [line["prediction"] for line in file.lines()]
         on_main(lambda: tell_figures(task.name, task.figures(questions, written)))
+    elif task.metrics:
+        without = [question.where for question in questions if not question.answers]
+        missing = f"{len(without):,} of {len(questions):,} records have no answer to compare with, first {without[0]}"
+        on_main(lambda: warn(f"predict: {task.name}: no figures: {missing}"))
     return file.target
 
 
 def _identity(task: GenerateTask, questions: Sequence[OpenQuestion], weights: str, seed: int) -> dict[str, Any]:
-    asked = [[question.prompt_ids, [image_name(image) for image in question.images]] for question in questions]
+    asked = [
+        [question.prompt_ids, [[image_name(image), _size(image)] for image in question.images], question.answers]
+        for question in questions
+    ]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     settings = {name: getattr(task, name) for name in _SETTINGS}
     drawn = {"seed": seed} if task.temperature else {}
@@ -145,7 +153,7 @@ class PredictionFile:
         """Raises ConfigError where something else is there."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
         identity = json.loads(json.dumps(identity))  # tuples as lists
-        files = [*self._parts(), *([self.target] if self.target.is_file() else [])]
+        files = [file for file in (*self._parts(), self.target) if file.is_file() and file.stat().st_size]
         if files:
             try:
                 before = json.loads(self.about.read_text(encoding="utf-8"))
@@ -229,6 +237,16 @@ def _said(question: OpenQuestion, answer: Answer) -> dict[str, Any]:
 def image_name(image: str | bytes) -> str:
     """Its path; of one that the record embeds, its sum."""
     return image if isinstance(image, str) else f"sha256:{hashlib.sha256(image).hexdigest()}"
+
+
+def _size(image: str | bytes) -> int | None:
+    """Bytes; None of what is not a file, such as a member of an archive."""
+    if isinstance(image, bytes):
+        return len(image)
+    try:
+        return os.stat(image).st_size
+    except OSError:
+        return None
 
 
 def weights_digest(export: Path, adapter: Path | None) -> str:

@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm.artifacts.evidence import FIGURES, figures_table, with_error, write_figures
-from vlm.artifacts.plain import is_plain, read_model
+from vlm.artifacts.plain import read_model
 from vlm.config import RunConfig, unused_settings
 from vlm.errors import ConfigError
 from vlm.evaluation.answers import Answer, write_answers
 from vlm.evaluation.config import EvaluationConfig
 from vlm.evaluation.gate import gate_problems, refuse
 from vlm.evaluation.metrics import Figure, derangement
+from vlm.evaluation.place import beside
 from vlm.evaluation.predict import FeatureCache, score_candidates
 from vlm.evaluation.rows import Row
 from vlm.evaluation.task_kinds import TaskConfig
@@ -38,14 +39,16 @@ from vlm.version import __version__
 
 
 def evaluate_run(
-    config: RunConfig, export: Path | None = None, out: Path | None = None, adapter: Path | None = None
-) -> list[dict[str, Any]]:
+    config: RunConfig, export: Path | None = None, out: Path | None = None, adapter: Path | None = None,
+    bits: int | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Score the config's tasks, print the table, and write evaluation.json.
 
     Args:
         export: what to score, an export or a plain model folder; None is the run's own, `<output_dir>/export`.
         out: a folder or a .json file; None is beside the export.
         adapter: a LoRA that is added to it.
+        bits: as of `vlm.load`.
 
     Raises:
         ConfigError: the config has no tasks.
@@ -62,25 +65,21 @@ def evaluate_run(
     for line in unused_settings(config.evaluation, "evaluation."):
         warn(line)
     folder = Path(config.output_dir) / "export" if export is None else export
-    if out is None and (adapter is not None or is_plain(folder)):
-        raise ConfigError(
-            f"{folder}{' with an adapter' * (adapter is not None)} is no export of a run, beside which the "
-            "results would go: say where with --out"
-        )
+    target = beside(folder, adapter, bits, "results") if out is None else out
     for task in tasks:
         task.check_installed()
     started = time.monotonic()
-    loaded = load(folder, image_order="keep", adapter=adapter)  # records are read as training reads them
+    loaded = load(folder, image_order="keep", adapter=adapter, bits=bits)  # records are read as training reads them
     log(f"evaluation: {folder} {loaded.describe_compute()}")
     results = measure(loaded, config.evaluation, Path(config.data.cache))
     rows = [row.as_json() for result in results for row in result.rows]
     problems = [problem for result in results for problem in result.problems]
-    target = folder.parent if out is None else out
     target = target if target.suffix == ".json" else target / FIGURES
     target.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "export": str(folder),
         **({} if adapter is None else {"adapter": str(adapter)}),
+        **({} if bits is None else {"bits": bits}),
         "steps": read_model(folder).origin.get("steps"),
         "vlm_version": __version__,
         "seed": config.evaluation.seed,
@@ -91,7 +90,7 @@ def evaluate_run(
     }
     write_atomically(target, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     print_table(rows)
-    if adapter is None:
+    if adapter is None and bits is None:
         write_figures(folder, rows)
     log(f"written to {target}")
     refuse(problems)
@@ -120,8 +119,10 @@ def measure(loaded: LoadedModel, config: EvaluationConfig, cache: Path, at_once:
     """
     features = FeatureCache(loaded)
     results = []
-    for task in config.tasks:
-        rows = _run_task(loaded, task, features, config.seed, cache, at_once)
+    # all are read before the first is asked, so that a record that cannot be used costs no figure
+    asked = [read_task(task, loaded.conversation_tokenizer, cache, config.seed) for task in config.tasks]
+    for task, questions in zip(config.tasks, asked, strict=True):
+        rows = _run_task(loaded, task, questions, features, config.seed, at_once)
         results.append(TaskResult(task, rows, gate_problems(task, rows)))
     return results
 
@@ -139,9 +140,9 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _run_task(
-    loaded: LoadedModel, task: TaskConfig, features: FeatureCache, seed: int, cache: Path, at_once: int | None
-) -> list[Row]:
-    questions = read_task(task, loaded.conversation_tokenizer, cache, seed)
+    loaded: LoadedModel, task: TaskConfig, questions: Sequence[Any], features: FeatureCache, seed: int,
+    at_once: int | None,
+) -> list[Row]:  # fmt: skip
     shown = [image for question in questions for image in question.images]
     # an image that takes another number of tokens cannot stand in the place of this one
     is_fixed = loaded.image_spec is None or not loaded.image_spec.reads_size

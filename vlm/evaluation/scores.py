@@ -16,6 +16,7 @@ from vlm.data.records import RecordSource, open_source
 from vlm.distributed import on_main
 from vlm.errors import RecordError
 from vlm.evaluation.metrics import accuracy, mean
+from vlm.evaluation.place import name_of
 from vlm.evaluation.predictions import OnLine, PredictionFile, image_name, tell_figures, weights_digest
 from vlm.inference.reward import load_reward_model
 from vlm.logs import log
@@ -64,7 +65,7 @@ def score_file(
     scorer = load_reward_model(export, device, image_order="keep")
     log(f"predict: {export} scores replies, {scorer.loaded.describe_compute()}")
     records = read_scored(data, images, max_records, cache)
-    file = PredictionFile(data.name.partition(".")[0], out)
+    file = PredictionFile(name_of(data), out)
 
     def write(own: Sequence[ScoredRecord], on_line: OnLine) -> None:
         for start in range(0, len(own), _AT_ONCE):

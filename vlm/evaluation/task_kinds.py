@@ -61,6 +61,11 @@ class TaskConfig(KindSection):
     has_blank: ClassVar[bool] = False  # computed with white images too: one more pass over the records
     lower_is_better: ClassVar[bool] = False
 
+    @property
+    def figure_names(self) -> list[str]:
+        """Of `figures`, in their order."""
+        return [self.metric]
+
     def questions(self, tokenizer: ConversationTokenizer, cache: Path, seed: int = 0) -> Sequence[Any]:
         """Read and tokenize the records; each has `images`.
 
@@ -201,7 +206,33 @@ class GenerateTask(TaskConfig):
         from vlm.evaluation.questions import open_records, read_open
 
         source = open_records(self.path, self.images, self.max_records, cache, as_training=True)
-        return read_open(source, self.name, tokenizer)
+        questions = read_open(source, self.name, tokenizer)
+        self._check_answers(questions)
+        return questions
+
+    def _check_answers(self, questions: Sequence[OpenQuestion]) -> None:
+        """Before the model writes. Raises RecordError."""
+        from vlm.errors import RecordError
+        from vlm.evaluation.text_metrics import TEXT_METRICS
+
+        for name in self.metrics:
+            for question in questions:
+                if question.answers and (reason := TEXT_METRICS[name].why_unfit(question.answers)):
+                    raise RecordError(
+                        "bad_task_record",
+                        f"metric {name} of task {self.name}: the answer {question.answers[0]!r} {reason}; name another "
+                        "metric, or mend the record",
+                        question.where,
+                    )
+
+    @property
+    def figure_names(self) -> list[str]:
+        from vlm.evaluation.text_metrics import TEXT_METRICS
+
+        names: list[str] = []
+        for metric in self.metrics:
+            names += [name if name not in names else f"{name} ({metric})" for name in TEXT_METRICS[metric].names]
+        return names
 
     def writing(self, seed: int) -> WritingSettings:
         from vlm.evaluation.questions import WritingSettings

@@ -41,13 +41,17 @@ class TextMetric:
 
     Attributes:
         figures: (written, right) -> figures by name, the first of which counts where one is asked for.
+        names: of the figures.
         packages: imported by it, with the names under which pip has them.
         has_majority: always giving the most frequent answer is a baseline of the first figure.
+        why_unfit: what is wrong with the answers of a record for it; empty: nothing.
     """
 
     figures: Callable[[Sequence[str], Sequence[Answers]], Figures]
+    names: tuple[str, ...]
     packages: tuple[tuple[str, str], ...] = ()
     has_majority: bool = True
+    why_unfit: Callable[[Answers], str] = lambda answers: ""
 
     def check_installed(self, name: str) -> None:
         """Raises MissingPackageError."""
@@ -176,20 +180,29 @@ def _rouge(written: Sequence[str], right: Sequence[Answers]) -> Figures:
     return {shown: mean([score[name].fmeasure for score in scores]) for name, shown in names.items()}
 
 
-def _averaged(name: str, score: Callable[[str, Answers], float]) -> TextMetric:
+def _averaged(
+    name: str, score: Callable[[str, Answers], float], why_unfit: Callable[[Answers], str] = lambda answers: ""
+) -> TextMetric:
     def figures(written: Sequence[str], right: Sequence[Answers]) -> Figures:
         from vlm.evaluation.metrics import mean
 
         return {name: mean([score(text, answers) for text, answers in zip(written, right, strict=True)])}
 
-    return TextMetric(figures)
+    return TextMetric(figures, (name,), why_unfit=why_unfit)
+
+
+def _no_letter(answers: Answers) -> str:
+    return "" if all(letter_of(answer) for answer in answers) else "is not the letter of a choice"
+
+
+def _neither(answers: Answers) -> str:
+    return "is neither yes nor no" if is_yes(answers[0]) is None else ""
 
 
 def _same_letter(written: str, right: Answers) -> float:
-    letters = {letter_of(answer) for answer in right}
-    if None in letters:
-        raise DataError(f"metric choice_letter: the answer {right[0]!r} of a record is not the letter of a choice")
-    return float(letter_of(written) in letters)
+    if reason := _no_letter(right):
+        raise DataError(f"metric choice_letter: the answer {right[0]!r} of a record {reason}")
+    return float(letter_of(written) in map(letter_of, right))
 
 
 def _yes_no(written: Sequence[str], right: Sequence[Answers]) -> Figures:
@@ -243,12 +256,15 @@ def _number(text: str) -> float | None:
 
 
 TEXT_METRICS: dict[str, TextMetric] = {
-    "bleu": TextMetric(_bleu, (("sacrebleu", "sacrebleu"),), has_majority=False),
-    "rouge": TextMetric(_rouge, (("rouge_score", "rouge-score"), ("jieba", "jieba")), has_majority=False),
+    "bleu": TextMetric(_bleu, ("BLEU-4",), (("sacrebleu", "sacrebleu"),), has_majority=False),
+    "rouge": TextMetric(
+        _rouge, ("ROUGE-1", "ROUGE-2", "ROUGE-L"), (("rouge_score", "rouge-score"), ("jieba", "jieba")),
+        has_majority=False,
+    ),
     "exact_match": _averaged("exact match", exact_match),
     "prefix_match": _averaged("prefix match", prefix_match),
     "vqa_accuracy": _averaged("VQA accuracy", vqa_accuracy),
     "relaxed_accuracy": _averaged("relaxed accuracy", relaxed_accuracy),
-    "yes_no": TextMetric(_yes_no),
-    "choice_letter": _averaged("accuracy by letter", _same_letter),
-}
+    "yes_no": TextMetric(_yes_no, ("accuracy", "precision", "recall", "F1", "yes ratio"), why_unfit=_neither),
+    "choice_letter": _averaged("accuracy by letter", _same_letter, _no_letter),
+}  # fmt: skip

@@ -175,6 +175,8 @@ class RolloutConfig(ObjectiveConfig):
         names = [reward.label for reward in self.rewards]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"rewards: {twice[0]} stands twice; give each a name of its own")
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: every weight is 0, so there is nothing to learn; give one another weight")
         return self
 
     @abstractmethod
