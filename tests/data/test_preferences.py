@@ -45,6 +45,7 @@ PAIRS: dict[str, dict[str, Any]] = {
         "rejected": said("gpt", "bad", "value"),
     },
     "ms-swift": {"messages": [ASKED, said("assistant", "good")], "rejected_response": "bad"},
+    "an empty column": {"messages": [ASKED, said("assistant", "good")], "chosen": "", "rejected_response": "bad"},
     "LLM-Genie": {"instruction": "Q", "input": "", "output": ["good", "bad"]},
 }
 
@@ -132,6 +133,7 @@ REFUSED = [
     (parse_judged, PAIRS["texts"], "preference_pair"),
     (parse_verifiable, PAIRS["texts"], "preference_pair"),
     (parse_preference, {"prompt": "Q", "chosen": "x", "rejected": ""}, "empty_reply"),
+    (parse_preference, {"prompt": "Q", "chosen": [], "rejected": "x"}, "empty_reply"),
     (parse_preference, PAIRS["texts"] | {"images": ["a.png"], "rejected_images": ["b.png"]}, "different_prompts"),
     (parse_judged, PAIRS["texts"] | {"label": True}, "preference_pair"),
     (parse_record, PAIRS["texts"], "preference_pair"),

@@ -138,20 +138,26 @@ def _split(record: Record, config: SourceConfig) -> tuple[Record, Record]:
     record = _without_same_images(record)
     if rejected is None and chosen is None:
         return _split_list(record)
-    empty = next((key for key in (*CHOSEN_KEYS, *REJECTED_KEYS) if record.get(key) in ("", [])), None)
-    if empty is not None and (rejected is None or chosen is None):
-        raise RecordError("empty_reply", f"{empty} is empty; a reply that is compared must say something")
     if rejected is None:
+        _refuse_empty(record, REJECTED_KEYS)
         raise RecordError("no_preference", f"{chosen} without a rejected reply")
     rest = {key: value for key, value in record.items() if key not in (chosen, rejected)}
     chat = next((key for key in CHAT_KEYS if has_content(rest.get(key))), None)
     if chosen is None:
         turns = rest.get(chat) if chat else None
         if not (isinstance(turns, list) and turns and _is_reply(turns[-1], config)):
+            _refuse_empty(record, CHOSEN_KEYS)
             raise RecordError("no_preference", f"{rejected} without a chosen reply")
         return rest, {**rest, str(chat): [*turns[:-1], *_turns(record[rejected], rejected)]}
     good, bad = (_with_reply(rest, chat, record[key], key, config) for key in (chosen, rejected))
     return good, bad
+
+
+def _refuse_empty(record: Record, keys: tuple[str, ...]) -> None:
+    """Raises RecordError where one of the keys is there and says nothing."""
+    empty = next((key for key in keys if record.get(key) in ("", [])), None)
+    if empty is not None:
+        raise RecordError("empty_reply", f"{empty} is empty; a reply that is compared must say something")
 
 
 def _without_same_images(record: Record) -> Record:
