@@ -84,8 +84,10 @@ def main() -> int:
 
 def options(folder: Path, address: str, out: Path) -> list[str]:
     """Of VLMEvalKit's program: one model, asked through the API, and one file of questions."""
-    model = {"class": "GPT4V", "model": "my_vlm", "api_base": f"{address}/v1/chat/completions", "key": "sk-none"}
-    model |= {"img_size": -1, "max_tokens": TOKENS, "temperature": 0}  # type: ignore[dict-item]
+    model = {
+        "class": "GPT4V", "model": "my_vlm", "api_base": f"{address}/v1/chat/completions", "key": "sk-none",
+        "img_size": -1, "max_tokens": TOKENS, "temperature": 0,
+    }  # fmt: skip
     data = {"class": "CustomMCQDataset", "dataset": "questions"}
     config = folder / "config.json"
     config.write_text(json.dumps({"model": {"my_vlm": model}, "data": {"questions": data}}))

@@ -55,6 +55,11 @@ class RunConfig(Section):
     """How the model is spread over processes."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
+    @property
+    def begins_blind(self) -> bool:
+        """Whether the projector that the run starts with was never trained; `pretrained` gives a part of one only."""
+        return self.model.vision is not None and self.init_from is None
+
     def _why_no_figure(self) -> str | None:
         """What gates and keep_best name that no task has."""
         tasks = {task.name: task for task in self.evaluation.tasks}
@@ -83,7 +88,7 @@ class RunConfig(Section):
             raise ValueError(f"train.eval_tasks: {unknown[0]} is no name of evaluation.tasks, which are {names}")
         if reason := self._why_no_figure():
             raise ValueError(reason)
-        if reason := self.objective.why_not(self.engine, self.model.vision is not None and self.init_from is None):
+        if reason := self.objective.why_not(self.engine, self.begins_blind):
             raise ValueError(reason)
         best = self.train.keep_best
         if best in RISING and not self.objective.measures(best):

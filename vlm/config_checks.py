@@ -107,7 +107,7 @@ def run_notes(config: RunConfig) -> list[str]:
 
 def blind_reference(config: RunConfig) -> Iterator[str]:
     """A warning where a run is held to a model that sees no image."""
-    if config.objective.needs_reference and config.model.vision is not None and config.init_from is None:
+    if config.objective.needs_reference and config.begins_blind:
         yield (
             f"objective.kind {config.objective.kind} compares with the model that the run starts from, whose projector "
             "is random without init_from, so that it sees no image; name the export of a run that trained it"

@@ -312,6 +312,18 @@ def test_evaluate_prints_a_table_and_writes_what_it_printed(root: Path, capsys: 
     assert len(json.loads((root / "elsewhere.json").read_text())["results"]) == 1
 
 
+def test_every_task_is_read_before_the_first_is_asked(root: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[object] = []
+    monkeypatch.setattr("vlm.evaluation.report._ask", lambda *given: asked.append(given))
+    tasks = [
+        {"name": "kind", "kind": "choice", "path": write_records(root / "kind.json", choice_records())},
+        {"name": "bad", "kind": "choice", "path": write_records(root / "bad.json", [{"prompt": "?", "answer": "a"}])},
+    ]
+    with pytest.raises(DataError, match=r"bad\.json"):
+        evaluate_run(run_config(root, tasks))
+    assert asked == []
+
+
 def test_a_loss_task_is_scored_on_blank_images_too(root: Path, loaded: LoadedModel):
     records = [{"image": f"{n}.png", "conversations": [
         {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": COLORS[n]}

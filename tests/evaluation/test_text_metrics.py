@@ -55,10 +55,10 @@ def test_yes_and_no_are_counted_as_pope_does():
     assert found["accuracy"].standard_error == pytest.approx(math.sqrt(0.25 / 5))
 
 
+@pytest.mark.slow  # the packages of BLEU and ROUGE
 @pytest.mark.parametrize("name", TEXT_METRICS)
 def test_the_names_of_the_figures_are_known_before(name):
-    if name not in ("bleu", "rouge"):  # whose packages take seconds
-        assert tuple(figures(name, ["A"], ["A" if name != "yes_no" else "yes"])) == TEXT_METRICS[name].names
+    assert tuple(figures(name, ["A"], ["A" if name != "yes_no" else "yes"])) == TEXT_METRICS[name].names
 
 
 def test_what_follows_the_answer_counts_for_exact_match_only():

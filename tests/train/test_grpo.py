@@ -19,8 +19,8 @@ from walk import registered
 
 from vlm.batch import Batch, Example, Prompt
 from vlm.config import load_config
-from vlm.config_checks import blind_reference
-from vlm.config_paths import reward_problems
+from vlm.config_checks import run_notes
+from vlm.config_paths import run_problems
 from vlm.data.collate import Collator
 from vlm.errors import ConfigError
 from vlm.generation.batched import SharedPrompt
@@ -285,15 +285,14 @@ def test_a_reward_model_that_is_none_is_refused_before_anything_is_loaded(config
     for path, told in ((tmp_path / "none", "none does not exist"), (tmp_path, "is not an export of a reward model")):
         rewards = [{"kind": "exact"}, {"kind": "model", "path": str(path)}]
         checked = load_config(config_file(objective={"kind": "grpo", "rewards": rewards}))
-        ((key, problem),) = reward_problems(checked)
+        ((key, problem),) = run_problems(checked)
         assert key == ("objective", "rewards", 1, "path")
         assert told in problem
     (tmp_path / "vlm.json").write_text(json.dumps({"included": ["llm", "value_head"]}))
-    assert list(reward_problems(checked)) == []
+    assert run_problems(checked) == []
 
 
 def test_a_reference_that_sees_no_image_is_warned_of(config_file: Any):
     for kind, count in (("dpo", 1), ("kto", 1), ("orpo", 0), ("lm", 0)):
-        lines = [*blind_reference(load_config(config_file(objective={"kind": kind})))]
-        assert len(lines) == count
-        assert all("is random without init_from" in line for line in lines)
+        lines = run_notes(load_config(config_file(objective={"kind": kind})))
+        assert sum("is random without init_from" in line for line in lines) == count

@@ -19,7 +19,7 @@ from vlm.data.conversation import Conversation, Judged, Preference, Turn, Verifi
 from vlm.data.fields import has_content, renamed, short
 from vlm.data.notes import ABSENT_COLUMN
 from vlm.data.parse import ANSWER_KEYS, CHAT_KEYS, QUESTION_KEYS, known_role, parse_record
-from vlm.data.unread import LABEL_KEYS, TO_BE_COMPARED
+from vlm.data.unread import LABEL_KEYS, PREFERENCE_KEYS, TO_BE_COMPARED
 from vlm.errors import RecordError
 
 Reads = Literal["conversation", "preference", "judged", "verifiable"]
@@ -182,10 +182,10 @@ def _refuse_images(good: int, bad: int) -> None:
 
 
 def _refuse_pair(record: Record) -> None:
-    """Raises RecordError where another objective would read the record."""
-    pair = [next((key for key in keys if has_content(record.get(key))), None) for keys in (CHOSEN_KEYS, REJECTED_KEYS)]
-    if pair[0] is not None or pair[1] is not None:
-        raise RecordError("preference_pair", f"{pair[0] or pair[1]}: {TO_BE_COMPARED}")
+    """Raises RecordError where an objective that compares replies would read the record."""
+    key = next((key for key in PREFERENCE_KEYS if has_content(record.get(key))), None)
+    if key is not None:
+        raise RecordError("preference_pair", f"{key}: {TO_BE_COMPARED}")
 
 
 def _about_answer(record: Record, given: list[str]) -> str:

@@ -30,7 +30,7 @@ from vlm.train.ended import OWNER
 from vlm.train.runfolder import LAUNCH, LAUNCH_LOCK, LOG
 
 Kind = Literal["train", "export", "eval", "predict"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = get_args(Kind)  # training first
 Begin = Callable[[Sequence[str], Path, Path], int]  # arguments of `vlm`, log, working directory -> process id
 _TAIL_BYTES = 64 << 10
 _LOCK_SECONDS = 10.0  # a start takes far less
@@ -128,14 +128,10 @@ def stop(run: Path) -> Job | None:
     Raises:
         VLMError: nothing works there, or it trains on another machine.
     """
-    running = {kind: job for kind in KINDS if (job := read(run, kind)) is not None and job.is_running}
-    training = running.pop("train", None)
-    for job in running.values():
-        os.kill(job.pid, signal.SIGTERM)
-        return job
-    if training is not None:
-        os.kill(training.pid, signal.SIGTERM)
-        return None
+    running = [job for kind in reversed(KINDS) if (job := read(run, kind)) is not None and job.is_running]
+    if running:  # training is the last
+        os.kill(running[0].pid, signal.SIGTERM)
+        return None if running[0].kind == "train" else running[0]
     owner = _read_owner(run)
     if owner is None or not is_locked(run):
         raise VLMError(f"{run}: nothing trains there now")

@@ -91,8 +91,8 @@ def checkpoints(run: Run | None, language: Language) -> list[tuple[str, str]]:
 
 def exports(run: Run | None) -> list[tuple[str, str]]:
     """Of a run, as (shown, argument); the one that commands take by themselves first."""
-    names = [] if run is None else run.exports
-    return [(EXPORT, EXPORT)] * (not names) + [(name, name) for name in names]
+    names = run.exports if run is not None and run.exports else (EXPORT,)
+    return [(name, name) for name in names]
 
 
 def kept(value: Any, offered: Sequence[tuple[str, str]]) -> str:

@@ -322,14 +322,13 @@ def _last_error(run: Run) -> str:
         return run.summary.error
     if run.failed is None and run.state not in ("not_started", "failed"):
         return ""
-    job = run.failed or jobs.read(run.path, "train")
-    kind: jobs.Kind = "train" if job is None else job.kind
+    kind: jobs.Kind = "train" if run.failed is None else run.failed.kind
     lines = jobs.read_log(run.path, kind).split("\n")
     begun = max((place for place, line in enumerate(lines) if line.startswith("$ vlm ")), default=0)
     said = [line for line in lines[begun:] if line.startswith("error:") or "Error: " in line]
-    if kind == "train":
+    if run.failed is None:
         return said[-1] if said else ""
-    return f"{kind}: {said[-1] if said else f'ended with {run.failed.code}'}" if run.failed is not None else ""
+    return f"{kind}: {said[-1] if said else f'ended with {run.failed.code}'}"
 
 
 def _short(value: float | None, form: str) -> str:

@@ -25,8 +25,8 @@ MAX_TOKENS = 1024
 class Talk:
     """Its components."""
 
-    models: tuple[gr.Dropdown, gr.Dropdown]
-    chatbots: tuple[gr.Chatbot, gr.Chatbot]
+    models: tuple[gr.Dropdown, ...]  # of SIDES
+    chatbots: tuple[gr.Chatbot, ...]
     box: gr.MultimodalTextbox
     tokens: gr.Slider
     clear: gr.Button
@@ -53,7 +53,7 @@ def lay_out() -> Talk:
         tokens = gr.Slider(1, MAX_TOKENS, 64, step=1, elem_id="tokens", scale=4)
         clear = gr.Button(elem_id="clear", size="sm", scale=1)
         unload = gr.Button(elem_id="unload", size="sm", scale=1)
-    return Talk(models, chatbots, box, tokens, clear, unload)  # type: ignore[arg-type]
+    return Talk(models, chatbots, box, tokens, clear, unload)
 
 
 def texts_of(w: Talk, language: Language) -> Changes:

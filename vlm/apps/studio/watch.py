@@ -123,7 +123,7 @@ def thinned(series: Series, points: int = MAX_POINTS) -> Series:
 
 def samples(run: Path, count: int = 12) -> list[dict[str, Any]]:
     """The last answers that a run wrote down, newest first; keys `step`, `prompt`, `image` and `answer`."""
-    return _read_lines(run / "samples.jsonl")[::-1][:count]
+    return _last_lines(run / "samples.jsonl", count)[::-1]
 
 
 def predictions(run: Path, count: int = 50) -> list[dict[str, Any]]:
@@ -131,8 +131,8 @@ def predictions(run: Path, count: int = 50) -> list[dict[str, Any]]:
     files = [file for file in run.glob("*/*.jsonl") if file.with_suffix(".json").is_file()]
     if not files:
         return []
-    lines = _read_lines(max(files, key=lambda file: file.stat().st_mtime), 16 * _TAIL_BYTES)
-    return [line for line in lines if "number" in line][-count:]
+    lines = _last_lines(max(files, key=lambda file: file.stat().st_mtime), count, 16 * _TAIL_BYTES)
+    return [line for line in lines if "number" in line]
 
 
 def figures(run: Path) -> str:
@@ -151,10 +151,10 @@ def _series(run: Path) -> dict[str, Series]:
         return {}
 
 
-def _read_lines(path: Path, num_bytes: int = _TAIL_BYTES) -> list[dict[str, Any]]:
-    """The objects at the end of a file; not those torn at the beginning of the tail, or being written."""
+def _last_lines(path: Path, count: int, num_bytes: int = _TAIL_BYTES) -> list[dict[str, Any]]:
+    """The last objects of a file, `count` at most; not those torn at the beginning of the tail, or being written."""
     values = []
-    for line in _tail(path, num_bytes):
+    for line in _tail(path, num_bytes)[-count - 1 :]:  # after the last line's end nothing stands, or what is written
         with suppress(ValueError):
             values.append(json.loads(line))
     return [value for value in values if isinstance(value, dict)]
