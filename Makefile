@@ -1,5 +1,5 @@
 # The commands that the README promises. PYTHON=python3.12 make ... picks the interpreter for .venv.
-.PHONY: quickstart quickstart-tiny test test-fast lint
+.PHONY: quickstart quickstart-tiny test test-all test-fast lint
 
 quickstart:
 	scripts/quickstart.sh
@@ -8,6 +8,9 @@ quickstart-tiny:
 	scripts/quickstart.sh --tiny
 
 test: .venv-test
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not thorough" -n 3 --dist worksteal
+
+test-all: .venv-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist worksteal
 
 test-fast: .venv-test

@@ -1,4 +1,4 @@
-"""For every test: no network beyond loopback, no hub, no injected fault left over, one thread per process."""
+"""For every test: its tier, no network beyond loopback, no hub, no injected fault left over, one thread per process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,20 @@ os.environ.pop("VLM_FAULT", None)
 import pytest
 
 pytest.register_assert_rewrite("browser_user")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked one_in(n) the first of every n cases stays in its tier; the rest is of the third."""
+    num_cases: Counter[str] = Counter()
+    for item in items:
+        for mark in item.iter_markers("one_in"):
+            test = item.nodeid.partition("[")[0]
+            if num_cases[test] % mark.args[0]:
+                item.add_marker("slow")
+                item.add_marker("thorough")
+            num_cases[test] += 1
+
 
 _connect = socket.socket.connect
 _LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")

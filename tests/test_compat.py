@@ -50,6 +50,7 @@ FULL = ["nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"]  # fmt: skip
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("schemas", [FULL, FULL[:1]], ids=["both", "nms only"])
 @pytest.mark.parametrize("looks_first", [True, False], ids=["stub defines first", "stub defines while we look"])

@@ -153,6 +153,7 @@ def test_judged_answers_of_7b_train_the_adapter_that_finetuning_made(method):
         assert (number(written), form(written)) == ([right], [kept])
 
 
+@pytest.mark.one_in(11)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", shipped_projects())
 def test_every_recipe_is_planned_in_an_empty_folder_without_a_network(name, tmp_path, monkeypatch, capsys):
@@ -172,6 +173,7 @@ def test_every_recipe_is_planned_in_an_empty_folder_without_a_network(name, tmp_
     assert "shape as kept in projects/shapes" in out
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_the_plan_of_a_recipe_has_its_numbers_and_fits_its_card(name):
@@ -259,6 +261,7 @@ def test_minigpt4qwen_trains_one_linear_layer_and_fits_as_its_authors_say(name, 
     assert [round(each / 1e6) for each in millions] == [986, 105]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("project", sorted(SHAPES))
 def test_recipe_has_the_shapes_of_its_models(project):
@@ -273,6 +276,7 @@ def test_recipe_has_the_shapes_of_its_models(project):
     assert trained == {"projector"}
 
 
+@pytest.mark.one_in(8)
 @pytest.mark.slow
 @pytest.mark.parametrize("project", [name for name in sorted(SHAPES) if f"{name}/finetune_lora" in RECIPES])
 def test_adapters_of_a_recipe_sit_on_every_linear_of_the_language_model(project):

@@ -99,6 +99,7 @@ def test_a_whole_conversation(chat: pexpect.spawn, root: Path):
     assert "+这是什么？\n" in history.read_text()
 
 
+@pytest.mark.thorough
 def test_through_a_pipe_it_is_plain_text(root: Path, environment: dict[str, str]):
     done = subprocess.run(
         [sys.executable, *CLI_DEMO, "-c", root / "run" / "export", "--max-new-tokens", "4", "--no-stream"],

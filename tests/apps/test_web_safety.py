@@ -240,6 +240,8 @@ def test_an_error_of_the_model_is_told_without_details(
     user.answered(2)
 
 
+@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_page_that_is_closed_makes_room_for_the_next(visit: Callable[..., Page]):
     gone, next_one = visit(), visit()
     gone.ask("Hello")
@@ -263,6 +265,8 @@ class CountedModels(ModelStore):
             yield
 
 
+@pytest.mark.slow
+@pytest.mark.thorough
 def test_more_questions_than_may_wait_are_refused_and_can_be_asked_again(
     chromium: Any, root: Path, monkeypatch: pytest.MonkeyPatch
 ):

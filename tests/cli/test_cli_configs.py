@@ -65,6 +65,7 @@ def test_cp_gives_the_copy_its_own_name_and_run_folders(vlm):
     assert original.model_copy(update=moved) == copied
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", shipped_projects())
 def test_no_copy_writes_into_the_originals_folder(name, vlm):
     code, out, _ = vlm("cp", name, "mine")
@@ -84,6 +85,7 @@ def test_cp_keeps_comments(vlm):
     assert 'base: base/pretrain.yaml\nname: "mine"\n' in Path("mine/pretrain.yaml").read_text()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", shipped_projects())
 def test_every_copy_loads(name, vlm):
     assert vlm("cp", name, "copy")[0] == 0

@@ -18,7 +18,7 @@ from vlm.batch import Example
 from vlm.data.balance import RowWork
 from vlm.data.build import build_conversation_tokenizer, build_data, build_reader
 from vlm.data.config import DataConfig, SourceConfig
-from vlm.data.examples import ExampleStore, pack_example, unpack_example
+from vlm.data.examples import ExampleStore, keep, pack_example, unpack_example
 from vlm.data.scan import measure, scan_records
 from vlm.errors import RecordError
 
@@ -45,7 +45,7 @@ def forbid_tokenizing(monkeypatch):
 
 def test_placeholders_and_labels_are_kept_as_runs():
     example = Example([5, 9, 9, 9, 6, 7, 8], [IGNORE] * 5 + [7, 8], ("/data/a.png",), "a.jsonl: line 4", ("history",))
-    entry = pack_example(3, example, ("a.png",), image_token_id=9)
+    entry = pack_example(3, keep(example, ("a.png",), image_token_id=9))
     header, numbers, text = entry[:28], np.frombuffer(entry[28:60], dtype=np.int32), entry[60:]
     assert len(header) == 28
     assert numbers.tolist() == [5, 6, 7, 8, *(1, 4), *(5, 7)]
@@ -57,7 +57,7 @@ def test_placeholders_and_labels_are_kept_as_runs():
 
 def test_an_entry_of_another_record_or_with_a_flipped_bit_is_none():
     example = Example([5, 6, 7], [IGNORE, 6, 7])
-    entry = pack_example(3, example, (), image_token_id=None)
+    entry = pack_example(3, keep(example, (), image_token_id=None))
     assert unpack_example(entry, 4, None) is None
     for place in range(len(entry)):
         damaged = bytearray(entry)
@@ -75,7 +75,7 @@ def test_any_example_comes_back_as_it_was(seed, tmp_path):
         labels = [token if rng.random() < 0.5 else IGNORE for token in ids]
         names = tuple(rng.choices(["a b.png", 'ü/\n".jpg', "\udcff.png"], k=rng.randrange(3)))
         examples.append((Example(ids, labels, names, unread=tuple(rng.choices(["x", "y"], k=rng.randrange(2)))), names))
-        entries.append(pack_example(number, *examples[-1], 1))
+        entries.append(pack_example(number, keep(*examples[-1], 1)))
     places = store.add(entries)
     again = ExampleStore(tmp_path, 1)
     for number, (example, names) in enumerate(examples):
@@ -284,6 +284,7 @@ def test_nothing_is_written_where_all_that_is_left_is_skipped_again(tmp_path, bp
     assert table.stat().st_ino == inode
 
 
+@pytest.mark.thorough
 @pytest.mark.slow  # two processes that import torch
 def test_each_scanning_process_writes_a_shard_of_its_own(records, bpe, spec, tmp_path, monkeypatch):
     monkeypatch.setattr("vlm.data.scan.CHUNK", 4)

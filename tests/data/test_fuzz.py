@@ -14,6 +14,7 @@ def test_the_run_ends_each_skip_is_named_and_nothing_unread_is_learned(tmp_path)
     assert len(outcome.by_rule) >= 12
 
 
+@pytest.mark.thorough
 @pytest.mark.slow  # measured: 2 minutes on a busy core
 def test_two_thousand_records_and_five_hundred_images(tmp_path):
     outcome = read_source(write_source(tmp_path / "fuzz", 7, 1000, 2000, 500), byte_tokenizer())

@@ -247,6 +247,7 @@ def generated(suffix: str, count: int) -> Iterator[str]:
     yield closing
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
 def test_memory_stays_flat_with_50_000_records(tmp_path, suffix):

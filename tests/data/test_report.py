@@ -80,6 +80,7 @@ def test_check_prints_a_few_and_ends_with_an_error_when_the_share_is_too_large(r
     assert "... and 6 more" in out
 
 
+@pytest.mark.thorough
 @pytest.mark.slow  # two processes that import torch
 def test_checking_processes_find_the_same(records, made, spec, tmp_path, monkeypatch):
     monkeypatch.setattr("vlm.data.report.CHUNK", 3)

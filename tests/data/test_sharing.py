@@ -6,12 +6,14 @@ import hashlib
 from array import array
 
 import numpy as np
+import pytest
 import torch
 
 from vlm.batch import IGNORE_INDEX, Example
 from vlm.data.collate import Collator
+from vlm.data.examples import keep
 from vlm.data.packing import pack_in_windows
-from vlm.data.sharing import Shares, bring_together, find_stem, stem_key
+from vlm.data.sharing import Shares, bring_together, find_stem, stem_key, stem_of
 from vlm.models.loss import select_supervised
 
 X, IMAGE = IGNORE_INDEX, 9
@@ -23,26 +25,37 @@ def example(*text: int, image: str = "a.png", before: tuple[int, ...] = (1,), wh
     return Example(ids, [X] * (len(ids) - 1) + ids[-1:], (image,), where)
 
 
-def test_a_stem_ends_with_the_image_and_is_not_learned():
-    assert find_stem(example(5, 6), IMAGE) == 3
-    assert find_stem(example(5, 6), None) == 0
-    assert find_stem(Example([1, 5], [X, 5]), IMAGE) == 0  # no image
-    assert find_stem(Example([1, IMAGE, 5, IMAGE, 6], [X] * 4 + [6], ("a", "b")), IMAGE) == 0  # images apart
-    assert find_stem(Example([1, IMAGE, IMAGE, 6], [X] * 3 + [6], ("a", "b")), IMAGE) == 3  # images together
-    assert find_stem(Example([1, 5, IMAGE, 6], [X, 5, X, 6], ("a",)), IMAGE) == 0  # a reply before the image
-    assert find_stem(Example([1, 5, IMAGE], [X, 5, X], ("a",)), IMAGE) == 0  # the image is last
+STEMS = [
+    (example(5, 6), IMAGE, 3),
+    (example(5, 6), None, 0),
+    (Example([1, 5], [X, 5]), IMAGE, 0),  # no image
+    (Example([1, IMAGE, 5, IMAGE, 6], [X] * 4 + [6], ("a", "b")), IMAGE, 0),  # images apart
+    (Example([1, IMAGE, IMAGE, 6], [X] * 3 + [6], ("a", "b")), IMAGE, 3),  # images together
+    (Example([1, 5, IMAGE, 6], [X, 5, X, 6], ("a",)), IMAGE, 0),  # a reply before the image
+    (Example([1, 5, IMAGE], [X, 5, X], ("a",)), IMAGE, 0),  # the image is last
+]
+
+
+@pytest.mark.parametrize(("example", "image_token_id", "stem"), STEMS)
+def test_a_stem_ends_with_the_image_and_is_not_learned(example, image_token_id, stem):
+    assert find_stem(example, image_token_id) == stem
+    assert stem_of(keep(example, (), image_token_id)) == stem
+
+
+def key_of(example: Example, stem: int) -> int:
+    return stem_key(keep(example, (), IMAGE), stem, IMAGE)
 
 
 def test_a_key_tells_images_and_what_stands_before_them_apart():
-    keys = [stem_key(e, 3) for e in (example(5), example(6, 7), example(5, image="b.png"), example(5, before=(2,)))]
+    keys = [key_of(e, 3) for e in (example(5), example(6, 7), example(5, image="b.png"), example(5, before=(2,)))]
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3
-    assert stem_key(example(5), 0) == 0
+    assert key_of(example(5), 0) == 0
 
 
 def test_a_key_stays_the_same_as_a_run_that_goes_on_compares_it():
     whole = array("q", [1, IMAGE, IMAGE]).tobytes() + hashlib.sha256(b"a.png").digest()
-    assert stem_key(example(5), 3) == int.from_bytes(hashlib.sha256(whole).digest()[:8], signed=True)
+    assert key_of(example(5), 3) == int.from_bytes(hashlib.sha256(whole).digest()[:8], signed=True)
 
 
 def test_records_of_one_key_follow_its_first_and_a_repeated_one_does_not_meet_itself():

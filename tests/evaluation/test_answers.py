@@ -219,6 +219,7 @@ def test_bits_are_part_of_what_answered(seeing: Path, tmp_path: Path, capsys: py
     assert json.loads((tmp_path / "evaluation.json").read_text())["bits"] == 4
 
 
+@pytest.mark.thorough
 def test_two_processes_of_a_launch_write_what_one_does(
     seeing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -25,6 +25,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_it_gets_our_figures_of_written_and_of_chosen_answers(seeing: Path, tmp_path: Path):

@@ -21,6 +21,7 @@ FULL = {"trainable": ["projector", "llm"], "lora": None}
 VISION = {"trainable": ["projector", "vision"], "lora": None}
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "now"),

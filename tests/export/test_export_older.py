@@ -137,6 +137,7 @@ def add_begin_token(folder: Path, tokenizer_class: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("template", ["vicuna", "llama3", "chatml", "plain"])
 @pytest.mark.parametrize("full", [False, True])

@@ -232,6 +232,7 @@ def test_an_export_of_earlier_versions_gets_its_head_s_bias_back(tmp_path: Path,
     assert "leaves lm_head.bias of this export out; vlm does not" in capsys.readouterr().err
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", VOCABULARIES)
 def test_a_trained_language_model_with_a_padded_vocabulary(family: str, tmp_path: Path):

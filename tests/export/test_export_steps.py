@@ -66,6 +66,7 @@ def test_a_whole_text_model_is_a_folder_of_transformers_and_the_base_model_of_an
     assert len(trained_weights(started.model)) == 20
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",

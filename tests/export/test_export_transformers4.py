@@ -50,7 +50,7 @@ LLAVA: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 TEXT = {"phi": ("phi", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}), "qwen2 text": LLAVA["qwen2"]}
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.thorough, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

@@ -156,6 +156,7 @@ CASES: dict[str, tuple[Callable[[Path, Path, Any], None], tuple[tuple[str, str],
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", CASES)
 def test_an_imported_model_has_the_logits_of_the_original_and_starts_a_run(

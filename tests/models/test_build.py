@@ -98,6 +98,7 @@ def test_language_models_have_the_published_number_of_weights(name: str, count: 
     assert model.llm.get_input_embeddings().weight.shape[1] == width
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("vision", "size", "num_patches", "width"),

@@ -39,6 +39,7 @@ def model_on_meta(config: ModelConfig, **changes: Any) -> Any:
     return model
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("batch", [*BATCHES.values(), shared_image()], ids=[*BATCHES.keys(), "a shared image"])
 @pytest.mark.parametrize("changes", [ADAPTERS, EVERYTHING, {"gradient_checkpointing": True, **EVERYTHING}])
 def test_nothing_is_read_from_the_device(config: ModelConfig, batch: Batch, changes: Any, monkeypatch: Any):

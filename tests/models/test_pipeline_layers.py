@@ -78,6 +78,7 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join([family[0], *family[1]]))
 @pytest.mark.parametrize("trains", [ADAPTERS, EVERYTHING], ids=["adapters", "everything"])

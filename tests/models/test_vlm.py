@@ -133,6 +133,7 @@ def test_a_frozen_encoder_does_not_run_for_text_alone(config: ModelConfig):
 # precision
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("trainable", [["projector"], ["projector", "llm.lora"], ["projector", "llm", "vision"]])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -140,6 +140,7 @@ def test_ranks_on_a_cpu_send_as_fast_as_two_of_them_were_measured_to(monkeypatch
     assert (several.link, several.is_link_assumed) == (2e9, False)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_two_processes_sum_a_tensor():
     assert measure_link() > 1e7  # bytes a second; 1e9 is usual

@@ -51,6 +51,7 @@ def outcomes(root: Path, folder: Path, engine: str, leak: bool) -> list[Any]:
     return first
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nothing_is_refused_and_what_cannot_be_checked_is_said(engine, root, tmp_path):
     failed, left = outcomes(root, tmp_path, engine, leak=False)
@@ -64,6 +65,7 @@ def test_a_leak_is_found_by_the_loss_where_hidden_states_cannot_be_seen(engine, 
     assert "packed_alone" in failed
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_proven_run_ends_equal_to_the_bit_to_one_that_is_not(engine, root, tmp_path):
     ends = []

@@ -142,6 +142,7 @@ def test_a_lever_is_a_line(in_this_process, tiny_parts, monkeypatch, capsys):
     assert float(cells[9]) < 1e-5  # relative difference of the losses; worst seen 2e-7
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_every_measurement_is_a_process_of_its_own(tiny_parts, capsys):
     assert bench_train.main([*tiny_parts, "--jobs", "J1"]) == 0

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlm.compat import prepare
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]  # all of the real pictures and weights
 CACHE = Path(__file__).parents[2] / "cache"
 
 

@@ -23,6 +23,7 @@ SAMPLE = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_type_is_right_in_every_column(model_type: str):

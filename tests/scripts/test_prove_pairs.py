@@ -15,6 +15,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("parts")
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", SAMPLE)
 def test_a_pair_trains_is_exported_and_read_back(pair: str, parts: Path):

@@ -48,6 +48,7 @@ def test_what_is_missing_is_said_with_the_command_that_installs_it(tmp_path, pyt
     assert missing in done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_tiny_parts_are_made_once_and_tested_pictures_do_not_train(tmp_path):
     command = [sys.executable, ROOT / "scripts/prepare_tiny.py", "--folder", tmp_path / "tiny"]

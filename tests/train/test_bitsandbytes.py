@@ -100,6 +100,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw_8bit"])
 def test_a_run_resumes_to_the_bit(optimizer, config_file, tmp_path):
@@ -176,6 +177,7 @@ def work(task):
         load_other_partitions(task["path"], Path(task["folder"]) / "zero2/half")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_8bit_state_of_two_processes_resumes_to_the_bit_and_learns(config_file, tmp_path):

@@ -40,6 +40,7 @@ def decide():
             sys.stdout.write(f"{rank()} caught {error} {error.everywhere}\n")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_others_wait_for_rank_0_longer_than_for_a_rank_that_hangs():
     started = time.monotonic()
@@ -65,6 +66,7 @@ def wait_in_a_group_of_deepspeed():
             sys.stdout.write(f"gave up after {time.monotonic() - started:.1f} s\n")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_group_that_deepspeed_makes_waits_no_longer_than_the_others():
     """Without that, rank 0 would wait until the other comes, and both would end well."""

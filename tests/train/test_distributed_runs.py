@@ -65,6 +65,7 @@ def path(config_file):
     return config_file(train__micro_batch_size=1, train__prove=False, engine=engine)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("engine", [("zero", "stage=3"), ("fsdp",), ("pipeline", "num_stages=2")], ids="".join)
 def test_a_killed_rank_ends_the_launch_and_the_rerun_ends_equal_to_the_bit(path, tmp_path, engine):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
@@ -85,6 +86,7 @@ def test_a_killed_rank_ends_the_launch_and_the_rerun_ends_equal_to_the_bit(path,
     assert [json.loads(line)["step"] for line in samples[0].splitlines()] == [6]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("point", ["save:shard@10/1", "save:rename@10/0"])
 def test_a_kill_inside_a_save_leaves_a_checkpoint_that_resumes(path, tmp_path, point):
     """What rank 0 does alone after that is tested with one process, in test_runs.py."""
@@ -96,6 +98,7 @@ def test_a_kill_inside_a_save_leaves_a_checkpoint_that_resumes(path, tmp_path, p
     assert not list((folder / "checkpoints").glob(".tmp-*"))
 
 
+@pytest.mark.thorough
 def test_sigterm_to_one_rank_saves_once_and_every_rank_ends_with_143(path, tmp_path):
     errors = launch(path, fault="step@7/1=term", check=143, extra=("--max-restarts=1",))  # which changes nothing
     assert errors.count("stopped after step 7 and saved") == 1
@@ -151,6 +154,7 @@ def test_a_launch_ends_with_the_code_of_the_rank_that_failed(script, code, tmp_p
     assert time.monotonic() - began < 50  # a rank that waits is ended
 
 
+@pytest.mark.thorough
 def test_torchrun_restarts_a_lost_rank_and_the_run_completes(path, tmp_path):
     straight = tmp_path / "straight"
     run(path, f"output_dir={straight}")

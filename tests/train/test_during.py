@@ -94,6 +94,7 @@ def test_measuring_changes_nothing_of_the_training(config_writer, tiny: Path, tm
     assert losses[0] == losses[1]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_engine_measures_what_one_process_does(config_file, tiny: Path, tmp_path: Path):

@@ -87,6 +87,7 @@ def test_every_engine_trains_as_one_process_does(config, tmp_path):
     assert not failed
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_another_objective_trains_alike_on_every_engine_and_so_do_its_metrics(config, tmp_path):

@@ -277,6 +277,7 @@ def run_cached(path: str) -> None:
     main(["train", path])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "pipeline"])
 def test_two_ranks_train_on_cached_features_as_one_does(config_file, engine):

@@ -90,6 +90,7 @@ def test_frozen_encoders_need_no_other_change(config, tiny, dino, capsys):
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_trained_encoders_need_no_other_change(config, tiny, capsys):
     path = config(model__trainable=["projector", "llm.lora", "vision"], model__gradient_checkpointing=True)

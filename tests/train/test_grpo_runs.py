@@ -109,6 +109,7 @@ def test_a_vision_language_model_learns_to_tell_what_it_is_shown(asked, tmp_path
     assert {proof[name] for name in ("loss", "gradients", "micro_batches", "own_image")} == {True}
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_adapters_of_a_quantized_base_learn_and_go_on_to_the_bit(asked, tiny: Path, tmp_path: Path, kind: str):
@@ -184,6 +185,7 @@ ENGINES = ("local", "ddp*2", "zero2*2", "zero3*2", "fsdp*2")
 PPO = ("objective.kind=ppo", "model.trainable=[projector, llm.lora, value_head]")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_engines_write_and_learn_what_one_process_does(asked, tmp_path: Path):

@@ -98,6 +98,7 @@ def test_it_is_checked_and_planned_by_what_it_says(config, tmp_path):
     assert (key, problem) == (("model", "vision", "path"), f"{tmp_path}/strips holds no {SHAPE}")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("trains_too", [(), ("vision",)], ids=["frozen", "trained"])
 def test_it_needs_nothing_but_its_class(config, tiny, capsys, trains_too):

@@ -53,6 +53,7 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_ranks_that_need_unequal_numbers_of_forwards_train_alike(config: Path, tmp_path: Path):
     torch.manual_seed(0)

@@ -233,6 +233,7 @@ def test_any_cut_and_precision_trains_as_one_process_does(config, tmp_path):
     assert math.isnan(found[-1].losses[3])
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_tied_head_goes_from_one_process_to_stages_and_back(config, tmp_path):

@@ -220,6 +220,7 @@ def test_a_run_starts_where_it_cannot_be_told_from_its_reference_and_learns_to_t
     assert {proof[name] for name in ("loss", "gradients", "micro_batches", "shared_image")} == {True}
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_engines_agree_on_pairs_and_on_their_reference(preferences, tmp_path: Path):
@@ -244,6 +245,7 @@ def test_engines_agree_on_pairs_and_on_their_reference(preferences, tmp_path: Pa
             assert outcomes[case].metrics[-1] == pytest.approx(reference.metrics[-1], rel=1e-4, abs=1e-6), case
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_run_that_was_stopped_goes_on_to_the_bit_with_the_reference_it_began_with(preferences, kind, tmp_path):
@@ -264,6 +266,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit_with_the_reference_it_began_w
         train(load_config(path, [f"output_dir={again}", "train.max_steps=8"]), path.read_text())
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_run_that_was_killed_while_it_computed_its_reference_begins_again_to_the_bit(preferences, tmp_path):
     """Of two processes one is killed, after the first batch of the pass."""

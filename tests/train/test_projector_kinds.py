@@ -46,6 +46,7 @@ def test_a_resampler_needs_no_other_change(config_file, tiny, capsys):
     assert walked.prompt.count(walked.loaded.image_token_id) == 6
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_of_a_frozen_qformer_the_linear_layer_trains_and_the_export_has_all(blip2, config_file, tiny, capsys, tmp_path):
     file, kept, changes = blip2

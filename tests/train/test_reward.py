@@ -192,6 +192,7 @@ def test_a_reward_model_learns_goes_on_to_the_bit_and_its_export_says_the_same(p
     assert first["margin"] > 1  # a fresh head begins at about 0
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_adapters_of_a_quantized_base_learn_to_score(pairs, tiny: Path):
     llm = {"path": str(tiny / "llm"), "quantization": {"format": "nf4"}}
@@ -211,6 +212,7 @@ def test_adapters_of_a_quantized_base_learn_to_score(pairs, tiny: Path):
     assert all(line["score_chosen"] > line["score_rejected"] for line in lines)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_engines_agree_on_a_reward_model(pairs, tmp_path: Path):

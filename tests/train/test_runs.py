@@ -55,6 +55,7 @@ def straight(config_writer, tmp_path_factory):
     return run_here(config_writer(tmp_path_factory.mktemp("straight"))())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("fault", ["step@8=kill", "save:shard@10=kill", "save:rename@10=kill", "save:prune@12=kill"])
 def test_a_killed_run_resumes_and_ends_equal_to_the_bit(config_file, straight, tmp_path, fault):
     path = config_file()
@@ -292,6 +293,7 @@ def test_a_plain_language_model_trains_through_the_same_code(config_file, tmp_pa
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])
 def test_bfloat16_learns_too(config_file, precision):
@@ -344,6 +346,7 @@ def test_a_last_save_that_fails_is_no_success(config_file, monkeypatch, fault):
     assert caught.value.exit_code == 5
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_leaves_the_loader_processes_time_to_save(config_file):
     path = config_file(data__workers=1, train__max_steps=100_000, train__save_every=100_000)
     run = type(path)(load_config(path).output_dir)

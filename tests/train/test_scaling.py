@@ -152,6 +152,7 @@ def train_with_and_without(task):
             (folder / f"{variant}.json").write_text(json.dumps([vars(output) for output in before + rest]))
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("engines", [ENGINES, PIPELINE], ids=["data", "pipeline"])

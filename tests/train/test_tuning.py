@@ -209,6 +209,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "method"), CELLS, ids=[f"{what}: {method}" for what, method in CELLS])
 def test_a_method_trains_resumes_exports_merges_and_computes_the_same_in_transformers_and_peft(
@@ -311,6 +312,7 @@ def test_the_proof_before_the_first_step_holds_with_packed_weights(toys, tmp_pat
     assert len([check for check in checks if check["passed"]]) > 12
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @needs_bitsandbytes
 def test_engines_that_spread_weights_keep_packed_ones_whole_and_train_as_one_process_does(toys, tmp_path):

@@ -112,7 +112,7 @@ class RecordIndex:
             RecordError: rules bad_json, duplicate_key, not_an_object, bad_csv, bad_columns, bad_text, record_too_large.
             DataError: the file was changed since it was indexed.
         """
-        start, end = int(self.spans[index, 0]), int(self.spans[index, 1])
+        start, end, _ = self.spans[index].tolist()
         try:
             if end - start > MAX_RECORD_BYTES:
                 raise RecordError(
@@ -131,6 +131,7 @@ class RecordIndex:
             raise error.at(self.where(index)) from None
 
     def _without_header(self, spans: np.ndarray) -> np.ndarray:
+        spans = np.asarray(spans)  # of a map too: it stays mapped, and is read from without Python between
         return spans if self.columns is None else spans[1:]
 
     def _open(self) -> BinaryIO:
@@ -199,7 +200,10 @@ def parse_json_record(raw: bytes) -> dict[str, Any]:
         RecordError: rules bad_json, duplicate_key, not_an_object.
     """
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_repeated_key, parse_constant=_refuse_constant)
+        text = raw.decode("utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError("a UTF-8 BOM stands before it")
+        value = _STRICT.decode(text)
     except UnicodeDecodeError as error:
         raise RecordError("bad_json", f"not UTF-8 (byte {error.start} of the record)") from None
     except RecursionError:
@@ -222,6 +226,9 @@ def _no_repeated_key(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_no_repeated_key, parse_constant=_refuse_constant)
 
 
 def _open_plain(path: Path, name: str, cache: Path) -> RecordIndex:

@@ -37,9 +37,9 @@ ROLES: dict[str, Role] = {
 CHAT_KEYS = ("conversations", "conversation", "messages")
 QUESTION_KEYS = ("instruction", "query", "question", "prompt", "human", "user", "input")
 ANSWER_KEYS = ("output", "response", "completion", "answer", "assistant", "gpt", "bot")
-_BESIDE_KEYS = ("input", "context")  # what a question is about, joined to it
+BESIDE_KEYS = ("input", "context")  # what a question is about, joined to it
 _IMAGE_KEYS = ("image", "images", "file_name")  # file_name: metadata files of image folders on the Hugging Face hub
-_SYSTEM_KEYS = ("system", "system_prompt", "system_message", "meta_instruction")
+SYSTEM_KEYS = ("system", "system_prompt", "system_message", "meta_instruction")
 _TURN_MARK = re.compile(r"###[ ]?(Human|Assistant):")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -166,10 +166,10 @@ def _chat_turns(draft: _Draft) -> list[RawTurn]:
 def _before(draft: _Draft) -> list[RawTurn]:
     """What stands before the turns: the system prompt and the history."""
     fields = draft.fields
-    given = fields.given(_SYSTEM_KEYS)
+    given = fields.given(SYSTEM_KEYS)
     if len(given) > 1 and len({str(fields.values[key]) for key in given}) > 1:
         raise RecordError("mixed_keys", f"both {given[0]} and {given[1]}")
-    system = fields.take(*_SYSTEM_KEYS)
+    system = fields.take(*SYSTEM_KEYS)
     fields.settle(*given)
     turns = [] if system is None else [_turn("system", _text(system, given[0]))]
     history = fields.take("history")
@@ -243,7 +243,7 @@ def _pair(fields: Fields, where: str, learned: bool) -> list[RawTurn]:
     if len(questions_given) > 1:
         raise RecordError("mixed_keys", f"{where}: both {questions_given[0]} and {questions_given[1]}")
     key = questions_given[0] if questions_given else "instruction"
-    beside = [fields.take(name) for name in _BESIDE_KEYS if name in fields]
+    beside = [fields.take(name) for name in BESIDE_KEYS if name in fields]
     questions, answers = fields.take(*QUESTION_KEYS) if questions_given else "", fields.values[answer_key]
     fields.settle(answer_key)
     questions = questions if isinstance(questions, list) else [questions]

@@ -90,15 +90,27 @@ class RecordSource:
 
     def parsed(self, number: int) -> Conversation:
         """Record `number` with its images still as it names them. Raises RecordError."""
+        return self.parse(number, self.record(number))
+
+    def record(self, number: int) -> dict[str, Any]:
+        """Record `number` as it stands in the file. Raises RecordError: see `RecordIndex.__getitem__`."""
         try:
-            record = self.index[number]
+            return self.index[number]
         except RecordError as error:
             raise error.at(self.where(number)) from None
-        return self._parse(number, record)
+
+    def parse(self, number: int, record: dict[str, Any]) -> Conversation:
+        """A record in place of record `number`, with its images still as it names them. Raises RecordError."""
+        where = self.where(number)
+        try:
+            parsed = READERS[self.reads](record, self.config, self.image_placement)
+        except RecordError as error:
+            raise error.at(where) from None
+        return replace(parsed, where=where)
 
     def read(self, number: int, record: dict[str, Any]) -> Conversation:
         """A record in place of record `number`, such as that one without the keys that are not for training."""
-        return self.with_images(self._parse(number, record))
+        return self.with_images(self.parse(number, record))
 
     def with_images(self, parsed: Conversation) -> Conversation:
         """The conversation with its images found. Raises RecordError: see `resolve_image`."""
@@ -112,14 +124,6 @@ class RecordSource:
             return tuple(image if isinstance(image, bytes) else self._find(image) for image in images)
         except RecordError as error:
             raise error.at(where) from None
-
-    def _parse(self, number: int, record: dict[str, Any]) -> Conversation:
-        where = self.where(number)
-        try:
-            parsed = READERS[self.reads](record, self.config, self.image_placement)
-        except RecordError as error:
-            raise error.at(where) from None
-        return replace(parsed, where=where)
 
     def _find(self, image: str) -> str:
         if (path := plain_file(str(self.images_root), image)) is not None:

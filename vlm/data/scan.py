@@ -25,12 +25,13 @@ from vlm.batch import IGNORE_INDEX, Example, Skip
 from vlm.data import skips as skip_rules
 from vlm.data.conversation import Conversation
 from vlm.data.documents import PIECE_COLUMNS, Pieces, cut_document, may_cut, piece_of
-from vlm.data.examples import ExampleStore, KeptExample, image_names, pack_example
+from vlm.data.examples import ExampleStore, Kept, KeptExample, image_names, keep, pack_example
 from vlm.data.lengths import load_array, store_array
+from vlm.data.moulds import Moulds
 from vlm.data.notes import UnreadLog
 from vlm.data.preferences import Reads
 from vlm.data.records import RecordSource
-from vlm.data.sharing import Shares, find_pair_stem, find_stem, stem_key
+from vlm.data.sharing import Shares, find_pair_stem, stem_key, stem_of
 from vlm.data.tokenize import ConversationTokenizer
 from vlm.errors import DataError, RecordError
 from vlm.logs import Progress, log, warn
@@ -283,36 +284,59 @@ class Measured(NamedTuple):
 
 def measure(reader: ExampleReader, numbers: np.ndarray) -> Measured:
     unread = UnreadLog()
-    table = np.zeros((COLUMNS, len(numbers)), dtype=np.int64)
     skips: list[Skip] = []
     pieces = [np.zeros((0, PIECE_COLUMNS), dtype=np.int64)]
     entries: list[bytes] = []
-    image_token_id = reader.tokenizer.image_token_id
-    for column, number in enumerate(numbers.tolist()):
+    figures: list[tuple[int, ...]] = []
+    moulds = {s.name: Moulds(s, reader.tokenizer, reader.max_length, reader.max_images) for s in reader.sources}
+    for number in numbers.tolist():
         source, local = reader.locate(number)
         try:
-            parsed = source.parsed(local)
-            (_, example), *more = reader.cut(source.with_images(parsed))
+            record = source.record(local)
+            kept = moulds[source.name].cast(local, record)
+            found = _understand(reader, source, local, record) if kept is None else _found(reader, kept)
         except RecordError as error:
             skips.append(Skip(error.rule, error.where, error.message))
+            figures.append((0,) * (COLUMNS - 1))
             continue
-        if example.rejected is None:
-            stem = find_stem(example, image_token_id)
-            key = stem_key(example, stem)
-        else:
-            stem, key = find_pair_stem(example), 0
-        branches = example.branches
-        num_images, num_supervised = sum(len(b.images) for b in branches), sum(b.num_supervised for b in branches)
-        table[:5, column] = example.num_tokens, num_images, num_supervised, stem, key
-        if example.unread:
-            unread.add(source.name, example.where, example.unread)
-        if more:
-            pieces.append(_measure_pieces(reader, number, more))
+        figures.append(found.figures)
+        if found.kept.unread:
+            unread.add(source.name, source.where(local), found.kept.unread)
+        if found.more:
+            pieces.append(_measure_pieces(reader, number, found.more))
         if reader.store is not None:
-            entries.append(pack_example(number, example, image_names(parsed, len(example.images)), image_token_id))
+            entries.append(pack_example(number, found.kept))
+    table = np.zeros((COLUMNS, len(numbers)), dtype=np.int64)
+    table[:-1] = np.array(figures, dtype=np.int64).reshape(-1, COLUMNS - 1).T
     if reader.store is not None:
-        table[5, table[0] > 0] = reader.store.add(entries)
+        table[-1, table[0] > 0] = reader.store.add(entries)
     return Measured(table, np.concatenate(pieces), skips, unread)
+
+
+class _Found(NamedTuple):
+    """What a record is."""
+
+    figures: tuple[int, ...]  # as in the table, without the place
+    kept: Kept
+    more: list[tuple[int, Example]]  # pieces after the first
+
+
+def _understand(reader: ExampleReader, source: RecordSource, local: int, record: dict[str, Any]) -> _Found:
+    """Raises RecordError: see `ExampleReader.conversation` and `ExampleReader.cut`."""
+    parsed = source.parse(local, record)
+    (_, example), *more = reader.cut(source.with_images(parsed))
+    kept = keep(example, image_names(parsed, len(example.images)), reader.tokenizer.image_token_id)
+    if example.rejected is None:
+        return _found(reader, kept, more)
+    branches = example.branches
+    num_images, num_supervised = sum(len(b.images) for b in branches), sum(b.num_supervised for b in branches)
+    return _Found((example.num_tokens, num_images, num_supervised, find_pair_stem(example), 0), kept, more)
+
+
+def _found(reader: ExampleReader, kept: Kept, more: list[tuple[int, Example]] | None = None) -> _Found:
+    stem = stem_of(kept)
+    key = stem_key(kept, stem, reader.tokenizer.image_token_id)
+    return _Found((kept.runs.length, len(kept.images), kept.runs.num_supervised, stem, key), kept, more or [])
 
 
 def _measure_pieces(reader: ExampleReader, number: int, pieces: list[tuple[int, Example]]) -> np.ndarray:
@@ -322,7 +346,7 @@ def _measure_pieces(reader: ExampleReader, number: int, pieces: list[tuple[int, 
     table = np.array(rows, dtype=np.int64)
     if reader.store is not None:
         image_token_id = reader.tokenizer.image_token_id
-        table[:, 4] = reader.store.add([pack_example(number, piece, (), image_token_id) for _, piece in pieces])
+        table[:, 4] = reader.store.add([pack_example(number, keep(piece, (), image_token_id)) for _, piece in pieces])
     return table
 
 

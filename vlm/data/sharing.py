@@ -16,6 +16,7 @@ from itertools import groupby
 import numpy as np
 
 from vlm.batch import IGNORE_INDEX, Example
+from vlm.data.examples import Kept
 
 
 def find_stem(example: Example, image_token_id: int | None) -> int:
@@ -35,6 +36,15 @@ def find_stem(example: Example, image_token_id: int | None) -> int:
     return stem
 
 
+def stem_of(kept: Kept) -> int:
+    """`find_stem` of an example as it is kept."""
+    runs = kept.runs
+    if not kept.images or len(runs.images) != 2 or runs.images[1] == runs.length:
+        return 0
+    stem = runs.images[1]
+    return stem if not runs.learned or runs.learned[0] >= stem else 0
+
+
 def find_pair_stem(example: Example) -> int:
     """Tokens that both branches of a preference begin with, before anything supervised. Its images are among them.
 
@@ -51,13 +61,14 @@ def find_pair_stem(example: Example) -> int:
     return stem
 
 
-def stem_key(example: Example, stem: int) -> int:
+def stem_key(kept: Kept, stem: int, image_token_id: int | None) -> int:
     """Equal for examples with the same stem and the same images; 0 only where the stem is."""
     if not stem:
         return 0
-    first = example.input_ids.index(example.input_ids[stem - 1])
-    state = _hash_stem(tuple(example.input_ids[: first + 1]), stem - first).copy()
-    for image in example.images:
+    assert image_token_id is not None  # or there would be no stem
+    first = kept.runs.images[0]
+    state = _hash_stem((*kept.runs.kept[:first], image_token_id), stem - first).copy()
+    for image in kept.images:
         state.update(hashlib.sha256(image if isinstance(image, bytes) else image.encode()).digest())
     return int.from_bytes(state.digest()[:8], signed=True) or 1
 

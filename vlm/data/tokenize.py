@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -88,10 +89,26 @@ class ConversationTokenizer:
 
     def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Ids and labels, whether or not there is anything to learn."""
-        ids, labels = self._encode(self.template.render(conversation, self.system), conversation)
+        ids, labels = self._encode(self.render(conversation), conversation)
         if labels:
             labels[0] = IGNORE_INDEX  # nothing comes before it that could predict it, in a packed row least of all
         return ids, labels
+
+    def render(self, conversation: Conversation) -> list[Piece | ImageSlot]:
+        """What `encode` encodes, in order."""
+        return self.template.render(conversation, self.system)
+
+    def encode_piece(self, piece: Piece, is_first: bool) -> list[int]:
+        """Ids of a piece, not to be changed.
+
+        Args:
+            is_first: nothing but begin tokens stands before it.
+        """
+        return (self._encode_control if piece.is_control else self._encode_content)(piece.text, is_first)
+
+    def is_begin(self, ids: Iterable[int]) -> bool:
+        """Whether there is nothing in `ids` but begin tokens."""
+        return all(i in self._bos for i in ids)
 
     def fit(self, conversation: Conversation, max_length: int, max_images: int, over_long: str) -> Example:
         """Tokenize within a token and an image budget.
@@ -210,15 +227,15 @@ class ConversationTokenizer:
         ids: list[int] = []
         labels: list[int] = []
         images = iter(conversation.images)
-        is_first = True  # nothing but begin tokens stands before
+        is_first = True
         for piece in pieces:
             if isinstance(piece, ImageSlot):
                 if self.image_token_id is None:
                     raise RecordError("image_without_encoder", "an image, but model.vision is null", conversation.where)
                 new = [self.image_token_id] * self.num_tokens(next(images, b""))
             else:
-                new = (self._encode_control if piece.is_control else self._encode_content)(piece.text, is_first)
-            is_first = is_first and all(i in self._bos for i in new)
+                new = self.encode_piece(piece, is_first)
+            is_first = is_first and self.is_begin(new)
             ids += new
             labels += new if isinstance(piece, Piece) and piece.is_reply else [IGNORE_INDEX] * len(new)
         return ids, labels

@@ -13,6 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[3]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_eight_chats_at_once_get_the_replies_of_each_in_turn():
     command = [sys.executable, "scripts/bench_serve.py", "--new-tokens", "8", "--repeat", "1"]

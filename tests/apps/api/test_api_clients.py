@@ -15,7 +15,7 @@ import pytest
 from api_server import NAME, Running, user
 from environments import make_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.thorough, pytest.mark.timeout(1800)]
 
 HERE = Path(__file__).parent / "clients"
 PYTHON = ["openai", "langchain-openai", "litellm", "llama-index-llms-openai-like>=0.5"]

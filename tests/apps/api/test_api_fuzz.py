@@ -31,7 +31,8 @@ MODES = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGAT
 
 
 @pytest.mark.timeout(300)
-def test_every_answer_is_as_the_document_says(loaded: LoadedModel):
+@pytest.mark.parametrize("num_requests", [10, pytest.param(30, marks=pytest.mark.thorough)])
+def test_every_answer_is_as_the_document_says(loaded: LoadedModel, num_requests: int):
     seen: dict[str, set[int]] = {}
 
     def call(case: schemathesis.Case) -> None:
@@ -40,8 +41,8 @@ def test_every_answer_is_as_the_document_says(loaded: LoadedModel):
         case.validate_response(response, checks=PROMISES)
 
     bounded = settings(
-        max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],
+        max_examples=num_requests, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck), phases=[Phase.generate],
     )  # fmt: skip
     with on_port(make_service(loaded, SMALL)) as server:
         document = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
