@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from fuzz_data import byte_tokenizer, write_source
 from test_scan import write
+from tokenizers.normalizers import Replace
+from tokenizers_for_tests import byte_level_bpe, sentencepiece_like
 
 from vlm.data.build import build_conversation_tokenizer, build_reader
 from vlm.data.config import DataConfig, SourceConfig
@@ -75,7 +77,7 @@ FORMS = {  # of what says a text, what names an image, and a stream of random nu
         "instruction": s(), "input": r.choice(["", s()]), "output": s(), "system": r.choice([s(), None])
     },
     "question": lambda s, n, r: {"image": n(), "question": s(), "answer": s(), "score": r.choice([0.25, 7, 1])},
-    "text": lambda s, n, r: {"text": s(), "meta": r.choice(IDS)},
+    "text": lambda s, n, r: {"text": s(), "meta": r.choice(IDS), "rate": r.choice(["0.5", "a.mp3", 1, True])},
     "unread": lambda s, n, r: {"conversations": chat(s, r, LLAVA, False), "caption": s(), "notes": r.choice(IDS)},
     "judged": lambda s, n, r: {
         "messages": chat(s, r, OPENAI, False), "label": r.choice([True, False, "false", 3]), "loss": r.choice([0, 1])
@@ -132,19 +134,48 @@ def images(tmp_path_factory):
     return folder
 
 
+TOKENIZERS = {"bytes": byte_level_bpe(), "prefix": sentencepiece_like(), "dropping": byte_level_bpe()}
+TOKENIZERS["dropping"].backend_tokenizer.normalizer = Replace("z", "")
+
+
 @pytest.mark.parametrize("template", ["chatml", "plain", "llama2", "vicuna", "alpaca", "internlm2"])
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_kept_is_to_the_byte_what_each_record_alone_gives(form, template, bpe, spec, tmp_path, images):
+def test_what_is_kept_is_to_the_byte_what_each_record_alone_gives(form, template, spec, tmp_path, images):
     path = write(tmp_path / "a.jsonl", *records_of(form, template))
-    settings = random.Random(f"{form} {template}").choice(
-        [{}, {"image_placement": "exact"}, {"max_length": 60, "over_long": "cut"}]
-    )
-    source = SourceConfig(
-        path=str(path), images=str(images), prompt=random.Random(template).choice([None, "Describe it."])
-    )
-    config = DataConfig(sources=[source], cache=str(tmp_path / "cache"), template=template, **settings)
+    rng = random.Random(f"{form} {template}")
+    settings = rng.choice([{}, {"image_placement": "exact"}, {"max_length": 60, "over_long": "cut"}, {"system": "z"}])
+    sources = [
+        SourceConfig(path=str(path), images=str(folder), prompt=rng.choice([None, "Describe it.", "z"]))
+        for folder in rng.choices([images, images / "sub"], k=rng.choice([1, 2]))
+    ]
+    config = DataConfig(sources=sources, cache=str(tmp_path / "cache"), template=template, **settings)
+    fits = ["bytes", "dropping"] if template in ("chatml", "internlm2") else [*TOKENIZERS]
+    tokenizer = TOKENIZERS[rng.choice(fits)]
+    chat_tokenizer = build_conversation_tokenizer(config, tokenizer, spec, tokenizer.convert_tokens_to_ids("<image>"))
+    compare(build_reader(config, config.sources, chat_tokenizer), tmp_path)
+
+
+def test_sources_of_one_file_have_moulds_of_their_own(bpe, spec, tmp_path, images):
+    path = write(tmp_path / "a.jsonl", *[{"image": "a.png", "caption": f"A dog {number}."} for number in range(5)])
+    sources = [SourceConfig(path=str(path), images=str(images), prompt=prompt) for prompt in ("Describe.", "Say what.")]
+    config = DataConfig(sources=sources, cache=str(tmp_path / "cache"))
     tokenizer = build_conversation_tokenizer(config, bpe, spec, bpe.convert_tokens_to_ids("<image>"))
-    compare(build_reader(config, config.sources, tokenizer), tmp_path)
+    assert compare(build_reader(config, config.sources, tokenizer), tmp_path) == 8
+
+
+def test_a_placeholder_that_words_may_hold_too(bpe, spec, tmp_path, images):
+    path = write(tmp_path / "a.jsonl", *records_of("caption", 0), *records_of("llava", 0))
+    config = DataConfig(sources=[SourceConfig(path=str(path), images=str(images))], cache=str(tmp_path / "cache"))
+    letter = bpe("x").input_ids[0]
+    compare(build_reader(config, config.sources, build_conversation_tokenizer(config, bpe, spec, letter)), tmp_path)
+
+
+def test_what_stands_for_words_may_stand_in_the_config(bpe, spec, tmp_path, images):
+    path = write(tmp_path / "a.jsonl", *[{"image": "a.png", "caption": f"A dog {number}."} for number in range(5)])
+    source = SourceConfig(path=str(path), images=str(images), prompt="Say \ue0000\ue001")
+    config = DataConfig(sources=[source], cache=str(tmp_path / "cache"), system="Be \ue0009\ue001")
+    tokenizer = build_conversation_tokenizer(config, bpe, spec, bpe.convert_tokens_to_ids("<image>"))
+    assert compare(build_reader(config, config.sources, tokenizer), tmp_path) == 0
 
 
 @pytest.mark.parametrize("seed", [3, 4])
@@ -174,11 +205,11 @@ def test_plain_records_have_a_mould_from_the_third_on(form, bpe, spec, tmp_path,
 
 def test_a_table_with_names_of_its_own_has_one_too(bpe, spec, tmp_path, images):
     path = tmp_path / "a.csv"
-    path.write_text("file,alt,note\n" + "a.png,A dog number 3.,3\n" * 40)
+    path.write_text("file,alt,note\n" + "a.png,A dog number 3.,0.5\n" * 40)
     source = SourceConfig(path=str(path), images=str(images), columns={"image": "file", "caption": "alt"})
     config = DataConfig(sources=[source], cache=str(tmp_path / "cache"))
     tokenizer = build_conversation_tokenizer(config, bpe, spec, bpe.convert_tokens_to_ids("<image>"))
-    assert compare(build_reader(config, config.sources, tokenizer), tmp_path) == 39
+    assert compare(build_reader(config, config.sources, tokenizer), tmp_path) == 39  # a table writes numbers as text
 
 
 def test_what_may_be_more_than_words_is_not_taken_apart():

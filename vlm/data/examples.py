@@ -162,6 +162,11 @@ class Kept(NamedTuple):
 
 
 def keep(example: Example, names: tuple[str, ...] | None, image_token_id: int | None) -> Kept:
+    """
+    Args:
+        names: of its images, as in `Kept`.
+        image_token_id: of placeholders; None for a model without images.
+    """
     ids = example.input_ids
     images = [] if image_token_id is None else _runs(ids, image_token_id)
     kept, position = array("i"), 0

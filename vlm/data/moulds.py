@@ -26,21 +26,21 @@ from vlm.data.tokenize import ConversationTokenizer
 from vlm.data.unread import LABEL_KEYS, PREFERENCE_KEYS, REPLY_KEYS, WEIGHT_KEYS
 from vlm.errors import RecordError
 
-_TEXTS = frozenset({"caption", "text", *QUESTION_KEYS, *ANSWER_KEYS, *BESIDE_KEYS, *SYSTEM_KEYS} - {"prompt"})
+_TEXTS = frozenset({"caption", "text", *QUESTION_KEYS, *ANSWER_KEYS, *BESIDE_KEYS, *SYSTEM_KEYS})
 _IMAGES = frozenset({"image", "images"})
 _TURNS = frozenset(CHAT_KEYS)
-# whose values decide what is learned, or how the record is read
+# whose values decide what is learned, or how the record is read, in any spelling
 _DECIDE = frozenset(
     {*LABEL_KEYS, *PREFERENCE_KEYS, *REPLY_KEYS, *WEIGHT_KEYS, "prompt", "completion", "history", "file_name"}
-    | {"question_id", "objects", "__comment__"}
 )
 # may begin a mark, show a medium, hold one, or be half of a character
 _NO_WORDS = re.compile(r"<|\[[/A-Za-z]|\{\{?[A-Za-z]|!\[|data:|[\ud800-\udfff]")
 _NAME = re.compile(r"[\w./ -]{0,400}[\w-]\.[A-Za-z0-9]{2,5}")  # no link and no base64
-_ID = re.compile(r"[A-Za-z0-9_-]{1,40}")  # says nothing, whatever its key
-_MARKED = re.compile(rf"((?:{IMAGE_MARK}\n)*)(.*?)((?:\n{IMAGE_MARK})*)", re.DOTALL)  # as most write places of images
-_WORD = re.compile("\ue000(\\d+)\ue001")  # stands for a text while a mould is made
-_MOST_MOULDS = 1000  # of a source
+_ID = re.compile(r"[A-Za-z0-9_-]{1,40}|-?\d{1,20}\.\d{1,20}")  # says nothing, whatever its key
+_BEFORE, _AFTER = f"{IMAGE_MARK}\n", f"\n{IMAGE_MARK}"  # as most write the places of images
+_SIGN = "\ue000"  # begins what stands for a text while a mould is made
+_WORD = re.compile(f"{_SIGN}(\\d+)\ue001")
+_MOST_MOULDS = 1000  # that one of these looks for
 _MOST_KEPT, _LONGEST_KEPT = 5000, 500  # questions whose ids are kept, and their letters
 
 
@@ -53,11 +53,11 @@ class Apart(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """What a mould writes next: texts, the same ids in all records, or placeholders."""
+    """What a mould writes next: placeholders, or a text of the record's, or ids that are the same in all records."""
 
-    parts: tuple[str | int, ...] = ()  # of a text; a number is that of the record's
-    ids: array[int] = array("i")
     num_placeholders: int = 0
+    parts: tuple[str | int, ...] = ()  # of a text; a number is that of the record's
+    ids: array[int] = array("i")  # not to be changed
     is_first: bool = False  # see `ConversationTokenizer.encode_piece`
     is_learned: bool = False
 
@@ -69,7 +69,7 @@ class _Mould(NamedTuple):
 
 
 class Moulds:
-    """Those of one source.
+    """Those of one source, as far as these records show them: made for every chunk of a scan.
 
     Args:
         max_length, max_images: of an example; a longer one is left to `ConversationTokenizer.fit`.
@@ -81,18 +81,24 @@ class Moulds:
         self._tokenizer = tokenizer
         self._limits = max_length, max_images
         self._ours = {theirs: ours for ours, theirs in config.columns.items()}
+        fixed = f"{config.prompt} {tokenizer.system} {tokenizer.template.default_system}"
         self._can_cast = (
             source.reads == "conversation"
-            and not tokenizer.reads_images
-            and config.format != "marked_turns"
+            and not tokenizer.reads_images  # placeholders depend on the image
+            and config.format != "marked_turns"  # a text is cut into turns
             and not {*TURN_NAMES} & {*config.columns}
+            and _SIGN not in fixed
         )
         self._moulds: dict[tuple[Hashable, ...], _Mould | None] = {}
         self._seen_once: set[tuple[Hashable, ...]] = set()
         self._question_ids: dict[tuple[str, bool], list[int]] = {}
 
     def cast(self, number: int, record: dict[str, Any]) -> Kept | None:
-        """Record `number` of the source, if another had its mould before; None: it must be understood, or refused."""
+        """Record `number` of the source, if another had its mould before; None: it must be understood, or refused.
+
+        Raises:
+            RecordError: an image of it is not found.
+        """
         apart = take_apart(record, self._ours) if self._can_cast else None
         if apart is None:
             return None
@@ -102,8 +108,8 @@ class Moulds:
             return None
         try:
             images = self._source.find_images(apart.names, "") if apart.names else ()
-        except RecordError:  # said of the record when it is understood
-            return None
+        except RecordError as error:
+            raise error.at(self._source.where(number)) from None
         return Kept(runs, images, tuple(apart.names), mould.unread)
 
     def _mould_of(self, number: int, record: dict[str, Any], apart: Apart) -> _Mould | None:
@@ -119,33 +125,43 @@ class Moulds:
 
     def _make(self, number: int, record: dict[str, Any], apart: Apart) -> _Mould | None:
         """None where what its texts say or how many they are decides what is read of them."""
-        words = _Replaced(apart, self._ours)
+        words = Apart(
+            apart.mould,
+            [f"{_SIGN}{number}\ue001" for number in range(len(apart.texts))],
+            [f"image-{number}.png" for number in range(len(apart.names))],
+        )
+        other = _replaced(record, self._ours, words)
+        if take_apart(other, self._ours) != words:  # the two would not agree on what is a text
+            return None
         try:
-            conversation = self._source.parse(number, words.of(record))
+            conversation = self._source.parse(number, other)
         except RecordError:
             return None
-        said = [int(text) for turn in conversation.turns for text in _WORD.findall(turn.text)]
+        turns = conversation.turns
+        said = [int(text) for turn in turns for text in _WORD.findall(turn.text)]
         if (
             type(conversation) is not Conversation
             or conversation.images != tuple(words.names)
-            or sorted(said) != list(range(len(apart.texts)))
+            or sorted(said) != list(range(len(apart.texts)))  # each text is said exactly once
+            or any(
+                turn.role == "assistant" and not turn.text.strip() for turn in turns
+            )  # refused, by each record's own
             or may_cut(conversation, self._tokenizer)
         ):
             return None
         steps = self._steps_of(self._tokenizer.render(conversation))
-        if steps is None or any(turn.text.strip() == "" and turn.role == "assistant" for turn in conversation.turns):
-            return None
         unread = (*conversation.unread, *self._tokenizer.template.leaves_out(conversation))
-        return None if any(map(_WORD.search, unread)) else _Mould(steps, len(conversation.images), unread)
+        return None if steps is None else _Mould(steps, len(conversation.images), unread)
 
     def _steps_of(self, pieces: list[Piece | ImageSlot]) -> list[_Step] | None:
         steps: list[_Step] = []
         is_first = True
         for piece in pieces:
             if isinstance(piece, ImageSlot):
-                if self._tokenizer.image_token_id is None:
+                count = self._tokenizer.num_tokens("")
+                if self._tokenizer.image_token_id is None or not count:
                     return None
-                steps.append(_Step(num_placeholders=self._tokenizer.num_tokens("")))
+                steps.append(_Step(num_placeholders=count))
                 is_first = False
                 continue
             first, *rest = _WORD.split(piece.text)
@@ -161,9 +177,9 @@ class Moulds:
                 steps[-1] = steps[-1]._replace(ids=steps[-1].ids + array("i", ids))
             elif ids:
                 steps.append(_Step(ids=array("i", ids), is_learned=piece.is_reply))
-        placeholder = self._tokenizer.image_token_id
-        is_odd = any(placeholder in step.ids for step in steps)
-        return None if not steps or steps[0].is_learned or is_odd else steps
+        has_others = any(self._tokenizer.image_token_id in step.ids for step in steps)  # placeholders of no image
+        learns_first = not steps or steps[0].is_learned  # the first token has no label
+        return None if has_others or learns_first else steps
 
     def _write(self, mould: _Mould, texts: list[str]) -> Runs | None:
         """None if it is too long, nothing is learned, or a text is encoded to what a text is not."""
@@ -172,7 +188,7 @@ class Moulds:
         images: list[int] = []
         learned: list[int] = []
         length = 0
-        for parts, ids, count, is_first, is_learned in mould.steps:
+        for count, parts, ids, is_first, is_learned in mould.steps:
             if count:
                 _extend(images, length, length + count)
                 length += count
@@ -221,7 +237,7 @@ def take_apart(record: dict[str, Any], ours: dict[str, str]) -> Apart | None:
     names: list[str] = []
     for key, value in record.items():
         name = ours.get(key, key) if ours else key
-        if name in _DECIDE or name.lower() in _DECIDE:
+        if name.lower() in _DECIDE:
             return None
         found: Hashable
         if value is None or value == "":
@@ -268,8 +284,14 @@ def _take_text(text: str, texts: list[str]) -> tuple[str, str] | None:
 
 
 def _split_marks(text: str) -> tuple[str, str, str]:
-    found = _MARKED.fullmatch(text) if IMAGE_MARK in text else None
-    return ("", text, "") if found is None else (found[1], found[2], found[3])
+    before = after = 0
+    while text.startswith(_BEFORE, before * len(_BEFORE)):
+        before += 1
+    end = len(text)
+    while text.endswith(_AFTER, before * len(_BEFORE), end):
+        end -= len(_AFTER)
+        after += 1
+    return _BEFORE * before, text[before * len(_BEFORE) : end], _AFTER * after
 
 
 def _take_names(value: str | list[Any], names: list[str]) -> int | str | None:
@@ -286,40 +308,27 @@ def _take_id(value: Any) -> str | None:
     kind = type(value)
     if kind is str:
         return "id" if _ID.fullmatch(value) else None
-    return kind.__name__ if (kind is int or kind is float) and value not in (0, 1) else None
+    return kind.__name__ if kind in (int, float, bool) else None
 
 
-class _Replaced:
-    """A record with other words, and other names of images, in the order in which `take_apart` finds them."""
+def _replaced(record: dict[str, Any], ours: dict[str, str], words: Apart) -> dict[str, Any]:
+    """A record that could be taken apart, with the texts and names of `words` in place of its own."""
+    texts, names = iter(words.texts), iter(words.names)
 
-    def __init__(self, apart: Apart, ours: dict[str, str]) -> None:
-        self._ours = ours
-        self._num_texts = 0
-        self.names = [f"\ue000{number}\ue001.png" for number in range(len(apart.names))]
-        self._left = iter(self.names)
+    def text(value: str) -> str:
+        before, _, after = _split_marks(value)
+        return before + next(texts) + after
 
-    def of(self, record: dict[str, Any]) -> dict[str, Any]:
-        return {key: self._value(self._ours.get(key, key), value) for key, value in record.items()}
-
-    def _value(self, name: str, value: Any) -> Any:
-        if name in _TURNS and isinstance(value, list):
-            return [
-                {key: self._text(text) if key in ("value", "content") else text for key, text in turn.items()}
-                for turn in value
-            ]
-        if not value:
-            return value
-        if name in _TEXTS and isinstance(value, str):
-            return self._text(value)
-        if name in _IMAGES and isinstance(value, str | list):
-            return next(self._left) if isinstance(value, str) else [next(self._left) for _ in value]
+    def replace(name: str, value: Any) -> Any:
+        if name in _TURNS and type(value) is list:
+            return [{**turn, key: text(turn[key])} for turn in value for key in turn if key in ("value", "content")]
+        if name in _TEXTS and value and type(value) is str:
+            return text(value)
+        if name in _IMAGES and value and type(value) in (str, list):
+            return next(names) if type(value) is str else [next(names) for _ in value]
         return value
 
-    def _text(self, text: str) -> str:
-        word = f"\ue000{self._num_texts}\ue001"
-        self._num_texts += 1
-        before, _, after = _split_marks(text)
-        return before + word + after
+    return {key: replace(ours.get(key, key), value) for key, value in record.items()}
 
 
 def _extend(runs: list[int], start: int, end: int) -> None:

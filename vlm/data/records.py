@@ -62,7 +62,7 @@ class RecordSource:
 
     @property
     def name(self) -> str:
-        """For messages; begins `where`, and is another for every source of a config."""
+        """For messages; begins `where`. Sources of the same file share it."""
         return self.index.name
 
     @property

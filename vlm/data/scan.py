@@ -288,12 +288,12 @@ def measure(reader: ExampleReader, numbers: np.ndarray) -> Measured:
     pieces = [np.zeros((0, PIECE_COLUMNS), dtype=np.int64)]
     entries: list[bytes] = []
     figures: list[tuple[int, ...]] = []
-    moulds = {s.name: Moulds(s, reader.tokenizer, reader.max_length, reader.max_images) for s in reader.sources}
+    moulds = {id(s): Moulds(s, reader.tokenizer, reader.max_length, reader.max_images) for s in reader.sources}
     for number in numbers.tolist():
         source, local = reader.locate(number)
         try:
             record = source.record(local)
-            kept = moulds[source.name].cast(local, record)
+            kept = moulds[id(source)].cast(local, record)
             found = _understand(reader, source, local, record) if kept is None else _found(reader, kept)
         except RecordError as error:
             skips.append(Skip(error.rule, error.where, error.message))
