@@ -109,6 +109,7 @@ def test_a_reader_that_has_enough_is_no_error():
     assert (done.stdout, done.stderr) == ("{\n", "")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [

@@ -378,6 +378,7 @@ def test_the_system_prompt_of_the_run_is_the_templates_default(tmp_path: Path):
         assert "brief" not in str(tokenizer.apply_chat_template(own, tokenize=False))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("order", ["keep", "first", "last"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_template_is_recognised_as_one_that_takes_lists_of_parts(name: str, order: Any):

@@ -22,6 +22,7 @@ def left_alone(module: nn.Module, part: str) -> set[str]:
     return {".".join(name.split(".")[-2:]) for name in undecayed(model) if len(shapes[name]) > 1}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("architecture", "expected"),
     [

@@ -43,6 +43,7 @@ def test_a_model_folders_own_generation_settings_do_not_leak_in(config: ModelCon
     assert generate(model, PROMPT, IMAGE, [], GenerationSettings(max_new_tokens=8)) == expected
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -139,6 +139,7 @@ def test_a_family_that_is_not_known_is_named_with_what_to_do():
 # stages
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("trains", "tied"), [(ADAPTERS, True), (ADAPTERS, False), (EVERYTHING, True), (EVERYTHING, False)]
@@ -188,6 +189,7 @@ def test_a_stage_reads_its_own_tensors_only(config: ModelConfig, monkeypatch):
     ] == []
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("trains", [ADAPTERS, EVERYTHING], ids=["adapters", "everything"])

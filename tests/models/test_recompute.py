@@ -57,6 +57,7 @@ def gradients(encoder: VisionEncoder, features: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("architecture", ["hf", *ARCHITECTURES])
 def test_a_trained_encoder_keeps_less_and_gets_the_same_gradients_and_statistics(
     config: ModelConfig, tmp_path: Path, architecture: str

@@ -16,6 +16,7 @@ def frequencies(draws: int = 4000, **settings: float) -> list[float]:
     return (counts / draws).tolist()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
