@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from planting import FAULTS, fault, wrap
 from proof_setups import SETUPS
 
 from vlm.batch import IGNORE_INDEX
@@ -29,34 +30,6 @@ from vlm.prepare import Prepared
 from vlm.proof.prove import prove
 from vlm.train.engines.base import LossModule
 from vlm.train.engines.local import LocalEngine
-
-Patch = pytest.MonkeyPatch
-
-
-@dataclass(frozen=True)
-class Fault:
-    name: str
-    found_by: str  # the check
-    setup: str
-    plant: Callable[[Patch, Prepared], Any]
-
-
-FAULTS: list[Fault] = []
-
-
-def fault(name: str, found_by: str, setup: str = "lora") -> Callable[[Any], Any]:
-    def register(plant: Any) -> Any:
-        FAULTS.append(Fault(name, found_by, setup, plant))
-        return plant
-
-    return register
-
-
-def wrap(patch: Patch, owner: Any, name: str, change: Callable[..., Any]) -> None:
-    """Replace a function by `change(original, *its arguments)`."""
-    original = getattr(owner, name)
-    patch.setattr(owner, name, lambda *given, **named: change(original, *given, **named))
-
 
 # ---- who sees whom
 

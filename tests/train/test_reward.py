@@ -18,7 +18,7 @@ import vlm
 from vlm.batch import IGNORE_INDEX, Example
 from vlm.config import load_config
 from vlm.data.collate import Collator
-from vlm.errors import CheckpointError, ConfigError
+from vlm.errors import CheckpointError, ConfigError, RecordError
 from vlm.evaluation.scores import read_scored, score_file
 from vlm.export.run import export_run
 from vlm.inference.reward import load_reward_model
@@ -230,3 +230,10 @@ def test_engines_agree_on_a_reward_model(pairs, tmp_path: Path):
             found = worst_differences(reference, outcomes[case])
             assert all(value <= bound for value, bound in zip(found, (1e-5, 5e-5, 5e-6), strict=True)), (case, found)
             assert outcomes[case].metrics[-1] == pytest.approx(reference.metrics[-1], rel=1e-4, abs=1e-6), case
+
+
+def test_a_file_of_which_only_some_records_have_a_label_says_so(tmp_path: Path):
+    record = {"instruction": "What?", "output": "A square."}
+    (tmp_path / "some.jsonl").write_text(f"{json.dumps(record | {'label': True})}\n{json.dumps(record)}\n")
+    with pytest.raises(RecordError, match="some.jsonl: line 2: no label, and the first record has one"):
+        read_scored(tmp_path / "some.jsonl", None, None, tmp_path / "cache")

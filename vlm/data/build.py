@@ -172,16 +172,20 @@ def build_data(
         work=work,
         drops_last=config.drop_last,
     )
-    if stream.steps_in_epoch(0) == 0:
-        raise DataError(
-            f"data.drop_last: {order.num_rows(0)} rows do not fill one step of train.global_batch_size "
-            f"{global_batch_size}, so that an epoch has none. Lower it, or leave data.drop_last out"
-        )
+    _refuse_empty_epoch(stream, order.num_rows(0))
     if len(scans) > 1:
         evaluation = build_eval_batches(scans[1], np.flatnonzero(scans[1].lengths), config, stream)
     else:
         evaluation = build_eval_batches(scan, held_out, config, stream)
     return Data(stream, evaluation, conversation_tokenizer, scans, scan.skips, len(scan))
+
+
+def _refuse_empty_epoch(stream: BatchStream, num_rows: int) -> None:
+    if stream.steps_in_epoch(0) == 0:
+        raise DataError(
+            f"data.drop_last: {num_rows} rows do not fill one step of train.global_batch_size "
+            f"{stream.global_batch_size}, so that an epoch has none. Lower it, or leave data.drop_last out"
+        )
 
 
 def scan_sources(

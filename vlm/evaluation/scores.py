@@ -87,7 +87,13 @@ def read_scored(data: Path, images: Path | None, max_records: int | None, cache:
     source = _open(SourceConfig(path=str(data), images=None if images is None else str(images)), cache)
     found = []
     for number in range(min(len(source), max_records or len(source))):
-        parsed = source.conversation(number)
+        try:
+            parsed = source.conversation(number)
+        except RecordError as error:
+            if error.rule != "no_label":
+                raise
+            why = "no label, and the first record has one. Give every record of the file one, or none"
+            raise RecordError(error.rule, why, error.where) from None
         record: dict[str, Any] = source.index[number]
         replies = parsed.branches if isinstance(parsed, Preference) else (parsed,)
         found.append(ScoredRecord(number, replies, record.get("id", record.get("question_id"))))

@@ -144,10 +144,7 @@ def build_stage(
     bounds = [0, *cuts, num_layers(llm)]
     first, stop = bounds[number], bounds[number + 1]
     is_tied = _tie_as_the_files_do(llm, files)
-    num_real = len(tokenizer) - 1  # the placeholder has no row of its own
-    if config.llm.pad_vocab_to_multiple_of:
-        pad_vocabulary(llm, num_real, config.llm.pad_vocab_to_multiple_of)
-    refuse_beyond_embedding(tokenizer, llm.config.vocab_size, config.llm.path)
+    num_real = _fit_vocabulary(config, llm, tokenizer)
     own = _own_modules(llm, first, stop)
     later = [] if spread is None else [name for name in _block_names(llm) if name in own]
     _read_own_weights(llm, own - set(later), files, dtype, num_real)
@@ -170,6 +167,15 @@ def build_stage(
     stage = Stage(built, number, tuple(cuts), shapes, trained, left_alone, is_tied)
     stage.layers.extend(pipeline_layers(model, first, stop))
     return stage
+
+
+def _fit_vocabulary(config: ModelConfig, llm: Any, tokenizer: Any) -> int:
+    """Returns the rows that are tokens: the placeholder has none of its own. Raises ConfigError where one has none."""
+    num_real = len(tokenizer) - 1
+    if config.llm.pad_vocab_to_multiple_of:
+        pad_vocabulary(llm, num_real, config.llm.pad_vocab_to_multiple_of)
+    refuse_beyond_embedding(tokenizer, llm.config.vocab_size, config.llm.path)
+    return num_real
 
 
 @torch.no_grad()
