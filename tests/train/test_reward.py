@@ -235,5 +235,5 @@ def test_engines_agree_on_a_reward_model(pairs, tmp_path: Path):
 def test_a_file_of_which_only_some_records_have_a_label_says_so(tmp_path: Path):
     record = {"instruction": "What?", "output": "A square."}
     (tmp_path / "some.jsonl").write_text(f"{json.dumps(record | {'label': True})}\n{json.dumps(record)}\n")
-    with pytest.raises(RecordError, match="some.jsonl: line 2: no label, and the first record has one"):
+    with pytest.raises(RecordError, match=r"some\.jsonl: line 2: no label, and the first record has one"):
         read_scored(tmp_path / "some.jsonl", None, None, tmp_path / "cache")
