@@ -268,7 +268,7 @@ def as_markdown(rows: Sequence[Measured], seconds: float) -> str:
 
 def as_json(rows: Sequence[Measured]) -> str:
     """What `vlm models` reads: one type a line, without what is empty."""
-    lines = [{key: value for key, value in asdict(row).items() if value not in ("", ())} for row in rows]
+    lines = [{key: _short(value) for key, value in asdict(row).items() if value not in ("", (), 0)} for row in rows]
     return "[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n"
 
 
@@ -283,8 +283,13 @@ def _line(*cells: str) -> str:
 
 
 def _cell(row: Measured, name: str) -> str:
-    value = getattr(row, name)
+    value = _short(getattr(row, name))
     return f"{value:.0e}" if isinstance(value, float) else value
+
+
+def _short(value: Any) -> Any:
+    """One digit of a difference is enough."""
+    return float(f"{value:.0e}") if isinstance(value, float) else value
 
 
 _HEAD = """# Decoders

@@ -47,7 +47,7 @@ def test_one_entry_says_class_targets_template_pipeline_and_proof():
     assert entry["class"] == "Qwen2ForCausalLM"
     assert " ".join(entry["lora_targets"]) == "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
     assert (entry["templates"], entry["pipeline"], entry["is_trained"]) == (["chatml"], True, True)
-    assert entry["proven"].startswith("measured: packed rows positions, logits 8e-07")
+    assert entry["proven"].startswith("measured: packed rows varlen, logits ")
     (converted,) = describe("xverse")
     assert converted["proven"].startswith("vlm convert legacy writes llama, compared with the original layer")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,6 +128,21 @@ def test_a_type_that_cannot_keeps_its_masks_and_says_so_when_asked(tmp_path: Pat
     assert load_llm(LLMConfig(path=str(gemma2)), torch.float32).config._attn_implementation == "eager"
     with pytest.raises(ConfigError, match=r"model\.llm\.attention varlen: model type gemma2"):
         load_llm(LLMConfig(path=str(gemma2), attention="varlen"), torch.float32)
+
+
+def test_a_window_that_only_a_mask_says_is_refused_where_a_record_is_longer():
+    module = torch.nn.Module()
+    module.config = SimpleNamespace(model_type="toy", sliding_window=4)
+    states = torch.randn(1, 2, 9, 8)
+
+    def attend(*lengths: int, **told: Any) -> None:
+        layout = torch.tensor([(length, 0, 0) for length in lengths]).view(1, 1, -1, 3)
+        varlen_attention(module, states, states, states, layout, **told)
+
+    attend(4, 4, 1)
+    attend(5, 4, sliding_window=None)  # in this block it is told that there is none
+    with pytest.raises(ConfigError, match="type toy: a record of 5 tokens, and its window of 4 is not told"):
+        attend(5, 4)
 
 
 def test_without_a_layout_it_is_sdpa():

@@ -104,11 +104,11 @@ _ALIKE = (
     glm4_moe_lite got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo gptj granite granite_swa granitemoe granitemoe_swa
     granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 iquestcoder jais2 jetmoe kolibri1
     laguna longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mixtral
-    moss_transcribe_diarize nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 phi4_multimodal phimoe
+    moss_transcribe_diarize nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 phi4_multimodal
     qwen2_moe qwen3_moe sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu
     """),
     (LLMFamily(packs_by_positions=True, needs_mask=True), """
-    axk2 deepseek_v32 doge dory falcon glm_moe_dsa llama4 llama4_text
+    axk2 deepseek_v32 doge dory falcon glm_moe_dsa llama4 llama4_text phimoe
     """),
     (LLMFamily(), """
     afmoe bailing_hybrid bamba biogpt bloom ctrl gpt_oss granitemoehybrid inkling2_loop_text inkling2_text

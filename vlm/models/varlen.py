@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlm.batch import send
 from vlm.compat import prepare
+from vlm.errors import ConfigError
 from vlm.logs import warn
 from vlm.models.last_block import mark_read
 from vlm.models.segments import Segment, find_segments
@@ -111,9 +112,22 @@ def varlen_attention(
     assert attention_mask is not None
     segments = tuple(map(tuple, attention_mask[0, 0].tolist()))
     dropout, scaling, window = (kwargs.get(name) for name in ("dropout", "scaling", "sliding_window"))
+    if "sliding_window" not in kwargs:
+        _refuse_window_of_mask(module, segments)
     if query.is_cuda and not dropout and _kernel_serves(query):
         return _with_kernel(query, key, value, segments, scaling, window), None
     return _by_loop(query, key, value, segments, scaling, window, dropout or 0.0), None
+
+
+def _refuse_window_of_mask(module: torch.nn.Module, segments: Segments) -> None:
+    """Raises ConfigError: a record is longer than a window that only the mask says, which there is none of here."""
+    config = getattr(module, "config", None)
+    window, longest = getattr(config, "sliding_window", None), max(length + shared for length, _, shared in segments)
+    if window and longest > window:
+        raise ConfigError(
+            f"model type {getattr(config, 'model_type', '')}: a record of {longest} tokens, and its window of {window} "
+            "is not told to its attention, so that all of them would be seen. Set model.llm.attention: sdpa"
+        )
 
 
 def _by_loop(
