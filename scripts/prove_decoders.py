@@ -267,8 +267,15 @@ def as_markdown(rows: Sequence[Measured], seconds: float) -> str:
 
 
 def as_json(rows: Sequence[Measured]) -> str:
-    """What `vlm models` reads: one type a line, without what is empty."""
-    lines = [{key: _short(value) for key, value in asdict(row).items() if value not in ("", (), 0)} for row in rows]
+    """What `vlm models` reads: one type a line, without what is empty or was not measured."""
+    lines = [
+        {
+            key: float(f"{value:.0e}") if isinstance(value, float) else value  # one digit of a difference is enough
+            for key, value in asdict(row).items()
+            if value not in ("", ()) and (value or row.state == "right")
+        }
+        for row in rows
+    ]
     return "[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n"
 
 
@@ -283,13 +290,8 @@ def _line(*cells: str) -> str:
 
 
 def _cell(row: Measured, name: str) -> str:
-    value = _short(getattr(row, name))
+    value = getattr(row, name)
     return f"{value:.0e}" if isinstance(value, float) else value
-
-
-def _short(value: Any) -> Any:
-    """One digit of a difference is enough."""
-    return float(f"{value:.0e}") if isinstance(value, float) else value
 
 
 _HEAD = """# Decoders

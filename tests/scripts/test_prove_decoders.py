@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from prove_decoders import Measured, as_markdown, measure
+from prove_decoders import Measured, as_json, as_markdown, measure
 from toy_decoders import toy_decoder
 
 from vlm.models.vlm import VisionLanguageModel
@@ -51,6 +53,14 @@ def test_the_table_counts_what_it_lists():
     assert "**2 types are right, 1 of them with records decoded one by one; 1 leak in silence; 1 are" in text
     assert "| `c` | it is an encoder |" in text
     assert "| `d` | leaks |" in text
+
+
+def test_what_is_kept_has_a_digit_and_a_zero_where_it_was_measured():
+    kept = json.loads(as_json([Measured("a", "right", logits=4.26e-7), Measured("b", "refused", "it is an encoder")]))
+    assert kept == [
+        {"type": "a", "state": "right", "logits": 4e-7, "gradient": 0.0},
+        {"type": "b", "state": "refused", "reason": "it is an encoder"},
+    ]
 
 
 @pytest.mark.slow

@@ -127,8 +127,8 @@ class Moulds:
         """None where what its texts say or how many they are decides what is read of them."""
         words = Apart(
             apart.mould,
-            [f"{_SIGN}{number}\ue001" for number in range(len(apart.texts))],
-            [f"image-{number}.png" for number in range(len(apart.names))],
+            [f"{_SIGN}{place}\ue001" for place in range(len(apart.texts))],
+            [f"image-{place}.png" for place in range(len(apart.names))],
         )
         other = _replaced(record, self._ours, words)
         if take_apart(other, self._ours) != words:  # the two would not agree on what is a text
@@ -143,9 +143,7 @@ class Moulds:
             type(conversation) is not Conversation
             or conversation.images != tuple(words.names)
             or sorted(said) != list(range(len(apart.texts)))  # each text is said exactly once
-            or any(
-                turn.role == "assistant" and not turn.text.strip() for turn in turns
-            )  # refused, by each record's own
+            or any(turn.role == "assistant" and not turn.text.strip() for turn in turns)  # an empty reply is refused
             or may_cut(conversation, self._tokenizer)
         ):
             return None

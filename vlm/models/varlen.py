@@ -104,6 +104,9 @@ def varlen_attention(
 
     Returns:
         [1, T, H, d].
+
+    Raises:
+        ConfigError: the model has a window that it says in its mask alone, and a record is longer.
     """
     if not is_layout(attention_mask):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -120,10 +123,10 @@ def varlen_attention(
 
 
 def _refuse_window_of_mask(module: torch.nn.Module, segments: Segments) -> None:
-    """Raises ConfigError: a record is longer than a window that only the mask says, which there is none of here."""
+    """Raises ConfigError: a record is longer than a window that stands in a mask alone. There is no mask here."""
     config = getattr(module, "config", None)
-    window, longest = getattr(config, "sliding_window", None), max(length + shared for length, _, shared in segments)
-    if window and longest > window:
+    window = getattr(config, "sliding_window", None)
+    if window and (longest := max(length + shared for length, _, shared in segments)) > window:
         raise ConfigError(
             f"model type {getattr(config, 'model_type', '')}: a record of {longest} tokens, and its window of {window} "
             "is not told to its attention, so that all of them would be seen. Set model.llm.attention: sdpa"
