@@ -8,13 +8,13 @@ quickstart-tiny:
 	scripts/quickstart.sh --tiny
 
 test: .venv-test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not thorough" -n 3 --dist worksteal
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not thorough" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-all: .venv-test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist worksteal
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv-test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint:
 	scripts/setup_venv.sh dev

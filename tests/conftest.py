@@ -25,7 +25,10 @@ pytest.register_assert_rewrite("browser_user")
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked one_in(n) the first of every n cases stays in its tier; the rest is of the third."""
+    """Of a test marked one_in(n) the first of every n cases stays in its tier; the rest is of the third.
+
+    Files whose tests are slow go first: the small ones then fill the processes up to the end.
+    """
     num_cases: Counter[str] = Counter()
     for item in items:
         for mark in item.iter_markers("one_in"):
@@ -34,6 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("slow")
                 item.add_marker("thorough")
             num_cases[test] += 1
+    num_tests, num_slow = (Counter(item.path for item in chosen) for chosen in (items, filter(_is_slow, items)))
+    items.sort(key=lambda item: -num_slow[item.path] / num_tests[item.path])
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
 
 
 _connect = socket.socket.connect

@@ -363,6 +363,7 @@ plain = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # time says nothing here on a busy machine
 @given(plain)
 def test_the_written_config_reads_back_as_it_was_with_either_reader(value):
@@ -446,6 +447,7 @@ def test_a_tilde_is_the_home_directory(monkeypatch):
     assert (config.model.llm.path, config.output_dir, config.init_from) == ("/home/me/llm", "/home/me/run", "a/~b")
 
 
+@pytest.mark.slow
 def test_reading_a_config_imports_no_heavy_package():
     code = (
         "import sys; from vlm.config import load_config; load_config('tiny/pretrain');"

@@ -119,6 +119,7 @@ def cycle_of(graph: dict[str, set[str]]) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_no_modules_import_each_other_in_a_circle_late_imports_included():
     assert not cycle_of(import_graph()), "move what both need into a module below them"
 

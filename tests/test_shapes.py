@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parents[1] / "vlm"
 LEAST = 0.9  # share of such functions
 _SHAPE = re.compile(r"(?<!\w)\[[\w.][\w.,`*+/() -]*\]|\b[Ss]calars?\b")  # not list[int]
@@ -33,6 +35,7 @@ def _has_tensors(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any("Tensor" in ast.unparse(annotation) for annotation in annotations if annotation is not None)
 
 
+@pytest.mark.slow
 def test_functions_of_tensors_say_the_shapes():
     found = {
         f"{path.relative_to(PACKAGE.parent).as_posix()}:{line}: {name}": says

@@ -38,6 +38,7 @@ def found(adopted: Adopted) -> dict[str, tuple[str, str]]:
     return {line.topic: (line.text, line.limit) for line in adopted.lines}
 
 
+@pytest.mark.slow
 def test_a_project_is_written_whose_configs_are_valid_and_say_what_was_found(parts: Path, tmp_path: Path):
     adopted = adopt([str(parts / "clip")], str(parts / "llm"), tmp_path / "pair", memory="24GiB")
     lines = found(adopted)
@@ -108,12 +109,14 @@ def test_the_adapters_stage_keeps_its_own_rows_where_the_full_stage_gets_fewer(p
         assert found == expected
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_with_what_to_do(parts: Path, tmp_path: Path):
     adopted = adopt([str(parts / "clip")], str(parts / "llm"), tmp_path / "pair", memory="1GiB")
     assert found(adopted)["finetune"][1].startswith("DOES NOT FIT: ")
     assert "  finetune: DOES NOT FIT" in as_text(adopted)
 
 
+@pytest.mark.slow
 def test_where_memory_is_short_fewer_rows_are_computed_at_once(parts: Path, tmp_path: Path):
     adopt([str(parts / "clip")], str(parts / "llm"), tmp_path / "pair", memory="1.07GiB")
     rows = {

@@ -40,6 +40,7 @@ def ask(session: ChatSession, question: str) -> str:
     return "".join(session.ask(question, SHORT)).strip()
 
 
+@pytest.mark.slow
 def test_a_conversation_remembers_questions_replies_and_images(session: ChatSession, root: Path):
     session.add_image(root / "cat.png")
     first = ask(session, "What is this?")

@@ -68,6 +68,7 @@ def names(talk: Talk) -> list[str]:
     return [Path(str(image)).name for image in talk.session.images]
 
 
+@pytest.mark.slow
 def test_it_asks_for_an_image_and_none_is_fine(converse: Converse, root: Path):
     assert converse("", "Hello")[1].session.images == []
     text, talk = converse(str(root / "missing.png"), str(root / "cat.png"), ":f", "What?")

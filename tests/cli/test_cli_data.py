@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
-
-REPOSITORY = Path(__file__).parents[2]
+from prepare_tiny import write_parts
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the tiny project's paths exist."""
     folder = tmp_path_factory.mktemp("tiny")
-    subprocess.run(
-        [sys.executable, REPOSITORY / "scripts/prepare_tiny.py", "--folder", folder / "cache/tiny"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    write_parts(folder / "cache/tiny")
     return folder
 
 

@@ -78,6 +78,7 @@ def processor_seconds(arguments):
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["ls"], ["validate", "llava_qwen2_5_7b/pretrain"], ["config-schema"]]
 )
@@ -101,6 +102,7 @@ def test_one_options_flag_takes_several_overrides(flag):
     assert repeat_options(given) == ["train", flag, "a=1", "--options", "b=2", "x.yaml"]
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_is_no_error():
     done = subprocess.run(
         f"{sys.executable} -m vlm.cli.main config-schema | head -1",

@@ -195,6 +195,7 @@ def test_plan_reads_config_json_alone(vlm):
     assert vlm("validate", "a.yaml")[0] == 2
 
 
+@pytest.mark.slow
 def test_validate_imports_no_torch_and_is_quick_with_a_real_vocabularys_size():
     """150,000 tokens, as Qwen's: 0.3 s more than starting vlm (0.25 s). Processor time, as others may use the cores."""
     words = [f"token{number:012d}" for number in range(150_000)]

@@ -253,7 +253,7 @@ def owner_of(array):
     return owner_of(array.base) if isinstance(array, np.ndarray) else array
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
 def test_memory_stays_flat_with_50_000_records(tmp_path, suffix):

@@ -128,6 +128,7 @@ def test_without_marks_a_text_is_read_back_as_words():
         assert without_marks(text).replace(" ", "") == text.replace(" ", "")
 
 
+@pytest.mark.slow
 def test_many_marks_take_no_time():
     """A pass that looks back at every mark would take minutes. Measured: 0.4 s."""
     assert len(find_marks("<image><|x_image|>\n" * 20_000)) == 60_000

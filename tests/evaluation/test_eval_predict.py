@@ -257,6 +257,7 @@ def test_the_loss_task_is_the_mean_cross_entropy_of_the_supervised_tokens(root: 
     assert row.shuffled.value != pytest.approx(row.own.value, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_own_images_score_one_and_shuffled_ones_less_where_the_answer_depends_on_the_image(
     root: Path, loaded: LoadedModel
 ):

@@ -34,6 +34,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_an_export_holds_the_proof_and_its_card_sums_it_up(run: Path, full: bool):
     export = export_run(run, full=full)

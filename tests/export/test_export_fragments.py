@@ -88,7 +88,7 @@ def tensors(export: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exports_of_all_engines_after_one_step_are_equal(variant, data, tmp_path):
     path = write_config(tmp_path, data, VARIANTS[variant])

@@ -53,6 +53,7 @@ def edit(path: Path, **changes: Any) -> None:
 # Talking to it
 
 
+@pytest.mark.slow
 def test_the_example_in_the_documentation_works(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(root)
     found = doctest.DocTestFinder().find(load, "load", globs={**vars(load_module), "export": root / "run" / "export"})
@@ -142,6 +143,7 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
+@pytest.mark.slow
 def test_closing_the_stream_ends_the_generation(loaded: LoadedModel, lengths: list[int]):
     stream = loaded.stream(to_conversation("Hello"), GenerationSettings(max_new_tokens=200))
     next(stream)
@@ -160,6 +162,7 @@ def test_a_conversation_longer_than_the_model_reads_is_refused_with_numbers(load
         loaded.chat("one two three " * 100)
 
 
+@pytest.mark.slow
 def test_the_reply_is_cut_where_the_model_ends(loaded: LoadedModel):
     prompt = len(loaded.conversation_tokenizer.prompt(to_conversation("one " * 60)))
     assert 200 < prompt < 256 or prompt < 256
@@ -179,6 +182,7 @@ def test_an_error_in_the_generation_thread_reaches_the_caller(loaded: LoadedMode
         loaded.chat("Hello")
 
 
+@pytest.mark.slow
 def test_an_image_for_a_plain_language_model_is_refused(root: Path, tmp_path: Path):
     write_run(tmp_path / "run", model_config(root, vision=None, trainable=["llm.lora"]))
     plain = load(export_run(tmp_path / "run"), "cpu", "fp32")
@@ -213,6 +217,7 @@ def test_projector_and_adapter_continue(root: Path):
     assert all(torch.equal(own[name], stored[name]) for name in stored)
 
 
+@pytest.mark.slow
 def test_a_new_adapter_starts_fresh_and_is_said_to(root: Path, tmp_path: Path):
     write_run(tmp_path / "run", model_config(root, trainable=["projector"], lora=None))
     assert begin(root, export_run(tmp_path / "run")) == [
@@ -235,6 +240,7 @@ def test_an_adapter_that_is_not_trained_on_is_merged(root: Path, loaded: LoadedM
         assert (model.llm(ids).logits - loaded.model.llm(ids).logits).abs().max().item() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_whole_language_model_is_the_start_of_an_adapter(root: Path, tmp_path: Path):
     built = write_run(tmp_path / "run", model_config(root, trainable=["projector", "llm"], lora=None))
     model = fresh(root)
@@ -290,6 +296,7 @@ def test_an_adapter_beside_another_language_model_of_the_same_shape_is_refused(r
         begin(root, root / "run" / "export", llm=other)
 
 
+@pytest.mark.slow
 def test_a_projector_may_move_to_another_language_model_of_its_width_and_this_is_said(root: Path, tmp_path: Path):
     write_run(tmp_path / "run", model_config(root, trainable=["projector"], lora=None))
     other = {"path": str(write_llm(tmp_path / "other", seed=9))}
@@ -302,6 +309,7 @@ def test_the_same_base_in_bfloat16_is_the_same_base(root: Path):
     assert load_init(model, model_config(root), root / "run" / "export")[0] == "projector: 4 tensors loaded"
 
 
+@pytest.mark.slow
 def test_a_merged_llava_folder_is_no_start_and_says_what_is(root: Path, tmp_path: Path):
     full = export_run(root / "run", out=tmp_path / "full", full=True)
     with pytest.raises(CheckpointError, match="without --full"):
@@ -320,6 +328,7 @@ def test_what_is_no_export_says_what_it_is(root: Path, tmp_path: Path):
         load(root / "run")
 
 
+@pytest.mark.slow
 def test_another_base_model_at_the_same_path_is_refused_tensor_by_tensor(root: Path, tmp_path: Path):
     write_run(tmp_path / "run", model_config(tmp_path))
     export = export_run(tmp_path / "run")

@@ -21,7 +21,7 @@ FULL = {"trainable": ["projector", "llm"], "lora": None}
 VISION = {"trainable": ["projector", "vision"], "lora": None}
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "now"),

@@ -62,6 +62,7 @@ def test_older_names_of_rotary_settings(settings: dict[str, Any], expected: dict
     assert older_rope(settings) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_a_trained_language_model_s_config_has_them_and_says_the_same_to_transformers_5(full: bool, tmp_path: Path):
     from transformers import AutoConfig
@@ -190,6 +191,7 @@ def test_the_processor_of_a_llava_export_adds_no_second_begin_token(tmp_path: Pa
     assert [each["input_ids"][0].count(begin) for each in found] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_the_tokenizer_s_own_template_begins_as_it_did(tmp_path: Path):
     from transformers import AutoTokenizer
 
@@ -210,6 +212,7 @@ def test_the_tokenizer_s_own_template_begins_as_it_did(tmp_path: Path):
 # --- who may read it, and what
 
 
+@pytest.mark.slow
 def test_files_have_the_modes_that_the_umask_gives(tmp_path: Path):
     before = os.umask(0o027)
     try:
@@ -242,6 +245,7 @@ def test_checkpoints_and_cached_features_follow_it_too(tmp_path: Path, monkeypat
     assert [file.stat().st_mode & 0o777 for file in files] == [0o644] * 3
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("unshuffle", [1, 2], ids=["llava", "vlm"])
 def test_a_whole_export_names_no_folder_of_the_machine(unshuffle: int, tmp_path: Path):

@@ -43,6 +43,7 @@ def refused(run: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_an_export_is_made_while_all_is_as_it_was(tmp_path: Path):
     export_run(pinned_run(tmp_path, model_config(tmp_path)))
 
@@ -58,6 +59,7 @@ def test_one_changed_weight_of_a_base_model_is_enough(part: str, tmp_path: Path)
     assert "Put the old files back; or begin a run with the new ones" in message
 
 
+@pytest.mark.slow
 def test_a_changed_setting_is_a_changed_model_and_a_new_version_stamp_is_none(tmp_path: Path):
     run = pinned_run(tmp_path, model_config(tmp_path))
     file = tmp_path / "llm" / "config.json"
@@ -81,6 +83,7 @@ def test_the_export_that_a_run_began_with_is_pinned_in_the_parts_that_the_run_le
     assert f"  init_from {start}: projector.safetensors: " in refused(run)
 
 
+@pytest.mark.slow
 def test_what_the_run_trains_itself_may_change(tmp_path: Path):
     config = model_config(tmp_path, lora=None, trainable=["projector", "llm"])
     before = pin_start(config, None)
@@ -96,6 +99,7 @@ def test_what_the_run_trains_itself_may_change(tmp_path: Path):
     assert sorted(pin_start(lora, str(start))["model.llm.path"]) == ["config.json"]  # its weights come from the start
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_is_taken_with_one_line(tmp_path: Path, capsys: Any):
     write_run(tmp_path / "run", model_config(tmp_path))
     export_run(tmp_path / "run")

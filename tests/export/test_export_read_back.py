@@ -43,6 +43,7 @@ def assert_equal(built: Assembled, export: Path) -> None:
 # --- the check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_a_weight_that_is_not_the_trained_one_stops_the_export(full: bool, tmp_path: Path, monkeypatch: Any):
     run = write_run(tmp_path / "run", model_config(tmp_path, projector={"kind": "mlp", "depth": 2}))
@@ -61,6 +62,7 @@ def test_a_weight_that_is_not_the_trained_one_stops_the_export(full: bool, tmp_p
     assert not [path for path in (tmp_path / "run").iterdir() if "export" in path.name]
 
 
+@pytest.mark.slow
 def test_an_export_that_does_not_load_says_why_and_an_older_one_stays(tmp_path: Path, monkeypatch: Any):
     write_run(tmp_path / "run", model_config(tmp_path))
     export = export_run(tmp_path / "run")
@@ -71,6 +73,7 @@ def test_an_export_that_does_not_load_says_why_and_an_older_one_stays(tmp_path: 
     assert (export / "vlm.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_trained_model_is_gone_before_its_export_is_loaded(tmp_path: Path, monkeypatch: Any):
     write_run(tmp_path / "run", model_config(tmp_path))
     alive = []
@@ -139,6 +142,7 @@ def test_what_differs_is_named(change: dict[str, Any], line: str):
 # --- what it found
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_a_timm_encoder_of_another_size_than_its_class(full: bool, tmp_path: Path):
@@ -188,6 +192,8 @@ def test_dinov2_up_to_an_inner_block(kind: str, tmp_path: Path):
         assert torch.equal(loaded.model.encode_images(pixels), built.model.encode_images(pixels))
 
 
+@pytest.mark.slow
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("family", HEADS_WITH_BIAS)
 def test_a_head_with_a_bias_is_not_written_for_a_class_that_has_none(family: str, tmp_path: Path, capsys: Any):
     write_decoder(tmp_path / "llm", family, **HEADS_WITH_BIAS[family])
@@ -208,6 +214,7 @@ def test_a_head_that_llava_does_not_compute_is_found_by_asking_its_class(tmp_pat
     assert_equal(built, export)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "opt"])
 def test_a_decoder_that_llava_cannot_hold_becomes_a_vlm_folder(family: str, tmp_path: Path, capsys: Any):
@@ -217,6 +224,7 @@ def test_a_decoder_that_llava_cannot_hold_becomes_a_vlm_folder(family: str, tmp_
     assert "AttributeError" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_export_of_earlier_versions_gets_its_head_s_bias_back(tmp_path: Path, monkeypatch: Any, capsys: Any):
     write_decoder(tmp_path / "llm", "phi")
     built = write_run(tmp_path / "run", model_config(tmp_path, lora=None, trainable=["projector"]))
@@ -243,6 +251,7 @@ def test_a_trained_language_model_with_a_padded_vocabulary(family: str, tmp_path
         assert_equal(built, export_run(tmp_path / "run", full=full))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_the_language_model_s_own_folder_names_the_template_s_end(full: bool, tmp_path: Path):
     """As a server that is given the language model's folder reads it; the base model ends with <|endoftext|>."""
@@ -269,6 +278,7 @@ def test_a_model_loaded_in_bfloat16_keeps_its_rotary_frequencies(tmp_path: Path)
         assert frequencies.tolist() == pytest.approx([1, 0.1, 0.01, 0.001], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unshuffle", [1, 2], ids=["llava", "vlm"])
 def test_a_full_export_of_16_bits_is_read_back_too(unshuffle: int, tmp_path: Path, monkeypatch: Any):
     write_run(tmp_path / "run", model_config(tmp_path, projector={"kind": "linear", "unshuffle": unshuffle}))

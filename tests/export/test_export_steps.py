@@ -25,6 +25,7 @@ def vlm(*arguments: object) -> int:
     return int(end.value.code or 0)
 
 
+@pytest.mark.slow
 def test_a_named_checkpoint_is_exported_beside_the_newest(tmp_path: Path):
     config = model_config(tmp_path, trainable=["projector"], lora=None)
     built, run = write_run(tmp_path / "run", config), tmp_path / "run"  # step 7

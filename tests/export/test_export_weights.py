@@ -38,6 +38,7 @@ def test_the_default_export_holds_what_trained_and_no_base_weights(tmp_path: Pat
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_loaded_export_gives_the_logits_of_the_model_that_was_trained(tmp_path: Path):
     built = write_run(tmp_path / "run", model_config(tmp_path))
     loaded = load(export_run(tmp_path / "run"), device="cpu", precision="fp32")
@@ -56,6 +57,7 @@ def test_the_loaded_export_gives_the_logits_of_the_model_that_was_trained(tmp_pa
         assert (loaded.model.encode_images(pixels) - built.model.encode_images(pixels)).abs().max().item() == 0
 
 
+@pytest.mark.slow
 def test_peft_alone_loads_the_adapter(tmp_path: Path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

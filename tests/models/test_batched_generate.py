@@ -99,6 +99,7 @@ def load(folder: Path, family: str, **changes: Any) -> VisionLanguageModel:
     return VisionLanguageModel(load_llm(LLMConfig(path=str(path), attention=attention), torch.float32))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_batch_writes_what_each_reply_alone_would_be(tmp_path: Path, name: str):
     family, changes, decoder = FAMILIES[name]

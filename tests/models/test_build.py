@@ -116,6 +116,7 @@ def test_encoders_have_the_published_shapes(vision: dict[str, Any], size: int, n
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_normalisation_of_open_clip_weights_follows_their_tag():
     def mean(**settings: str) -> tuple[float, ...]:
         vision = {"backend": "open_clip", "layer": -2} | settings
@@ -125,6 +126,7 @@ def test_normalisation_of_open_clip_weights_follows_their_tag():
     assert mean(path="EVA02-L-14-336", pretrained="merged2b_s6b_b61k") == (0.48145466, 0.4578275, 0.40821073)
 
 
+@pytest.mark.slow
 def test_adapters_and_padding_have_shapes_without_weights_too():
     values = {
         "vision": CLIP_L, "llm": {"path": real("Qwen2.5-7B-Instruct"), "pad_vocab_to_multiple_of": 10_000},

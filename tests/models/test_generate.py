@@ -146,6 +146,7 @@ def test_a_tiny_temperature_takes_the_likeliest_too(model: VisionLanguageModel, 
     assert generate(model, PROMPT, IMAGE, [], settings) == likeliest(model, 8)
 
 
+@pytest.mark.slow
 def test_a_seed_decides_what_is_sampled(model: VisionLanguageModel):
     def sample(seed: int | None) -> list[int]:
         settings = GenerationSettings(max_new_tokens=16, do_sample=True, temperature=3.0, seed=seed)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from vlm.data.template import TEMPLATES
 from vlm.models.families import FAMILIES
 from vlm.models.known import KNOWN, as_markdown, describe, measured
@@ -52,6 +54,7 @@ def test_one_entry_says_class_targets_template_pipeline_and_proof():
     assert converted["proven"].startswith("vlm convert legacy writes llama, compared with the original layer")
 
 
+@pytest.mark.slow
 def test_the_command_answers_within_a_second_without_torch():
     code = (
         "import sys, time; began = time.perf_counter()\n"

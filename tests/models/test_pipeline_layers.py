@@ -78,7 +78,7 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join([family[0], *family[1]]))
 @pytest.mark.parametrize("trains", [ADAPTERS, EVERYTHING], ids=["adapters", "everything"])
@@ -139,6 +139,7 @@ def test_a_family_that_is_not_known_is_named_with_what_to_do():
 # stages
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
@@ -163,6 +164,7 @@ def test_stages_together_hold_exactly_what_build_model_gives(config, tmp_path, t
     assert trained.keys() == trained_weights(whole).keys()
 
 
+@pytest.mark.slow
 def test_a_stage_computes_what_its_layers_of_the_whole_model_do(config: ModelConfig):
     settings = changed(config, **ADAPTERS)
     batch = BATCHES["packed, an image in one row"]

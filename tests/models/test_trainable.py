@@ -172,6 +172,7 @@ def test_trained_weights_go_into_another_model_and_make_it_equal(config: ModelCo
     assert torch.equal(first.encode_images(images), second.encode_images(images))
 
 
+@pytest.mark.slow
 def test_a_trained_cnn_keeps_its_batch_statistics(config: ModelConfig, tmp_path: Path):
     import timm
 

@@ -55,6 +55,7 @@ def test_layers_of_hf_are_its_hidden_states(tmp_path: Path, kind: str, num_prefi
     assert (built.num_patches, built.width, built.image_size) == (16, 24, 28)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "keep"), [((-1, -3), False), ((-3, -2), True)])
 def test_several_layers_are_joined_by_channel_in_the_order_asked(tmp_path: Path, layers: tuple[int, ...], keep: bool):
     hf = write_vision(tmp_path / "hf")
@@ -241,6 +242,7 @@ def test_timm_takes_a_weight_file_and_interpolates_positions(tmp_path: Path):
     assert difference(built(images), expected) < 1e-4  # worst seen: 0.0; another CPU may add up in another order
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("architecture", "size"),

@@ -50,6 +50,7 @@ def theirs(blocks: int, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor
     return found | {"other.norm.weight": torch.randn(3).to(dtype)}
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 12), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 99))
 def test_there_and_back_is_the_same_to_the_bit(blocks, dtype, seed):

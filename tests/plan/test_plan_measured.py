@@ -37,7 +37,7 @@ def test_small_models_within_5_percent(case):
 
 
 # Peaks of 150 to 1,150 MiB; worst of all 22 when written: 2.7 %, docs/plan.md has the table, scripts/bench_plan.py all
-@pytest.mark.one_in(7)
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SMALL[1::3], ids=lambda case: case.name)
 def test_models_of_the_bench_within_5_percent(case):

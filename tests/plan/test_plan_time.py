@@ -225,6 +225,7 @@ def test_processor_time_that_a_host_takes_back_makes_no_call_free(monkeypatch):
 
 
 # docs/plan.md has the errors of all 20; a busy machine moves both sides
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_small_model_takes_about_as_long_as_planned(monkeypatch, tmp_path):
     monkeypatch.setenv("VLM_CACHE_DIR", str(tmp_path))

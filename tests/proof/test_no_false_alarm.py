@@ -31,6 +31,7 @@ def records(root, tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_records_that_were_cut_end_with_the_last_reply_that_fits(root, records):
     """The question that follows it would fit too, but the answer to that does not."""
     talk = ("<image>\nWhat is this?", "A red circle.", "What else?", "A blue square and a green circle. " * 30)
@@ -40,6 +41,7 @@ def test_records_that_were_cut_end_with_the_last_reply_that_fits(root, records):
     assert proof.findings["text"].passed is True
 
 
+@pytest.mark.slow
 def test_a_trained_encoder_may_move_its_own_statistics_beside_a_frozen_language_model(root):
     changes = {"path": "{root}/resnet", "backend": "timm", "image_size": 64}
     parts = make_parts(
@@ -50,6 +52,7 @@ def test_a_trained_encoder_may_move_its_own_statistics_beside_a_frozen_language_
     assert proof.findings["frozen_steady"].passed is True
 
 
+@pytest.mark.slow
 def test_a_proof_puts_back_statistics_that_moved_before_it_goes_on(root):
     """The checks that follow compare what was computed before with what is computed after."""
     parts = make_parts(root, "batch norm")

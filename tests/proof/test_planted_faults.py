@@ -444,6 +444,7 @@ def _(patch, parts):
     patch.setitem(group, "params", [*group["params"], *parts.built.model.llm.parameters()])
 
 
+@pytest.mark.slow
 def test_dropout_that_a_frozen_language_model_was_trained_with_is_off_and_not_refused(parts_of, monkeypatch):
     """GPT-2, OPT, Phi-2 and StarCoder2 say 0.1 in their config.json."""
     for setup in ("projector", "lora"):
@@ -457,6 +458,7 @@ def failed(parts: Prepared) -> list[str]:
     return prove(parts, seconds=math.inf).failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planted", FAULTS, ids=lambda planted: planted.name)
 def test_the_fault_is_found_by_the_check_of_its_name(planted, parts_of, monkeypatch):
     parts = parts_of(planted.setup)

@@ -76,6 +76,7 @@ def test_a_proof_leaves_modes_gradients_statistics_and_random_numbers_as_they_we
     assert not parts.engine.optimizer.state
 
 
+@pytest.mark.slow
 def test_proof_json_says_what_was_measured_against_what(config_file):
     proof = written(run_here(config_file(train={"max_steps": 1})))
     checks = {check["name"]: check for check in proof["checks"]}
@@ -108,6 +109,7 @@ def test_a_run_that_fails_its_proof_ends_with_2_and_trains_nothing(config_file, 
     assert [info.step for info in list_checkpoints(tmp_path / "run")] == [1]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_proven_again_only_if_its_config_changed(config_file, monkeypatch):
     folder = run_here(config_file(train={"max_steps": 1}))
     (folder / PROOF).write_text((folder / PROOF).read_text().replace('"seconds"', '"old_seconds"'))

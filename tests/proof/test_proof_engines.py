@@ -65,7 +65,7 @@ def test_a_leak_is_found_by_the_loss_where_hidden_states_cannot_be_seen(engine, 
     assert "packed_alone" in failed
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.thorough
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_proven_run_ends_equal_to_the_bit_to_one_that_is_not(engine, root, tmp_path):
     ends = []

@@ -109,6 +109,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(Bench, "measure", measure)
 
 
+@pytest.mark.slow
 def test_a_job_of_ours_alone_is_a_row_with_every_phase(in_this_process, tiny_parts, capsys):
     for _ in range(3):  # of a tiny encoder's share, half a percent is rounded to none where other work disturbs a run
         assert bench_train.main([*tiny_parts, "--jobs", "J2-lora", "--against", ""]) == 0
@@ -132,6 +133,7 @@ def test_ours_and_transformers_trainer_compute_the_same_loss_of_the_same_records
     assert "trainer / ours: CPU time " in out
 
 
+@pytest.mark.slow
 def test_a_lever_is_a_line(in_this_process, tiny_parts, monkeypatch, capsys):
     lever = Lever("packing", "J1", ("data.packing=false",), ("data.packing=true", "data.max_length=128"))
     monkeypatch.setattr(bench_levers, "LEVERS", (lever,))

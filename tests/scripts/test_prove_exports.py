@@ -16,7 +16,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_of_its_exports_reads_back(name: str, tmp_path: Path):

@@ -37,5 +37,6 @@ def test_several_data_ranks_know_what_a_row_costs(config_file: Any):
     assert min(work.token, work.supervised) > 0
 
 
+@pytest.mark.slow
 def test_a_prepared_run_of_one_process_has_no_work(config_file: Any, tmp_path: Path):
     assert prepare_run(load_config(config_file()), torch.device("cpu")).data.train.work is None

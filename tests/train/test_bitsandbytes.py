@@ -115,6 +115,7 @@ def test_a_run_resumes_to_the_bit(optimizer, config_file, tmp_path):
     assert (torch.uint8 in kinds) == optimizer.endswith("8bit")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_optimizers_with_float32_state_go_on_from_each_other_and_8bit_does_not(config_file):
     run(config_file(train__max_steps=2, **FULL))

@@ -86,7 +86,7 @@ def test_a_killed_rank_ends_the_launch_and_the_rerun_ends_equal_to_the_bit(path,
     assert [json.loads(line)["step"] for line in samples[0].splitlines()] == [6]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.thorough
 @pytest.mark.parametrize("point", ["save:shard@10/1", "save:rename@10/0"])
 def test_a_kill_inside_a_save_leaves_a_checkpoint_that_resumes(path, tmp_path, point):
     """What rank 0 does alone after that is tested with one process, in test_runs.py."""

@@ -29,6 +29,7 @@ def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     return json.loads(Path("expected.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint_with_the_losses_it_would_have_had(expected, capsys):
     run = train(load_config("config.yaml"), Path("config.yaml").read_text())
     assert "resuming after step 2" in capsys.readouterr().err
@@ -53,6 +54,7 @@ def test_its_export_answers_as_it_did(expected):
     assert model.chat("What is this?", ["0.png"], max_new_tokens=8) == expected["answer"]
 
 
+@pytest.mark.slow
 def test_the_next_stage_begins_with_its_export(expected):
     shutil.rmtree("run/checkpoints")
     config = load_config("config.yaml", ["init_from=run/export", "output_dir=next", "train.max_steps=1"])

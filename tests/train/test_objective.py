@@ -19,6 +19,7 @@ def known():
     toy_objective.unregister()
 
 
+@pytest.mark.slow
 def test_its_loss_is_proven_and_its_metrics_stand_in_the_lines(config_file):
     path = config_file(objective={"kind": "even_words", "power": 1.0}, train__max_steps=3)
     run = train(load_config(path), path.read_text())

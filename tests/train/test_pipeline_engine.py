@@ -211,6 +211,7 @@ def config(config_file, tiny, tmp_path):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_any_cut_and_precision_trains_as_one_process_does(config, tmp_path):

@@ -61,6 +61,7 @@ def test_auto_on_an_older_cpu_trains_as_fp32_does(config_file, machine, tmp_path
     assert "matrix product 80x slower" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_precision_in_the_config_does_not_resume(config_file, machine):
     machine(OLDER)
     run(config_file(train__precision="auto", train__max_steps=2))

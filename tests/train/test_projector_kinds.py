@@ -70,6 +70,7 @@ def test_of_a_frozen_qformer_the_linear_layer_trains_and_the_export_has_all(blip
         train(load_config(path, ["train.max_steps=6"]), path.read_text())
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_there_or_does_not_fit_is_named(blip2, config_file):
     file, kept, changes = blip2
     path = config_file(**changes)

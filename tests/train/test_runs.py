@@ -55,6 +55,7 @@ def straight(config_writer, tmp_path_factory):
     return run_here(config_writer(tmp_path_factory.mktemp("straight"))())
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("fault", ["step@8=kill", "save:shard@10=kill", "save:rename@10=kill", "save:prune@12=kill"])
 def test_a_killed_run_resumes_and_ends_equal_to_the_bit(config_file, straight, tmp_path, fault):
@@ -68,6 +69,7 @@ def test_a_killed_run_resumes_and_ends_equal_to_the_bit(config_file, straight, t
     assert steps_logged(run) == steps_logged(straight)
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_step_saves_and_ends_with_143(config_file, straight):
     path = config_file()
     code, errors = run_child(path, "step@7=term")
@@ -80,6 +82,7 @@ def test_sigterm_finishes_the_step_saves_and_ends_with_143(config_file, straight
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_signal_during_a_save_does_not_nest_another(config_file, beside):
     code, errors = run_child(config_file(train__async_save=beside), "save:shard@5=term")
@@ -89,6 +92,7 @@ def test_a_signal_during_a_save_does_not_nest_another(config_file, beside):
     assert stopped == ["5"] or (beside and int(stopped[0]) > 5)  # training went on beside the save
 
 
+@pytest.mark.slow
 def test_a_nan_loss_stops_before_the_update_and_names_the_records(config_file, monkeypatch):
     path = config_file()
     monkeypatch.setenv("VLM_FAULT", "loss@7=nan")
@@ -107,6 +111,7 @@ def test_a_bad_step_that_is_allowed_changes_no_weight(config_file, monkeypatch):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_another_model_is_refused_key_by_key_before_it_is_loaded(config_file):
     run_here(config_file(train__max_steps=2))
     path = config_file(model__lora={"rank": 8, "alpha": 8}, train__max_steps=4)
@@ -250,6 +255,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(config_f
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_config_metrics_samples_and_plot(config_file, tiny):
     image = str(tiny / "data/images/red-circle-0.png")
     run = run_here(
@@ -278,6 +284,7 @@ def test_asking_samples_does_not_change_the_training(config_file, straight, tiny
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_plain_language_model_trains_through_the_same_code(config_file, tmp_path):
     talk = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "A red circle."}]}] * 8
     (tmp_path / "talk.json").write_text(json.dumps(talk))
@@ -336,6 +343,7 @@ def test_records_that_cannot_be_used_are_listed_once_and_not_again_at_resume(con
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [None, "step@7=term"])
 def test_a_last_save_that_fails_is_no_success(config_file, monkeypatch, fault):
     monkeypatch.setattr("vlm.train.resume.save_checkpoint", _disk_full_at(7 if fault else 12))

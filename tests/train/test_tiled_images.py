@@ -25,6 +25,7 @@ from vlm.proof.prove import prove
 from vlm.run import train
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True], ids=["pixels", "features"])
 def test_a_run_its_export_and_a_chat_count_alike(config_file, tiny, tmp_path, monkeypatch, cached):
@@ -67,6 +68,7 @@ def unequal(config_file, tmp_path, monkeypatch):
     return config_file(data__sources=[source], data__max_length=200, data__held_out=0.0)
 
 
+@pytest.mark.slow
 def test_a_replaced_image_is_measured_again(unequal, tmp_path):
     def longest():
         return max(prepare_run(load_config(unequal), torch.device("cpu")).data.train.order.scan.lengths)
@@ -77,6 +79,7 @@ def test_a_replaced_image_is_measured_again(unequal, tmp_path):
     assert before == longest() == scan.lengths[0]
 
 
+@pytest.mark.slow
 def test_images_of_unequal_tiles_are_not_exchanged_where_losses_alone_are_seen(unequal, monkeypatch):
     parts = prepare_run(load_config(unequal), torch.device("cpu"))
     monkeypatch.setattr(type(parts.engine), "holds_whole_model", False)  # as where weights are spread
@@ -86,6 +89,7 @@ def test_images_of_unequal_tiles_are_not_exchanged_where_losses_alone_are_seen(u
     assert [name for name, finding in findings.items() if finding.passed is False] == []
 
 
+@pytest.mark.slow
 def test_another_images_tokens_do_not_fit_so_nothing_is_shuffled(unequal, tmp_path):
     train(load_config(unequal, ["train.max_steps=1"]), unequal.read_text())
     loaded = vlm.load(export_run(tmp_path / "run"), device="cpu", precision="fp32")

@@ -44,6 +44,7 @@ def test_a_connection_without_a_whole_header_is_closed(
         assert time.monotonic() - started > 0.2
 
 
+@pytest.mark.slow
 def test_half_a_header_after_a_whole_request_is_closed_too_and_slow_bodies_are_not(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ):

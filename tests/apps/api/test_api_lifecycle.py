@@ -114,6 +114,7 @@ def was_cut(text: str) -> bool:
     return "this server is shutting down" in text and text.count('"finish_reason":"length"') < 8
 
 
+@pytest.mark.one_in(2)
 @slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_cuts_replies_off(start: Callable[..., Process], number: int, code: int):
@@ -134,6 +135,7 @@ def test_the_time_to_finish_is_bounded(start: Callable[..., Process]):
     assert was_cut(text())
 
 
+@pytest.mark.one_in(2)
 @slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_server_ends_at_once(start: Callable[..., Process], number: int):
