@@ -1,6 +1,9 @@
 # The commands that the README promises. PYTHON=python3.12 make ... picks the interpreter for .venv.
 .PHONY: quickstart quickstart-tiny test test-all test-fast lint
 
+# a file in one process, in the order of tests/conftest.py
+pytest = OMP_NUM_THREADS=1 .venv/bin/python -m pytest --dist loadfile --no-loadscope-reorder
+
 quickstart:
 	scripts/quickstart.sh
 
@@ -8,13 +11,13 @@ quickstart-tiny:
 	scripts/quickstart.sh --tiny
 
 test: .venv-test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not thorough" -n 3 --dist loadfile --no-loadscope-reorder
+	$(pytest) -m "not thorough" -n 3
 
 test-all: .venv-test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(pytest) -n 3
 
 test-fast: .venv-test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(pytest) -m "not slow" -n 2
 
 lint:
 	scripts/setup_venv.sh dev

@@ -15,6 +15,7 @@ from vlm.apps.terminal.app import Terminal, run_terminal
 from vlm.apps.terminal.commands import COMMANDS
 from vlm.apps.terminal.screen import Screen, printable
 from vlm.apps.terminal.talk import Talk
+from vlm.cli.main import main
 from vlm.errors import ConfigError
 from vlm.export.run import export_run
 from vlm.generation.generate import GenerationSettings
@@ -314,3 +315,21 @@ def test_an_image_is_looked_at_before_the_model_is_loaded(root: Path):
 
     with pytest.raises(RecordError, match=r"page\.png"):
         run_terminal(lambda: pytest.fail("loaded"), [root / "page.png"], "What?")
+
+
+def test_wrong_flags_end_before_a_model_is_loaded(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("vlm.inference.load.assemble_export", lambda *_, **__: pytest.fail("weights are read"))
+    for flags, message in (
+        (["--bits", "3"], "--bits 3: bitsandbytes stores weights in 4 or 8 bits"),
+        (["--prompt_template", "chatmll"], "did you mean chatml?"),
+        (["--image", "page.png"], "is an HTML page"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["chat", str(root / "run" / "export"), "--prompt", "Hi", *flags])
+        out, err = capsys.readouterr()
+        assert message in err
+        assert "Traceback" not in err
+        assert (out, end.value.code in (2, 3)) == ("", True)

@@ -13,7 +13,6 @@ import pexpect
 import pytest
 from tiny_export import model_config, write_image, write_llm, write_run
 
-from vlm.cli.main import main
 from vlm.export.run import export_run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -112,20 +111,3 @@ def test_through_a_pipe_it_is_plain_text(root: Path, environment: dict[str, str]
     assert text.count("model> ") == 2  # bytes that are no text are a question too
     assert ":clh :clear-his" in text
     assert "\ncat.png\n" in text
-
-
-def test_wrong_flags_end_before_a_model_is_loaded(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.chdir(root)
-    for flags, message in (
-        (["--bits", "3"], "--bits 3: bitsandbytes stores weights in 4 or 8 bits"),
-        (["--prompt_template", "chatmll"], "did you mean chatml?"),
-        (["--image", "page.png"], "is an HTML page"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            main(["chat", str(root / "run" / "export"), "--prompt", "Hi", *flags])
-        out, err = capsys.readouterr()
-        assert message in err
-        assert "Traceback" not in err
-        assert (out, end.value.code in (2, 3)) == ("", True)
