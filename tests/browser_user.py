@@ -132,6 +132,15 @@ class Page:
         self.page.wait_for_function(f"document.querySelectorAll('#chat .stats').length === {count}")
         self.ready()
 
+    @contextmanager
+    def another_answer(self, count: int) -> Iterator[None]:
+        """What is done here has the last of so many answers written anew. Waits for it, not for the one before."""
+        last = "[...document.querySelectorAll('#chat .stats')].at(-1)"
+        self.page.evaluate(f"{last}.dataset.before = 'yes'")
+        yield
+        self.page.wait_for_function(f"{last} && {last}.dataset.before !== 'yes'")
+        self.answered(count)
+
     def ready(self) -> None:
         self.page.wait_for_selector("#box button[data-name=Submit]")
 

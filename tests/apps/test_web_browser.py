@@ -48,9 +48,8 @@ def test_retry_undo_and_edit(visit: Callable[..., Page], root: Path):
     user = visit()
     user.ask("First question", root / "cat.png")
     user.ask("Second question")
-    user.click("Retry")
-    user.page.wait_for_function("document.querySelectorAll('#chat .stats').length === 1")
-    user.answered(2)
+    with user.another_answer(2):
+        user.click("Retry")
     assert "Second question" in user.page.inner_text("#chat")
     user.click("Undo")
     user.page.wait_for_function("document.querySelectorAll('#chat .stats').length === 1")
@@ -58,9 +57,9 @@ def test_retry_undo_and_edit(visit: Callable[..., Page], root: Path):
     assert "Second question" not in user.page.inner_text("#chat")
     user.click("Edit")
     user.page.locator("#chat textarea").last.fill("Edited question")
-    user.click("Submit")
-    user.page.wait_for_function("document.querySelector('#chat').innerText.includes('Edited question')")
-    user.answered(1)
+    with user.another_answer(1):
+        user.click("Submit")
+    assert "Edited question" in user.page.inner_text("#chat")
     assert "First question" not in user.page.inner_text("#chat")
     assert len(user.images()) == 1  # the image stayed
     user.page.fill("#box textarea", "")
