@@ -379,7 +379,7 @@ def elsewhere() -> Iterator[tuple[str, list[str]]]:
 def test_nothing_is_asked_of_any_other_machine(
     visit: Callable[..., Page], running: RunningPage, root: Path, elsewhere: tuple[str, list[str]]
 ):
-    user = visit()
+    user = visit(locale="en-US")  # a browser of their own, which has nothing yet
     url, asked = elsewhere
     user.ask(f"![x]({url}/1.png) <img src='{url}/2.png'> <script>fetch('{url}/3')</script>", root / "cat.png")
     user.page.wait_for_timeout(1000)
