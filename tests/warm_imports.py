@@ -7,7 +7,7 @@ prepare()
 import deepspeed.ops.op_builder.all_ops  # noqa: E402
 import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: E402, F401
 import matplotlib.backends.backend_agg  # noqa: E402
-import matplotlib.pyplot  # noqa: E402, F401
+import matplotlib.figure  # noqa: E402, F401
 import peft.tuners.lora.bnb  # noqa: E402, F401
 import transformers.models.clip.modeling_clip  # noqa: E402
 import transformers.models.llama.modeling_llama  # noqa: E402, F401

@@ -131,12 +131,10 @@ def draw(comparison: Comparison, path: Path) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
     for number, (name, series, held_out) in enumerate(
         zip(comparison.names, comparison.series, comparison.held_out, strict=True)
     ):
@@ -153,8 +151,6 @@ def draw(comparison: Comparison, path: Path) -> None:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not write
         raise DataError(f"--out {path}: cannot be written ({error}). Name a .png in a folder that exists") from None
-    finally:
-        plt.close(figure)
 
 
 def lay_out(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:

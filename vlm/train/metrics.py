@@ -165,12 +165,11 @@ def plot_loss(run: Path) -> Path:
     held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
     if not training:
         raise DataError(f"{source} has no training step yet")
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5))
+    axes = figure.subplots()
+    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.12, top=0.92)  # a layout that fits itself draws it twice
     steps, losses = zip(*training, strict=True)
     axes.plot(steps, losses, linewidth=0.8, alpha=0.4, label="training")
     axes.plot(steps, running_mean(losses), linewidth=1.5, label="training, running mean")
@@ -180,7 +179,6 @@ def plot_loss(run: Path) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(run / "loss.png", dpi=120)
-    plt.close(figure)
     return run / "loss.png"
 
 
