@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from vlm import runs
-from vlm.errors import DataError
+from vlm.errors import CheckpointError, DataError
+from vlm.kept_config import read_kept_config
 from vlm.runs import find_runs, is_locked, list_runs, read_series, summarize
 
 
@@ -180,3 +182,17 @@ def test_a_summary_does_not_read_a_long_run_and_needs_no_torch(tmp_path):
     code = "import sys, vlm.runs; print([name for name in ('torch', 'numpy', 'omegaconf') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: {max_steps: 2", "a: *x", "[1, 2]", "hello", "", "\0", "{" * 5000, "model: !!python/object:os.system {}",
+        "a: 1\na: 2", "model: 3\ndata: 4", "model: ${x}\ndata: {}", "objective: {kind: [1]}\nmodel: {}\ndata: {}",
+    ],
+)  # fmt: skip
+def test_an_unusable_config_of_a_run_is_named(tmp_path: Path, text: str):
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    with pytest.raises(CheckpointError, match=f"{config} cannot be used .*It was edited, torn by a kill"):
+        read_kept_config(config)

@@ -96,7 +96,7 @@ def diff_configs(files: Sequence[Path]) -> dict[str, list[Any]]:
 def _flatten(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise DataError(
             f"{file} cannot be read ({reason}). vlm train writes it before the first step; was it removed or edited?"

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
 
 from vlm.data.config import DataConfig
 from vlm.errors import CheckpointError
 from vlm.models.config import ModelConfig
 from vlm.objectives import OBJECTIVES
 from vlm.objectives.base import ObjectiveConfig
+
+_UNUSABLE = (ValueError, KeyError, TypeError, RecursionError, OSError, yaml.YAMLError, OmegaConfBaseException)
 
 
 class KeptConfig(NamedTuple):
@@ -41,8 +43,9 @@ def read_kept_config(path: Path) -> KeptConfig:
         init_from = OmegaConf.select(whole, "init_from")
         objective = OBJECTIVES[OmegaConf.select(whole, "objective.kind") or "lm"]
         return KeptConfig(ModelConfig.model_validate(model), DataConfig.model_validate(data), init_from, objective)
-    except (ValidationError, ValueError, KeyError, OSError, OmegaConfBaseException) as error:
+    except _UNUSABLE as error:
         reason = str(error).replace("\n", "; ")[:300]
         raise CheckpointError(
-            f"{path} cannot be used ({reason}). It was edited, or written by another version"
+            f"{path} cannot be used ({reason}). "
+            "It was edited, torn by a kill or a full disk, or written by another version"
         ) from None

@@ -209,6 +209,21 @@ def test_a_run_that_was_copied_answers_by_its_own_export(
     assert (tmp_path / "copy/evaluation.json").is_file()
 
 
+def test_a_torn_config_of_the_run_is_told_and_its_export_answers(
+    seeing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(seeing / "run/export", tmp_path / "copy/export")
+    torn = tmp_path / "copy/config.yaml"
+    torn.write_text((seeing / "config.yaml").read_text()[:-9])
+    data = ["--data", str(seeing / "test.jsonl"), "--max-records", "2", "--max-new-tokens", "4"]
+    for source in ("copy", "copy/export"):
+        given = [str(tmp_path / source), *data, "--out", str(tmp_path / source / "answers")]
+        assert run(lambda: app(["predict", *given], standalone_mode=False)) == 0  # noqa: B023
+        assert f"the run's config is not used, only its export: 1 problem in {torn}" in capsys.readouterr().err
+        assert len(lines_of(tmp_path / source / "answers/test.jsonl")) == 2
+    assert run(lambda: app(["predict", str(tmp_path / "copy")], standalone_mode=False)) == 2  # its tasks are asked
+
+
 def test_bits_are_part_of_what_answered(seeing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for command in ("predict", "eval"):
         arguments = [str(seeing / "config.yaml"), "--export", str(seeing / "run/export"), "--bits", "4"]

@@ -19,7 +19,7 @@ from vlm.errors import ConfigError
 from vlm.evaluation.place import beside, name_of
 from vlm.evaluation.task_kinds import GenerateTask
 from vlm.launch import asked_processes
-from vlm.logs import is_logging_rank
+from vlm.logs import is_logging_rank, warn
 
 _CACHE = "cache/features"  # as data.cache is by default
 _TIMEOUT_SECONDS = 1800.0  # for the other processes, in a collective
@@ -128,7 +128,13 @@ def _read(source: str, options: Sequence[str], is_asked: bool) -> tuple[RunConfi
             raise ConfigError(f"--options are of a config, and {source} has none")
         return None, folder
     path, found = config_and_export(source)
-    config = load_checked(path, options, ("evaluation",), ()) if is_asked else load_config(path, options)
+    try:
+        config = load_checked(path, options, ("evaluation",), ()) if is_asked else load_config(path, options)
+    except ConfigError as error:
+        if is_asked or options or found is None:
+            raise
+        warn(f"the run's config is not used, only its export: {error}")  # a seed and a folder of features are all
+        return None, found
     return config, found or Path(config.output_dir) / "export"
 
 
