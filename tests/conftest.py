@@ -69,6 +69,7 @@ def no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     faults.set_step(0)
 
 
+gc.set_threshold(30_000, 20, 20)  # a test's models make many objects that live: 2 % of the time
 _num_frozen = 0  # modules
 
 
