@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from vlm.compare import as_table, compare_runs, draw
+from vlm.compare import as_table, compare_runs, diff_configs, draw
 from vlm.errors import DataError
 
 
@@ -79,3 +80,10 @@ def test_a_drawing_that_cannot_be_written_is_named(pair, tmp_path):
     for path in (tmp_path / "none" / "x.png", tmp_path / "x.docx"):
         with pytest.raises(DataError, match=r"--out .*cannot be written"):
             draw(compare_runs(pair), path)
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path):
+    for text in ("a: [1", "a: *x", "{" * 5000):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(DataError, match=r"config\.yaml cannot be read"):
+            diff_configs([tmp_path / "config.yaml"])

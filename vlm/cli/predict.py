@@ -133,7 +133,7 @@ def _read(source: str, options: Sequence[str], is_asked: bool) -> tuple[RunConfi
     except ConfigError as error:
         if is_asked or options or found is None:
             raise
-        warn(f"the run's config is not used, only its export: {error}")  # a seed and a folder of features are all
+        warn(f"the run's config is not used, only its export: {error}")  # a seed and a cache, with defaults
         return None, found
     return config, found or Path(config.output_dir) / "export"
 
